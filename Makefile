@@ -1,0 +1,38 @@
+# Needs only Python >= 3.11; each target sets up .venv by itself, once.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+
+.PHONY: demo test lint docs clean
+
+demo: $(VENV)/.for-use
+	$(BIN)/mobilevit demo
+
+test: $(VENV)/.for-development
+	$(BIN)/python -m pytest --cov --cov-report=term --cov-fail-under=90
+
+lint: $(VENV)/.for-development
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+docs: $(VENV)/.for-development
+	$(BIN)/mkdocs build --strict
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.for-use: pyproject.toml | $(BIN)/python
+	@echo "installing PyTorch and mobilevit into $(VENV): some minutes, once"
+	$(PIP) install -e ".[train]"
+	@touch $@
+
+$(VENV)/.for-development: pyproject.toml | $(BIN)/python
+	@echo "installing PyTorch, mobilevit and its test tools into $(VENV): some minutes, once"
+	$(PIP) install -e ".[test,docs]"
+	@touch $@ $(VENV)/.for-use
+
+clean:
+	rm -rf $(VENV) build dist site .coverage* .mypy_cache .pytest_cache .ruff_cache

@@ -1,0 +1,62 @@
+"""MobileViT: small, fast, trustworthy vision models, from a folder of pictures to the device.
+
+The names below are the public interface. They load on first use, so that `import mobilevit` costs nothing.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mobilevit.factory import create_model, load
+    from mobilevit.inference.predictor import Predictor
+    from mobilevit.models import list_models
+    from mobilevit.models.fuse import fuse
+    from mobilevit.preprocessing import ImageError, Preprocessing
+    from mobilevit.training.config import TrainConfig
+    from mobilevit.training.loop import train
+    from mobilevit.weights.checkpoint import save
+    from mobilevit.weights.convert import convert_state_dict
+    from mobilevit.weights.pretrained import list_pretrained
+
+__version__ = "0.1.0"
+
+_HOME_OF = {
+    "ImageError": "preprocessing",
+    "Predictor": "inference.predictor",
+    "Preprocessing": "preprocessing",
+    "TrainConfig": "training.config",
+    "convert_state_dict": "weights.convert",
+    "create_model": "factory",
+    "fuse": "models.fuse",
+    "list_models": "models",
+    "list_pretrained": "weights.pretrained",
+    "load": "factory",
+    "save": "weights.checkpoint",
+    "train": "training.loop",
+}
+
+__all__ = [
+    "ImageError",
+    "Predictor",
+    "Preprocessing",
+    "TrainConfig",
+    "convert_state_dict",
+    "create_model",
+    "fuse",
+    "list_models",
+    "list_pretrained",
+    "load",
+    "save",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'mobilevit' has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(f"mobilevit.{_HOME_OF[name]}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

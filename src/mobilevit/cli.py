@@ -1,0 +1,611 @@
+"""The command line: `mobilevit COMMAND`. A command is a dataclass of its options; nothing heavy is imported early."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import glob
+import io
+import json as jsonlib
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
+
+import tyro
+from tyro.conf import Positional, arg
+
+from mobilevit.training.config import TrainConfig
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from mobilevit.data.datasets import ImageSet
+    from mobilevit.models.card import ModelCard
+    from mobilevit.models.summary import Summary
+    from mobilevit.preprocessing import Source
+    from mobilevit.tasks.classification import ClassificationReport, ClassificationResult
+
+log = logging.getLogger("mobilevit")
+
+
+class Command(Protocol):
+    """What every command has besides its options."""
+
+    def run(self) -> int:
+        """Do it; return the exit status."""
+        ...
+
+
+# -- train ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """Train a model on a folder of pictures; the run folder gets checkpoints, curves, metrics and a model card."""
+
+    settings: Annotated[TrainConfig, arg(name="")]
+    config: Path | None = None
+    """Take settings from a run's config.json; flags change single ones."""
+    resume: bool = False
+    """Go on with the run in --out from its last checkpoint."""
+    overwrite: bool = False
+    """Replace another run in --out."""
+    json: bool = False
+    """Print the result as JSON."""
+
+    def run(self) -> int:
+        """Train, then say what came of it."""
+        from mobilevit.training.loop import train
+
+        result = train(self.settings, resume=self.resume, overwrite=self.overwrite)
+        if self.json:
+            _print_json({"best": str(result.best), "epochs": result.epochs, **result.report.to_dict()})
+            return 0
+        _print_report(result.report)
+        print(f"\n{result.best}  (pictures of the run beside it, in {result.best.parent})")
+        return 0
+
+
+# -- eval -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Eval:
+    """Measure a checkpoint on labelled pictures: top-1, top-5, per class, confusion matrix, calibration, mistakes."""
+
+    checkpoint: Positional[Path]
+    """A .safetensors of this package, or a file of ml-cvnets, timm or transformers."""
+    data: Path
+    """Labelled pictures, as for training."""
+    split: Literal["auto", "train", "val", "all"] = "auto"
+    """auto: the val part if there is one; of the data it was trained on, what was held out; of other data, all."""
+    out: Path | None = None
+    """Folder for the confusion matrix and the pictures; beside the checkpoint if not given."""
+    batch_size: int = 32
+    """Pictures that go through the model together."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1 or mps."""
+    num_workers: int | None = None
+    """Processes that read pictures."""
+    json: bool = False
+    """Print the report as JSON."""
+
+    def run(self) -> int:
+        """Evaluate, print, write pictures."""
+        from mobilevit import factory
+        from mobilevit.devices import pick_device
+        from mobilevit.models.card import card_of
+        from mobilevit.models.fuse import fuse
+        from mobilevit.training.evaluate import default_num_workers, evaluate, evaluation_loader, write_evaluation
+
+        if self.batch_size < 1:
+            raise ValueError(f"--batch-size is {self.batch_size}; it must be 1 or more")
+        device = pick_device(self.device)
+        model = factory.load(self.checkpoint)
+        card = card_of(model)
+        data, which = _data_to_evaluate(self.data, self.split, card)
+        data = data.relabel(card.classes)
+        log.info("%s on %s: %s, %d pictures", self.checkpoint, self.data, which, len(data))
+        workers = default_num_workers(device) if self.num_workers is None else self.num_workers
+        loader = evaluation_loader(
+            data, card.preprocessing, batch_size=self.batch_size, num_workers=workers, device=device
+        )
+        evaluation = evaluate(fuse(model).to(device), loader, card.preprocessing, device=device)
+        out = self.out or self.checkpoint.parent / "evaluation"
+        write_evaluation(evaluation, data, out)
+        _say_unreadable(evaluation.errors)
+        if self.json:
+            _print_json({"checkpoint": str(self.checkpoint), "split": which, **evaluation.report.to_dict()})
+        else:
+            _print_report(evaluation.report)
+            print(f"\nconfusion matrix, samples and worst mistakes: {out}")
+        return 0
+
+
+def _data_to_evaluate(path: Path, split: str, card: ModelCard) -> tuple[ImageSet, str]:
+    """The pictures to measure on, and in words which they are."""
+    from mobilevit.data.datasets import find_splits
+    from mobilevit.data.datasets import split as divide
+
+    sets = find_splits(path)
+    everything = sets.get("all")
+    if everything is None:
+        kind = "val" if split == "auto" else split
+        if kind == "all":
+            raise ValueError(f"{path}: is divided into train and val; choose --split train or --split val")
+        return sets[kind], f"the {kind} part"
+    if split == "all":
+        return everything, "all of it"
+    told = card.provenance
+    if "data_fingerprint" in told:
+        with contextlib.suppress(ValueError):  # data that cannot be divided are not what it was trained on
+            train, val = divide(everything, val_fraction=float(told["val_fraction"]), seed=int(told["seed"]))
+            if train.fingerprint() == told["data_fingerprint"]:
+                if split == "train":
+                    return train, "what it was trained on"
+                return val, "what was held out when it was trained on these"
+    if split != "auto":
+        raise ValueError(f"{path}: not divided, and not what this checkpoint was trained on; use --split all")
+    return everything, "all of it"
+
+
+# -- predict ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Predict:
+    """Classify pictures: files, folders, globs, or - for standard input (a picture, or paths line by line)."""
+
+    checkpoint: Positional[Path]
+    """A .safetensors of this package, or a file of ml-cvnets, timm or transformers."""
+    pictures: Positional[tuple[str, ...]]
+    """Files, folders (all pictures below), globs, or -."""
+    save: Path | None = None
+    """Write the pictures with their labels into this folder."""
+    top: int = 3
+    """How many labels to show."""
+    batch_size: int = 16
+    """Pictures that go through the model together."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1 or mps."""
+    json: bool = False
+    """One line of JSON a picture."""
+
+    def run(self) -> int:
+        """Predict; 2 if a picture could not be read, after the others."""
+        from mobilevit.inference.predictor import Predictor
+        from mobilevit.preprocessing import ImageError
+        from mobilevit.progress import Progress
+
+        if not self.pictures:
+            raise UsageError("no pictures; name files, folders, globs, or - for standard input")
+        predictor = Predictor(self.checkpoint, device=self.device, batch_size=self.batch_size)
+        sources, total = _sources(self.pictures)
+        width = min(max((len(str(s)) for s in sources if isinstance(s, str)), default=20), 60) if total else 40
+        failed, names = 0, _FreeNames()
+        # Standard output is the progress, unless it goes into a file.
+        quiet = sys.stdout.isatty() or not total
+        bar = contextlib.nullcontext() if quiet else Progress("predict", total)
+        with bar as progress:
+            for result in predictor.stream(sources):
+                if progress is not None:
+                    progress.advance(1)
+                if isinstance(result, ImageError):
+                    failed += 1
+                    print(f"error: {result}", file=sys.stderr)
+                    if self.json:
+                        name, _, reason = str(result).partition(": ")
+                        _print_json_line({"source": name, "error": reason})
+                    continue
+                if self.json:
+                    _print_json_line(result.to_dict(self.top))
+                else:
+                    _print_prediction(result, width, self.top)
+                if self.save is not None:
+                    result.draw(self.save / names.free(Path(result.source).stem, ".jpg"), k=self.top)
+        if failed:
+            log.error("error: %d of the pictures cannot be read; the others are done", failed)
+        return 2 if failed else 0
+
+
+def _sources(arguments: Sequence[str]) -> tuple[Sequence[Source] | Iterator[Source], int]:
+    """Pictures for what a user named, and how many (0: not known)."""
+    from mobilevit.data.datasets import find_images
+
+    if list(arguments) == ["-"]:
+        return _from_standard_input(), 0
+    found: list[Source] = []
+    for argument in arguments:
+        path = Path(argument)
+        if path.is_dir():
+            inside = [str(p) for p in find_images(path)]
+            if not inside:
+                raise ValueError(f"{argument}: no pictures in this folder")
+            found += inside
+        elif not path.exists() and glob.has_magic(argument):
+            matches = sorted(m for m in glob.glob(argument, recursive=True) if Path(m).is_file())  # noqa: PTH207, absolute patterns too
+            if not matches:
+                raise ValueError(f"{argument}: matches no file")
+            found += matches
+        else:
+            found.append(argument)  # a missing file is reported by name, and the others go on
+    return found, len(found)
+
+
+def _from_standard_input() -> Iterator[Source]:
+    stream = sys.stdin.buffer
+    start = stream.peek(12)[:12]  # type: ignore[union-attr]
+    if start.startswith((b"\xff\xd8", b"\x89PNG", b"GIF8", b"RIFF", b"BM", b"II*\0", b"MM\0*")):
+        yield stream.read()
+        return
+    for line in stream:
+        if name := line.decode(errors="replace").strip():
+            yield name
+
+
+class _FreeNames:
+    """Gives each saved picture a name of its own: pictures in different folders may share theirs."""
+
+    def __init__(self) -> None:
+        self._taken: set[str] = set()
+
+    def free(self, stem: str, suffix: str) -> str:
+        name, number = stem + suffix, 1
+        while name in self._taken:
+            number += 1
+            name = f"{stem}-{number}{suffix}"
+        self._taken.add(name)
+        return name
+
+
+# -- info -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Info:
+    """Show a model's layers (shape, parameters, multiply-adds) and what attention costs in each MobileViT block."""
+
+    model: Positional[str]
+    """A model's name or a checkpoint file."""
+    image_size: tuple[int, ...] = ()
+    """Input size in pixels: one number, or height and width. 256, or what the checkpoint was made for."""
+    patch_size: tuple[int, int, int] | None = None
+    """Patch sides at strides 8, 16 and 32."""
+    output_stride: int | None = None
+    """32, 16 or 8."""
+    num_classes: int = 1000
+    """Classes of a named model."""
+    json: bool = False
+    """Print JSON."""
+
+    def run(self) -> int:
+        """Measure and print."""
+        from mobilevit.models import MODELS, model_config
+        from mobilevit.models.summary import summarize
+        from mobilevit.preprocessing import Preprocessing
+
+        card: ModelCard | None = None
+        size, num_classes = (256, 256), self.num_classes
+        if self.model in MODELS or not Path(self.model).exists():
+            config = model_config(self.model)
+        else:
+            from mobilevit import factory
+            from mobilevit.models.card import card_of
+
+            loaded = factory.load(self.model)
+            card, config, num_classes = card_of(loaded), loaded.config, loaded.num_classes
+            size = card.preprocessing.size
+        if self.image_size:
+            if len(self.image_size) > 2:
+                raise ValueError("--image-size takes one number, or height and width")
+            size = (self.image_size[0], self.image_size[-1])
+        Preprocessing(size=size)  # says what sizes there are
+        changes: dict[str, Any] = {"patch_size": self.patch_size, "output_stride": self.output_stride}
+        config = dataclasses.replace(config, **{k: v for k, v in changes.items() if v is not None})
+        summary = summarize(config, num_classes, size)
+        if self.json:
+            told = {} if card is None else {"card": dataclasses.asdict(card)}
+            _print_json({"model": self.model, **summary.to_dict(), **told})
+            return 0
+        _print_summary(self.model, summary, card)
+        return 0
+
+
+# -- convert ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Convert:
+    """Convert a checkpoint between this package, ml-cvnets, timm and transformers."""
+
+    source: Positional[Path]
+    """A checkpoint of any of the four; which one is recognised."""
+    target: Positional[Path]
+    """The .safetensors to write."""
+    to: Literal["mobilevit", "cvnets", "timm", "transformers"] = "mobilevit"
+    """Whose names and channel order to write."""
+    source_channel_order: Literal["rgb", "bgr"] | None = None
+    """rgb: leave the stem's channels as they are; bgr: turn them round. Without it, by the families' conventions."""
+
+    def run(self) -> int:
+        """Convert and say what was recognised."""
+        from safetensors.torch import save_file
+
+        from mobilevit import factory
+        from mobilevit.files import write_atomically
+        from mobilevit.weights import checkpoint
+        from mobilevit.weights.convert import convert_state_dict, detect_family, unwrap_state_dict
+
+        if self.target.suffix != ".safetensors":
+            raise ValueError(f"{self.target}: name the target .safetensors")
+        content, _ = checkpoint.read(self.source)
+        state = unwrap_state_dict(content)
+        family = detect_family(state)
+        if self.to == "mobilevit" and self.source_channel_order is None:
+            checkpoint.save(factory.load(self.source), self.target)
+        else:
+            converted = convert_state_dict(state, to=self.to, source_channel_order=self.source_channel_order)
+            tensors = {key: value.contiguous() for key, value in converted.items()}
+            write_atomically(self.target, lambda aside: save_file(tensors, aside, {"format": "pt"}))
+        print(f"{self.source} ({family}) -> {self.target} ({self.to})")
+        return 0
+
+
+# -- demo -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demo:
+    """Train, evaluate, save, reload and predict on built-in pictures: about three minutes on two cores, no download."""
+
+    out: Path = Path("demo")
+    """Folder for data, run and report.html; a former demo in it is replaced."""
+    epochs: int = 12
+    """Passes over the training pictures."""
+    num_images: int = 3000
+    """Pictures to draw."""
+    seed: int = 0
+    """Decides pictures and training."""
+
+    def run(self) -> int:
+        """Run the demo."""
+        from mobilevit.demo import run_demo
+
+        report = run_demo(self.out, epochs=self.epochs, num_images=self.num_images, seed=self.seed)
+        print(f"\nopen {report}")
+        return 0
+
+
+COMMANDS: dict[str, type[Command]] = {
+    "train": Train,
+    "eval": Eval,
+    "predict": Predict,
+    "info": Info,
+    "convert": Convert,
+    "demo": Demo,
+}
+
+# -- entry ------------------------------------------------------------------------------------------------------------
+
+
+class UsageError(ValueError):
+    """A command line that cannot be understood."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command. Returns the exit status: 0 success, 2 a user's mistake, 1 anything else."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    _log_to_stderr()
+    try:
+        if not arguments or arguments[0] in ("-h", "--help", "help"):
+            print(_overview())
+            return 0
+        if arguments[0] == "--version":
+            from mobilevit import __version__
+
+            print(f"mobilevit {__version__}")
+            return 0
+        command = _parse(arguments[0], arguments[1:])
+        return 0 if command is None else command.run()
+    except BrokenPipeError:  # the reader of our output has seen enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 1
+    except Exception as error:
+        return _explain(error)
+
+
+def _parse(name: str, arguments: list[str]) -> Command | None:
+    """The command with its options; None if it only asked for help."""
+    if name not in COMMANDS:
+        near = get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise UsageError(f"unknown command {name!r}; {hint}Commands are {', '.join(COMMANDS)}")
+    defaults: dict[str, Any] = {"default": _train_defaults(arguments)} if name == "train" else {}
+    said = io.StringIO()
+    try:
+        # tyro reports bad flags in a box of several lines; users and programs get one line instead.
+        with contextlib.redirect_stderr(said):
+            command: Command = tyro.cli(COMMANDS[name], prog=f"mobilevit {name}", args=arguments, **defaults)
+            return command
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            return None
+        raise UsageError(_one_line(said.getvalue())) from None
+
+
+def _train_defaults(arguments: list[str]) -> Train:
+    """Defaults of `train`: those of the file behind --config, or of the run to resume, if there is one."""
+    file = _value_of("--config", arguments)
+    out = _value_of("--out", arguments)
+    if file is None and out is not None and "--resume" in arguments and (Path(out) / "config.json").exists():
+        file = str(Path(out) / "config.json")
+    if file is None:
+        return Train(settings=TrainConfig(data=tyro.MISSING))
+    return Train(settings=TrainConfig.from_json(Path(file)), config=Path(file))
+
+
+def _value_of(flag: str, arguments: list[str]) -> str | None:
+    for place, argument in enumerate(arguments):
+        if argument == flag and place + 1 < len(arguments):
+            return arguments[place + 1]
+        if argument.startswith(flag + "="):
+            return argument.partition("=")[2]
+    return None
+
+
+def _one_line(box: str) -> str:
+    """The words of a tyro error without its frame."""
+    lines = [line.strip("╭╮╰╯│─ ") for line in box.splitlines()]
+    return " ".join(line for line in lines[1:] if line)
+
+
+_WRONG_PATH = (errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENOENT)
+
+
+def _explain(error: Exception) -> int:
+    """Say what went wrong; a user's mistake in one line, anything else with its traceback."""
+    from mobilevit.files import DiskFullError, disk_is_full
+
+    if type(error).__name__ == "TrainingInterrupted":
+        print(error, file=sys.stderr)
+        return 1
+    if isinstance(error, DiskFullError):
+        return _mistake(str(error.strerror))
+    if disk_is_full(error):
+        return _mistake(f"no room on the disk ({error}); free some space")
+    if isinstance(error, OSError) and error.errno in _WRONG_PATH:
+        return _mistake(f"{error.filename}: {error.strerror}")
+    if type(error).__name__ == "OutOfMemoryError":
+        return _mistake("the GPU has too little memory; lower --batch-size or --image-size")
+    if isinstance(error, ValueError) and _raised_by_us(error):
+        return _mistake(str(error))
+    traceback.print_exception(error)
+    return 1
+
+
+def _raised_by_us(error: Exception) -> bool:
+    """Whether this package noticed a mistake, rather than some library a bug of this package."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and Path(frames[-1].filename).is_relative_to(Path(__file__).parent)
+
+
+def _mistake(message: str) -> int:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+def _log_to_stderr() -> None:
+    logger = logging.getLogger("mobilevit")
+    if not logger.handlers:
+        logger.addHandler(logging.StreamHandler())
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+
+
+def _overview() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {_summary(command)}" for name, command in COMMANDS.items()]
+    head = ("usage: mobilevit COMMAND ...", "", "MobileViT: from a folder of pictures to a small, fast model.", "")
+    return "\n".join([*head, "commands:", *lines, "", "mobilevit COMMAND --help shows the options of a command."])
+
+
+def _summary(command: type[Command]) -> str:
+    return (command.__doc__ or "").splitlines()[0]
+
+
+# -- printing ---------------------------------------------------------------------------------------------------------
+
+
+def _print_json(value: dict[str, Any]) -> None:
+    print(jsonlib.dumps(value, indent=2, ensure_ascii=False))
+
+
+def _print_json_line(value: dict[str, Any]) -> None:
+    print(jsonlib.dumps(value, ensure_ascii=False), flush=True)
+
+
+def _print_prediction(result: ClassificationResult, width: int, top: int) -> None:
+    labels = "   ".join(f"{label} {probability:6.1%}" for label, probability in result.top(top))
+    print(f"{result.source:<{width}}  {labels}", flush=True)
+
+
+def _print_report(report: ClassificationReport) -> None:
+    print(f"\n{report.num_images:,} pictures")
+    print(f"  top-1              {report.top1:8.2%}")
+    if report.top5 is not None:
+        print(f"  top-5              {report.top5:8.2%}")
+    print(f"  loss               {report.loss:8.4f}")
+    print(f"  calibration error  {report.calibration_error:8.4f}")
+    if len(report.per_class) <= 100:
+        table = _table("class", "precision", "recall", "F1", "pictures")
+        for c in report.per_class:
+            table.add_row(c.name, f"{c.precision:.3f}", f"{c.recall:.3f}", f"{c.f1:.3f}", f"{c.support:,}")
+        _print_table(table)
+
+
+def _print_summary(name: str, summary: Summary, card: ModelCard | None) -> None:
+    height, width = summary.input_size
+    print(f"{name} at {height} x {width}")
+    if card is not None:
+        few = ", ".join(card.classes[:8]) + (" ..." if len(card.classes) > 8 else "")
+        print(f"{len(card.classes)} classes: {few}")
+        for told in (card.metrics, card.provenance):
+            print(", ".join(f"{key} {value}" for key, value in told.items()))
+    table = _table("layer", "kind", "output (C, H, W)", "parameters", "MACs", "activations")
+    for row in summary.layers:
+        shape = " x ".join(map(str, row.shape))
+        table.add_row(row.name, row.kind, shape, f"{row.parameters:,}", f"{row.macs:,}", f"{row.activations:,}")
+    table.add_section()
+    table.add_row("total", "", "", f"{summary.parameters:,}", f"{summary.macs:,}", f"{summary.activations:,}")
+    _print_table(table)
+    print("\nOne product of queries and keys, in multiply-adds; C is the transformer's width")
+    table = _table("block", "map", "patch", "C", "plain attention", "same-offset attention", "saved")
+    for block in summary.attention:
+        (h, w), (ph, pw) = block.map_size, block.patch_size
+        p, n = block.num_sequences, block.num_tokens
+        table.add_row(
+            block.name, f"{h} x {w}", f"{ph} x {pw}", str(block.embed_dim),
+            f"{h * w} * {h * w} * C = {block.plain_cost_per_channel:,} C",
+            f"{p} * {n} * {n} * C = {block.cost_per_channel:,} C",
+            f"{block.plain_cost_per_channel / block.cost_per_channel:.0f} x",
+        )  # fmt: skip
+    _print_table(table)
+
+
+def _table(first: str, *others: str) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column(first)
+    for name in others:
+        table.add_column(name, justify="left" if name == "kind" else "right")
+    return table
+
+
+def _print_table(table: Table) -> None:
+    from rich.console import Console
+
+    # Into a file or a pipe, rich would cut tables at 80 columns.
+    Console(width=None if sys.stdout.isatty() else 140).print(table)
+
+
+def _say_unreadable(errors: list[str]) -> None:
+    if errors:
+        log.warning("%d pictures cannot be read and are left out:", len(errors))
+        for line in errors[:10]:
+            log.warning("  %s", line)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,146 @@
+"""From an `ImageSet` to batches, in an order that depends on nothing but seed, epoch and position."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from mobilevit.data.datasets import ImageSet
+from mobilevit.preprocessing import ImageError, read_image
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Pictures that could be read, and word of those that could not."""
+
+    images: Tensor
+    """uint8 (B, 3, H, W), channels-last in memory."""
+    labels: Tensor
+    """int64 (B,)."""
+    indices: list[int]
+    """Position of each picture in its `ImageSet`."""
+    errors: list[str]
+    """One line for each picture left out."""
+
+    def pin_memory(self) -> Batch:
+        """Called by the data loader, for copies to a GPU that do not wait."""
+        images, labels = self.images.pin_memory(), self.labels.pin_memory()
+        return Batch(images=images, labels=labels, indices=self.indices, errors=self.errors)
+
+
+class _Pictures(Dataset[tuple[int, Tensor | str, int]]):
+    """Items are asked for by (index, seed), so that a worker process has no random state worth keeping."""
+
+    def __init__(self, data: ImageSet, transform: Callable[[Image.Image], Tensor]) -> None:
+        self.data, self.transform = data, transform
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[int, Tensor | str, int]:
+        index, seed = key
+        try:
+            image = read_image(self.data.open(index), self.data.names[index])
+        except ImageError as error:
+            return index, str(error), 0
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return index, self.transform(image), self.data.labels[index]
+
+
+class _Order(Sampler[list[tuple[int, int]]]):
+    """Batches of (index, seed) for one epoch."""
+
+    def __init__(self, count: int, batch_size: int, *, shuffle_seed: int | None, drop_last: bool) -> None:
+        self.count, self.batch_size, self.shuffle_seed, self.drop_last = count, batch_size, shuffle_seed, drop_last
+        self.epoch = self.first_batch = 0
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        order, seeds = list(range(self.count)), [0] * self.count
+        if self.shuffle_seed is not None:
+            generator = torch.Generator().manual_seed((self.shuffle_seed << 20) + self.epoch)
+            order = torch.randperm(self.count, generator=generator).tolist()
+            seeds = torch.randint(2**62, (self.count,), generator=generator).tolist()
+        keys = list(zip(order, seeds, strict=True))
+        for batch in range(self.first_batch, len(self)):
+            yield keys[batch * self.batch_size : (batch + 1) * self.batch_size]
+
+    def __len__(self) -> int:
+        return self.count // self.batch_size if self.drop_last else -(-self.count // self.batch_size)
+
+
+class BatchLoader:
+    """Batches of one `ImageSet`, epoch by epoch.
+
+    Args:
+        data: the pictures.
+        transform: RGB picture -> uint8 (3, H, W).
+        batch_size: pictures in a batch.
+        num_workers: processes that read and transform; 0 does it in this one.
+        shuffle_seed: None keeps the order; a number shuffles, differently each epoch, and leaves out the last pictures
+            if they do not fill a batch.
+        pin_memory: for a GPU.
+    """
+
+    def __init__(
+        self,
+        data: ImageSet,
+        transform: Callable[[Image.Image], Tensor],
+        *,
+        batch_size: int,
+        num_workers: int,
+        shuffle_seed: int | None = None,
+        pin_memory: bool = False,
+    ) -> None:
+        self.data = data
+        shuffled = shuffle_seed is not None
+        batch_size = min(batch_size, len(data))
+        self._order = _Order(len(data), batch_size, shuffle_seed=shuffle_seed, drop_last=shuffled)
+        self._loader = DataLoader(
+            _Pictures(data, transform),
+            batch_sampler=self._order,
+            collate_fn=_collate,
+            num_workers=min(num_workers, len(self._order)),
+            pin_memory=pin_memory,
+            # The order travels with each epoch's iterator, so workers may live on.
+            persistent_workers=num_workers > 0,
+            worker_init_fn=_leave_signals_to_the_parent,
+        )
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    @property
+    def num_images(self) -> int:
+        """Pictures in one epoch."""
+        return min(len(self._order) * self._order.batch_size, len(self.data))
+
+    def epoch(self, epoch: int = 0, first_batch: int = 0) -> Iterator[Batch]:
+        """The batches of one epoch from `first_batch` on: always the same for the same numbers."""
+        self._order.epoch, self._order.first_batch = epoch, first_batch
+        # A loader draws a base seed for its workers from the global generator; ours have no use for it, and the
+        # caller's random numbers must not depend on how often loaders were started.
+        with torch.random.fork_rng(devices=[]):
+            iterator = iter(self._loader)
+        yield from iterator
+
+
+def _collate(items: Sequence[tuple[int, Tensor | str, int]]) -> Batch:
+    good = [(index, pixels, label) for index, pixels, label in items if isinstance(pixels, Tensor)]
+    # Stacked as (B, H, W, 3) and seen as (B, 3, H, W): the pixels are copied once, in the order they lie.
+    images = torch.stack([pixels.permute(1, 2, 0) for _, pixels, _ in good]) if good else torch.empty(0, 1, 1, 3)
+    return Batch(
+        images=images.permute(0, 3, 1, 2),
+        labels=torch.tensor([label for _, _, label in good], dtype=torch.int64),
+        indices=[index for index, _, _ in good],
+        errors=[pixels for _, pixels, _ in items if isinstance(pixels, str)],
+    )
+
+
+def _leave_signals_to_the_parent(_: int) -> None:
+    # Ctrl-C reaches the whole process group; the parent decides when its workers end.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)

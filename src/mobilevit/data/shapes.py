@@ -1,0 +1,301 @@
+"""Built-in data: drawn scenes of simple shapes, for `mobilevit demo` and for tests without files.
+
+A scene is described in units of the picture's side, so the same scene can be drawn at any size, and every shape is a
+signed distance (negative inside, zero on the edge): one number per pixel gives smooth edge, shadow and mask.
+
+Letters used in shape comments: H, W height and width of the picture; h, w of the window around one shape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import ceil, cos, floor, hypot, pi, sin, tau
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+Array = NDArray[np.floating[Any]]
+
+
+def _star(x: Array, y: Array, points: int, notch: float) -> Array:
+    """Signed distance to a star with its tips at radius 1 and its notches at radius `notch`.
+
+    All of its edges are one edge, mirrored and turned: fold the plane onto the wedge between a tip and the next notch.
+    """
+    wedge = pi / points
+    angle = np.abs((np.arctan2(y, x) + wedge) % (2 * wedge) - wedge)
+    radius = np.hypot(x, y)
+    x, y = radius * np.cos(angle) - 1, radius * np.sin(angle)  # from the tip
+    edge_x, edge_y = notch * cos(wedge) - 1, notch * sin(wedge)  # from the tip to the notch
+    along = np.clip((x * edge_x + y * edge_y) / (edge_x**2 + edge_y**2), 0, 1)
+    return np.copysign(np.hypot(x - along * edge_x, y - along * edge_y), x * edge_y - y * edge_x)
+
+
+def _box(x: Array, y: Array, half_width: float, half_height: float) -> Array:
+    x, y = np.abs(x) - half_width, np.abs(y) - half_height
+    return np.hypot(np.maximum(x, 0), np.maximum(y, 0)) + np.minimum(np.maximum(x, y), 0)
+
+
+def _cross(x: Array, y: Array) -> Array:
+    """A bar, after swapping coordinates so that every point lies nearest to the same arm."""
+    x, y = np.abs(x), np.abs(y)
+    return _box(np.maximum(x, y), np.minimum(x, y), 0.95, 0.31)
+
+
+# Signed distances on coordinates in which the shape just fits the circle of radius 1.
+_SHAPES: dict[str, Callable[[Array, Array], Array]] = {
+    "circle": lambda x, y: np.hypot(x, y) - 1,
+    "cross": _cross,
+    "ring": lambda x, y: np.abs(np.hypot(x, y) - 0.78) - 0.22,
+    "square": lambda x, y: _box(x, y, 0.5**0.5, 0.5**0.5),
+    "star": lambda x, y: _star(x, y, 5, 0.45),
+    "triangle": lambda x, y: _star(x, y, 3, 0.5),  # a notch at cos(60 degrees) is no notch at all
+}
+
+CLASSES: tuple[str, ...] = tuple(_SHAPES)
+
+_TEXTURES = ("solid", "stripes", "checker", "dots", "gradient")
+_SCALE = (0.3, 0.8)  # diameter of the circle around a shape, when it is alone
+_APART = 0.85  # least distance of two centres, over the sum of their radii
+_LIGHT = np.array([-0.10, -0.14], np.float32)  # brightening per unit of x and y: the lamp is at the top left
+_GRAIN = 128  # side of the noise that becomes the film grain of a picture of any size
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scene:
+    """A picture with everything a classifier, a detector or a segmentation model can be asked about it."""
+
+    image: Image.Image
+    """RGB, size x size."""
+    labels: tuple[int, ...]
+    """Index in `CLASSES` of each object, the frontmost first."""
+    boxes_xyxy: tuple[tuple[float, float, float, float], ...]
+    """Pixels, tight around what is visible of each object, in the order of `labels`."""
+    mask: NDArray[np.uint8]
+    """(H, W): 0 for background, 1 + class elsewhere."""
+
+
+def render_scene(index: int, *, seed: int = 0, size: int = 64, num_objects: int = 1) -> Scene:
+    """Draw one scene; the same arguments always give the same scene, and another `size` the same scene enlarged.
+
+    The first object is of class `index % len(CLASSES)`, the others of any. A single object lies wholly inside the
+    picture. Several are smaller and may be cut by the border, by a fifth of their radius at most; their centres are at
+    least 0.85 times the sum of their radii apart, so that one hides a third of another at the very most.
+
+    Args:
+        index: which scene, from 0.
+        seed: which series of scenes, from 0.
+        size: side of the picture in pixels, at least 32 and at least 8 * num_objects.
+        num_objects: from 1 to 8.
+
+    Raises:
+        ValueError: an argument is out of range.
+    """
+    if not 1 <= num_objects <= 8 or size < max(32, 8 * num_objects):
+        raise ValueError(
+            f"size is {size}, num_objects {num_objects}; draw 1 to 8 objects, on at least 32 pixels and 8 per object"
+        )
+    rng = np.random.default_rng((seed, index))
+    axis = (np.arange(size, dtype=np.float32) + 0.5) / size
+
+    ground = np.clip(rng.uniform(0.22, 0.92) + rng.uniform(-0.1, 0.1, 2), 0.2, 0.94)  # lightness of its two colours
+    canvas = _background(rng, axis, ground)
+    for _ in range(rng.integers(5, 13)):
+        _draw_clutter(rng, axis, canvas, ground)
+
+    labels = [index % len(CLASSES), *rng.integers(len(CLASSES), size=num_objects - 1).tolist()]
+    places = _place(rng, num_objects)
+    owner = np.zeros((size, size), np.uint8)  # 1 + the object that shows at each pixel
+    for i in reversed(range(num_objects)):
+        _draw_object(rng, axis, canvas, ground, owner, CLASSES[labels[i]], places[i], i + 1)
+
+    canvas += rng.uniform(0.006, 0.028) * _resize(rng.standard_normal((_GRAIN, _GRAIN), np.float32), size)[..., None]
+    return Scene(
+        image=Image.fromarray((np.clip(canvas, 0, 1) * 255 + 0.5).astype(np.uint8)),
+        labels=tuple(labels),
+        boxes_xyxy=tuple(_extent(owner == i + 1) for i in range(num_objects)),
+        mask=np.array([0, *(1 + label for label in labels)], np.uint8)[owner],
+    )
+
+
+def write_folder(folder: Path, *, num_images: int, seed: int = 0, size: int = 64) -> None:
+    """Write the first scenes of a series, one object each, as `folder/<class>/<index>.png`."""
+    for name in CLASSES:
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    for index in range(num_images):
+        scene = render_scene(index, seed=seed, size=size)
+        scene.image.save(folder / CLASSES[scene.labels[0]] / f"{index:05d}.png")
+
+
+def _place(rng: np.random.Generator, num_objects: int) -> list[tuple[float, float, float]]:
+    """Centre and radius of each object, by the rule that `render_scene` states."""
+    shrink = min(1, 1.3 / num_objects**0.5)
+    inset = 1 if num_objects == 1 else 0.8
+    places: list[tuple[float, float, float]] = []
+    while len(places) < num_objects:
+        radius = rng.uniform(*_SCALE) / 2 * shrink
+        x, y = rng.uniform(inset * radius, 1 - inset * radius, 2).tolist()
+        if all(hypot(x - x2, y - y2) >= _APART * (radius + radius2) for x2, y2, radius2 in places):
+            places.append((x, y, radius))
+        else:
+            shrink *= 0.98  # so that a full picture never keeps us here
+    return places
+
+
+def _background(rng: np.random.Generator, axis: Array, lightness: Array) -> Array:
+    """Two related colours, blended along a line or in soft clouds. Shape: (H, W, 3)."""
+    hue = rng.uniform(0, tau)
+    first, second = _colours(lightness, rng.uniform(0.01, 0.09), hue + np.array([0, rng.uniform(-1.2, 1.2)]))
+    angle = rng.uniform(0, tau)
+    blend = 0.5 + cos(angle) * (axis - 0.5) + sin(angle) * (axis[:, None] - 0.5)
+    cells = int(rng.integers(3, 9))
+    clouds = _resize(rng.standard_normal((cells, cells), np.float32), len(axis))
+    blend = np.clip(blend + rng.uniform(0.1, 0.5) * clouds, 0, 1)[..., None]
+    canvas: Array = first + blend * (second - first)
+    return canvas
+
+
+def _draw_clutter(rng: np.random.Generator, axis: Array, canvas: Array, ground: Array) -> None:
+    """Paint a dot, a straight stroke or a bent one; never a closed curve, never as large as an object."""
+    length = rng.uniform(0.06, 0.24) if rng.random() < 0.7 else 0.0
+    half_width = rng.uniform(0.006, 0.013) if length else rng.uniform(0.012, 0.026)
+    half_angle = max(rng.uniform(-0.8, 1.2), 0.02)  # two in five are as good as straight
+    radius = length / (2 * half_angle)
+    centre_x, centre_y, angle = rng.uniform((0, 0, 0), (1, 1, tau)).tolist()
+    window, x, y = _local(axis, centre_x, centre_y, length / 2 + half_width, angle)
+    x, y = np.abs(x), y + radius  # an arc of a circle around the origin, half of it on each side of the y axis
+    end_x, end_y = sin(half_angle), cos(half_angle)
+    beyond = end_y * x > end_x * y
+    from_end = np.hypot(x - radius * end_x, y - radius * end_y)
+    distance = np.where(beyond, from_end, np.abs(np.hypot(x, y) - radius)) - half_width
+    _paint(canvas[window], _contrasting(rng, ground, 1)[0], rng.uniform(0.3, 0.9) * _coverage(distance, len(axis)))
+
+
+def _draw_object(
+    rng: np.random.Generator,
+    axis: Array,
+    canvas: Array,
+    ground: Array,
+    owner: NDArray[np.uint8],
+    shape: str,
+    place: tuple[float, float, float],
+    number: int,
+) -> None:
+    """Paint one object with its shadow onto `canvas`, and its `number` onto `owner`."""
+    centre_x, centre_y, radius = place
+    angle = rng.uniform(0, tau)
+    window, x, y = _local(axis, centre_x, centre_y, 1.3 * radius, angle)
+    x, y = x / radius, y / radius
+    distance = _SHAPES[shape](x, y) * radius
+    size = len(axis)
+
+    first, second = _contrasting(rng, ground, 2)
+    blend = _texture(rng, x, y, radius * size)
+    light = x * (_LIGHT @ (cos(angle), sin(angle))) + y * (_LIGHT @ (-sin(angle), cos(angle)))
+    colour = first + blend[..., None] * (second - first) + light[..., None]
+
+    shadow = (0.25 - light) * np.exp(np.maximum(distance, 0) / (-0.12 * radius))
+    canvas[window] *= 1 - shadow[..., None]
+    _paint(canvas[window], colour, _coverage(distance, size))
+    owner[window][distance < 0] = number
+
+
+def _texture(rng: np.random.Generator, x: Array, y: Array, radius_px: float) -> Array:
+    """How much of its second colour an object shows at each point. Shape: (h, w) -> (h, w)."""
+    kind = _TEXTURES[rng.integers(len(_TEXTURES))]
+    period, shift_x, shift_y = rng.uniform(0.45, 0.8), rng.uniform(), rng.uniform()
+    if kind == "solid":
+        return np.zeros_like(x)
+    if kind == "gradient":
+        return _coverage(0.6 * x, 1)  # one edge, as soft as the object is wide
+    x, y = _turn(x, y, rng.uniform(0, tau))  # a texture must not give away how the shape is turned
+    # Distance from the nearest line of a lattice, at most half a period.
+    x = period * np.abs((x / period + shift_x) % 1 - 0.5)
+    y = period * np.abs((y / period + shift_y) % 1 - 0.5)
+    if kind == "dots":
+        return _coverage(np.hypot(x, y) - 0.3 * period, radius_px)
+    across = _coverage(x - period / 4, radius_px)
+    if kind == "stripes":
+        return across
+    down = _coverage(y - period / 4, radius_px)
+    checker: Array = across + down - 2 * across * down
+    return checker
+
+
+def _local(
+    axis: Array, centre_x: float, centre_y: float, reach: float, angle: float
+) -> tuple[tuple[slice, slice], Array, Array]:
+    """Pixels within `reach` of a centre, and their coordinates in a frame moved there and turned by `angle`."""
+    size, margin = len(axis), 1  # a pixel for the smooth edge
+
+    def span(centre: float) -> slice:
+        start, stop = floor((centre - reach) * size) - margin, ceil((centre + reach) * size) + margin
+        return slice(max(start, 0), max(stop, 0))
+
+    rows, columns = span(centre_y), span(centre_x)
+    x, y = axis[columns] - np.float32(centre_x), axis[rows, None] - np.float32(centre_y)
+    return (rows, columns), *_turn(x, y, angle)
+
+
+def _turn(x: Array, y: Array, angle: float) -> tuple[Array, Array]:
+    return cos(angle) * x + sin(angle) * y, cos(angle) * y - sin(angle) * x
+
+
+def _coverage(distance: Array, pixels_per_unit: float) -> Array:
+    """Share of each pixel that lies inside, taking the edge for straight within a pixel."""
+    covered: Array = np.clip(0.5 - distance * np.float32(pixels_per_unit), 0, 1)
+    return covered
+
+
+def _paint(canvas: Array, colour: Array, opacity: Array) -> None:
+    canvas += opacity[..., None] * (colour - canvas)
+
+
+def _resize(noise: Array, size: int) -> Array:
+    return np.asarray(Image.fromarray(noise).resize((size, size), Image.Resampling.BICUBIC))
+
+
+def _extent(owned: NDArray[np.bool_]) -> tuple[float, float, float, float]:
+    columns, rows = np.flatnonzero(owned.any(axis=0)), np.flatnonzero(owned.any(axis=1))
+    return float(columns[0]), float(rows[0]), float(columns[-1] + 1), float(rows[-1] + 1)
+
+
+def _contrasting(rng: np.random.Generator, ground: Array, count: int) -> Array:
+    """Colours of any hue, each clearly lighter or clearly darker than the background. Shape: (count, 3)."""
+    darkest, lightest, contrast = 0.22, 0.97, 0.2
+    below, above = max(ground.min() - contrast - darkest, 0), max(lightest - ground.max() - contrast, 0)
+    lightness = rng.uniform(0, below + above, count)
+    lightness = np.where(lightness < below, darkest + lightness, lightest - (lightness - below))
+    hue = rng.uniform(0, tau) + rng.uniform(1, 5) * np.arange(count)
+    return _colours(lightness, rng.uniform(0.08, 0.22, count), hue)
+
+
+def _colours(lightness: Array, chroma: float | Array, hue: Array) -> Array:
+    """From Oklch, where equal steps of lightness look equal in every hue, to sRGB in 0..1 (Ottosson, 2020).
+
+    Shape: (K,), () or (K,), (K,) -> (K, 3).
+    """
+    oklab = np.stack([lightness, chroma * np.cos(hue), chroma * np.sin(hue)], axis=-1)
+    linear = np.clip((oklab @ _OKLAB_TO_LMS) ** 3 @ _LMS_TO_RGB, 0, 1)
+    rgb: Array = np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055).astype(np.float32)
+    return rgb
+
+
+_OKLAB_TO_LMS = np.array(
+    [
+        [1.0, 1.0, 1.0],
+        [0.3963377774, -0.1055613458, -0.0894841775],
+        [0.2158037573, -0.0638541728, -1.2914855480],
+    ]
+)
+_LMS_TO_RGB = np.array(
+    [
+        [4.0767416621, -1.2684380046, -0.0041960863],
+        [-3.3077115913, 2.6097574011, -0.7034186147],
+        [0.2309699292, -0.3413193965, 1.7076147010],
+    ]
+)

@@ -1,0 +1,29 @@
+"""Which device to run on."""
+
+from __future__ import annotations
+
+import torch
+
+
+def pick_device(name: str) -> torch.device:
+    """The device for a name: "auto" (the best there is), "cpu", "cuda", "cuda:1" or "mps".
+
+    Raises:
+        ValueError: it is not on this machine.
+    """
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"--device {name}: unknown; it can be auto, cpu, cuda, cuda:1 or mps") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        found = f"there are {torch.cuda.device_count()}" if torch.cuda.is_available() else "PyTorch sees no CUDA GPU"
+        raise ValueError(f"--device {name}: {found}; use --device cpu, or check the driver with nvidia-smi")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ValueError(f"--device {name}: this machine has no Apple GPU; use --device cpu")
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise ValueError(f"--device {name}: unknown; it can be auto, cpu, cuda, cuda:1 or mps")
+    return device

@@ -1,0 +1,71 @@
+"""Files that are either whole or not there: written aside, flushed to the disk, then renamed into place."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+_DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+class DiskFullError(OSError):
+    """No room to write a file; what stood there before is untouched."""
+
+
+def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], object]) -> Path:
+    """Let `write` fill a temporary file beside `path`, then move it there, so that no reader ever sees half of it.
+
+    Raises:
+        DiskFullError: there is no room; the old file, if any, is as it was.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
+        os.close(handle)
+        aside = Path(name)
+        try:
+            write(aside)
+            with aside.open("rb+") as file:
+                os.fsync(file.fileno())
+            aside.chmod(0o666 & ~_umask())
+            aside.replace(path)
+        except BaseException:
+            aside.unlink(missing_ok=True)
+            raise
+    except Exception as error:
+        if disk_is_full(error):
+            message = f"no room to write {path}; free some space (or choose another --out) and start again"
+            raise DiskFullError(errno.ENOSPC, message) from error
+        raise
+    return path
+
+
+def disk_is_full(error: Exception) -> bool:
+    """Whether an error says, in one of the ways that libraries say it, that the disk has no room left."""
+    text = str(error)
+    return (isinstance(error, OSError) and error.errno in _DISK_FULL) or any(
+        words in text for words in ("No space left on device", "File too large", "Disk quota exceeded")
+    )
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> Path:
+    """Write a text file, whole or not at all."""
+    return write_atomically(path, lambda aside: aside.write_text(text, encoding="utf-8"))
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> Path:
+    """Write a value as indented JSON, whole or not at all."""
+    return write_text(path, json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
+
+
+def _umask() -> int:
+    # The only portable way to read the umask is to set it.
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,1 @@
+"""From pictures to results with a trained model."""

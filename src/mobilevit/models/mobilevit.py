@@ -1,0 +1,376 @@
+"""MobileViT: light-weight, general-purpose, mobile-friendly vision transformer (Mehta & Rastegari, arXiv:2110.02178).
+
+The whole model, top to bottom, on torch alone. Letters used in shape comments:
+
+    B  pictures in the batch          ph, pw  height and width of a patch in pixels
+    C  channels of a feature map      P       pixels in a patch, ph * pw
+    H, W  height and width of a map   N       patches in a map, (H / ph) * (W / pw)
+    D  width of the transformer       h       attention heads
+    K  classes
+
+Everything lives channels-last (NHWC in memory): a feature map is then already a table of tokens, and going between
+maps and token sequences costs two copies, neither of which touches single elements.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+if TYPE_CHECKING:
+    from mobilevit.models.card import ModelCard
+
+PatchSize = int | tuple[int, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MobileViTConfig:
+    """Everything that decides the shape of a MobileViT backbone (arXiv:2110.02178, table 4).
+
+    Raises:
+        ValueError: a field has a value the architecture cannot have.
+    """
+
+    channels: tuple[int, int, int, int, int]
+    """Output channels of layer1 to layer5."""
+    embed_dims: tuple[int, int, int]
+    """D of the transformers in layer3, layer4 and layer5."""
+    head_channels: int
+    """Output channels of the last 1x1 convolution, before pooling."""
+    expand_ratio: int = 4
+    """Widening inside the MobileNetV2 blocks."""
+    stem_channels: int = 16
+    """Output channels of the first convolution."""
+    depths: tuple[int, int, int] = (2, 4, 3)
+    """Transformer layers in layer3, layer4 and layer5."""
+    num_heads: int = 4
+    """Attention heads in every transformer layer."""
+    dropout: float = 0.1
+    """Dropout after attention and after the feed-forward network."""
+    classifier_dropout: float = 0.1
+    """Dropout before the last linear layer."""
+    patch_size: tuple[PatchSize, PatchSize, PatchSize] = (2, 2, 2)
+    """Patches of layer3, layer4 and layer5: a side, or (height, width). (8, 4, 2) is the paper's configuration B."""
+    output_stride: int = 32
+    """Input size over size of the last map: 32, or 16 or 8 by dilation instead of striding."""
+
+    def __post_init__(self) -> None:
+        if len(self.patch_size) != 3 or any(min(_pair(p)) < 1 for p in self.patch_size):
+            raise ValueError(f"patch_size is {self.patch_size}; give three sizes of 1 or more, such as 2, 2, 2")
+        if self.output_stride not in (8, 16, 32):
+            raise ValueError(f"output_stride is {self.output_stride}; it can be 32, 16 or 8")
+
+
+def _pair(size: PatchSize) -> tuple[int, int]:
+    height, width = (size, size) if isinstance(size, int) else size
+    return height, width
+
+
+XXS = MobileViTConfig(
+    channels=(16, 24, 48, 64, 80), embed_dims=(64, 80, 96), head_channels=320, expand_ratio=2, dropout=0.05
+)
+XS = MobileViTConfig(channels=(32, 48, 64, 80, 96), embed_dims=(96, 120, 144), head_channels=384)
+S = MobileViTConfig(channels=(32, 64, 96, 128, 160), embed_dims=(144, 192, 240), head_channels=640)
+
+
+class ConvNormAct(nn.Module):
+    """Convolution with "same" padding, BatchNorm, SiLU; each of the last two can be left out.
+
+    Shape: (B, in_channels, H, W) -> (B, out_channels, ceil(H / stride), ceil(W / stride)).
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        *,
+        stride: int = 1,
+        dilation: int = 1,
+        groups: int = 1,
+        norm: bool = True,
+        act: bool = True,
+    ) -> None:
+        super().__init__()
+        padding = (kernel_size - 1) // 2 * dilation
+        self.conv = nn.Conv2d(
+            in_channels, out_channels, kernel_size, stride, padding, dilation=dilation, groups=groups, bias=False
+        )
+        self.norm = nn.BatchNorm2d(out_channels) if norm else nn.Identity()
+        self.act = nn.SiLU() if act else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act(self.norm(self.conv(x)))
+        return x
+
+
+class InvertedResidual(nn.Module):
+    """MobileNetV2 block: widen by a 1x1, filter each channel by a 3x3, narrow by a 1x1 (arXiv:1801.04381).
+
+    Shape: (B, in_channels, H, W) -> (B, out_channels, ceil(H / stride), ceil(W / stride)).
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, *, stride: int, expand_ratio: int, dilation: int = 1
+    ) -> None:
+        super().__init__()
+        hidden = _round_channels(in_channels * expand_ratio)
+        self.expand = ConvNormAct(in_channels, hidden, 1)
+        self.depthwise = ConvNormAct(hidden, hidden, 3, stride=stride, dilation=dilation, groups=hidden)
+        self.project = ConvNormAct(hidden, out_channels, 1, act=False)
+        self.residual = stride == 1 and in_channels == out_channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.project(self.depthwise(self.expand(x)))
+        return x + y if self.residual else y
+
+
+def _round_channels(channels: int, multiple: int = 8) -> int:
+    """The nearest multiple of 8 that is not below 90 % of what was asked (arXiv:1801.04381, official code)."""
+    rounded = max(multiple, (channels + multiple // 2) // multiple * multiple)
+    return rounded if rounded >= 0.9 * channels else rounded + multiple
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with one fused projection to queries, keys and values (arXiv:1706.03762).
+
+    Shape: (batch, N, D) -> (batch, N, D).
+    """
+
+    def __init__(self, embed_dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.scale: float = (embed_dim // num_heads) ** -0.5
+        self.qkv = nn.Linear(embed_dim, 3 * embed_dim)
+        self.out = nn.Linear(embed_dim, embed_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, num_tokens, embed_dim = x.shape
+        qkv = self.qkv(x).view(batch, num_tokens, 3 * self.num_heads, embed_dim // self.num_heads)
+        q, k, v = qkv.transpose(1, 2).chunk(3, dim=1)  # each (batch, h, N, D / h)
+        x = F.scaled_dot_product_attention(q, k, v, scale=self.scale)
+        x = self.out(x.transpose(1, 2).reshape(batch, num_tokens, embed_dim))
+        return x
+
+
+class Dropout(nn.Dropout):
+    """`nn.Dropout`, at a third of its cost on a CPU.
+
+    There the stock one draws every element from a serial generator, which is a tenth of a training step; here each
+    draw of 64 bits decides four elements, and the probability is kept to 1 / 65536.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.p == 0 or x.device.type != "cpu":
+            return super().forward(x)
+        bits = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
+        keep = bits[: x.numel()].view(x.shape) >= round(2**16 * self.p) - 2**15
+        return x * keep.to(x.dtype).mul_(1 / (1 - self.p))
+
+
+class TransformerLayer(nn.Module):
+    """Pre-norm transformer layer: x + attention(norm(x)), then x + ffn(norm(x)); the ffn is twice as wide as x.
+
+    Shape: (batch, N, D) -> (batch, N, D).
+    """
+
+    def __init__(self, embed_dim: int, num_heads: int, dropout: float) -> None:
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(embed_dim)
+        self.attention = Attention(embed_dim, num_heads)
+        self.ffn_norm = nn.LayerNorm(embed_dim)
+        self.ffn_in = nn.Linear(embed_dim, 2 * embed_dim)
+        self.ffn_act = nn.SiLU()
+        self.ffn_out = nn.Linear(2 * embed_dim, embed_dim)
+        self.dropout = Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.dropout(self.attention(self.attention_norm(x)))
+        x = x + self.dropout(self.ffn_out(self.ffn_act(self.ffn_in(self.ffn_norm(x)))))
+        return x
+
+
+def unfold(x: Tensor, patch_size: tuple[int, int]) -> Tensor:
+    """Gather the pixels at the same place inside their patches into one sequence each (arXiv:2110.02178, figure 4).
+
+    Sequences are ordered by place inside the patch, then by picture. Two copies, of runs of pw * D and of D numbers;
+    no tensor above rank 4, so that exported graphs suit compilers for small devices.
+
+    Shape: (B, D, H, W) -> (P * B, N, D); H and W are multiples of the patch.
+    """
+    (batch, dim, height, width), (ph, pw) = x.shape, patch_size
+    x = x.permute(0, 2, 3, 1)  # (B, H, W, D), no copy: the map is channels-last in memory
+    x = x.reshape(batch * height // ph, ph, width // pw, pw * dim).transpose(0, 1)  # (ph, B * H/ph, W/pw, pw * D)
+    x = x.reshape(ph * batch * height // ph, width // pw, pw, dim).permute(2, 0, 1, 3)  # (pw, ph * B * H/ph, W/pw, D)
+    return x.reshape(pw * ph * batch, (height // ph) * (width // pw), dim)
+
+
+def fold(tokens: Tensor, size: tuple[int, int], patch_size: tuple[int, int]) -> Tensor:
+    """The inverse of `unfold`: put every token back at its pixel.
+
+    Shape: (P * B, N, D) -> (B, D, H, W), channels-last in memory; `size` is (H, W).
+    """
+    (height, width), (ph, pw), dim = size, patch_size, tokens.shape[-1]
+    batch = tokens.shape[0] // (ph * pw)
+    x = tokens.reshape(pw, ph * batch * height // ph, width // pw, dim).permute(1, 2, 0, 3)
+    x = x.reshape(ph, batch * height // ph, width // pw, pw * dim).transpose(0, 1)
+    return x.reshape(batch, height, width, dim).permute(0, 3, 1, 2)
+
+
+class MobileViTBlock(nn.Module):
+    """Local 3x3 convolution, then attention across patches (arXiv:2110.02178, section 3.1).
+
+    A pixel attends only to the pixels at its own offset inside the other patches: P sequences of N tokens.
+    A map that patches do not divide is resized up to the next multiple and back, bilinearly, as the official code does.
+
+    Args:
+        in_channels: C.
+        embed_dim: D, the transformer's width; divisible by `num_heads`.
+        depth: number of transformer layers (L in the paper).
+    Shape: (B, C, H, W) -> (B, C, H, W), any H and W.
+
+    Raises:
+        ValueError: `embed_dim` is not divisible by `num_heads`.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        *,
+        embed_dim: int,
+        depth: int,
+        num_heads: int,
+        patch_size: PatchSize,
+        dropout: float,
+    ) -> None:
+        super().__init__()
+        if embed_dim % num_heads:
+            raise ValueError(f"embed_dim {embed_dim} is not divisible by num_heads {num_heads}")
+        self.patch_size = _pair(patch_size)
+        self.local_conv = ConvNormAct(in_channels, in_channels, 3)
+        self.project_in = ConvNormAct(in_channels, embed_dim, 1, norm=False, act=False)
+        self.transformer = nn.Sequential(*(TransformerLayer(embed_dim, num_heads, dropout) for _ in range(depth)))
+        self.norm = nn.LayerNorm(embed_dim)
+        self.project_out = ConvNormAct(embed_dim, in_channels, 1)
+        self.fusion = ConvNormAct(2 * in_channels, in_channels, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        (height, width), (ph, pw) = x.shape[-2:], self.patch_size
+        padded = (-(-height // ph) * ph, -(-width // pw) * pw)
+
+        y = self.project_in(self.local_conv(x))  # (B, D, H, W)
+        if padded != (height, width):
+            y = F.interpolate(y, size=padded, mode="bilinear", align_corners=False)
+        tokens = unfold(y, self.patch_size)  # (P * B, N, D)
+        tokens = self.norm(self.transformer(tokens))
+        y = fold(tokens, padded, self.patch_size)  # (B, D, H, W)
+        if padded != (height, width):
+            y = F.interpolate(y, size=(height, width), mode="bilinear", align_corners=False)
+        y = self.project_out(y)  # (B, C, H, W)
+        x = self.fusion(torch.cat((x, y), dim=1))
+        return x
+
+
+class MobileViT(nn.Module):
+    """MobileViT for classification, and the backbone of the other tasks (arXiv:2110.02178, table 4).
+
+    Args:
+        config: the shape of the backbone, such as `XXS`, `XS` or `S`.
+        num_classes: K; 0 leaves the classifier out, and the pooled features are returned.
+    Shape: RGB in 0..1, (B, 3, H, W), H and W >= 32 -> logits (B, K).
+    """
+
+    card: ModelCard | None = None
+    """What the model says of itself; set by `create_model` and `load`."""
+
+    def __init__(self, config: MobileViTConfig, num_classes: int = 1000) -> None:
+        super().__init__()
+        self.config = config
+        self.num_classes = num_classes
+        stem, (c1, c2, c3, c4, c5) = config.stem_channels, config.channels
+        # Where layer4 no longer shrinks the map, layer5 dilates its depthwise convolution to see as far as before.
+        # As in the official code, that is the only dilated one: those inside the MobileViT blocks never are.
+        stride4, stride5 = (2 if config.output_stride >= 16 else 1), (2 if config.output_stride >= 32 else 1)
+
+        self.stem = ConvNormAct(3, stem, 3, stride=2)
+        self.layer1 = self._inverted_residuals(stem, c1, strides=(1,))
+        self.layer2 = self._inverted_residuals(c1, c2, strides=(2, 1, 1))
+        self.layer3 = self._mobilevit_stage(0, c2, c3, stride=2)
+        self.layer4 = self._mobilevit_stage(1, c3, c4, stride=stride4)
+        self.layer5 = self._mobilevit_stage(2, c4, c5, stride=stride5, dilation=2 // stride4)
+        self.head_conv = ConvNormAct(c5, config.head_channels, 1)
+        self.classifier_dropout = nn.Dropout(config.classifier_dropout)
+        self.classifier: nn.Module
+        self.reset_classifier(num_classes)
+
+        strides = (2, 4, 8, 8 * stride4, 8 * stride4 * stride5)
+        self.feature_channels: dict[int, int] = dict(zip(strides, config.channels, strict=True))
+        """Channels of each map that `forward_features` returns, by stride."""
+        self._feature_strides = strides
+        self.apply(_init_weights)
+        self.to(memory_format=torch.channels_last)
+
+    def _inverted_residuals(self, in_channels: int, out_channels: int, *, strides: Sequence[int]) -> nn.Sequential:
+        widths = pairwise((in_channels, *(out_channels for _ in strides)))
+        ratio = self.config.expand_ratio
+        return nn.Sequential(
+            *(InvertedResidual(i, o, stride=s, expand_ratio=ratio) for (i, o), s in zip(widths, strides, strict=True))
+        )
+
+    def _mobilevit_stage(
+        self, index: int, in_channels: int, out_channels: int, *, stride: int, dilation: int = 1
+    ) -> nn.Sequential:
+        config = self.config
+        return nn.Sequential(
+            InvertedResidual(
+                in_channels, out_channels, stride=stride, expand_ratio=config.expand_ratio, dilation=dilation
+            ),
+            MobileViTBlock(
+                out_channels,
+                embed_dim=config.embed_dims[index],
+                depth=config.depths[index],
+                num_heads=config.num_heads,
+                patch_size=config.patch_size[index],
+                dropout=config.dropout,
+            ),
+        )
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """Replace the last linear layer by a freshly initialised one for `num_classes` classes (0: none)."""
+        self.num_classes = num_classes
+        self.classifier = nn.Linear(self.config.head_channels, num_classes) if num_classes else nn.Identity()
+        _init_weights(self.classifier)
+        self.classifier.to(self.stem.conv.weight.device)
+
+    def forward_features(self, x: Tensor) -> dict[int, Tensor]:
+        """The deepest feature map at each stride.
+
+        Shape: (B, 3, H, W) -> {stride: (B, feature_channels[stride], ceil(H / stride), ceil(W / stride))}.
+        """
+        features: dict[int, Tensor] = {}
+        x = self.stem(x.contiguous(memory_format=torch.channels_last))
+        layers = (self.layer1, self.layer2, self.layer3, self.layer4, self.layer5)
+        for stride, layer in zip(self._feature_strides, layers, strict=True):
+            x = features[stride] = layer(x)
+        return features
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.forward_features(x)[self._feature_strides[-1]]  # (B, C5, H / 32, W / 32)
+        x = self.head_conv(x).mean((2, 3))  # (B, head_channels)
+        x = self.classifier(self.classifier_dropout(x))  # (B, K)
+        return x
+
+
+def _init_weights(module: nn.Module) -> None:
+    """Initialisation of the official code: convolutions Kaiming normal over fan-out, linear layers normal 0.02."""
+    if isinstance(module, nn.Conv2d):
+        nn.init.kaiming_normal_(module.weight, mode="fan_out")
+    elif isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        nn.init.zeros_(module.bias)

@@ -1,0 +1,122 @@
+"""What a model is made of: shapes, parameters, multiply-adds, and what attention costs, at any input size."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from mobilevit.models.mobilevit import MobileViT, MobileViTBlock, MobileViTConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerRow:
+    """One layer of the table."""
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    """Of the output, without the batch."""
+    parameters: int
+    macs: int
+    """Multiply-adds of convolutions, linear layers and attention, for one picture."""
+    activations: int
+    """Numbers in the output."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionRow:
+    """What one multiplication of queries by keys costs in a MobileViT block (arXiv:2110.02178, section 3.1)."""
+
+    name: str
+    map_size: tuple[int, int]
+    """(H, W) that attention sees: of the feature map, resized up to a multiple of the patch."""
+    patch_size: tuple[int, int]
+    num_sequences: int
+    """P: pixels in a patch, each offset a sequence of its own."""
+    num_tokens: int
+    """N: patches in the map."""
+    embed_dim: int
+    plain_cost_per_channel: int
+    """(H W)^2: every pixel attends to every pixel. Times D for multiply-adds."""
+    cost_per_channel: int
+    """P N^2: every pixel attends to those at its own offset."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """A whole model at one input size."""
+
+    input_size: tuple[int, int]
+    layers: tuple[LayerRow, ...]
+    attention: tuple[AttentionRow, ...]
+    parameters: int
+    macs: int
+    activations: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+
+def summarize(config: MobileViTConfig, num_classes: int, input_size: tuple[int, int]) -> Summary:
+    """Measure a model without computing anything: it runs on tensors that have shapes but no numbers."""
+    with torch.device("meta"):
+        model = MobileViT(config, num_classes).eval()
+        picture = torch.empty(1, 3, *input_size)
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, module in _layers(model):
+        module.register_forward_hook(lambda _module, _in, out, name=name: shapes.update({name: tuple(out.shape[1:])}))
+    counter = FlopCounterMode(display=False, depth=3)
+    with counter, torch.no_grad():
+        model(picture)
+    counts = counter.get_flop_counts()
+    layers = tuple(
+        LayerRow(
+            name=name,
+            kind=type(module).__name__,
+            shape=shapes[name],
+            parameters=sum(p.numel() for p in module.parameters()),
+            macs=sum(counts.get(f"{type(model).__name__}.{name}", {}).values()) // 2,
+            activations=Tensor.numel(torch.empty(shapes[name], device="meta")),
+        )
+        for name, module in _layers(model)
+    )
+    attention = tuple(_attention(name, m, shapes[name]) for name, m in _layers(model) if isinstance(m, MobileViTBlock))
+    return Summary(
+        input_size=input_size,
+        layers=layers,
+        attention=attention,
+        parameters=sum(p.numel() for p in model.parameters()),
+        macs=counter.get_total_flops() // 2,
+        activations=sum(row.activations for row in layers),
+    )
+
+
+def _layers(model: MobileViT) -> Iterator[tuple[str, nn.Module]]:
+    """The stem, every block of every stage, and the head."""
+    for name, child in model.named_children():
+        if isinstance(child, nn.Sequential):
+            yield from ((f"{name}.{index}", block) for index, block in child.named_children())
+        elif not isinstance(child, nn.Dropout):
+            yield name, child
+
+
+def _attention(name: str, block: MobileViTBlock, shape: tuple[int, ...]) -> AttentionRow:
+    (_, height, width), (ph, pw) = shape, block.patch_size
+    height, width = -(-height // ph) * ph, -(-width // pw) * pw
+    num_sequences, num_tokens = ph * pw, (height // ph) * (width // pw)
+    return AttentionRow(
+        name=name,
+        map_size=(height, width),
+        patch_size=(ph, pw),
+        num_sequences=num_sequences,
+        num_tokens=num_tokens,
+        embed_dim=block.norm.normalized_shape[0],
+        plain_cost_per_channel=(height * width) ** 2,
+        cost_per_channel=num_sequences * num_tokens**2,
+    )

@@ -1,0 +1,180 @@
+"""The one place where a picture becomes a tensor.
+
+Training-time evaluation, `Predictor` and every exported artefact share the `Preprocessing` that a checkpoint carries.
+The contract: a model is fed RGB in 0..1 (before mean and std), whatever its weights' origin.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import warnings
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+Source = str | os.PathLike[str] | bytes | Image.Image | np.ndarray
+"""What can be read as a picture: a path, encoded bytes, a PIL image, or a numpy array (H, W, 3) of uint8."""
+
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".avif"})
+
+MAX_PIXELS = 178_956_970
+"""Larger pictures are refused as decompression bombs: Pillow's own limit, half a gigabyte of RGB."""
+
+# Formats with a decoder in Pillow itself. Others (EPS, for one) start outside programs on files from strangers.
+_SAFE_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF")
+
+_INTERPOLATION = {
+    "nearest": Image.Resampling.NEAREST,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+}
+
+
+class ImageError(ValueError):
+    """A picture that cannot be read; the message names it and says why."""
+
+
+def read_image(source: Source, name: str | None = None) -> Image.Image:
+    """Decode a picture to upright 8-bit RGB.
+
+    Takes JPEG, PNG, WebP, BMP, GIF, TIFF, PPM and AVIF in any colour mode: the first frame of animations, the high
+    byte of 16-bit samples, CMYK and palettes converted, transparency laid over white, EXIF orientation applied.
+
+    Args:
+        source: see `Source`.
+        name: what to call the picture in errors; a path is its own name.
+
+    Raises:
+        ImageError: empty, truncated, not a picture, or more than `MAX_PIXELS`.
+    """
+    if isinstance(source, np.ndarray):
+        if source.dtype != np.uint8 or source.ndim != 3 or source.shape[2] != 3:
+            raise ImageError(f"array is {source.dtype} {source.shape}; a picture is uint8 (height, width, 3), RGB")
+        return Image.fromarray(source)
+    if isinstance(source, Image.Image):
+        return _to_rgb(source)
+    name = name or ("picture" if isinstance(source, bytes) else os.fspath(source))
+    try:
+        data = source if isinstance(source, bytes) else Path(source).read_bytes()
+        if not data:
+            raise ImageError(f"{name}: the file is empty")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below decides
+            image = Image.open(io.BytesIO(data), formats=_formats())
+        if image.width * image.height > MAX_PIXELS:
+            raise ImageError(f"{name}: {image.width} x {image.height} pixels are more than the limit of {MAX_PIXELS}")
+        return _to_rgb(image)
+    except ImageError:
+        raise
+    except Image.DecompressionBombError:
+        raise ImageError(f"{name}: more pixels than the limit of {MAX_PIXELS}") from None
+    except FileNotFoundError:
+        raise ImageError(f"{name}: no such file") from None
+    except UnidentifiedImageError:
+        raise ImageError(f"{name}: not a picture in a known format ({', '.join(_formats())})") from None
+    except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error and more on bad files
+        raise ImageError(f"{name}: cannot be read ({' '.join(str(error).split()) or type(error).__name__})") from error
+
+
+@lru_cache(maxsize=1)
+def _formats() -> tuple[str, ...]:
+    """The safe formats that this build of Pillow has; it loads most of its decoders only when asked."""
+    Image.init()
+    return tuple(name for name in _SAFE_FORMATS if name in Image.OPEN)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16-bit greys, also those that Pillow keeps in 32 bits
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
+    elif image.mode == "F":
+        values = np.nan_to_num(np.asarray(image))
+        image = Image.fromarray((values * (255 if values.max(initial=0) <= 1 else 1)).clip(0, 255).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preprocessing:
+    """How a picture becomes the input of a model; travels inside checkpoints and exported artefacts.
+
+    Resizing always antialiases (Pillow's filters). The defaults are the paper's evaluation: the middle 256 of 288
+    pixels on the shorter side.
+
+    Raises:
+        ValueError: a field has no meaning.
+    """
+
+    size: tuple[int, int] = (256, 256)
+    """(height, width) of the model's input in pixels."""
+    resize_mode: Literal["crop", "stretch"] = "crop"
+    """"crop": the largest centred region of the right shape, times `crop_fraction`; "stretch": the whole picture."""
+    crop_fraction: float = 256 / 288
+    """Share of each side that "crop" keeps."""
+    interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "bicubic"
+    """Resampling filter."""
+    mean: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    """Subtracted from RGB in 0..1."""
+    std: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    """Divides what is left."""
+
+    def __post_init__(self) -> None:
+        if len(self.size) != 2 or min(self.size) < 32:
+            raise ValueError(f"image size {tuple(self.size)} is too small; both sides must be 32 pixels or more")
+        if not 0 < self.crop_fraction <= 1:
+            raise ValueError(f"crop_fraction is {self.crop_fraction}; it must be above 0 and at most 1")
+        if self.resize_mode not in ("crop", "stretch"):
+            raise ValueError(f"resize_mode is {self.resize_mode!r}; it can be 'crop' or 'stretch'")
+        if self.interpolation not in _INTERPOLATION:
+            raise ValueError(f"interpolation is {self.interpolation!r}; choose from {', '.join(_INTERPOLATION)}")
+
+    def resize(self, image: Image.Image) -> Tensor:
+        """Crop and resize in one resampling.
+
+        Shape: RGB picture of any size -> uint8 (3, height, width), channels-last in memory.
+        """
+        height, width = self.size
+        box = None
+        if self.resize_mode == "crop":
+            scale = min(image.width / width, image.height / height) * self.crop_fraction
+            left, top = (image.width - width * scale) / 2, (image.height - height * scale) / 2
+            right, bottom = left + width * scale, top + height * scale
+            # The sums can pass the border by a rounding error, which Pillow refuses.
+            box = (max(left, 0), max(top, 0), min(right, image.width), min(bottom, image.height))
+        resized = image.resize((width, height), _INTERPOLATION[self.interpolation], box)
+        return torch.from_numpy(np.array(resized)).permute(2, 0, 1)
+
+    def normalize(self, pixels: Tensor) -> Tensor:
+        """Scale to 0..1, subtract mean, divide by std.
+
+        Shape: uint8 (..., 3, H, W) -> float32 (..., 3, H, W), on the same device.
+        """
+        x = pixels.float() / 255
+        if any(self.mean) or any(s != 1 for s in self.std):
+            mean, std = (torch.tensor(v, device=x.device)[:, None, None] for v in (self.mean, self.std))
+            x = (x - mean) / std
+        return x
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        """One RGB picture to one model input, float32 (3, height, width)."""
+        return self.normalize(self.resize(image))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; `from_dict` reads them back."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Preprocessing:
+        """The inverse of `to_dict`."""
+        known: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        return cls(**known)

@@ -1,0 +1,71 @@
+"""Progress with speed and time left: a bar on a terminal, a clean line now and then elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+from typing import Any
+
+_SECONDS_BETWEEN_LINES = 15.0
+
+
+class Progress:
+    """Counts towards `total` and shows how fast; use it as a context manager.
+
+    Args:
+        label: what is going on, such as "epoch 3/20".
+        total: how many there will be.
+        unit: what is counted, in the plural.
+        done: how many were done before (a resumed run).
+    """
+
+    def __init__(self, label: str, total: int, unit: str = "images", done: int = 0) -> None:
+        self.label, self.total, self.unit, self.done = label, total, unit, done
+        self._first = done
+        self._start = self._last_line = time.monotonic()
+        self._bar: Any = None
+        self._task: Any = None
+
+    def __enter__(self) -> Progress:
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+            from rich.progress import Progress as Bar
+
+            columns = (
+                TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"),
+                TextColumn("{task.fields[speed]}"), TimeRemainingColumn(), TextColumn("[dim]{task.fields[note]}"),
+            )  # fmt: skip
+            self._bar = Bar(*columns, console=Console(stderr=True), transient=True)
+            self._bar.start()
+            self._task = self._bar.add_task(self.label, total=self.total, completed=self.done, speed="", note="")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    @property
+    def per_second(self) -> float:
+        """Items a second since the start."""
+        return (self.done - self._first) / max(time.monotonic() - self._start, 1e-9)
+
+    def advance(self, count: int, note: str = "") -> None:
+        """Count `count` more; `note` is shown behind the speed (loss, learning rate)."""
+        self.done += count
+        speed = f"{self.per_second:.4g} {self.unit}/s"
+        if self._bar is not None:
+            self._bar.update(self._task, completed=self.done, speed=speed, note=note)
+            return
+        now = time.monotonic()
+        if now - self._last_line >= _SECONDS_BETWEEN_LINES:
+            self._last_line = now
+            left = (self.total - self.done) / max(self.per_second, 1e-9)
+            print(
+                f"{self.label}: {self.done}/{self.total}, {speed}, {left:.0f} s left  {note}",
+                file=sys.stderr,
+                flush=True,
+            )

@@ -1,0 +1,1 @@
+"""What each task adds to a backbone: loss, metrics, a typed result, pictures."""

@@ -1,0 +1,179 @@
+"""What a training run can be told, in one typed place; a field's description is also its --help."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import types
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Settings of one run. Defaults suit a few thousand photographs; the paper's values are named where they differ."""
+
+    data: Path
+    """Folder with one sub-folder per class (or train/ and val/ of such), a .csv (path, label), or a .parquet file."""
+    out: Path = Path("runs/train")
+    """Run folder: configuration, metrics, curves, checkpoints, model card."""
+    val_data: Path | None = None
+    """Data to validate on, in any of the forms of --data. Without it, val/ beside train/, else a split of the data."""
+    val_fraction: float = 0.2
+    """Share of every class held out for validation where the data are not divided."""
+
+    model: str = "mobilevit_xxs"
+    """mobilevit_xxs, mobilevit_xs or mobilevit_s."""
+    weights: str | None = None
+    """Start from "pretrained" (ImageNet weights of this model), a name, or a checkpoint. Without it, from scratch."""
+    patch_size: tuple[int, int, int] = (2, 2, 2)
+    """Patch sides at strides 8, 16 and 32. 8 4 2 is the paper's configuration B: faster, coarser."""
+    freeze_backbone: bool = False
+    """Train the classifier alone; the backbone's weights and statistics stay."""
+
+    image_size: int = 256
+    """Side of the training and evaluation pictures in pixels."""
+    crop_fraction: float = 256 / 288
+    """Share of the shorter side that evaluation keeps; the paper's 256 of 288."""
+    min_crop_area: float = 0.35
+    """Smallest share of the area a training crop may have; 0.08 in the paper, for ImageNet's million pictures."""
+    flip: bool = True
+    """Mirror half of the training pictures. Off for text, digits, or where left and right matter."""
+    randaugment: int = 0
+    """Strength of RandAugment, 0 to 30; 0 is off, 9 is usual."""
+    mixup: float = 0.0
+    """Alpha of MixUp; 0 is off, 0.2 is usual."""
+    cutmix: float = 0.0
+    """Alpha of CutMix; 0 is off, 1.0 is usual."""
+    random_erasing: float = 0.0
+    """Probability that a rectangle of a training picture is blanked; 0 is off, 0.25 is usual."""
+
+    epochs: int = 20
+    """Passes over the training data; 300 in the paper."""
+    batch_size: int = 32
+    """Pictures in a step of one process; 128 on each of 8 GPUs in the paper."""
+    grad_accum_steps: int = 1
+    """Batches whose gradients are added up for one update."""
+    learning_rate: float | None = None
+    """Peak learning rate. Without it, the paper's 2e-3 at batch 1024, scaled by the square root of the batch."""
+    warmup_fraction: float = 0.1
+    """Share of all updates over which the learning rate rises from a tenth of its peak; 3,000 updates in the paper."""
+    final_lr_fraction: float = 0.01
+    """Learning rate at the end of the cosine, as a share of its peak; 0.1 in the paper."""
+    weight_decay: float = 0.01
+    """Of AdamW; the paper's value."""
+    decay_norm_and_bias: bool = True
+    """Whether normalisation weights and biases decay too, as in the paper."""
+    head_lr_factor: float = 1.0
+    """Learning rate of the classifier, relative to the rest."""
+    layer_decay: float = 1.0
+    """Each stage's learning rate relative to the next one's, for fine-tuning; 0.8 is usual, 1 is off."""
+    clip_grad_norm: float | None = None
+    """Largest norm of the gradients; larger ones are scaled down."""
+    label_smoothing: float = 0.1
+    """Share of the target spread over all classes; the paper's value."""
+    class_weights: Literal["none", "balanced"] = "none"
+    """"balanced": classes count alike in the loss, however many pictures each has."""
+    ema: bool = True
+    """Evaluate and keep an exponential moving average of the weights, as the paper does."""
+    ema_momentum: float = 5e-4
+    """Share of the current weights in each update of the average; larger in the first updates. The paper's value."""
+    early_stopping: int | None = None
+    """Stop after this many epochs without a better top-1."""
+
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1 or mps."""
+    amp: Literal["auto", "off", "bf16", "fp16"] = "auto"
+    """Mixed precision. auto: bf16 on GPUs that have it, off elsewhere."""
+    compile: bool = False
+    """Compile the model with torch.compile: minutes at first, faster after."""
+    num_workers: int | None = None
+    """Processes that read pictures; 0 reads in the main one. Without it, by the number of cores."""
+    seed: int = 0
+    """Decides initial weights, split, order, augmentation and dropout."""
+    checkpoint_minutes: float = 5.0
+    """Save for --resume at least this often (and after every epoch); 0 saves after every step."""
+
+    @property
+    def peak_learning_rate(self) -> float:
+        """The learning rate given, or the paper's scaled to this batch: by the square root, the rule for Adam.
+
+        Source: arXiv:2205.10287.
+        """
+        if self.learning_rate is not None:
+            return self.learning_rate
+        return 2e-3 * math.sqrt(self.batch_size * self.grad_accum_steps / 1024)
+
+    def validate(self) -> None:
+        """Check every value that can be checked without looking at data or devices.
+
+        Raises:
+            ValueError: with the flag, its value and what it may be.
+        """
+        positive = ("epochs", "batch_size", "grad_accum_steps")
+        not_negative = ("weight_decay", "head_lr_factor", "mixup", "cutmix", "checkpoint_minutes", "randaugment")
+        shares = ("warmup_fraction", "final_lr_fraction", "random_erasing", "label_smoothing", "ema_momentum")
+        for name in positive:
+            self._require(name, getattr(self, name) >= 1, "1 or more")
+        for name in not_negative:
+            self._require(name, getattr(self, name) >= 0, "0 or more")
+        for name in shares:
+            self._require(name, 0 <= getattr(self, name) <= 1, "from 0 to 1")
+        for name in ("min_crop_area", "crop_fraction", "layer_decay"):
+            self._require(name, 0 < getattr(self, name) <= 1, "above 0 and at most 1")
+        for name in ("learning_rate", "clip_grad_norm", "early_stopping"):
+            value = getattr(self, name)
+            self._require(name, value is None or value > 0, "above 0")
+        self._require("val_fraction", 0 < self.val_fraction < 1, "between 0 and 1")
+        self._require("image_size", self.image_size >= 32, "32 or more")
+        self._require("randaugment", self.randaugment <= 30, "at most 30")
+        self._require("num_workers", self.num_workers is None or self.num_workers >= 0, "0 or more")
+        self._require("patch_size", min(self.patch_size) >= 1, "three sizes of 1 or more")
+
+    def _require(self, name: str, holds: bool, allowed: str) -> None:
+        if not holds:
+            raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be {allowed}")
+
+    def to_json(self) -> str:
+        """Indented JSON; `from_json` reads it back."""
+        return json.dumps(dataclasses.asdict(self), indent=2, default=str) + "\n"
+
+    @classmethod
+    def from_json(cls, path: Path) -> TrainConfig:
+        """Read what `to_json` wrote.
+
+        Raises:
+            ValueError: no such file, not JSON, or fields that do not exist or have the wrong type.
+        """
+        try:
+            values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            hints = typing.get_type_hints(cls)
+            if unknown := sorted(set(values) - set(hints)):
+                raise ValueError(f"unknown setting {', '.join(unknown)}")
+            return cls(**{name: _as_type(name, value, hints[name]) for name, value in values.items()})
+        except OSError:
+            raise ValueError(f"{path}: no such configuration; --config takes the config.json of a run folder") from None
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path}: not the configuration of a run ({error})") from None
+
+
+def _as_type(name: str, value: Any, hint: Any) -> Any:
+    """A JSON value as the field's type: lists stand for tuples, strings for paths, and nothing else is bent."""
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if value is None and type(None) in options:
+        return None
+    kind = next(option for option in options if option is not type(None))
+    if kind is Path and isinstance(value, str):
+        return Path(value)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if typing.get_origin(kind) is tuple and isinstance(value, list) and len(value) == len(typing.get_args(kind)):
+        return tuple(value)
+    if typing.get_origin(kind) is Literal and value in typing.get_args(kind):
+        return value
+    if isinstance(kind, type) and type(value) is kind:
+        return value
+    raise ValueError(f"{name} is {value!r}")

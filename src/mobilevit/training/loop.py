@@ -1,0 +1,402 @@
+"""The training run, top to bottom: data, model, steps, epochs, record."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import logging
+import math
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mobilevit import factory
+from mobilevit.data.datasets import ImageSet, load_train_val
+from mobilevit.data.loaders import Batch, BatchLoader
+from mobilevit.data.transforms import mix_transform, train_transform
+from mobilevit.devices import pick_device
+from mobilevit.models.card import card_of
+from mobilevit.models.fuse import fuse
+from mobilevit.models.mobilevit import MobileViT
+from mobilevit.preprocessing import Preprocessing
+from mobilevit.progress import Progress
+from mobilevit.tasks.classification import ClassificationReport, balanced_class_weights, classification_loss
+from mobilevit.training.config import TrainConfig
+from mobilevit.training.evaluate import default_num_workers, evaluate, evaluation_loader, write_evaluation
+from mobilevit.training.optim import WeightAverage, learning_rate, make_optimizer
+from mobilevit.training.run import RunFolder, StopSignals, TrainingInterrupted
+
+log = logging.getLogger("mobilevit")
+
+_STEPS_BETWEEN_LOOKS = 20  # at the loss, on a GPU: looking makes the host wait for the device
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainResult:
+    """What came of a run."""
+
+    report: ClassificationReport
+    """Of the best weights on the validation pictures."""
+    best: Path
+    """The checkpoint to use."""
+    epochs: int
+    """Epochs run."""
+    images_per_second: float
+    """Training throughput of the last epoch run, data loading included."""
+
+
+def train(
+    config: TrainConfig,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    network: Callable[[int], nn.Module] | None = None,
+) -> TrainResult:
+    """Train, evaluate after every epoch, keep the best weights, and write the run folder.
+
+    The same config on the same machine gives the same weights, interrupted and resumed or not.
+
+    Args:
+        config: everything there is to set.
+        resume: go on from the run folder's last checkpoint.
+        overwrite: replace another run in the folder.
+        network: makes another network than `config.model` from the number of classes (B, 3, H, W -> B, K), to compare
+            with; its `best.safetensors` does not describe itself.
+
+    Raises:
+        ValueError: a user's mistake in settings, data or files, in one line.
+        TrainingInterrupted: Ctrl-C or SIGTERM; the state is saved.
+    """
+    config.validate()
+    device = pick_device(config.device)
+    amp_dtype = _amp_dtype(config.amp, device)
+    train_set, val_set = load_train_val(
+        config.data, val_path=config.val_data, val_fraction=config.val_fraction, seed=config.seed
+    )
+    run = RunFolder(config.out)
+    state = run.reopen(config) if resume else None
+    if state is not None and state["data"] != train_set.fingerprint():
+        raise ValueError(f"{config.data}: not the pictures this run began with; resume with the same data")
+
+    # -- model --------------------------------------------------------------------------------------------------------
+    torch.manual_seed(config.seed)
+    random.seed(config.seed)
+    np.random.seed(config.seed)
+    if network is None:
+        model: nn.Module = _build_model(config, train_set)
+        preprocessing = card_of(model).preprocessing
+    else:
+        model, preprocessing = network(len(train_set.classes)), _preprocessing(config)
+    model = model.to(device)
+    if config.freeze_backbone:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad = name.startswith("classifier.")
+    optimizer = make_optimizer(model, config, device)
+    average = WeightAverage(model, copy.deepcopy(model), config.ema_momentum) if config.ema else None
+    scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype is torch.float16)
+    forward = torch.compile(model) if config.compile else model
+
+    # -- data ---------------------------------------------------------------------------------------------------------
+    num_workers = default_num_workers(device) if config.num_workers is None else config.num_workers
+    transform = train_transform(
+        preprocessing,
+        min_crop_area=config.min_crop_area,
+        flip=config.flip,
+        randaugment=config.randaugment,
+        random_erasing=config.random_erasing,
+    )
+    loader = BatchLoader(
+        train_set,
+        transform,
+        batch_size=config.batch_size,
+        num_workers=num_workers,
+        shuffle_seed=config.seed,
+        pin_memory=device.type == "cuda",
+    )
+    val_loader = evaluation_loader(
+        val_set, preprocessing, batch_size=2 * config.batch_size, num_workers=num_workers, device=device
+    )
+    class_weights = None
+    if config.class_weights == "balanced":
+        class_weights = balanced_class_weights(train_set.labels, len(train_set.classes)).to(device)
+    mix = mix_transform(len(train_set.classes), mixup=config.mixup, cutmix=config.cutmix)
+
+    def loss_of(batch: Batch) -> Tensor:
+        images = preprocessing.normalize(batch.images.to(device, non_blocking=True))
+        labels = batch.labels.to(device, non_blocking=True)
+        if mix is not None:
+            images, labels = mix(images, labels)
+        with torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype is not None):
+            logits = forward(images)
+        return classification_loss(logits, labels, label_smoothing=config.label_smoothing, class_weights=class_weights)
+
+    # -- state --------------------------------------------------------------------------------------------------------
+    position = _Position()
+    if state is not None:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+        if average is not None:
+            average.load_state_dict(state["average"])
+        _set_random_state(state["random"])
+        position = _Position(**state["position"])
+        run.forget_from(position.epoch)
+    else:
+        if not resume:
+            run.create(config, overwrite=overwrite)
+        _say_what_is_trained(config, model, train_set, val_set, device)
+    writer = _tensorboard(run.path, position.epoch)
+
+    def save_state() -> None:
+        run.save_last(
+            {
+                "model": model.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "scaler": scaler.state_dict(),
+                "average": average.state_dict() if average else None,
+                "random": _random_state(),
+                "position": dataclasses.asdict(position),
+                "data": train_set.fingerprint(),
+            }
+        )
+
+    # -- epochs -------------------------------------------------------------------------------------------------------
+    num_batches, accumulate = len(loader), config.grad_accum_steps
+    updates_per_epoch = math.ceil(num_batches / accumulate)
+    num_updates = config.epochs * updates_per_epoch
+    images_per_second = 0.0
+    unreadable: set[str] = set()
+    last_saved = time.monotonic()
+    with StopSignals() as stop:
+        while position.epoch < config.epochs and not _is_stuck(position, config):
+            epoch = position.epoch
+            model.train()
+            if config.freeze_backbone:
+                model.eval()  # no dropout either: only a linear layer learns
+            rate = 0.0
+            unseen: list[tuple[Tensor, list[int]]] = []  # losses the host has not looked at yet, and their pictures
+            label = f"epoch {epoch + 1}/{config.epochs}"
+            images_done = position.batch * config.batch_size
+            with Progress(label, loader.num_images, done=images_done) as progress:
+                for index, batch in enumerate(loader.epoch(epoch, position.batch), start=position.batch):
+                    unreadable.update(batch.errors)
+                    last_of_update = (index + 1) % accumulate == 0 or index + 1 == num_batches
+                    update = epoch * updates_per_epoch + index // accumulate
+                    rate = learning_rate(update, num_updates, config)
+                    if len(batch.labels) > 1:  # statistics of one picture are none
+                        group_size = min(accumulate, num_batches - index // accumulate * accumulate)
+                        loss = loss_of(batch)
+                        scaler.scale(loss / group_size).backward()  # type: ignore[no-untyped-call]
+                        unseen.append((loss.detach(), batch.indices))
+                    if last_of_update:
+                        for group in optimizer.param_groups:
+                            group["lr"] = rate * group["lr_factor"]
+                        if config.clip_grad_norm is not None:
+                            scaler.unscale_(optimizer)
+                            torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad_norm)
+                        scaler.step(optimizer)
+                        scaler.update()
+                        optimizer.zero_grad(set_to_none=True)
+                        if average is not None:
+                            average.update()
+                    save_now = last_of_update and (
+                        stop.requested or time.monotonic() - last_saved >= config.checkpoint_minutes * 60
+                    )
+                    look = device.type == "cpu" or len(unseen) >= _STEPS_BETWEEN_LOOKS or index + 1 == num_batches
+                    if look or save_now:
+                        position.add_losses(unseen, train_set)
+                        unseen.clear()
+                    progress.advance(len(batch.labels) + len(batch.errors), f"loss {position.loss:.4f}  lr {rate:.2e}")
+                    position.batch = index + 1
+                    if save_now:
+                        save_state()
+                        last_saved = time.monotonic()
+                    if stop.requested and last_of_update:
+                        raise TrainingInterrupted(run.config)
+                if progress.done > images_done:
+                    images_per_second = progress.per_second
+            if position.loss_count == 0:
+                raise ValueError(f"{train_set.origin}: no picture to train on can be read; {min(unreadable)}")
+
+            # -- evaluation, record -----------------------------------------------------------------------------------
+            evaluated = average.model if average is not None else model.eval()
+            report = evaluate(
+                fuse(evaluated),
+                val_loader,
+                preprocessing,
+                device=device,
+                amp_dtype=amp_dtype,
+                label=f"{label}, validation",
+            ).report
+            row = {
+                "epoch": epoch, "train_loss": round(position.loss, 6), **report.summary, "learning_rate": rate,
+                "images_per_second": round(images_per_second, 2),
+            }  # fmt: skip
+            if report.top1 > position.best_top1:
+                position.best_top1, position.best_epoch = report.top1, epoch
+                run.save_best(evaluated, report.summary, _provenance(config, train_set, epoch))
+            run.append(row)
+            for name, value in row.items():
+                writer.add_scalar(name, value, epoch)
+            writer.flush()
+            log.info(
+                "%s  loss %.4f  validation loss %.4f  top-1 %.2f %%%s  %.0f images/s",
+                label, position.loss, report.loss, 100 * report.top1,
+                " (best)" if position.best_epoch == epoch else "", images_per_second,
+            )  # fmt: skip
+            if unreadable and epoch == 0:
+                _report_unreadable(unreadable, train_set)
+            position = _Position(epoch=epoch + 1, best_top1=position.best_top1, best_epoch=position.best_epoch)
+            save_state()
+            last_saved = time.monotonic()
+            if epoch % 10 == 9:
+                run.draw_curves()
+            if stop.requested and position.epoch < config.epochs:
+                raise TrainingInterrupted(run.config)
+
+    # -- end ----------------------------------------------------------------------------------------------------------
+    writer.close()
+    run.draw_curves()
+    best = _load_best(run, model)
+    evaluation = evaluate(fuse(best).to(device), val_loader, preprocessing, device=device, amp_dtype=amp_dtype)
+    write_evaluation(evaluation, val_set, run.path)
+    if isinstance(best, MobileViT):
+        run.write_model_card(best, config, {"train": len(train_set), "val": len(val_set)})
+    return TrainResult(
+        report=evaluation.report, best=run.best, epochs=position.epoch, images_per_second=images_per_second
+    )
+
+
+@dataclass(kw_only=True)
+class _Position:
+    """Where a run stands."""
+
+    epoch: int = 0
+    batch: int = 0
+    """Batches of this epoch that are done."""
+    loss_sum: float = 0.0
+    loss_count: int = 0
+    best_top1: float = -1.0
+    best_epoch: int = -1
+
+    @property
+    def loss(self) -> float:
+        """Mean training loss of this epoch so far."""
+        return self.loss_sum / max(self.loss_count, 1)
+
+    def add_losses(self, losses: list[tuple[Tensor, list[int]]], data: ImageSet) -> None:
+        """Take in what the device has computed.
+
+        Raises:
+            ValueError: a loss is not finite; the batch's pictures are named.
+        """
+        values = torch.stack([loss for loss, _ in losses]).tolist() if losses else []  # one wait for the device
+        for value, (_, indices) in zip(values, losses, strict=True):
+            if not math.isfinite(value):
+                names = ", ".join(data.names[i] for i in indices)
+                raise ValueError(
+                    f"the loss became {value} in epoch {self.epoch + 1}; lower --learning-rate, add "
+                    f"--clip-grad-norm 1, or look at the pictures of this batch: {names}"
+                )
+            self.loss_sum += value
+            self.loss_count += 1
+
+
+def _is_stuck(position: _Position, config: TrainConfig) -> bool:
+    patience = config.early_stopping
+    if patience is None or position.batch or position.epoch - 1 - position.best_epoch < patience:
+        return False
+    log.info("no better top-1 for %d epochs: stopping early", patience)
+    return True
+
+
+def _amp_dtype(amp: str, device: torch.device) -> torch.dtype | None:
+    if amp == "auto":
+        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else None
+    if amp == "fp16" and device.type == "cpu":
+        raise ValueError("--amp fp16 needs a GPU; on a CPU use --amp bf16 or off")
+    return {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
+
+
+def _preprocessing(config: TrainConfig) -> Preprocessing:
+    return Preprocessing(size=(config.image_size, config.image_size), crop_fraction=config.crop_fraction)
+
+
+def _build_model(config: TrainConfig, data: ImageSet) -> MobileViT:
+    weights = f"{config.model}.cvnets_in1k" if config.weights == "pretrained" else config.weights
+    model = factory.create_model(
+        config.model, num_classes=len(data.classes), weights=weights, patch_size=config.patch_size
+    )
+    card = card_of(model)
+    # The weights' own normalisation stays; size and crop are this run's.
+    preprocessing = dataclasses.replace(
+        card.preprocessing, size=(config.image_size, config.image_size), crop_fraction=config.crop_fraction
+    )
+    model.card = dataclasses.replace(card, classes=data.classes, preprocessing=preprocessing, metrics={})
+    return model
+
+
+def _load_best(run: RunFolder, model: nn.Module) -> nn.Module:
+    if isinstance(model, MobileViT):
+        return factory.load(run.best)
+    from safetensors.torch import load_file
+
+    model.load_state_dict(load_file(run.best))
+    return model.eval()
+
+
+def _provenance(config: TrainConfig, data: ImageSet, epoch: int) -> dict[str, str]:
+    """What `mobilevit eval` needs to find the pictures that were held out, and a reader to know the rest."""
+    return {
+        "data_fingerprint": data.fingerprint(),
+        "val_fraction": str(config.val_fraction),
+        "seed": str(config.seed),
+        "epoch": str(epoch + 1),
+        "trained_on": config.data.name,
+    }
+
+
+def _say_what_is_trained(
+    config: TrainConfig, model: nn.Module, train_set: ImageSet, val_set: ImageSet, device: torch.device
+) -> None:
+    count = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    log.info(
+        "%s: %d pictures of %d classes to train on, %d to validate on; %s trainable parameters; %s; run folder %s",
+        config.data, len(train_set), len(train_set.classes), len(val_set), f"{count:,}", device, config.out,
+    )  # fmt: skip
+    if config.weights is None and len(train_set) < 20_000:
+        log.info("training from scratch; on data this small --weights pretrained usually reaches far more")
+
+
+def _report_unreadable(unreadable: set[str], data: ImageSet) -> None:
+    log.warning("skipped %d of %d training pictures that cannot be read:", len(unreadable), len(data))
+    for line in sorted(unreadable)[:10]:
+        log.warning("  %s", line)
+    if len(unreadable) > 10:
+        log.warning("  and %d more", len(unreadable) - 10)
+
+
+def _tensorboard(folder: Path, first_epoch: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ValueError("training needs more packages; pip install 'mobilevit[train]'") from None
+    return SummaryWriter(str(folder), purge_step=first_epoch or None)
+
+
+def _random_state() -> dict[str, Any]:
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {"cpu": torch.get_rng_state(), "cuda": cuda}
+
+
+def _set_random_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["cpu"])
+    if state["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"])

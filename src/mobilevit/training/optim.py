@@ -1,0 +1,90 @@
+"""Parameter groups, learning-rate schedule, and the moving average of the weights."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from mobilevit.training.config import TrainConfig
+
+# From input to output; `layer_decay` lowers the learning rate by one power for each step back.
+_STAGES = ("stem", "layer1", "layer2", "layer3", "layer4", "layer5", "head_conv", "classifier")
+
+
+def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, object]]:
+    """Trainable parameters grouped by weight decay and by learning rate relative to the schedule's (`lr_factor`)."""
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        decays = config.decay_norm_and_bias or parameter.ndim > 1
+        stage = name.partition(".")[0]
+        factor = config.layer_decay ** (len(_STAGES) - 1 - _STAGES.index(stage)) if stage in _STAGES else 1.0
+        if name.startswith("classifier."):
+            factor *= config.head_lr_factor
+        groups.setdefault((factor, config.weight_decay if decays else 0.0), []).append(parameter)
+    return [
+        {"params": parameters, "lr_factor": factor, "weight_decay": decay}
+        for (factor, decay), parameters in groups.items()
+    ]
+
+
+def make_optimizer(model: nn.Module, config: TrainConfig, device: torch.device) -> torch.optim.AdamW:
+    """AdamW (arXiv:1711.05101) with the published betas, fused into one kernel where the device has one."""
+    groups = parameter_groups(model, config)
+    return torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=device.type in ("cpu", "cuda"))
+
+
+def learning_rate(update: int, num_updates: int, config: TrainConfig) -> float:
+    """Linear warm-up from a tenth of the peak, then half a cosine down to `final_lr_fraction` of it.
+
+    Args:
+        update: 0 for the first.
+        num_updates: in the whole run.
+        config: gives peak, warm-up and end.
+    """
+    peak = config.peak_learning_rate
+    warmup = round(num_updates * config.warmup_fraction)
+    if update < warmup:
+        return peak * (0.1 + 0.9 * update / warmup)
+    progress = (update - warmup) / max(num_updates - warmup, 1)
+    return peak * (config.final_lr_fraction + (1 - config.final_lr_fraction) * (1 + math.cos(math.pi * progress)) / 2)
+
+
+class WeightAverage:
+    """Exponential moving average of a model's weights and buffers, kept in a second model.
+
+    The published momentum averages over about 2,000 updates; a run of 1,000 would never leave its initial weights. So
+    the momentum starts high and falls to the published one: max(momentum, 9 / (10 + updates)).
+    """
+
+    def __init__(self, model: nn.Module, average: nn.Module, momentum: float) -> None:
+        self.momentum, self.updates = momentum, 0
+        self.model = average.eval().requires_grad_(False)
+        self._pairs = list(zip(self.model.state_dict().values(), model.state_dict().values(), strict=True))
+        self._averaged = [mine for mine, _ in self._pairs if mine.is_floating_point()]
+        self._current = [theirs for mine, theirs in self._pairs if mine.is_floating_point()]
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Move towards the current weights; counters (integers) are copied."""
+        momentum = max(self.momentum, 9 / (10 + self.updates))
+        torch._foreach_lerp_(self._averaged, self._current, momentum)
+        for mine, theirs in self._pairs:
+            if not mine.is_floating_point():
+                mine.copy_(theirs)
+        self.updates += 1
+
+    def state_dict(self) -> dict[str, object]:
+        """For resuming."""
+        return {"updates": self.updates, "model": self.model.state_dict()}
+
+    def load_state_dict(self, state: dict[str, object]) -> None:
+        """The inverse of `state_dict`; tensors are filled in place, so the pairs stay paired."""
+        weights, updates = state["model"], state["updates"]
+        assert isinstance(weights, dict)
+        assert isinstance(updates, int)
+        self.model.load_state_dict(weights)
+        self.updates = updates

@@ -1,0 +1,1 @@
+"""Weights: checkpoints, conversion between code bases, public files."""

@@ -1,0 +1,210 @@
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from hashlib import sha256
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import pytest
+
+from mobilevit.models import MODELS
+from mobilevit.preprocessing import Preprocessing
+from mobilevit.weights.pretrained import PRETRAINED, imagenet_classes, list_pretrained, resolve
+
+NAME = "mobilevit_xxs.cvnets_in1k"
+TIMM_FILE = "timm/mobilevit_xxs.cvnets_in1k/resolve/main/model.safetensors"
+APPLE_FILE = "apple/mobilevit-xx-small/resolve/main/pytorch_model.bin"
+NOTICE = "Apple sample code licence, https://github.com/apple/ml-cvnets/blob/main/LICENSE"
+
+
+@contextmanager
+def hub(files: dict[str, bytes]) -> Iterator[tuple[str, list[str]]]:
+    """A server that answers as the Hugging Face Hub does; gives its address and which files were asked of it."""
+    requests: list[str] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            content = files.get(self.path.lstrip("/"))
+            if "/resolve/" in self.path:  # huggingface_hub has questions of its own, too
+                requests.append(f"{self.command} {self.path}")
+            self.send_response(404 if content is None else 200)
+            if content is None:
+                self.send_header("X-Error-Code", "RepoNotFound")
+                content = b""
+            self.send_header("X-Repo-Commit", "0123456789" * 4)
+            self.send_header("ETag", f'"{sha256(content).hexdigest()}"')
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(content)
+
+        do_GET = do_HEAD  # noqa: N815
+
+        def log_message(self, *args: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}", requests
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+def resolve_elsewhere(folder: Path, endpoint: str, **environment: str) -> tuple[str, str]:
+    """Result (a path, or an error after "ValueError: ") and log of `resolve` in a fresh process.
+
+    huggingface_hub reads its environment once, when it is imported.
+    """
+    script = f"""
+import json, logging, sys
+logging.basicConfig(format="%(name)s:%(message)s")
+from mobilevit.weights.pretrained import resolve
+try:
+    result = str(resolve({NAME!r}))
+except ValueError as error:
+    result = f"ValueError: {{error}}"
+json.dump(result, sys.stdout)
+"""
+    inherited = {key: value for key, value in os.environ.items() if not key.upper().endswith("_PROXY")}
+    settings = {
+        "HF_ENDPOINT": endpoint,
+        "HF_HOME": str(folder / "hf"),
+        "MOBILEVIT_HOME": str(folder / "placed"),
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        **environment,
+    }
+    for key in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_TOKEN"):
+        inherited.pop(key, None)
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env=inherited | settings,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    return json.loads(done.stdout), done.stderr
+
+
+def nobody_listens() -> str:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return f"http://127.0.0.1:{free.getsockname()[1]}"
+
+
+def test_download_then_cache_without_a_server_and_the_licence_once(tmp_path: Path) -> None:
+    with hub({TIMM_FILE: b"weights"}) as (endpoint, requests):
+        path, log = resolve_elsewhere(tmp_path, endpoint)
+        assert Path(path).read_bytes() == b"weights"
+        assert Path(path).name == "model.safetensors"
+        assert log.count(NOTICE) == 1
+        assert f"mobilevit:{NAME}: downloaded from https://huggingface.co/{TIMM_FILE}" in log
+        assert [request for request in requests if request.startswith("GET")] == [f"GET /{TIMM_FILE}"]
+
+        asked = len(requests)
+        assert resolve_elsewhere(tmp_path, endpoint) == (path, "")
+        assert len(requests) == asked
+    assert resolve_elsewhere(tmp_path, endpoint) == (path, "")
+
+
+def test_the_second_repository_serves_where_the_first_is_gone(tmp_path: Path) -> None:
+    with hub({APPLE_FILE: b"other weights"}) as (endpoint, requests):
+        path, log = resolve_elsewhere(tmp_path, endpoint)
+    assert Path(path).read_bytes() == b"other weights"
+    assert requests[0] == f"HEAD /{TIMM_FILE}"
+    assert f"https://huggingface.co/{APPLE_FILE}" in log
+    assert log.count(NOTICE) == 1
+
+
+@pytest.mark.parametrize(
+    ("environment", "reason"), [({}, "refused"), ({"HF_HUB_OFFLINE": "1"}, "offline mode is enabled")]
+)
+def test_no_network_is_one_line_that_says_what_to_fetch_and_where_to_put_it(
+    tmp_path: Path, environment: dict[str, str], reason: str
+) -> None:
+    error, log = resolve_elsewhere(tmp_path, nobody_listens(), **environment)
+    assert error.startswith(f"ValueError: {NAME} cannot be downloaded (")
+    assert reason in error
+    assert error.endswith(
+        f"fetch https://huggingface.co/{TIMM_FILE} and place it at {tmp_path / 'placed' / NAME}.safetensors"
+    )
+    assert "\n" not in error
+    assert log == ""
+
+
+def test_neither_repository_has_it(tmp_path: Path) -> None:
+    with hub({}) as (endpoint, requests):
+        error, log = resolve_elsewhere(tmp_path, endpoint)
+    assert [request.split("/")[1] for request in requests] == ["timm", "apple"]
+    assert error.startswith(f"ValueError: {NAME} cannot be downloaded (404")
+    assert "\n" not in error
+    assert log == ""
+
+
+def test_a_placed_file_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    placed = tmp_path / "placed" / f"{NAME}.safetensors"
+    placed.parent.mkdir()
+    placed.write_bytes(b"mine")
+    with hub({TIMM_FILE: b"weights"}) as (endpoint, requests):
+        assert resolve_elsewhere(tmp_path, endpoint) == (str(placed), "")
+    assert requests == []
+
+    monkeypatch.delenv("MOBILEVIT_HOME", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    default = tmp_path / ".cache" / "mobilevit" / f"{NAME}.safetensors"
+    default.parent.mkdir(parents=True)
+    default.write_bytes(b"mine too")
+    assert resolve(NAME) == default
+
+
+def test_names() -> None:
+    names = ["mobilevit_s.cvnets_in1k", "mobilevit_xs.cvnets_in1k", "mobilevit_xxs.cvnets_in1k"]
+    assert list_pretrained() == names == sorted(PRETRAINED)
+    for name, weights in PRETRAINED.items():
+        assert weights.name == name
+        assert weights.architecture in MODELS
+        assert name.startswith(f"{weights.architecture}.")
+        assert weights.preprocessing == Preprocessing(size=(256, 256), crop_fraction=0.9, interpolation="bicubic")
+        assert (weights.preprocessing.mean, weights.preprocessing.std) == ((0, 0, 0), (1, 1, 1))
+    assert [r.name for r in PRETRAINED["mobilevit_s.cvnets_in1k"].repositories] == [
+        "timm/mobilevit_s.cvnets_in1k",
+        "apple/mobilevit-small",
+    ]
+    with pytest.raises(ValueError, match=r"^unknown weights 'mobilevit_xs\.cvnet'; did you mean mobilevit_xs\.cvnets"):
+        resolve("mobilevit_xs.cvnet")
+    with pytest.raises(ValueError, match=r"^unknown weights '123'; There are mobilevit_s\.cvnets_in1k, "):
+        resolve("123")
+
+
+def test_facts_agree_with_timm() -> None:
+    timm = pytest.importorskip("timm")
+    for weights in PRETRAINED.values():
+        theirs = timm.get_pretrained_cfg(weights.name)
+        assert theirs.hf_hub_id == weights.repositories[0].name
+        assert theirs.input_size[1:] == weights.preprocessing.size
+        assert theirs.crop_pct == weights.preprocessing.crop_fraction
+        assert theirs.interpolation == weights.preprocessing.interpolation
+        assert (theirs.mean, theirs.std) == (weights.preprocessing.mean, weights.preprocessing.std)
+
+
+def test_imagenet_classes() -> None:
+    classes = imagenet_classes()
+    assert len(classes) == 1000
+    assert (classes[0], classes[207], classes[281], classes[999]) == (
+        "tench",
+        "golden retriever",
+        "tabby",
+        "toilet tissue",
+    )
