@@ -367,7 +367,7 @@ class Demo:
 
     out: Path = Path("demo")
     """Folder for data, run and report.html; a former demo in it is replaced."""
-    epochs: int = 12
+    epochs: int = 10
     """Passes over the training pictures."""
     num_images: int = 3000
     """Pictures to draw."""

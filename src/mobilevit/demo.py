@@ -47,11 +47,11 @@ def run_demo(out: Path, *, epochs: int, num_images: int, seed: int) -> Path:
 
     config = TrainConfig(
         data=data, out=run, image_size=IMAGE_SIZE, crop_fraction=1.0, min_crop_area=0.7, epochs=epochs,
-        learning_rate=1e-3, seed=seed,
+        learning_rate=2e-3, seed=seed,
     )  # fmt: skip
     command = (
         f"mobilevit train --data {data} --out {run} --image-size {IMAGE_SIZE} --crop-fraction 1 --min-crop-area 0.7 "
-        f"--epochs {epochs} --learning-rate 1e-3 --seed {seed}"
+        f"--epochs {epochs} --learning-rate 2e-3 --seed {seed}"
     )
     log.info("\n$ %s", command)
     result = train(config)

@@ -141,6 +141,7 @@ def _collate(items: Sequence[tuple[int, Tensor | str, int]]) -> Batch:
 
 
 def _leave_signals_to_the_parent(_: int) -> None:
-    # Ctrl-C reaches the whole process group; the parent decides when its workers end.
+    # Ctrl-C, and SIGTERM from a time limit, reach the whole process group; the parent decides when its workers end.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     torch.set_num_threads(1)

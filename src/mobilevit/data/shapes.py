@@ -61,7 +61,7 @@ CLASSES: tuple[str, ...] = tuple(_SHAPES)
 _TEXTURES = ("solid", "stripes", "checker", "dots", "gradient")
 _SCALE = (0.3, 0.8)  # diameter of the circle around a shape, when it is alone
 _APART = 0.85  # least distance of two centres, over the sum of their radii
-_LIGHT = np.array([-0.10, -0.14], np.float32)  # brightening per unit of x and y: the lamp is at the top left
+_LIGHT_X, _LIGHT_Y = -0.10, -0.14  # brightening per radius rightwards and downwards: the lamp is at the top left
 _GRAIN = 128  # side of the noise that becomes the film grain of a picture of any size
 
 
@@ -84,7 +84,8 @@ def render_scene(index: int, *, seed: int = 0, size: int = 64, num_objects: int 
 
     The first object is of class `index % len(CLASSES)`, the others of any. A single object lies wholly inside the
     picture. Several are smaller and may be cut by the border, by a fifth of their radius at most; their centres are at
-    least 0.85 times the sum of their radii apart, so that one hides a third of another at the very most.
+    least 0.85 times the sum of their radii apart, so that one hides a third of another at the very most. Place, size,
+    rotation, texture and colour say nothing of the class; objects are always lighter than the background.
 
     Args:
         index: which scene, from 0.
@@ -102,10 +103,10 @@ def render_scene(index: int, *, seed: int = 0, size: int = 64, num_objects: int 
     rng = np.random.default_rng((seed, index))
     axis = (np.arange(size, dtype=np.float32) + 0.5) / size
 
-    ground = np.clip(rng.uniform(0.22, 0.92) + rng.uniform(-0.1, 0.1, 2), 0.2, 0.94)  # lightness of its two colours
+    ground = rng.uniform(0.28, 0.5)  # lightness of the background where it is lightest
     canvas = _background(rng, axis, ground)
-    for _ in range(rng.integers(5, 13)):
-        _draw_clutter(rng, axis, canvas, ground)
+    for _ in range(rng.integers(3, 8)):
+        _draw_clutter(rng, axis, canvas)
 
     labels = [index % len(CLASSES), *rng.integers(len(CLASSES), size=num_objects - 1).tolist()]
     places = _place(rng, num_objects)
@@ -146,10 +147,11 @@ def _place(rng: np.random.Generator, num_objects: int) -> list[tuple[float, floa
     return places
 
 
-def _background(rng: np.random.Generator, axis: Array, lightness: Array) -> Array:
+def _background(rng: np.random.Generator, axis: Array, lightness: float) -> Array:
     """Two related colours, blended along a line or in soft clouds. Shape: (H, W, 3)."""
-    hue = rng.uniform(0, tau)
-    first, second = _colours(lightness, rng.uniform(0.01, 0.09), hue + np.array([0, rng.uniform(-1.2, 1.2)]))
+    steps = np.array([0, 1])
+    lightnesses = lightness - rng.uniform(0, 0.12) * steps
+    first, second = _colours(lightnesses, rng.uniform(0.02, 0.09), rng.uniform(0, tau) + rng.uniform(-1.2, 1.2) * steps)
     angle = rng.uniform(0, tau)
     blend = 0.5 + cos(angle) * (axis - 0.5) + sin(angle) * (axis[:, None] - 0.5)
     cells = int(rng.integers(3, 9))
@@ -159,7 +161,7 @@ def _background(rng: np.random.Generator, axis: Array, lightness: Array) -> Arra
     return canvas
 
 
-def _draw_clutter(rng: np.random.Generator, axis: Array, canvas: Array, ground: Array) -> None:
+def _draw_clutter(rng: np.random.Generator, axis: Array, canvas: Array) -> None:
     """Paint a dot, a straight stroke or a bent one; never a closed curve, never as large as an object."""
     length = rng.uniform(0.06, 0.24) if rng.random() < 0.7 else 0.0
     half_width = rng.uniform(0.006, 0.013) if length else rng.uniform(0.012, 0.026)
@@ -172,14 +174,15 @@ def _draw_clutter(rng: np.random.Generator, axis: Array, canvas: Array, ground: 
     beyond = end_y * x > end_x * y
     from_end = np.hypot(x - radius * end_x, y - radius * end_y)
     distance = np.where(beyond, from_end, np.abs(np.hypot(x, y) - radius)) - half_width
-    _paint(canvas[window], _contrasting(rng, ground, 1)[0], rng.uniform(0.3, 0.9) * _coverage(distance, len(axis)))
+    (colour,) = _colours(rng.uniform(0.2, 0.95, 1), rng.uniform(0, 0.2), rng.uniform(0, tau, 1))
+    _paint(canvas[window], colour, rng.uniform(0.2, 0.5) * _coverage(distance, len(axis)))
 
 
 def _draw_object(
     rng: np.random.Generator,
     axis: Array,
     canvas: Array,
-    ground: Array,
+    ground: float,
     owner: NDArray[np.uint8],
     shape: str,
     place: tuple[float, float, float],
@@ -193,9 +196,13 @@ def _draw_object(
     distance = _SHAPES[shape](x, y) * radius
     size = len(axis)
 
-    first, second = _contrasting(rng, ground, 2)
+    # Lighter than any background by a clear step; the second colour of a texture differs in hue more than in lightness.
+    steps = np.array([0, 1])
+    lightness = np.minimum(rng.uniform(ground + 0.3, 0.93) + rng.uniform(-0.1, 0.1) * steps, 0.96)
+    first, second = _colours(lightness, rng.uniform(0.08, 0.2, 2), rng.uniform(0, tau) + rng.uniform(1, 5) * steps)
     blend = _texture(rng, x, y, radius * size)
-    light = x * (_LIGHT @ (cos(angle), sin(angle))) + y * (_LIGHT @ (-sin(angle), cos(angle)))
+    light_x, light_y = cos(angle) * _LIGHT_X + sin(angle) * _LIGHT_Y, cos(angle) * _LIGHT_Y - sin(angle) * _LIGHT_X
+    light = light_x * x + light_y * y
     colour = first + blend[..., None] * (second - first) + light[..., None]
 
     shadow = (0.25 - light) * np.exp(np.maximum(distance, 0) / (-0.12 * radius))
@@ -262,16 +269,6 @@ def _resize(noise: Array, size: int) -> Array:
 def _extent(owned: NDArray[np.bool_]) -> tuple[float, float, float, float]:
     columns, rows = np.flatnonzero(owned.any(axis=0)), np.flatnonzero(owned.any(axis=1))
     return float(columns[0]), float(rows[0]), float(columns[-1] + 1), float(rows[-1] + 1)
-
-
-def _contrasting(rng: np.random.Generator, ground: Array, count: int) -> Array:
-    """Colours of any hue, each clearly lighter or clearly darker than the background. Shape: (count, 3)."""
-    darkest, lightest, contrast = 0.22, 0.97, 0.2
-    below, above = max(ground.min() - contrast - darkest, 0), max(lightest - ground.max() - contrast, 0)
-    lightness = rng.uniform(0, below + above, count)
-    lightness = np.where(lightness < below, darkest + lightness, lightest - (lightness - below))
-    hue = rng.uniform(0, tau) + rng.uniform(1, 5) * np.arange(count)
-    return _colours(lightness, rng.uniform(0.08, 0.22, count), hue)
 
 
 def _colours(lightness: Array, chroma: float | Array, hue: Array) -> Array:

@@ -1,0 +1,48 @@
+"""What every benchmark script writes beside its figures: where, with what, and how they were measured."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import sys
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mobilevit.files import write_json
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def write(name: str, figures: dict[str, Any]) -> Path:
+    """Write `results/NAME.json` and say so."""
+    packages = {p: metadata.version(p) for p in ("torch", "torchvision", "timm", "transformers", "pillow", "numpy")}
+    record = {
+        "command": " ".join(["python", *sys.argv]),
+        "date": datetime.now(UTC).date().isoformat(),
+        "hardware": {"processor": processor(), "threads": torch.get_num_threads(), "gpus": gpus()},
+        "packages": packages | {"python": platform.python_version()},
+        **figures,
+    }
+    path = write_json(RESULTS / f"{name}.json", record)
+    print(f"wrote {path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}")
+    return path
+
+
+def processor() -> str:
+    """The processor's name and instruction sets that matter here."""
+    try:
+        text = subprocess.run(["lscpu"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return platform.processor() or platform.machine()
+    fields = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
+    kinds = [k for k in ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16") if k in fields.get("Flags", "")]
+    return f"{fields.get('Model name', '?').strip()}, {fields.get('CPU(s)', '?').strip()} cores, {' '.join(kinds)}"
+
+
+def gpus() -> list[str]:
+    """Names of the GPUs PyTorch sees."""
+    return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]

@@ -1,0 +1,82 @@
+"""Training steps of mobilevit_xxs against timm's, in the package's own loss, optimiser and average, interleaved.
+
+    python benchmarks/training_speed.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import statistics
+import time
+from pathlib import Path
+
+import peers
+import record
+import torch
+from torch import nn
+
+import mobilevit
+from mobilevit.tasks.classification import classification_loss
+from mobilevit.training.config import TrainConfig
+from mobilevit.training.optim import WeightAverage, make_optimizer
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--image-size", type=int, default=128)
+    parser.add_argument("--batch-size", type=int, default=32)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    name, num_classes = "mobilevit_xxs", 5
+    timm = peers.timm_model(name, num_classes)
+    sides = {
+        "timm": timm,
+        "timm channels_last": copy.deepcopy(timm).to(memory_format=torch.channels_last),
+        "mobilevit": mobilevit.create_model(name, num_classes=num_classes),
+    }
+    steps = {side: Step(network, side) for side, network in sides.items()}
+    shape = (arguments.batch_size, arguments.image_size, arguments.image_size, 3)
+    pixels = torch.randint(0, 256, shape, dtype=torch.uint8).permute(0, 3, 1, 2)
+    labels = torch.randint(0, num_classes, (arguments.batch_size,))
+    times: dict[str, list[float]] = {side: [] for side in sides}
+    for number in range(arguments.rounds + 2):
+        for side, step in steps.items():
+            start = time.perf_counter()
+            step(pixels, labels)
+            if number >= 2:
+                times[side].append(time.perf_counter() - start)
+    speed = {side: round(arguments.batch_size / statistics.median(t), 1) for side, t in times.items()}
+    # A round's three sides run within a second of each other, so its ratio is free of slower drift.
+    pairs = {s: [a / b for a, b in zip(times[s], times["mobilevit"], strict=True)] for s in sides if s != "mobilevit"}
+    ratios = {f"faster than {side}": round(statistics.median(values), 3) for side, values in pairs.items()}
+    print(speed, ratios)
+    record.write(
+        "training_speed",
+        {"unit": "images/s, median of rounds", "image_size": arguments.image_size, "figures": speed, "ratios": ratios},
+    )
+
+
+class Step:
+    """One training step as the loop does it."""
+
+    def __init__(self, network: nn.Module, side: str) -> None:
+        config = TrainConfig(data=Path())
+        self.network = network.train()
+        self.average = WeightAverage(network, copy.deepcopy(network), config.ema_momentum)
+        self.optimizer = make_optimizer(network, config, torch.device("cpu"))
+        plain = side == "timm"
+        self.memory_format = torch.contiguous_format if plain else torch.channels_last
+
+    def __call__(self, pixels: torch.Tensor, labels: torch.Tensor) -> None:
+        images = (pixels.float() / 255).contiguous(memory_format=self.memory_format)
+        classification_loss(self.network(images), labels, label_smoothing=0.1).backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.average.update()
+
+
+if __name__ == "__main__":
+    main()
