@@ -14,10 +14,11 @@ import json
 import time
 from pathlib import Path
 
+import torch
+from torch import Tensor, nn
+
 import peers
 import record
-from torch import nn
-
 from mobilevit.training.config import TrainConfig
 from mobilevit.training.loop import train
 
@@ -35,10 +36,12 @@ def main() -> None:
         data=arguments.data,
         out=arguments.out / f"flowers-{arguments.network}",
         image_size=128,
-        crop_fraction=1.0,
-        min_crop_area=0.35,
+        min_crop_area=0.3,
+        mixup=0.1,
         epochs=arguments.epochs,
+        batch_size=16,
         learning_rate=arguments.learning_rate,
+        num_workers=0,
         seed=arguments.seed,
     )
 
@@ -71,7 +74,7 @@ class Contiguous(nn.Module):
         super().__init__()
         self.network = network
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return self.network(x.contiguous())
 
 

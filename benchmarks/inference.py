@@ -1,6 +1,6 @@
 """Eager float32 inference against timm and transformers: all sides in one run, interleaved, medians.
 
-    python benchmarks/inference.py
+python benchmarks/inference.py
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ import argparse
 import statistics
 import time
 
-import peers
-import record
 import torch
 
 import mobilevit
+import peers
+import record
 
 
 def main() -> None:
@@ -58,7 +58,9 @@ def compare(name: str, batch: int, rounds: int) -> dict[str, object]:
                 times[side].append((time.perf_counter() - start) / repeats * 1e3)
     median = {side: round(statistics.median(t), 2) for side, t in times.items()}
     spread = {side: [round(min(t), 2), round(max(t), 2)] for side, t in times.items()}
-    ratios = {f"faster than {s}": round(median[s] / median["mobilevit fused"], 2) for s in sides if s != "mobilevit fused"}
+    ratios = {
+        f"faster than {s}": round(median[s] / median["mobilevit fused"], 2) for s in sides if s != "mobilevit fused"
+    }
     print(name, "batch", batch, median, ratios, flush=True)
     return {"milliseconds": median, "spread": spread, "fused is": ratios}
 

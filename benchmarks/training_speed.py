@@ -1,6 +1,6 @@
 """Training steps of mobilevit_xxs against timm's, in the package's own loss, optimiser and average, interleaved.
 
-    python benchmarks/training_speed.py
+python benchmarks/training_speed.py
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ import statistics
 import time
 from pathlib import Path
 
-import peers
-import record
 import torch
 from torch import nn
 
 import mobilevit
+import peers
+import record
 from mobilevit.tasks.classification import classification_loss
 from mobilevit.training.config import TrainConfig
 from mobilevit.training.optim import WeightAverage, make_optimizer

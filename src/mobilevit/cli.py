@@ -103,7 +103,13 @@ class Eval:
         from mobilevit.devices import pick_device
         from mobilevit.models.card import card_of
         from mobilevit.models.fuse import fuse
-        from mobilevit.training.evaluate import default_num_workers, evaluate, evaluation_loader, write_evaluation
+        from mobilevit.training.evaluate import (
+            default_num_workers,
+            evaluate,
+            evaluation_loader,
+            report_unreadable,
+            write_evaluation,
+        )
 
         if self.batch_size < 1:
             raise ValueError(f"--batch-size is {self.batch_size}; it must be 1 or more")
@@ -120,7 +126,7 @@ class Eval:
         evaluation = evaluate(fuse(model).to(device), loader, card.preprocessing, device=device)
         out = self.out or self.checkpoint.parent / "evaluation"
         write_evaluation(evaluation, data, out)
-        _say_unreadable(evaluation.errors)
+        report_unreadable(evaluation.errors, "labelled", len(data))
         if self.json:
             _print_json({"checkpoint": str(self.checkpoint), "split": which, **evaluation.report.to_dict()})
         else:
@@ -598,13 +604,6 @@ def _print_table(table: Table) -> None:
 
     # Into a file or a pipe, rich would cut tables at 80 columns.
     Console(width=None if sys.stdout.isatty() else 140).print(table)
-
-
-def _say_unreadable(errors: list[str]) -> None:
-    if errors:
-        log.warning("%d pictures cannot be read and are left out:", len(errors))
-        for line in errors[:10]:
-            log.warning("  %s", line)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,10 @@ from pathlib import Path
 from typing import Any
 
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_DISK_FULL_WORDS = (
+    "No space left on device", "File too large", "Disk quota exceeded",
+    "iostream error", "unexpected pos", "failed writing file",  # torch.save, which loses the reason
+)  # fmt: skip
 
 
 class DiskFullError(OSError):
@@ -48,15 +52,15 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], objec
 
 def disk_is_full(error: Exception) -> bool:
     """Whether an error says, in one of the ways that libraries say it, that the disk has no room left."""
-    text = str(error)
-    return (isinstance(error, OSError) and error.errno in _DISK_FULL) or any(
-        words in text for words in ("No space left on device", "File too large", "Disk quota exceeded")
-    )
+    if isinstance(error, OSError) and error.errno in _DISK_FULL:
+        return True
+    return any(words in str(error) for words in _DISK_FULL_WORDS)
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> Path:
     """Write a text file, whole or not at all."""
-    return write_atomically(path, lambda aside: aside.write_text(text, encoding="utf-8"))
+    # File names that are not UTF-8 hold lone surrogates; escaped by a backslash, JSON reads them back.
+    return write_atomically(path, lambda aside: aside.write_text(text, encoding="utf-8", errors="backslashreplace"))
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> Path:

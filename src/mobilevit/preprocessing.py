@@ -55,14 +55,17 @@ def read_image(source: Source, name: str | None = None) -> Image.Image:
     Raises:
         ImageError: empty, truncated, not a picture, or more than `MAX_PIXELS`.
     """
+    name = name or (os.fspath(source) if isinstance(source, str | os.PathLike) else "picture")
     if isinstance(source, np.ndarray):
-        if source.dtype != np.uint8 or source.ndim != 3 or source.shape[2] != 3:
-            raise ImageError(f"array is {source.dtype} {source.shape}; a picture is uint8 (height, width, 3), RGB")
+        if source.dtype != np.uint8 or source.ndim != 3 or source.shape[2] != 3 or not source.size:
+            wanted = "a picture is uint8 (height, width, 3), RGB"
+            raise ImageError(f"{name}: array is {source.dtype} {source.shape}; {wanted}")
         return Image.fromarray(source)
-    if isinstance(source, Image.Image):
-        return _to_rgb(source)
-    name = name or ("picture" if isinstance(source, bytes) else os.fspath(source))
     try:
+        if isinstance(source, Image.Image):  # perhaps not decoded yet
+            if 0 in source.size:
+                raise ImageError(f"{name}: {source.width} x {source.height} pixels are no picture")
+            return _to_rgb(source)
         data = source if isinstance(source, bytes) else Path(source).read_bytes()
         if not data:
             raise ImageError(f"{name}: the file is empty")
@@ -137,6 +140,8 @@ class Preprocessing:
             raise ValueError(f"resize_mode is {self.resize_mode!r}; it can be 'crop' or 'stretch'")
         if self.interpolation not in _INTERPOLATION:
             raise ValueError(f"interpolation is {self.interpolation!r}; choose from {', '.join(_INTERPOLATION)}")
+        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
+            raise ValueError(f"mean is {self.mean}, std {self.std}; each has three numbers, std's above 0")
 
     def resize(self, image: Image.Image) -> Tensor:
         """Crop and resize in one resampling.

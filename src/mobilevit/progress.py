@@ -56,16 +56,14 @@ class Progress:
     def advance(self, count: int, note: str = "") -> None:
         """Count `count` more; `note` is shown behind the speed (loss, learning rate)."""
         self.done += count
-        speed = f"{self.per_second:.4g} {self.unit}/s"
+        per_second = self.per_second
+        speed = f"{per_second:,.0f} {self.unit}/s" if per_second >= 1000 else f"{per_second:.4g} {self.unit}/s"
         if self._bar is not None:
             self._bar.update(self._task, completed=self.done, speed=speed, note=note)
             return
         now = time.monotonic()
         if now - self._last_line >= _SECONDS_BETWEEN_LINES:
             self._last_line = now
-            left = (self.total - self.done) / max(self.per_second, 1e-9)
-            print(
-                f"{self.label}: {self.done}/{self.total}, {speed}, {left:.0f} s left  {note}",
-                file=sys.stderr,
-                flush=True,
-            )
+            left = (self.total - self.done) / max(per_second, 1e-9)
+            line = f"{self.label}: {self.done}/{self.total}, {speed}, {left:.0f} s left  {note}"
+            print(line.rstrip(), file=sys.stderr, flush=True)

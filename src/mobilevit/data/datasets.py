@@ -10,6 +10,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,25 +33,25 @@ class ImageSet:
     classes: tuple[str, ...]
     """Class names."""
     open: Callable[[int], Source]
-    """Number of a picture -> what `read_image` takes."""
+    """Number of a picture -> what `read_image` takes. Can be pickled, for reading processes that are not forked."""
 
     def __len__(self) -> int:
         return len(self.names)
 
     def subset(self, indices: Sequence[int]) -> ImageSet:
         """The pictures at `indices`, in that order."""
-        opener = self.open
         return replace(
             self,
             names=[self.names[i] for i in indices],
             labels=[self.labels[i] for i in indices],
-            open=lambda number: opener(indices[number]),
+            open=partial(_open_at, self.open, indices),
         )
 
     def fingerprint(self) -> str:
         """A short hash of names and labels: equal for equal data, wherever they lie."""
         lines = sorted(f"{self.classes[label]}\t{name}" for name, label in zip(self.names, self.labels, strict=True))
-        return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+        # File names need not be UTF-8; Python keeps their other bytes as surrogates.
+        return hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest()[:16]
 
     def relabel(self, classes: tuple[str, ...]) -> ImageSet:
         """The same pictures, labelled in the order of a model's `classes`.
@@ -60,8 +61,8 @@ class ImageSet:
         """
         if self.classes == classes:
             return self
-        used = [name for index, name in enumerate(self.classes) if index in set(self.labels)]
-        unknown = [name for name in used if name not in classes]
+        used = set(self.labels)
+        unknown = [name for index, name in enumerate(self.classes) if index in used and name not in classes]
         if unknown:
             raise ValueError(
                 f"{self.origin}: the checkpoint does not know {_some(unknown)}; its classes are {_some(classes)}. "
@@ -88,19 +89,15 @@ def find_splits(path: str | os.PathLike[str]) -> dict[str, ImageSet]:
         raise ValueError(f"{path}: no such file or folder; --data takes a folder with one sub-folder per class")
     if path.is_file():
         return _from_file(path)
-    parts = {
-        kind: _first_existing(path, names, suffixes=("", ".csv", ".parquet"))
-        for kind, names in (("train", TRAIN_NAMES), ("val", VAL_NAMES))
-    }
-    if (train := parts["train"]) is None:
+    train, val = _find_part(path, TRAIN_NAMES), _find_part(path, VAL_NAMES)
+    # Among folders of pictures, one called "train" without folders in it is a class: vehicles.
+    if train is None or (val is None and train.is_dir() and not _class_folders(train)):
         return {"all": _from_folder(path)}
-    sets = {"train": _from_folder(train) if train.is_dir() else _single(_from_file(train))}
-    if (val := parts["val"]) is not None:
-        held_out = _from_folder(val) if val.is_dir() else _single(_from_file(val))
-        sets["val"] = held_out.relabel(sets["train"].classes)
-    else:
-        sets = {"all": sets["train"]}
-    return sets
+    to_train_on = _from_folder(train) if train.is_dir() else _single(_from_file(train))
+    if val is None:
+        return {"all": to_train_on}
+    held_out = _from_folder(val) if val.is_dir() else _single(_from_file(val))
+    return {"train": to_train_on, "val": held_out.relabel(to_train_on.classes)}
 
 
 def load_train_val(
@@ -171,8 +168,12 @@ def find_images(folder: Path) -> list[Path]:
     return [path for path in found if path.suffix.lower() in IMAGE_SUFFIXES]
 
 
+def _class_folders(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+
+
 def _from_folder(folder: Path) -> ImageSet:
-    class_folders = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+    class_folders = _class_folders(folder)
     if not class_folders:
         loose = "only loose files" if any(folder.iterdir()) else "nothing"
         raise ValueError(f"{folder}: {loose} in it; put the pictures into one sub-folder per class")
@@ -190,7 +191,7 @@ def _from_folder(folder: Path) -> ImageSet:
         names=[p.relative_to(folder).as_posix() for p in paths],
         labels=labels,
         classes=tuple(p.name for p in class_folders),
-        open=lambda number: paths[number],
+        open=paths.__getitem__,
     )
 
 
@@ -205,14 +206,16 @@ def _from_file(path: Path) -> dict[str, ImageSet]:
 def _from_csv(path: Path) -> dict[str, ImageSet]:
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.DictReader(file))
+            reader = csv.DictReader(file)
+            numbered = [(reader.line_num, row) for row in reader]
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{path}: not a CSV file in UTF-8 ({error})") from None
+    rows = [row for _, row in numbered]
     if not rows:
         raise ValueError(f"{path}: no rows; a line a picture is needed, under the heading path,label")
     if missing := {"path", "label"} - set(rows[0]):
         raise ValueError(f"{path}: no column {' and '.join(sorted(missing))}; the heading must name path and label")
-    for line, row in enumerate(rows, start=2):
+    for line, row in numbered:
         if not row["path"] or not row["label"]:
             raise ValueError(f"{path}, line {line}: path or label is empty; fill it in or remove the line")
     names = [row["path"] for row in rows]
@@ -223,17 +226,18 @@ def _from_csv(path: Path) -> dict[str, ImageSet]:
         names=names,
         labels=[index_of[row["label"]] for row in rows],
         classes=classes,
-        open=lambda number: path.parent / names[number],
+        open=[path.parent / name for name in names].__getitem__,
     )
     if "split" not in rows[0]:
         return {"all": everything}
     kinds = [(row["split"] or "").lower() for row in rows]
     if unknown := sorted(set(kinds) - {*TRAIN_NAMES, *VAL_NAMES}):
         raise ValueError(f"{path}: split {_some(unknown)} is neither train nor val")
-    return {
-        "train": everything.subset([i for i, kind in enumerate(kinds) if kind in TRAIN_NAMES]),
-        "val": everything.subset([i for i, kind in enumerate(kinds) if kind in VAL_NAMES]),
-    }
+    train = [i for i, kind in enumerate(kinds) if kind in TRAIN_NAMES]
+    val = [i for i, kind in enumerate(kinds) if kind in VAL_NAMES]
+    if not train or not val:
+        return {"all": everything}
+    return {"train": everything.subset(train), "val": everything.subset(val)}
 
 
 def _from_parquet(path: Path) -> ImageSet:
@@ -251,17 +255,40 @@ def _from_parquet(path: Path) -> ImageSet:
     if not table.num_rows:
         raise ValueError(f"{path}: no rows")
     images = table["image"]
-    if pa.types.is_struct(table.schema.field("image").type):  # the layout of Hugging Face datasets: {bytes, path}
+    if pa.types.is_struct(images.type) and images.type.get_field_index("bytes") >= 0:
+        # The layout of Hugging Face datasets: {bytes, path}.
         images = pa.chunked_array([chunk.field("bytes") for chunk in images.chunks])
+    if not any(is_kind(images.type) for is_kind in (pa.types.is_binary, pa.types.is_large_binary)):
+        raise ValueError(f"{path}: column image holds {images.type}; it needs encoded pictures (bytes)")
     values = table["label"].to_pylist()
+    if None in values:
+        raise ValueError(f"{path}: row {values.index(None)} has no label; fill it in or remove the row")
     classes, labels = _parquet_labels(values, _parquet_class_names(table.schema.metadata or {}), path)
     return ImageSet(
         origin=str(path),
         names=[f"row {row}" for row in range(len(values))],
         labels=labels,
         classes=classes,
-        open=lambda row: images[row].as_py(),
+        open=_ParquetImages(path, images),
     )
+
+
+class _ParquetImages:
+    """Encoded pictures by row; a process it is sent to reads the file itself."""
+
+    def __init__(self, path: Path, column: Any) -> None:
+        self.path, self.column = path, column
+
+    def __call__(self, row: int) -> bytes:
+        picture: bytes = self.column[row].as_py()
+        return picture
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _open_parquet, (self.path,)
+
+
+def _open_parquet(path: Path) -> Callable[[int], Source]:
+    return _from_parquet(path).open
 
 
 def _parquet_labels(values: list[Any], names: list[str] | None, path: Path) -> tuple[tuple[str, ...], list[int]]:
@@ -290,8 +317,15 @@ def _single(sets: dict[str, ImageSet]) -> ImageSet:
     return sets.get("all") or sets["train"]
 
 
-def _first_existing(folder: Path, names: Sequence[str], suffixes: Sequence[str]) -> Path | None:
-    return next((p for name in names for suffix in suffixes if (p := folder / (name + suffix)).exists()), None)
+def _open_at(opener: Callable[[int], Source], indices: Sequence[int], number: int) -> Source:
+    return opener(indices[number])
+
+
+def _find_part(folder: Path, names: Sequence[str]) -> Path | None:
+    """The folder or file for a part of the data; "Train" is as good as "train"."""
+    entries = {entry.name.lower(): entry for entry in sorted(folder.iterdir(), reverse=True)}
+    candidates = [name + suffix for name in names for suffix in ("", ".csv", ".parquet")]
+    return next((entries[name] for name in candidates if name in entries), None)
 
 
 def _sorted_classes(names: set[str]) -> tuple[str, ...]:

@@ -47,7 +47,7 @@ class _Pictures(Dataset[tuple[int, Tensor | str, int]]):
         except ImageError as error:
             return index, str(error), 0
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)  # not torch.manual_seed, which also sets those of GPUs
             return index, self.transform(image), self.data.labels[index]
 
 
@@ -131,7 +131,8 @@ class BatchLoader:
 def _collate(items: Sequence[tuple[int, Tensor | str, int]]) -> Batch:
     good = [(index, pixels, label) for index, pixels, label in items if isinstance(pixels, Tensor)]
     # Stacked as (B, H, W, 3) and seen as (B, 3, H, W): the pixels are copied once, in the order they lie.
-    images = torch.stack([pixels.permute(1, 2, 0) for _, pixels, _ in good]) if good else torch.empty(0, 1, 1, 3)
+    nothing = torch.empty(0, 1, 1, 3, dtype=torch.uint8)
+    images = torch.stack([pixels.permute(1, 2, 0) for _, pixels, _ in good]) if good else nothing
     return Batch(
         images=images.permute(0, 3, 1, 2),
         labels=torch.tensor([label for _, _, label in good], dtype=torch.int64),

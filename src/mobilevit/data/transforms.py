@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -43,12 +44,12 @@ def train_transform(
         steps.append(v2.RandAugment(num_ops=2, magnitude=randaugment, interpolation=InterpolationMode.BILINEAR))
     on_pictures = v2.Compose(steps)
     erase = v2.RandomErasing(p=random_erasing) if random_erasing else None
+    return partial(_apply, on_pictures, erase)  # which can be sent to a reading process, as a closure cannot
 
-    def transform(image: Image.Image) -> Tensor:
-        pixels = torch.from_numpy(np.array(on_pictures(image))).permute(2, 0, 1)
-        return pixels if erase is None else erase(pixels)
 
-    return transform
+def _apply(on_pictures: v2.Transform, erase: v2.Transform | None, image: Image.Image) -> Tensor:
+    pixels = torch.from_numpy(np.array(on_pictures(image))).permute(2, 0, 1)
+    return pixels if erase is None else erase(pixels)
 
 
 def mix_transform(

@@ -164,7 +164,7 @@ def save_confusion_matrix(report: ClassificationReport, folder: Path, *, most_cl
     """Write `confusion_matrix.csv`, and `confusion_matrix.png` unless there are too many classes to be legible."""
     names = [scores.name for scores in report.per_class]
     text = io.StringIO()
-    rows = csv.writer(text)
+    rows = csv.writer(text, lineterminator="\n")
     rows.writerow(["true \\ predicted", *names])
     rows.writerows([name, *counts] for name, counts in zip(names, report.confusion.tolist(), strict=True))
     write_text(folder / "confusion_matrix.csv", text.getvalue())
@@ -178,8 +178,10 @@ def save_confusion_matrix(report: ClassificationReport, folder: Path, *, most_cl
     axes = figure.add_subplot()
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     ticks = range(len(names))
-    axes.set_xticks(ticks, names, rotation=45, ha="right")
-    axes.set_yticks(ticks, names)
+    # A name may have $ in it, and a folder's need not be UTF-8.
+    shown = [name.encode(errors="replace").decode() for name in names]
+    axes.set_xticks(ticks, shown, rotation=45, ha="right", parse_math=False)
+    axes.set_yticks(ticks, shown, parse_math=False)
     axes.set(xlabel="predicted", ylabel="true", title=f"{report.top1:.1%} of {report.num_images:,} right")
     for (row, column), count in np.ndenumerate(report.confusion):
         if count:

@@ -76,7 +76,14 @@ def contact_sheet(
 
 
 def save_image(image: Image.Image, path: str | os.PathLike[str]) -> Path:
-    """Write a picture in the format of its suffix, whole or not at all."""
+    """Write a picture in the format of its suffix, whole or not at all.
+
+    Raises:
+        ValueError: a suffix that stands for no format.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in Image.registered_extensions():
+        raise ValueError(f"{path}: not the name of a picture; end it in .jpg or .png")
     return write_atomically(path, lambda aside: image.save(aside))
 
 

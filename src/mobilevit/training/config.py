@@ -113,7 +113,7 @@ class TrainConfig:
         Raises:
             ValueError: with the flag, its value and what it may be.
         """
-        positive = ("epochs", "batch_size", "grad_accum_steps")
+        positive = ("epochs", "grad_accum_steps")
         not_negative = ("weight_decay", "head_lr_factor", "mixup", "cutmix", "checkpoint_minutes", "randaugment")
         shares = ("warmup_fraction", "final_lr_fraction", "random_erasing", "label_smoothing", "ema_momentum")
         for name in positive:
@@ -128,6 +128,7 @@ class TrainConfig:
             value = getattr(self, name)
             self._require(name, value is None or value > 0, "above 0")
         self._require("val_fraction", 0 < self.val_fraction < 1, "between 0 and 1")
+        self._require("batch_size", self.batch_size >= 2, "2 or more, for the statistics of BatchNorm")
         self._require("image_size", self.image_size >= 32, "32 or more")
         self._require("randaugment", self.randaugment <= 30, "at most 30")
         self._require("num_workers", self.num_workers is None or self.num_workers >= 0, "0 or more")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +24,8 @@ from mobilevit.tasks.classification import (
     worst_mistakes,
 )
 from mobilevit.tasks.drawing import save_image
+
+log = logging.getLogger("mobilevit")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +110,17 @@ def write_evaluation(evaluation: Evaluation, data: ImageSet, folder: Path, *, nu
         _write_sheet(evaluation, data, mistakes, folder / "worst_mistakes.png")
     else:
         (folder / "worst_mistakes.png").unlink(missing_ok=True)
+
+
+def report_unreadable(errors: Collection[str], kind: str, total: int) -> None:
+    """Say how many pictures were left out, and name the first ten."""
+    if not errors:
+        return
+    log.warning("left out %d of %d %s pictures, which cannot be read:", len(errors), total, kind)
+    for line in sorted(errors)[:10]:
+        log.warning("  %s", line)
+    if len(errors) > 10:
+        log.warning("  and %d more", len(errors) - 10)
 
 
 def _write_sheet(evaluation: Evaluation, data: ImageSet, rows: list[int], path: Path) -> None:

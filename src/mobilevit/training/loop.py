@@ -29,7 +29,13 @@ from mobilevit.preprocessing import Preprocessing
 from mobilevit.progress import Progress
 from mobilevit.tasks.classification import ClassificationReport, balanced_class_weights, classification_loss
 from mobilevit.training.config import TrainConfig
-from mobilevit.training.evaluate import default_num_workers, evaluate, evaluation_loader, write_evaluation
+from mobilevit.training.evaluate import (
+    default_num_workers,
+    evaluate,
+    evaluation_loader,
+    report_unreadable,
+    write_evaluation,
+)
 from mobilevit.training.optim import WeightAverage, learning_rate, make_optimizer
 from mobilevit.training.run import RunFolder, StopSignals, TrainingInterrupted
 
@@ -180,7 +186,6 @@ def train(
             model.train()
             if config.freeze_backbone:
                 model.eval()  # no dropout either: only a linear layer learns
-            rate = 0.0
             unseen: list[tuple[Tensor, list[int]]] = []  # losses the host has not looked at yet, and their pictures
             label = f"epoch {epoch + 1}/{config.epochs}"
             images_done = position.batch * config.batch_size
@@ -236,7 +241,7 @@ def train(
                 label=f"{label}, validation",
             ).report
             row = {
-                "epoch": epoch, "train_loss": round(position.loss, 6), **report.summary, "learning_rate": rate,
+                "epoch": epoch, "train_loss": round(position.loss, 6), **report.summary, "learning_rate": learning_rate((epoch + 1) * updates_per_epoch - 1, num_updates, config),
                 "images_per_second": round(images_per_second, 2),
             }  # fmt: skip
             if report.top1 > position.best_top1:
@@ -252,7 +257,7 @@ def train(
                 " (best)" if position.best_epoch == epoch else "", images_per_second,
             )  # fmt: skip
             if unreadable and epoch == 0:
-                _report_unreadable(unreadable, train_set)
+                report_unreadable(unreadable, "training", len(train_set))
             position = _Position(epoch=epoch + 1, best_top1=position.best_top1, best_epoch=position.best_epoch)
             save_state()
             last_saved = time.monotonic()
@@ -267,6 +272,7 @@ def train(
     best = _load_best(run, model)
     evaluation = evaluate(fuse(best).to(device), val_loader, preprocessing, device=device, amp_dtype=amp_dtype)
     write_evaluation(evaluation, val_set, run.path)
+    report_unreadable(evaluation.errors, "validation", len(val_set))
     if isinstance(best, MobileViT):
         run.write_model_card(best, config, {"train": len(train_set), "val": len(val_set)})
     return TrainResult(
@@ -373,14 +379,6 @@ def _say_what_is_trained(
     )  # fmt: skip
     if config.weights is None and len(train_set) < 20_000:
         log.info("training from scratch; on data this small --weights pretrained usually reaches far more")
-
-
-def _report_unreadable(unreadable: set[str], data: ImageSet) -> None:
-    log.warning("skipped %d of %d training pictures that cannot be read:", len(unreadable), len(data))
-    for line in sorted(unreadable)[:10]:
-        log.warning("  %s", line)
-    if len(unreadable) > 10:
-        log.warning("  and %d more", len(unreadable) - 10)
 
 
 def _tensorboard(folder: Path, first_epoch: int) -> Any:

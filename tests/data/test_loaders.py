@@ -1,0 +1,187 @@
+import contextlib
+import multiprocessing
+import os
+import signal
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mobilevit.data.datasets import ImageSet
+from mobilevit.data.loaders import Batch, BatchLoader
+from mobilevit.data.transforms import train_transform
+from mobilevit.preprocessing import Preprocessing
+
+SMALL = Preprocessing(size=(32, 32), crop_fraction=1.0)
+
+
+def noise(count: int, *, bad: tuple[int, ...] = ()) -> ImageSet:
+    """`count` pictures of noise, the `bad` ones broken; a picture's label is its number."""
+    random = np.random.default_rng(0)
+    pictures: list[Any] = list(random.integers(0, 256, (count, 40, 36, 3), np.uint8))
+    for number in bad:
+        pictures[number] = b"not a picture"
+    names = [f"{number}.png" for number in range(count)]
+    return ImageSet(
+        origin="noise", names=names, labels=list(range(count)), classes=tuple(names), open=pictures.__getitem__
+    )
+
+
+def augmented(data: ImageSet, *, batch_size: int = 4, num_workers: int = 0, seed: int = 5) -> BatchLoader:
+    transform = train_transform(SMALL, min_crop_area=0.3, randaugment=9, random_erasing=0.5)
+    return BatchLoader(data, transform, batch_size=batch_size, num_workers=num_workers, shuffle_seed=seed)
+
+
+def in_order(data: ImageSet, *, batch_size: int = 4, num_workers: int = 0) -> BatchLoader:
+    return BatchLoader(data, SMALL.resize, batch_size=batch_size, num_workers=num_workers)
+
+
+def assert_same(first: list[Batch], second: list[Batch]) -> None:
+    assert [batch.indices for batch in first] == [batch.indices for batch in second]
+    assert [batch.errors for batch in first] == [batch.errors for batch in second]
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a.images, b.images)
+        assert torch.equal(a.labels, b.labels)
+
+
+def order(batches: Iterable[Batch]) -> list[int]:
+    return [index for batch in batches for index in batch.indices]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_evaluation_covers_everything_in_order(num_workers: int) -> None:
+    data = noise(11)
+    loader = in_order(data, num_workers=num_workers)
+    batches = list(loader.epoch())
+    assert [batch.indices for batch in batches] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10]]
+    assert [batch.labels.tolist() for batch in batches] == [batch.indices for batch in batches]
+    assert (len(loader), loader.num_images) == (3, 11)
+    images = torch.cat([batch.images for batch in batches])
+    expected = [SMALL.resize(Image.fromarray(data.open(index))) for index in range(11)]
+    assert torch.equal(images, torch.stack(expected))
+    assert_same(list(loader.epoch()), batches)  # a second time, by the same workers
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_batches_are_uint8_and_channels_last(num_workers: int) -> None:
+    for loader in (augmented(noise(8), num_workers=num_workers), in_order(noise(8), num_workers=num_workers)):
+        for batch in loader.epoch():
+            assert (batch.images.shape, batch.images.dtype) == ((4, 3, 32, 32), torch.uint8)
+            assert batch.images.is_contiguous(memory_format=torch.channels_last)
+            assert batch.labels.dtype == torch.int64
+
+
+def test_order_depends_on_seed_and_epoch_alone() -> None:
+    data = noise(40)
+    loader = augmented(data)
+    first = list(loader.epoch(3))
+    list(loader.epoch(0))
+    torch.manual_seed(99)
+    assert_same(list(loader.epoch(3)), first)
+    assert_same(list(augmented(data).epoch(3)), first)
+    orders = {tuple(order(augmented(data, seed=seed).epoch(epoch))) for seed in range(3) for epoch in range(4)}
+    assert len(orders) == 12
+
+
+def test_a_picture_changes_from_epoch_to_epoch() -> None:
+    loader = augmented(noise(4))
+    epochs = [next(loader.epoch(epoch)) for epoch in range(5)]
+    seen = {bytes(batch.images[batch.indices.index(2)].numpy()) for batch in epochs}
+    assert len(seen) == 5
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("first_batch", [1, 3, 4, 5])
+def test_resuming_gives_exactly_the_remaining_batches(num_workers: int, first_batch: int) -> None:
+    data = noise(21)
+    whole = list(augmented(data).epoch(2))
+    assert len(whole) == 5
+    assert_same(list(augmented(data, num_workers=num_workers).epoch(2, first_batch)), whole[first_batch:])
+
+
+def test_workers_change_nothing() -> None:
+    data = noise(18, bad=(3, 11))
+    assert_same(list(augmented(data, num_workers=2).epoch(1)), list(augmented(data).epoch(1)))
+    assert_same(list(in_order(data, num_workers=2).epoch()), list(in_order(data).epoch()))
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_the_callers_random_numbers_are_left_alone(num_workers: int) -> None:
+    loader = augmented(noise(12), num_workers=num_workers)
+    before = torch.get_rng_state()
+    for epoch in range(2):
+        for _ in loader.epoch(epoch):
+            assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_an_epoch_left_early_does_not_leak_into_the_next(num_workers: int) -> None:
+    data = noise(32)
+    loader = augmented(data, num_workers=num_workers)
+    begun = loader.epoch(0)
+    next(begun)
+    next(begun)
+    assert_same(list(loader.epoch(1)), list(augmented(data).epoch(1)))
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_bad_pictures_are_named_and_left_out(num_workers: int) -> None:
+    batches = list(in_order(noise(10, bad=(1, 2, 9)), num_workers=num_workers).epoch())
+    assert [batch.indices for batch in batches] == [[0, 3], [4, 5, 6, 7], [8]]
+    assert [batch.labels.tolist() for batch in batches] == [[0, 3], [4, 5, 6, 7], [8]]
+    assert [len(batch.images) for batch in batches] == [2, 4, 1]
+    errors = [error for batch in batches for error in batch.errors]
+    assert [error.split(": not a picture")[0] for error in errors] == ["1.png", "2.png", "9.png"]
+
+
+def test_a_batch_without_a_readable_picture() -> None:
+    (batch,) = in_order(noise(3, bad=(0, 1, 2))).epoch()
+    assert (len(batch.images), batch.images.shape[1], batch.images.dtype) == (0, 3, torch.uint8)
+    assert (batch.labels.shape, batch.labels.dtype, batch.indices) == ((0,), torch.int64, [])
+    assert len(batch.errors) == 3
+
+
+@pytest.mark.parametrize(("count", "batch_size", "batches"), [(8, 4, 2), (11, 4, 2), (4, 4, 1), (3, 4, 1), (1, 4, 1)])
+def test_shuffled_epochs_show_a_picture_at_most_once(count: int, batch_size: int, batches: int) -> None:
+    loader = augmented(noise(count), batch_size=batch_size)
+    for epoch in range(3):
+        sizes = [len(batch.indices) for batch in loader.epoch(epoch)]
+        assert sizes == [min(batch_size, count)] * batches
+        seen = order(loader.epoch(epoch))
+        assert len(set(seen)) == len(seen)
+    assert (len(loader), loader.num_images) == (batches, sum(sizes))
+
+
+def test_every_picture_comes_up_over_the_epochs() -> None:
+    loader = augmented(noise(11))  # 3 of 11 are left out of each epoch
+    assert {index for epoch in range(12) for index in order(loader.epoch(epoch))} == set(range(11))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+def test_workers_leave_signals_to_the_parent() -> None:
+    data = noise(40)
+    loader = in_order(data, num_workers=2)
+    epoch = loader.epoch()
+    batches = [next(epoch)]
+    workers = [child for child in multiprocessing.active_children() if child.pid is not None]
+    assert len(workers) >= 2
+    for worker in workers:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(worker.pid, signal.SIGINT)
+            os.kill(worker.pid, signal.SIGTERM)
+    batches += epoch
+    assert order(batches) == list(range(40))
+
+
+def test_pinned_batches_keep_everything() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    data = noise(6, bad=(1,))
+    loader = BatchLoader(data, SMALL.resize, batch_size=4, num_workers=0, pin_memory=True)
+    batches = list(loader.epoch())
+    assert all(batch.images.is_pinned() and batch.labels.is_pinned() for batch in batches)
+    assert_same(batches, list(in_order(data).epoch()))

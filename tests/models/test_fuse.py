@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import mobilevit
+from golden_weights import fill_with_golden_weights
+from mobilevit.models import MODELS
+from mobilevit.models.mobilevit import Attention, MobileViT
+
+
+@pytest.mark.parametrize("name", sorted(MODELS))
+@pytest.mark.parametrize("size", [(256, 256), (250, 230)])
+def test_fused_model_gives_the_same_logits_and_features(name: str, size: tuple[int, int]) -> None:
+    model = fill_with_golden_weights(MobileViT(MODELS[name]))
+    state = copy.deepcopy(model.state_dict())
+    fused = mobilevit.fuse(model)
+    x = torch.rand(1, 3, *size)
+    with torch.no_grad():
+        assert (fused(x) - model(x)).abs().max() <= 1e-4
+        for ours, theirs in zip(fused.forward_features(x).values(), model.forward_features(x).values(), strict=True):
+            assert (ours - theirs).abs().max() <= 1e-4 * max(1, theirs.abs().max())
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items()), "the original is untouched"
+
+
+def test_nothing_is_left_to_fuse() -> None:
+    fused = mobilevit.fuse(MobileViT(MODELS["mobilevit_xxs"]).train())
+    assert not [m for m in fused.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert all(m.weight is None and m.bias is None for m in fused.modules() if isinstance(m, nn.LayerNorm))
+    assert {m.scale for m in fused.modules() if isinstance(m, Attention)} == {1.0}
+    assert not fused.training
+    assert not any(p.requires_grad for p in fused.parameters())
+
+
+def test_fusing_twice_is_fusing_once() -> None:
+    once = mobilevit.fuse(fill_with_golden_weights(MobileViT(MODELS["mobilevit_xxs"])))
+    twice = mobilevit.fuse(once)
+    x = torch.rand(1, 3, 64, 64)
+    assert torch.equal(once(x), twice(x))
+
+
+def test_fused_model_keeps_the_card_but_cannot_be_saved(tmp_path) -> None:
+    fused = mobilevit.fuse(mobilevit.create_model("mobilevit_xxs", num_classes=3))
+    assert fused.card.classes == ("class_0", "class_1", "class_2")
+    with pytest.raises(ValueError, match="fused model cannot be saved"):
+        mobilevit.save(fused, tmp_path / "m.safetensors")
+
+
+def test_fused_graph_has_fewer_operations() -> None:
+    model = MobileViT(MODELS["mobilevit_xxs"]).eval()
+    counts = [
+        len(torch.export.export(m, (torch.rand(1, 3, 64, 64),)).graph.nodes) for m in (model, mobilevit.fuse(model))
+    ]
+    assert counts[1] < 0.8 * counts[0]

@@ -1,0 +1,146 @@
+import contextlib
+import errno
+import json
+import os
+import stat
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from mobilevit.files import DiskFullError, disk_is_full, write_atomically, write_json, write_text
+
+
+def names_in(folder: Path) -> list[str]:
+    return [path.name for path in folder.iterdir()]
+
+
+def test_writes_and_makes_folders(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "deeper" / "a.txt"
+    assert write_text(str(path), "größer 猫\n") == path
+    assert path.read_bytes() == "größer 猫\n".encode()
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_replaces(tmp_path: Path) -> None:
+    path = write_text(tmp_path / "a.txt", "old and longer")
+    write_text(path, "new")
+    assert path.read_text() == "new"
+
+
+def test_readers_see_the_old_file_until_the_new_one_is_whole(tmp_path: Path) -> None:
+    path = write_text(tmp_path / "a.json", "old")
+
+    def write(aside: Path) -> None:
+        assert aside.parent == path.parent  # a rename within one file system
+        assert aside.suffix == ".json"
+        assert aside.name.startswith(".")  # so that no listing of the data takes it for a file
+        aside.write_text("ne")
+        assert path.read_text() == "old"
+        aside.write_text("new")
+
+    write_atomically(path, write)
+    assert path.read_text() == "new"
+    assert names_in(tmp_path) == ["a.json"]
+
+
+@pytest.mark.parametrize("error", [ValueError("no"), OSError(errno.EIO, "Input/output error"), KeyboardInterrupt()])
+def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path: Path, error: BaseException) -> None:
+    path = write_text(tmp_path / "a.bin", "old")
+
+    def write(aside: Path) -> None:
+        aside.write_text("half of the n")
+        raise error
+
+    with pytest.raises(type(error)) as caught:
+        write_atomically(path, write)
+    assert caught.value is error
+    assert path.read_text() == "old"
+    assert names_in(tmp_path) == ["a.bin"]
+    with pytest.raises(type(error)):
+        write_atomically(tmp_path / "other.bin", write)
+    assert names_in(tmp_path) == ["a.bin"]
+
+
+@contextlib.contextmanager
+def disk_of(num_bytes: int) -> Iterator[None]:
+    """The kernel refuses to let files grow further, as it does on a full disk."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+NOISE = np.random.default_rng(0).integers(0, 256, (200, 200, 3), np.uint8)
+
+WRITERS: dict[str, Callable[[Path], object]] = {
+    "a.txt": lambda path: path.write_text("x" * 100_000),
+    "a.png": lambda path: Image.fromarray(NOISE).save(path),
+    "a.safetensors": lambda path: save_file({"x": torch.zeros(25_000)}, path),
+    "one_tensor.pt": lambda path: torch.save({"x": torch.zeros(25_000)}, path),
+    "many_tensors.pt": lambda path: torch.save({str(i): torch.zeros(500) for i in range(50)}, path),
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_full_disk(tmp_path: Path, name: str) -> None:
+    path = write_text(tmp_path / name, "old")
+    with disk_of(50_000), pytest.raises(DiskFullError) as caught:
+        write_atomically(path, WRITERS[name])
+    assert caught.value.errno == errno.ENOSPC
+    assert caught.value.strerror.startswith(f"no room to write {path}; free some space")
+    assert path.read_text() == "old"
+    assert names_in(tmp_path) == [name]
+    write_atomically(path, WRITERS[name])  # there is room again
+    assert path.stat().st_size > 50_000
+
+
+@pytest.mark.parametrize(
+    ("error", "full"),
+    [
+        (OSError(errno.ENOSPC, "x"), True),
+        (OSError(errno.EDQUOT, "x"), True),
+        (OSError(errno.EFBIG, "x"), True),
+        (RuntimeError("I/O error: No space left on device (os error 28)"), True),
+        (RuntimeError("[enforce fail at inline_container.cc:671] . unexpected pos 704 vs 598"), True),
+        (OSError(errno.EACCES, "Permission denied"), False),
+        (ValueError("something else"), False),
+    ],
+)
+def test_disk_is_full(error: Exception, full: bool) -> None:
+    assert disk_is_full(error) is full
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX permissions")
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600), (0o002, 0o664)])
+def test_permissions_follow_the_umask(tmp_path: Path, umask: int, mode: int) -> None:
+    before = os.umask(umask)
+    try:
+        path = write_text(tmp_path / "a.txt", "x")
+        assert os.umask(umask) == umask  # asking for it has not changed it
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(path.stat().st_mode) == mode
+
+
+def test_json(tmp_path: Path) -> None:
+    value = {"name": "größer 猫", "number": 0.1, "list": [1, None, True]}
+    path = write_json(tmp_path / "a.json", value | {"path": Path("a/b")})
+    text = path.read_text(encoding="utf-8")
+    assert json.loads(text) == value | {"path": "a/b"}
+    assert "größer 猫" in text
+    assert text.endswith("}\n")
+    assert '\n  "number": 0.1' in text
+
+
+def test_json_with_a_file_name_that_is_not_utf8(tmp_path: Path) -> None:
+    name = os.fsdecode(b"caf\xe9.jpg")
+    path = write_json(tmp_path / "a.json", {"unreadable": [name]})
+    assert json.loads(path.read_text(encoding="utf-8")) == {"unreadable": [name]}

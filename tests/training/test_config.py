@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from mobilevit.training.config import TrainConfig
+
+
+def test_json_round_trip(tmp_path: Path) -> None:
+    config = TrainConfig(data=Path("a"), patch_size=(8, 4, 2), learning_rate=1e-3, amp="bf16", early_stopping=3)
+    (tmp_path / "config.json").write_text(config.to_json())
+    assert TrainConfig.from_json(tmp_path / "config.json") == config
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "not the configuration"),
+        ('{"data": "a", "epochs": "many"}', "epochs is 'many'"),
+        ('{"data": "a", "epochs": true}', "epochs is True"),
+        ('{"data": "a", "amp": "fp8"}', "amp is 'fp8'"),
+        ('{"data": "a", "patch_size": [2, 2]}', "patch_size is"),
+        ('{"data": "a", "colour": 1}', "unknown setting colour"),
+        ("{}", "data"),
+    ],
+)
+def test_a_damaged_configuration_is_named(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        TrainConfig.from_json(tmp_path / "config.json")
+
+
+def test_a_missing_configuration_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no such configuration"):
+        TrainConfig.from_json(tmp_path / "none.json")
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("learning_rate", -1e-3), ("learning_rate", 0.0), ("epochs", 0), ("batch_size", 1), ("image_size", 31),
+        ("val_fraction", 1.0), ("label_smoothing", 1.5), ("min_crop_area", 0.0), ("crop_fraction", 1.1),
+        ("grad_accum_steps", 0), ("weight_decay", -0.1), ("randaugment", 31), ("num_workers", -1),
+        ("early_stopping", 0), ("clip_grad_norm", 0.0), ("patch_size", (0, 1, 1)),
+    ],
+)  # fmt: skip
+def test_impossible_settings_name_the_flag(setting: str, value: object) -> None:
+    config = dataclasses.replace(TrainConfig(data=Path("a")), **{setting: value})
+    with pytest.raises(ValueError, match=f"^--{setting.replace('_', '-')} is "):
+        config.validate()
+
+
+def test_the_smallest_image_size_works() -> None:
+    TrainConfig(data=Path("a"), image_size=32).validate()
+
+
+def test_the_published_learning_rate_belongs_to_the_published_batch() -> None:
+    assert TrainConfig(data=Path("a"), batch_size=1024).peak_learning_rate == pytest.approx(2e-3)
+    assert TrainConfig(data=Path("a"), batch_size=64, grad_accum_steps=4).peak_learning_rate == pytest.approx(1e-3)
+    assert TrainConfig(data=Path("a"), learning_rate=0.5).peak_learning_rate == 0.5
+
+
+def test_every_setting_has_one_default_and_json_type() -> None:
+    values = json.loads(TrainConfig(data=Path("a")).to_json())
+    assert set(values) == {f.name for f in dataclasses.fields(TrainConfig)}

@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+import copy
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import mobilevit
+from mobilevit.training.config import TrainConfig
+from mobilevit.training.optim import WeightAverage, learning_rate, make_optimizer, parameter_groups
+
+
+def config(**settings: object) -> TrainConfig:
+    return TrainConfig(data=Path("a"), **settings)  # type: ignore[arg-type]
+
+
+def test_schedule() -> None:
+    told = config(learning_rate=1.0, warmup_fraction=0.1, final_lr_fraction=0.1)
+    rates = [learning_rate(update, 1000, told) for update in range(1000)]
+    assert rates[0] == pytest.approx(0.1)
+    assert rates[50] == pytest.approx(0.55)
+    assert rates[100] == max(rates) == 1.0
+    assert rates[550] == pytest.approx((1 + 0.1) / 2)
+    assert rates[-1] == pytest.approx(0.1, abs=1e-5)
+    middle = 0.1 + 0.9 * (1 + math.cos(math.pi * 0.25)) / 2
+    assert rates[325] == pytest.approx(middle)
+
+
+def test_schedule_without_warmup_starts_at_the_peak() -> None:
+    assert learning_rate(0, 10, config(learning_rate=2.0, warmup_fraction=0.0)) == 2.0
+
+
+def test_groups_cover_every_trainable_parameter_once() -> None:
+    model = mobilevit.create_model("mobilevit_xxs", num_classes=2)
+    groups = parameter_groups(model, config(layer_decay=0.5, head_lr_factor=10, decay_norm_and_bias=False))
+    grouped = [id(p) for group in groups for p in group["params"]]  # type: ignore[attr-defined]
+    assert sorted(grouped) == sorted(id(p) for p in model.parameters())
+    of = {id(p): group for group in groups for p in group["params"]}  # type: ignore[attr-defined]
+    assert of[id(model.classifier.weight)]["lr_factor"] == 10
+    assert of[id(model.head_conv.conv.weight)]["lr_factor"] == 0.5
+    assert of[id(model.stem.conv.weight)]["lr_factor"] == 0.5**7
+    assert of[id(model.stem.conv.weight)]["weight_decay"] == 0.01
+    assert of[id(model.stem.norm.weight)]["weight_decay"] == 0.0
+    assert of[id(model.classifier.bias)]["weight_decay"] == 0.0
+
+
+def test_published_recipe_is_one_group() -> None:
+    model = mobilevit.create_model("mobilevit_xxs", num_classes=2)
+    optimizer = make_optimizer(model, config(), torch.device("cpu"))
+    assert len(optimizer.param_groups) == 1
+    assert optimizer.param_groups[0]["weight_decay"] == 0.01
+    assert optimizer.param_groups[0]["betas"] == (0.9, 0.999)
+
+
+def test_average_follows_the_formula() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    average = WeightAverage(model, copy.deepcopy(model), momentum=0.3)
+    expected = model[0].weight.detach().clone()
+    for update in range(40):
+        with torch.no_grad():
+            model[0].weight.add_(torch.randn(2, 2))
+            model[1].num_batches_tracked.add_(1)
+        average.update()
+        momentum = max(0.3, 9 / (10 + update))
+        expected = expected + momentum * (model[0].weight.detach() - expected)
+    assert torch.allclose(average.model[0].weight, expected, atol=1e-6)
+    assert average.model[1].num_batches_tracked == 40
+    other = WeightAverage(model, copy.deepcopy(model), momentum=0.3)
+    other.load_state_dict(average.state_dict())
+    assert other.updates == 40
+    assert torch.equal(other.model[0].weight, average.model[0].weight)
