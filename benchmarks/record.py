@@ -21,7 +21,7 @@ def write(name: str, figures: dict[str, Any]) -> Path:
     """Write `results/NAME.json` and say so."""
     packages = {p: metadata.version(p) for p in ("torch", "torchvision", "timm", "transformers", "pillow", "numpy")}
     record = {
-        "command": " ".join(["python", *sys.argv]),
+        "command": command(),
         "date": datetime.now(UTC).date().isoformat(),
         "hardware": {"processor": processor(), "threads": torch.get_num_threads(), "gpus": gpus()},
         "packages": packages | {"python": platform.python_version()},
@@ -30,6 +30,13 @@ def write(name: str, figures: dict[str, Any]) -> Path:
     path = write_json(RESULTS / f"{name}.json", record)
     print(f"wrote {path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}")
     return path
+
+
+def command() -> str:
+    """The command line without folders of this machine."""
+    words = [sys.argv[0], *sys.argv[1:]]
+    places = {number + 1 for number, word in enumerate(words) if word in ("--data", "--out")}
+    return " ".join(["python", *("FOLDER" if number in places else word for number, word in enumerate(words))])
 
 
 def processor() -> str:

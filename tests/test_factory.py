@@ -93,5 +93,5 @@ def test_weights_of_another_architecture(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not weights of this architecture"):
         mobilevit.create_model("mobilevit_s", weights=tmp_path / "xs.pt")
     torch.save({"fc.weight": torch.zeros(2, 2)}, tmp_path / "other.pt")
-    with pytest.raises(ValueError, match="fc.weight"):
+    with pytest.raises(ValueError, match=r"fc\.weight"):
         mobilevit.load(tmp_path / "other.pt")

@@ -6,7 +6,6 @@ import re
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +94,8 @@ def test_train_and_val_folders(tmp_path: Path, train: str, val: str) -> None:
     assert sets["train"].labels == [0, 0, 1, 1, 2]
     assert sets["val"].labels == [0, 2, 2]
     assert numbers(sets["val"]) == [0, 20, 21]
-    assert load_train_val(tmp_path, val_path=None, val_fraction=0.5, seed=0) == (sets["train"], sets["val"])
+    loaded = load_train_val(tmp_path, val_path=None, val_fraction=0.5, seed=0)
+    assert [part.names for part in loaded] == [sets["train"].names, sets["val"].names]
 
 
 def test_val_is_preferred_to_test(tmp_path: Path) -> None:
@@ -346,10 +346,11 @@ def test_useless_parquet(tmp_path: Path, columns: dict[str, Any], metadata: dict
         find_splits(path)
 
 
-@pytest.mark.parametrize("damage", [lambda d: b"", lambda d: d[:-100], lambda d: b"x" * 500, lambda d: d[:4] + d[200:]])
-def test_damaged_parquet(tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
+@pytest.mark.parametrize("kept", [[], [(0, -100)], [(0, 4), (200, None)], [(50, 300)]])
+def test_damaged_parquet(tmp_path: Path, kept: list[tuple[int, int | None]]) -> None:
     path = write_parquet(tmp_path / "a.parquet", {"image": [bytes(100)] * 9, "label": [1, 2, 3] * 3})
-    path.write_bytes(damage(path.read_bytes()))
+    data = path.read_bytes()
+    path.write_bytes(b"".join(data[start:end] for start, end in kept))
     with pytest.raises(ValueError, match=r"a\.parquet: damaged or not a parquet file \("):
         find_splits(path)
 

@@ -10,6 +10,7 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -61,7 +62,8 @@ def test_it_learns(tmp_path: Path) -> None:
         folder = tmp_path / "data" / f"colour{colour[0]}"
         folder.mkdir(parents=True)
         for number in range(16):
-            Image.new("RGB", (32, 32), tuple(c + number for c in colour)).save(folder / f"{number}.png")
+            noise = np.random.default_rng(number).integers(0, 60, (32, 32, 3))
+            Image.fromarray((noise + np.array(colour) * 0.7).astype(np.uint8)).save(folder / f"{number}.png")
     config = TrainConfig(
         data=tmp_path / "data", out=tmp_path / "run", image_size=32, epochs=20, batch_size=8, num_workers=0,
         learning_rate=2e-3,
@@ -142,10 +144,10 @@ def test_bad_pictures_are_counted_and_skipped(
     whole = next((data / "star").glob("*.png"))
     whole.write_bytes(whole.read_bytes()[:200])
     with caplog.at_level(logging.WARNING):
-        train(dataclasses.replace(tiny, data=data, epochs=1))
+        train(dataclasses.replace(tiny, data=data, epochs=3))  # an epoch leaves some pictures out
     for name in ("circle/zero.jpg", "ring/foreign.png", whole.relative_to(data).as_posix()):
         assert name in caplog.text
-    assert "cannot be read" in caplog.text
+    assert caplog.text.count("foreign.png") == 1, "each is named once"
 
 
 def test_only_bad_pictures_is_an_error(tmp_path: Path) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import random
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -37,6 +40,23 @@ def run_and_kill(data: Path, out: Path, *more: str, checkpoints: int) -> bool:
             return True
         time.sleep(0.002)
     return False
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_and_sigterm_to_the_group_save_and_exit(shapes: Path, tmp_path: Path, number: int) -> None:
+    out = tmp_path / "run"
+    line = [*command(shapes, out, "--checkpoint-minutes", "60", "--epochs", "500")]
+    process = subprocess.Popen(line, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while not (out / "last.pt").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    os.killpg(process.pid, number)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert f"stopped and saved; go on with: mobilevit train --config {out / 'config.json'} --resume" in told
+    assert "Traceback" not in told
+    position = torch.load(out / "last.pt", weights_only=True)["position"]
+    assert (position["epoch"], position["batch"]) > (0, 0)
 
 
 def test_sigkill_and_resume_end_with_identical_weights(shapes: Path, tmp_path: Path) -> None:

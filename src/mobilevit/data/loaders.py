@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import signal
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -107,7 +107,7 @@ class BatchLoader:
             pin_memory=pin_memory,
             # The order travels with each epoch's iterator, so workers may live on.
             persistent_workers=num_workers > 0,
-            worker_init_fn=_leave_signals_to_the_parent,
+            worker_init_fn=_start_worker,
         )
 
     def __len__(self) -> int:
@@ -141,8 +141,9 @@ def _collate(items: Sequence[tuple[int, Tensor | str, int]]) -> Batch:
     )
 
 
-def _leave_signals_to_the_parent(_: int) -> None:
-    # Ctrl-C, and SIGTERM from a time limit, reach the whole process group; the parent decides when its workers end.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def _start_worker(_: int) -> None:
+    # Ctrl-C, and SIGTERM from a time limit, go to the whole process group; in one of their own, workers live on until
+    # the parent has saved what it wants to save and ends them.
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()
     torch.set_num_threads(1)

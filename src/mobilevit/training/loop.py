@@ -179,6 +179,7 @@ def train(
     num_updates = config.epochs * updates_per_epoch
     images_per_second = 0.0
     unreadable: set[str] = set()
+    reported: set[str] = set()
     last_saved = time.monotonic()
     with StopSignals() as stop:
         while position.epoch < config.epochs and not _is_stuck(position, config):
@@ -241,9 +242,12 @@ def train(
                 label=f"{label}, validation",
             ).report
             row = {
-                "epoch": epoch, "train_loss": round(position.loss, 6), **report.summary, "learning_rate": learning_rate((epoch + 1) * updates_per_epoch - 1, num_updates, config),
+                "epoch": epoch,
+                "train_loss": round(position.loss, 6),
+                **report.summary,
+                "learning_rate": learning_rate((epoch + 1) * updates_per_epoch - 1, num_updates, config),
                 "images_per_second": round(images_per_second, 2),
-            }  # fmt: skip
+            }
             if report.top1 > position.best_top1:
                 position.best_top1, position.best_epoch = report.top1, epoch
                 run.save_best(evaluated, report.summary, _provenance(config, train_set, epoch))
@@ -256,8 +260,8 @@ def train(
                 label, position.loss, report.loss, 100 * report.top1,
                 " (best)" if position.best_epoch == epoch else "", images_per_second,
             )  # fmt: skip
-            if unreadable and epoch == 0:
-                report_unreadable(unreadable, "training", len(train_set))
+            report_unreadable(unreadable - reported, "training", len(train_set))
+            reported |= unreadable
             position = _Position(epoch=epoch + 1, best_top1=position.best_top1, best_epoch=position.best_epoch)
             save_state()
             last_saved = time.monotonic()

@@ -1,0 +1,367 @@
+"""Fill the tables of README.md, README.zh-CN.md and docs/benchmarks.md from the result files.
+
+    python benchmarks/tables.py            # rewrite what stands between the marks `results` and `/results`
+    python benchmarks/tables.py --check    # exit status 1 if a page is out of date
+
+A measurement without a result file gives no row.
+"""
+# ruff: noqa: RUF001  Chinese punctuation looks like ASCII's
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+BEGIN, END = "<!-- results -->", "<!-- /results -->"
+
+Results = dict[str, dict[str, Any]]
+"""Content of the result files, by name without suffix."""
+
+SIDES = ("mobilevit fused", "mobilevit", "timm", "timm channels_last", "transformers")
+PEERS = ("timm", "timm channels_last", "transformers")
+FLOWERS = {
+    "mobilevit": "flowers-mobilevit",
+    "timm": "flowers-timm",
+    "timm channels_last": "flowers-timm-channels-last",
+}
+SHORT_NAMES = {"mobilevit_xxs": "XXS", "mobilevit_xs": "XS", "mobilevit_s": "S"}
+MEASUREMENTS = ("inference", "training_speed", *FLOWERS.values(), "resume", "startup")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit status 1 if a page is out of date")
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results", help="folder of result files")
+    parser.add_argument("--root", type=Path, default=ROOT, help="folder that holds README.md and docs/")
+    arguments = parser.parse_args()
+    results = read_results(arguments.results)
+    stale = [page for page, make in PAGES.items() if not update(arguments.root / page, make(results), arguments.check)]
+    if stale and arguments.check:
+        sys.exit(f"out of date: {', '.join(stale)}; run python benchmarks/tables.py")
+    print(f"rewrote {', '.join(stale)}" if stale else "every page is up to date")
+
+
+def read_results(folder: Path) -> Results:
+    paths = {name: folder / f"{name}.json" for name in MEASUREMENTS}
+    return {name: json.loads(path.read_text(encoding="utf-8")) for name, path in paths.items() if path.exists()}
+
+
+def update(path: Path, body: str, check: bool) -> bool:
+    """Whether the page said this already; unless `check`, it does afterwards."""
+    page = path.read_text(encoding="utf-8")
+    before, begin, rest = page.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        sys.exit(f"{path}: no {BEGIN} ... {END} in it")
+    new = f"{before}{BEGIN}\n\n{body.strip()}\n\n{END}{after}"
+    if new != page and not check:
+        path.write_text(new, encoding="utf-8")
+    return new == page
+
+
+# -- the small table of the README ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Words:
+    """The README's words in one language."""
+
+    head: tuple[str, ...] = ("", "mobilevit", "timm", "timm, channels_last", "transformers")
+    nothing: str = "Not measured yet: `python benchmarks/inference.py` and the scripts beside it fill this table."
+    inference: str = "inference, {model}, batch {batch}"
+    training: str = "training, XXS, {size} px, images/s"
+    top1: str = "XXS from scratch, {epochs} epochs: top-1 on {pictures:,} held-out flower photographs"
+    minutes: str = "the same, minutes for training and validation"
+    times: str = "{value} ({ratio} x)"
+    where: str = (
+        "In brackets: this package's speed over the other's. Inference is the median time of eager float32 forward "
+        "passes at 256 x 256, this package's after `fuse`. Measured on {processor}, {threads} threads; "
+        "PyTorch {torch}, timm {timm}, transformers {transformers}; {date}. [Spread, commands and all figures]"
+        "(docs/benchmarks.md)."
+    )
+    resume: str = (
+        "Killed {kills} times by SIGKILL at random moments and resumed: weights {identical}, {corrupt} corrupt files."
+    )
+    identical: tuple[str, str] = ("identical bit for bit to an uninterrupted run's", "**not** identical")
+    startup: str = "`import mobilevit` takes {above:.2f} s beyond `import torch`; `mobilevit --help` {help:.2f} s."
+
+
+ENGLISH = Words()
+CHINESE = Words(
+    nothing="尚未测量：运行 `python benchmarks/inference.py` 及同目录下的其他脚本后，此表自动填写。",
+    inference="推理，{model}，batch {batch}",
+    training="训练，XXS，{size} px，张/秒",
+    top1="XXS 从零训练 {epochs} 个 epoch：{pictures:,} 张留出花卉照片上的 top-1",
+    minutes="同上，训练加验证用时（分钟）",
+    times="{value}（{ratio} 倍）",
+    where=(
+        "括号内为本项目的速度是对方的几倍。推理行是 eager 模式、float32、256 x 256 输入下单次前向的耗时中位数，"
+        "本项目取 `fuse` 之后的模型。测试环境：{processor}，{threads} 线程；PyTorch {torch}，timm {timm}，"
+        "transformers {transformers}；{date}。[波动范围、命令与全部数据](docs/benchmarks.md)。"
+    ),
+    resume="训练中随机时刻 SIGKILL {kills} 次并逐次恢复：权重{identical}，损坏文件 {corrupt} 个。",
+    identical=("与未中断的训练逐位一致", "**不**一致"),
+    startup="`import mobilevit` 比 `import torch` 多用 {above:.2f} 秒；`mobilevit --help` 用时 {help:.2f} 秒。",
+)
+
+
+def short_table(results: Results, words: Words) -> str:
+    """What a reader of the README wants to know: this package beside the others, a row a measurement."""
+    rows: list[list[str]] = []
+    inference = results.get("inference", {"figures": {}})["figures"]
+    for case, figures in inference.items():
+        model, batch = case.split(" batch ")
+        milliseconds, ratios = figures["milliseconds"], figures["fused is"]
+        row = [words.inference.format(model=SHORT_NAMES.get(model, model), batch=batch)]
+        row.append(f"{number(milliseconds['mobilevit fused'])} ms")
+        for peer in PEERS:
+            ratio = number(ratios[f"faster than {peer}"])
+            row.append(words.times.format(value=f"{number(milliseconds[peer])} ms", ratio=ratio))
+        rows.append(row)
+    if speed := results.get("training_speed"):
+        row = [words.training.format(size=speed["image_size"]), number(speed["figures"]["mobilevit"])]
+        for peer in ("timm", "timm channels_last"):
+            ratio = number(speed["ratios"][f"faster than {peer}"])
+            row.append(words.times.format(value=number(speed["figures"][peer]), ratio=ratio))
+        rows.append([*row, ""])
+    if ours := results.get(FLOWERS["mobilevit"]):
+        runs = {side: results.get(name) for side, name in FLOWERS.items()}
+        alike = {side: run for side, run in runs.items() if run and run["epochs"] == ours["epochs"]}
+        said = {"pictures": ours["validation_pictures"], "epochs": ours["epochs"]}
+        accuracies, minutes = [words.top1.format(**said)], [words.minutes]
+        for side in FLOWERS:
+            run = alike.get(side)
+            accuracies.append(percent(run["last_epoch_top1"]) if run else "")
+            ratio = number(run["minutes"] / ours["minutes"]) if run else ""
+            value = f"{run['minutes']:.1f}" if run else ""
+            minutes.append(words.times.format(value=value, ratio=ratio) if run and run is not ours else value)
+        rows += [[*accuracies, ""], [*minutes, ""]]
+    if not rows:
+        return words.nothing
+    measured = results.get("inference") or next(r for r in results.values() if "packages" in r)
+    said = {"date": measured["date"], **measured["hardware"], **measured["packages"]}
+    processors = dict.fromkeys(short_processor(r["hardware"]["processor"]) for r in results.values() if "hardware" in r)
+    notes = [words.where.format(**{**said, "processor": " / ".join(processors)})]
+    if resume := results.get("resume"):
+        identical = words.identical[0 if resume["identical"] else 1]
+        notes.append(words.resume.format(kills=resume["kills"], identical=identical, corrupt=resume["corrupt_files"]))
+    if startup := results.get("startup"):
+        above, help_s = startup["import_mobilevit_above_torch_s"], startup["help_s"]
+        notes.append(words.startup.format(above=above, help=help_s))
+    return "\n".join([table(words.head, rows), "", *(f"- {note}" for note in notes)])
+
+
+# -- the full tables of docs/benchmarks.md ----------------------------------------------------------------------------
+
+
+def full_tables(results: Results) -> str:
+    """Every figure, with spread, hardware, versions and command."""
+    parts = [section.text(results) for section in SECTIONS if any(name in results for name in section.names)]
+    return "\n\n".join(parts) or "No result files yet; the commands above write them."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Section:
+    """One measurement of the full page."""
+
+    title: str
+    names: tuple[str, ...]
+    """Result files it is made of."""
+    what: str
+    """What the figures are, in a sentence or two."""
+    body: Callable[[Results], str] = field(repr=False)
+
+    def text(self, results: Results) -> str:
+        """Heading, explanation, tables, circumstances."""
+        found = [name for name in self.names if name in results]
+        return "\n\n".join([f"## {self.title}", self.what, self.body(results), circumstances(results, found)])
+
+
+def inference_tables(results: Results) -> str:
+    parts = []
+    for case, figures in results["inference"]["figures"].items():
+        model, batch = case.split(" batch ")
+        rows = []
+        for side in SIDES:
+            low, high = figures["spread"][side]
+            ratio = figures["fused is"].get(f"faster than {side}")
+            rows.append(
+                [
+                    side,
+                    number(figures["milliseconds"][side]),
+                    f"{number(low)} to {number(high)}",
+                    number(ratio) if ratio else "1",
+                ]
+            )
+        head = ("", "median, ms", "fastest to slowest round, ms", "time over fused")
+        parts.append(f"### {SHORT_NAMES.get(model, model)}, batch {batch}\n\n{table(head, rows)}")
+    return "\n\n".join(parts)
+
+
+def training_table(results: Results) -> str:
+    speed = results["training_speed"]
+    rows = []
+    for side, images_per_second in speed["figures"].items():
+        ratio = speed["ratios"].get(f"faster than {side}")
+        rows.append([side, number(images_per_second), number(ratio) if ratio else "1"])
+    return table(("", "images/s, median", "step time over mobilevit's"), rows)
+
+
+def flowers_tables(results: Results) -> str:
+    runs = {side: results[name] for side, name in FLOWERS.items() if name in results}
+    rows = []
+    for side, run in runs.items():
+        error = (run["validation_top1"] * (1 - run["validation_top1"]) / run["validation_pictures"]) ** 0.5
+        rows.append(
+            [
+                side,
+                str(run["epochs"]),
+                percent(run["last_epoch_top1"], 2),
+                percent(run["validation_top1"], 2),
+                percent(error, 2),
+                f"{run['minutes']:.1f}",
+                number(run["median_training_images_per_second"]),
+            ]
+        )
+    head = ("", "epochs", "top-1, last epoch", "top-1, best epoch", "standard error", "minutes", "training images/s")
+    parts = [table(head, rows)]
+    longest = max(len(run["per_epoch_top1"]) for run in runs.values())
+    shown = [epoch for epoch in range(longest) if epoch < 3 or (epoch + 1) % 5 == 0]
+    rows = [
+        [side, *(percent(top1[i]) if i < len(top1) else "" for i in shown)]
+        for side, top1 in ((side, run["per_epoch_top1"]) for side, run in runs.items())
+    ]
+    parts.append(f"Top-1 after each epoch:\n\n{table(('', *(str(i + 1) for i in shown)), rows)}")
+    return "\n\n".join(parts)
+
+
+def resume_table(results: Results) -> str:
+    resume = results["resume"]
+    row = [str(resume["kills"]), "yes" if resume["identical"] else "no", str(resume["corrupt_files"])]
+    return table(("kills", "weights identical to an uninterrupted run's", "files that could not be read back"), [row])
+
+
+def startup_table(results: Results) -> str:
+    startup = results["startup"]
+    rows = [
+        ["`import mobilevit`, beyond `import torch`", f"{startup['import_mobilevit_above_torch_s']:.2f}"],
+        ["`mobilevit --help`", f"{startup['help_s']:.2f}"],
+    ]
+    if "import_torch_s" in startup:
+        rows.append(["`import torch`, for comparison", f"{startup['import_torch_s']:.2f}"])
+    return table(("", "seconds, median"), rows)
+
+
+SECTIONS = (
+    Section(
+        title="Inference",
+        names=("inference",),
+        what=(
+            "Eager PyTorch, float32, 256 x 256, random weights and pictures, time of one forward pass. All sides take "
+            "turns in one process, so a slow moment of the machine meets all of them. `mobilevit` is the model as "
+            "built, `mobilevit fused` after `mobilevit.fuse`; both get channels-last pictures, as `Predictor` feeds "
+            "them. `timm` and `transformers` are the models their libraries build, in eval mode; `timm channels_last` "
+            "is timm's with model and pictures in that layout."
+        ),
+        body=inference_tables,
+    ),
+    Section(
+        title="Training speed",
+        names=("training_speed",),
+        what=(
+            "Whole training steps of XXS on the CPU: forward, loss, backward, AdamW, weight average. Every side runs "
+            "the same code; only the network differs. The last column is the median of the rounds' own ratios."
+        ),
+        body=training_table,
+    ),
+    Section(
+        title="Flowers from scratch",
+        names=tuple(FLOWERS.values()),
+        what=(
+            "XXS without pretrained weights on a folder of flower photographs in five classes, scaled to 128 x 128; a "
+            "fifth of each class is held out. timm's model goes through the same loop, data, settings and seed as a "
+            "control. Minutes are from start to finish, validation after every epoch included. The best epoch is "
+            "chosen on the validation pictures themselves, so the last epoch's figure is the fairer one. One seed; the "
+            "standard error is that of a share of so many pictures."
+        ),
+        body=flowers_tables,
+    ),
+    Section(
+        title="Killed and resumed",
+        names=("resume",),
+        what=(
+            "A short run is killed by SIGKILL at random moments, resumed each time, and compared with the same run "
+            "left alone."
+        ),
+        body=resume_table,
+    ),
+    Section(
+        title="Start",
+        names=("startup",),
+        what="Fresh processes. `import mobilevit` here includes loading `create_model`, `fuse` and `save`.",
+        body=startup_table,
+    ),
+)
+
+
+def circumstances(results: Results, names: list[str]) -> str:
+    """Where and how the figures of some result files came about; said once where it is the same."""
+    lines: list[str] = []
+    for name in names:
+        result = results[name]
+        if "command" in result:
+            lines.append(f"- `benchmarks/results/{name}.json`: `{public(result['command'])}`")
+    machines = dict.fromkeys(machine(results[name]) for name in names if "hardware" in results[name])
+    return "\n".join([*lines, *(f"- {text}" for text in machines)])
+
+
+def machine(result: dict[str, Any]) -> str:
+    hardware = result["hardware"]
+    parts = [hardware["processor"], f"{hardware['threads']} threads", *hardware["gpus"]]
+    versions = ", ".join(f"{name} {version}" for name, version in result["packages"].items())
+    return f"{', '.join(parts)}; {versions}; {result['date']}"
+
+
+def public(command: str) -> str:
+    """A command without the folders of the machine it ran on."""
+    return re.sub(r"(--data|--out)[ =]\S+", r"\1 FOLDER", command)
+
+
+# -- text -------------------------------------------------------------------------------------------------------------
+
+
+def table(head: tuple[str, ...], rows: list[list[str]]) -> str:
+    lines = [list(head), ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def number(value: float) -> str:
+    """Three digits or all before the point."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+def percent(share: float, digits: int = 1) -> str:
+    return f"{100 * share:.{digits}f} %"
+
+
+def short_processor(text: str) -> str:
+    """The name without the list of instruction sets."""
+    return ", ".join(text.split(", ")[:2])
+
+
+PAGES: dict[str, Callable[[Results], str]] = {
+    "README.md": lambda results: short_table(results, ENGLISH),
+    "README.zh-CN.md": lambda results: short_table(results, CHINESE),
+    "docs/benchmarks.md": full_tables,
+}
+
+
+if __name__ == "__main__":
+    main()
