@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--network", choices=["mobilevit", "timm", "timm-channels-last"], default="mobilevit")
     parser.add_argument("--epochs", type=int, default=25)
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--learning-rate", type=float, default=8e-4)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs"))
     arguments = parser.parse_args()
@@ -38,6 +38,7 @@ def main() -> None:
         image_size=128,
         min_crop_area=0.3,
         mixup=0.1,
+        clip_grad_norm=1.0,
         epochs=arguments.epochs,
         batch_size=16,
         learning_rate=arguments.learning_rate,

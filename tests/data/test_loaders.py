@@ -1,7 +1,6 @@
-import contextlib
-import multiprocessing
 import os
-import signal
+import subprocess
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -161,20 +160,35 @@ def test_every_picture_comes_up_over_the_epochs() -> None:
     assert {index for epoch in range(12) for index in order(loader.epoch(epoch))} == set(range(11))
 
 
+SCRIPT = """
+import os, signal
+import numpy as np
+from mobilevit.data.datasets import ImageSet
+from mobilevit.data.loaders import BatchLoader
+from mobilevit.preprocessing import Preprocessing
+
+pictures = [np.zeros((32, 32, 3), np.uint8)] * 40
+data = ImageSet(origin="", names=["x"] * 40, labels=[0] * 40, classes=("a",), open=pictures.__getitem__)
+loader = BatchLoader(data, Preprocessing(size=(32, 32)).resize, batch_size=2, num_workers=2)
+epoch = loader.epoch()
+done = [*next(epoch).indices, *next(epoch).indices]  # one from each worker: both are up
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, lambda *_: None)
+    os.killpg(0, number)
+done += [index for _ in range(15) for index in next(epoch).indices]
+print(done == list(range(34)), flush=True)
+raise RuntimeError("in the middle of an epoch")
+"""
+
+
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
-def test_workers_leave_signals_to_the_parent() -> None:
-    data = noise(40)
-    loader = in_order(data, num_workers=2)
-    epoch = loader.epoch()
-    batches = [next(epoch)]
-    workers = [child for child in multiprocessing.active_children() if child.pid is not None]
-    assert len(workers) >= 2
-    for worker in workers:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(worker.pid, signal.SIGINT)
-            os.kill(worker.pid, signal.SIGTERM)
-    batches += epoch
-    assert order(batches) == list(range(40))
+def test_workers_live_on_when_their_group_is_told_to_end_and_end_with_the_parent() -> None:
+    ended = subprocess.run(
+        [sys.executable, "-c", SCRIPT], capture_output=True, text=True, timeout=60, check=False, start_new_session=True
+    )
+    assert ended.stdout == "True\n"
+    assert ended.stderr.rstrip().endswith("RuntimeError: in the middle of an epoch")
+    assert ended.returncode == 1
 
 
 def test_pinned_batches_keep_everything() -> None:
