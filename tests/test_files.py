@@ -8,9 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
-from safetensors.torch import save_file
 
 from mobilevit.files import DiskFullError, disk_is_full, write_atomically, write_json, write_text
 
@@ -83,9 +81,7 @@ NOISE = np.random.default_rng(0).integers(0, 256, (200, 200, 3), np.uint8)
 WRITERS: dict[str, Callable[[Path], object]] = {
     "a.txt": lambda path: path.write_text("x" * 100_000),
     "a.png": lambda path: Image.fromarray(NOISE).save(path),
-    "a.safetensors": lambda path: save_file({"x": torch.zeros(25_000)}, path),
-    "one_tensor.pt": lambda path: torch.save({"x": torch.zeros(25_000)}, path),
-    "many_tensors.pt": lambda path: torch.save({str(i): torch.zeros(500) for i in range(50)}, path),
+    "a.bin": lambda path: path.write_bytes(bytes(100_000)),
 }
 
 
@@ -108,8 +104,6 @@ def test_full_disk(tmp_path: Path, name: str) -> None:
         (OSError(errno.ENOSPC, "x"), True),
         (OSError(errno.EDQUOT, "x"), True),
         (OSError(errno.EFBIG, "x"), True),
-        (RuntimeError("I/O error: No space left on device (os error 28)"), True),
-        (RuntimeError("[enforce fail at inline_container.cc:671] . unexpected pos 704 vs 598"), True),
         (OSError(errno.EACCES, "Permission denied"), False),
         (ValueError("something else"), False),
     ],

@@ -342,10 +342,10 @@ class Convert:
 
     def run(self) -> int:
         """Convert and say what was recognised."""
-        from safetensors.torch import save_file
+        from safetensors.torch import save as serialize
 
         from mobilevit import factory
-        from mobilevit.files import write_atomically
+        from mobilevit.files import write_bytes
         from mobilevit.weights import checkpoint
         from mobilevit.weights.convert import convert_state_dict, detect_family, unwrap_state_dict
 
@@ -359,7 +359,7 @@ class Convert:
         else:
             converted = convert_state_dict(state, to=self.to, source_channel_order=self.source_channel_order)
             tensors = {key: value.contiguous() for key, value in converted.items()}
-            write_atomically(self.target, lambda aside: save_file(tensors, aside, {"format": "pt"}))
+            write_bytes(self.target, serialize(tensors, {"format": "pt"}))
         print(f"{self.source} ({family}) -> {self.target} ({self.to})")
         return 0
 

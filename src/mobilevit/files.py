@@ -11,10 +11,6 @@ from pathlib import Path
 from typing import Any
 
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_DISK_FULL_WORDS = (
-    "No space left on device", "File too large", "Disk quota exceeded",
-    "iostream error", "unexpected pos", "failed writing file",  # torch.save, which loses the reason
-)  # fmt: skip
 
 
 class DiskFullError(OSError):
@@ -51,10 +47,17 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], objec
 
 
 def disk_is_full(error: Exception) -> bool:
-    """Whether an error says, in one of the ways that libraries say it, that the disk has no room left."""
-    if isinstance(error, OSError) and error.errno in _DISK_FULL:
-        return True
-    return any(words in str(error) for words in _DISK_FULL_WORDS)
+    """Whether an error says that the disk, or what this user may take of it, has no room left."""
+    return isinstance(error, OSError) and error.errno in _DISK_FULL
+
+
+def write_bytes(path: str | os.PathLike[str], data: bytes | memoryview) -> Path:
+    """Write bytes, whole or not at all.
+
+    Checkpoints are made in memory and written by this: the writers of torch and safetensors lose the reason, such as
+    a full disk, when they fail.
+    """
+    return write_atomically(path, lambda aside: aside.write_bytes(data))
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import platform
 import signal
@@ -14,11 +15,11 @@ from types import FrameType, TracebackType
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save as serialize
 from torch import nn
 
 from mobilevit import __version__
-from mobilevit.files import write_atomically, write_json, write_text
+from mobilevit.files import write_atomically, write_bytes, write_json, write_text
 from mobilevit.models.card import card_of
 from mobilevit.models.mobilevit import MobileViT
 from mobilevit.training.config import TrainConfig
@@ -101,7 +102,9 @@ class RunFolder:
 
     def save_last(self, state: dict[str, Any]) -> None:
         """Write what `--resume` needs."""
-        write_atomically(self.last, lambda aside: torch.save(state, aside))
+        data = io.BytesIO()
+        torch.save(state, data)
+        write_bytes(self.last, data.getbuffer())
 
     def save_best(self, model: nn.Module, metrics: dict[str, float], provenance: dict[str, str]) -> None:
         """Write the best weights so far: self-describing for this package's models, plain for a stranger's."""
@@ -109,7 +112,7 @@ class RunFolder:
             checkpoint.save(model, self.best, metrics=metrics, provenance=provenance)
             return
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-        write_atomically(self.best, lambda aside: save_file(tensors, aside, {"format": "pt"}))
+        write_bytes(self.best, serialize(tensors, {"format": "pt"}))
 
     def draw_curves(self) -> None:
         """Write `curves.png`: loss, accuracy and learning rate by epoch."""

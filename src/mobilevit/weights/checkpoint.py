@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
 from mobilevit import __version__
-from mobilevit.files import write_atomically
+from mobilevit.files import write_bytes
 from mobilevit.models.card import ModelCard, card_of
 from mobilevit.models.mobilevit import MobileViT, MobileViTConfig
 from mobilevit.preprocessing import Preprocessing
@@ -85,7 +85,7 @@ def save(
     # Weights live channels-last in memory; the file holds plain row-major tensors, which every reader understands.
     tensors = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
     metadata = {"format": "pt", "mobilevit": json.dumps(header, ensure_ascii=False)}
-    return write_atomically(path, lambda aside: save_file(tensors, aside, metadata))
+    return write_bytes(path, serialize(tensors, metadata))
 
 
 def read(path: str | os.PathLike[str]) -> tuple[Mapping[str, Any], dict[str, Any] | None]:
