@@ -157,6 +157,8 @@ def test_info(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert json.loads(capsys.readouterr().out)["input_size"] == [192, 320]
     assert main(["info", str(run / "best.safetensors")]) == 0
     assert "6 classes: circle, cross" in capsys.readouterr().out
+    assert "none.safetensors: no such checkpoint file" in refused(["info", "none.safetensors"], capsys)
+    assert "did you mean mobilevit_s?" in refused(["info", "mobilevit-s"], capsys)
 
 
 def test_convert_there_and_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -299,7 +299,7 @@ class Info:
 
         card: ModelCard | None = None
         size, num_classes = (256, 256), self.num_classes
-        if self.model in MODELS or not Path(self.model).exists():
+        if self.model in MODELS or not (Path(self.model).suffix or Path(self.model).exists()):
             config = model_config(self.model)
         else:
             from mobilevit import factory

@@ -37,8 +37,10 @@ def run_demo(out: Path, *, epochs: int, num_images: int, seed: int) -> Path:
     """
     begun = time.monotonic()
     data, unseen, run = out / "data", out / "unseen", out / "run"
-    if out.exists() and any(out.iterdir()) and not data.is_dir():
+    marker = out / ".mobilevit-demo"
+    if out.is_dir() and any(out.iterdir()) and not marker.exists():
         raise ValueError(f"--out {out}: holds something else; choose another folder")
+    write_text(marker, "A later demo may replace what lies here.\n")
     for folder in (data, unseen, run):
         shutil.rmtree(folder, ignore_errors=True)
     log.info("drawing %d pictures of shapes into %s", num_images, data)

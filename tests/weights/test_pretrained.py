@@ -129,7 +129,7 @@ def test_the_second_repository_serves_where_the_first_is_gone(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    ("environment", "reason"), [({}, "refused"), ({"HF_HUB_OFFLINE": "1"}, "offline mode is enabled")]
+    ("environment", "reason"), [({}, "refused"), ({"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE is set")]
 )
 def test_no_network_is_one_line_that_says_what_to_fetch_and_where_to_put_it(
     tmp_path: Path, environment: dict[str, str], reason: str

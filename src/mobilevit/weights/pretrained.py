@@ -101,7 +101,7 @@ def resolve(name: str) -> Path:
 
 def _download(weights: PretrainedWeights, placed: Path) -> Path:
     from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
     reason = ""
     for repository in weights.repositories:
@@ -111,7 +111,8 @@ def _download(weights: PretrainedWeights, placed: Path) -> Path:
             path = Path(hf_hub_download(*repository))
         except Exception as error:  # the HTTP library below huggingface_hub changes with its version
             # The first repository's reason is the one that fits the advice.
-            reason = reason or (str(error).strip() or type(error).__name__).splitlines()[0]
+            told = "HF_HUB_OFFLINE is set" if isinstance(error, OfflineModeIsEnabled) else str(error).strip()
+            reason = reason or (told or type(error).__name__).splitlines()[0]
             if not isinstance(error, HfHubHTTPError):
                 break  # no answer from the hub, so none about the other repository either
         else:
