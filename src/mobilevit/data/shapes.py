@@ -18,6 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from mobilevit.progress import Progress
+
 Array = NDArray[np.floating[Any]]
 
 
@@ -127,9 +129,11 @@ def write_folder(folder: Path, *, num_images: int, seed: int = 0, size: int = 64
     """Write the first scenes of a series, one object each, as `folder/<class>/<index>.png`."""
     for name in CLASSES:
         (folder / name).mkdir(parents=True, exist_ok=True)
-    for index in range(num_images):
-        scene = render_scene(index, seed=seed, size=size)
-        scene.image.save(folder / CLASSES[scene.labels[0]] / f"{index:05d}.png")
+    with Progress("draw", num_images) as progress:
+        for index in range(num_images):
+            scene = render_scene(index, seed=seed, size=size)
+            scene.image.save(folder / CLASSES[scene.labels[0]] / f"{index:05d}.png")
+            progress.advance(1)
 
 
 def _place(rng: np.random.Generator, num_objects: int) -> list[tuple[float, float, float]]:
