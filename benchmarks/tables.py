@@ -151,7 +151,7 @@ def short_table(results: Results, words: Words) -> str:
         identical = words.identical[0 if resume["identical"] else 1]
         notes.append(words.resume.format(kills=resume["kills"], identical=identical, corrupt=resume["corrupt_files"]))
     if startup := results.get("startup"):
-        above, help_s = startup["import_mobilevit_above_torch_s"], startup["help_s"]
+        above, help_s = max(startup["import_mobilevit_above_torch_s"], 0), startup["help_s"]
         notes.append(words.startup.format(above=above, help=help_s))
     return "\n".join([table(words.head, rows), "", *(f"- {note}" for note in notes)])
 
