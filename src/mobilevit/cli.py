@@ -512,8 +512,8 @@ def _mistake(message: str) -> int:
 
 def _log_to_stderr() -> None:
     logger = logging.getLogger("mobilevit")
-    if not logger.handlers:
-        logger.addHandler(logging.StreamHandler())
+    # Made anew each time: standard error may be another stream than at the last call in this process.
+    logger.handlers = [logging.StreamHandler(sys.stderr)]
     logger.setLevel(logging.INFO)
     logger.propagate = False
 
