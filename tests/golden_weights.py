@@ -14,9 +14,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 GOLDEN = Path(__file__).parent / "golden"
+
+
+def golden_outputs(task: str) -> dict[str, Tensor]:
+    """The reference outputs of all models for a task."""
+    return load_file(GOLDEN / f"cvnets_{task}.safetensors")
 
 
 def golden_manifest(file: str = "cvnets_classification_manifest.json") -> dict[str, dict[str, list[int]]]:

@@ -1,20 +1,54 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import Tensor, nn
 
 import mobilevit
 from golden_weights import fill_with_golden_weights
 from mobilevit.models.card import card_of
+from mobilevit.models.deeplabv3 import DeepLabv3Config
+from mobilevit.models.mobilevit import MobileViT
+from mobilevit.models.ssdlite import SSDLiteConfig
+from mobilevit.weights.convert import Family, convert_state_dict
+from mobilevit.weights.pretrained import COCO_CLASSES, VOC_CLASSES
+
+
+@pytest.fixture(autouse=True)
+def _heard(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(logging.getLogger("mobilevit"), "propagate", True)
+    caplog.set_level(logging.INFO, logger="mobilevit")
 
 
 def saved(tmp_path: Path, *, name: str = "mobilevit_xxs", num_classes: int = 6) -> Path:
     model = fill_with_golden_weights(mobilevit.create_model(name, num_classes=num_classes))
     return mobilevit.save(model, tmp_path / f"{name}-{num_classes}.safetensors", metrics={"top1": 0.9})
+
+
+def saved_for(task: str, tmp_path: Path, classes: Sequence[str] | None = None, **options: Any) -> Path:
+    model = fill_with_golden_weights(
+        mobilevit.create_model(
+            "mobilevit_xxs", task=task, classes=classes, num_classes=None if classes else 3, **options
+        )
+    )
+    return mobilevit.save(model, tmp_path / f"{task}.safetensors", metrics={"score": 0.9}, score_threshold=0.4)
+
+
+def backbone_of(model: nn.Module) -> dict[str, Tensor]:
+    state, heads = model.state_dict(), ("head_conv.", "classifier.")
+    if isinstance(model, MobileViT):
+        return {key: value for key, value in state.items() if not key.startswith(heads)}
+    return {key.removeprefix("backbone."): value for key, value in state.items() if key.startswith("backbone.")}
+
+
+def same(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> bool:
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
 def test_defaults() -> None:
@@ -25,6 +59,38 @@ def test_defaults() -> None:
     assert (card.name, card.task, len(card.classes)) == ("mobilevit_xxs", "classification", 1000)
 
 
+@pytest.mark.parametrize(
+    ("task", "outputs", "output_stride", "size", "resize_mode"),
+    [("detection", 80, 32, (320, 320), "stretch"), ("segmentation", 21, 16, (512, 512), "stretch")],
+)
+def test_defaults_of_other_tasks(
+    task: str, outputs: int, output_stride: int, size: tuple[int, int], resize_mode: str
+) -> None:
+    model = mobilevit.create_model("mobilevit_xxs", task=task)
+    card = card_of(model)
+    assert (card.task, len(card.classes), model.num_classes) == (task, outputs, outputs)
+    assert model.config.output_stride == output_stride
+    assert (card.preprocessing.size, card.preprocessing.resize_mode) == (size, resize_mode)
+    assert card.preprocessing.interpolation == "bilinear"
+    assert not model.training
+
+
+def test_classes_are_named_at_once() -> None:
+    for task in ("classification", "detection", "segmentation"):
+        model = mobilevit.create_model("mobilevit_xxs", task=task, classes=["cat", "dog"])
+        assert card_of(model).classes == ("cat", "dog")
+        assert model.num_classes == 2
+
+
+def test_segmentation_at_other_strides() -> None:
+    for output_stride, rates in ((8, (12, 24, 36)), (16, (6, 12, 18)), (32, (3, 6, 9))):
+        model = mobilevit.create_model("mobilevit_xxs", task="segmentation", output_stride=output_stride)
+        assert model.config.output_stride == output_stride
+        assert model.head_config.atrous_rates == rates
+    head = DeepLabv3Config(aspp_channels=64, aux_head=True)
+    assert mobilevit.create_model("mobilevit_xxs", task="segmentation", head=head).head_config == head
+
+
 def test_own_weights_bring_their_classes_and_shape(tmp_path: Path) -> None:
     model = mobilevit.create_model("mobilevit_xxs", weights=saved(tmp_path))
     assert model.num_classes == 6
@@ -33,9 +99,7 @@ def test_own_weights_bring_their_classes_and_shape(tmp_path: Path) -> None:
 
 def test_head_is_swapped_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = saved(tmp_path)
-    with caplog.at_level(logging.WARNING, logger="mobilevit"):
-        logging.getLogger("mobilevit").propagate = True
-        model = mobilevit.create_model("mobilevit_xxs", num_classes=2, weights=path)
+    model = mobilevit.create_model("mobilevit_xxs", num_classes=2, weights=path)
     assert "classify 6 classes, not 2; the classifier starts afresh, the rest is kept" in caplog.text
     before = mobilevit.load(path).state_dict()
     for key, value in model.state_dict().items():
@@ -50,7 +114,6 @@ def test_weights_without_a_classifier(tmp_path: Path, caplog: pytest.LogCaptureF
     state = fill_with_golden_weights(mobilevit.create_model("mobilevit_xxs")).state_dict()
     backbone = {k: v.contiguous() for k, v in state.items() if not k.startswith("classifier.")}
     save_file(backbone, tmp_path / "backbone.safetensors")
-    logging.getLogger("mobilevit").propagate = True
     model = mobilevit.create_model("mobilevit_xxs", num_classes=4, weights=tmp_path / "backbone.safetensors")
     assert "have no classifier" in caplog.text
     assert torch.equal(model.stem.conv.weight, state["stem.conv.weight"])
@@ -75,7 +138,21 @@ def test_a_foreign_file_is_recognised(tmp_path: Path, wrapper: str | None, suffi
 def test_mistakes_have_remedies(tmp_path: Path) -> None:
     for call, message in [
         (lambda: mobilevit.create_model("mobilevit_xxxs"), "did you mean mobilevit_xxs"),
-        (lambda: mobilevit.create_model("mobilevit_s", task="pose"), "unknown task 'pose'"),
+        (lambda: mobilevit.create_model("mobilevit_s", task="pose"), "unknown task 'pose'; choose from classification"),
+        (
+            lambda: mobilevit.create_model("mobilevit_s", num_classes=3, classes=["a"]),
+            "num_classes is 3, but classes has 1 names",
+        ),
+        (lambda: mobilevit.create_model("mobilevit_s", classes=[]), "num_classes is 0"),
+        (
+            lambda: mobilevit.create_model("mobilevit_s", task="detection", output_stride=16),
+            "output_stride is 16; detection needs .* leave it out",
+        ),
+        (lambda: mobilevit.create_model("mobilevit_s", output_stride=5), "it can be 32, 16 or 8"),
+        (
+            lambda: mobilevit.create_model("mobilevit_s", task="detection", head=DeepLabv3Config()),
+            "head is a DeepLabv3Config, which does not suit detection; give a SSDLiteConfig",
+        ),
         (lambda: mobilevit.create_model("mobilevit_s", num_classes=0), "num_classes is 0"),
         (lambda: mobilevit.create_model("mobilevit_s", weights="mobilevit_s.cvnets_in2k"), r"mobilevit_s\.cvnets_in1k"),
         (lambda: mobilevit.create_model("mobilevit_s", weights="mobilevit_xs.cvnets_in1k"), "belong to mobilevit_xs"),
@@ -95,3 +172,254 @@ def test_weights_of_another_architecture(tmp_path: Path) -> None:
     torch.save({"fc.weight": torch.zeros(2, 2)}, tmp_path / "other.pt")
     with pytest.raises(ValueError, match=r"fc\.weight"):
         mobilevit.load(tmp_path / "other.pt")
+
+
+TASKS = ["classification", "detection", "segmentation"]
+
+
+@pytest.mark.parametrize("source", TASKS)
+@pytest.mark.parametrize("target", TASKS)
+def test_weights_for_another_task_give_their_backbone(
+    source: str, target: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = saved_for(source, tmp_path, ["a", "b", "c"])
+    model = mobilevit.create_model("mobilevit_xxs", task=target, classes=["a", "b"], weights=path)
+    assert same(backbone_of(model), backbone_of(mobilevit.load(path)))
+    card = card_of(model)
+    assert (card.task, card.classes, card.metrics, card.score_threshold) == (target, ("a", "b"), {}, None)
+    assert card.provenance["weights"] == path.name
+    message = f"weights for {source}; the backbone is kept, the rest of the model for {target} starts afresh"
+    assert (message in caplog.text) == (source != target)
+    if source != target:
+        assert card.preprocessing == card_of(mobilevit.create_model("mobilevit_xxs", task=target)).preprocessing
+        assert model.config.output_stride == (16 if target == "segmentation" else 32)
+
+
+@pytest.mark.parametrize("family", ["cvnets", "timm", "transformers"])
+def test_any_classifier_starts_a_detector(family: Family, tmp_path: Path) -> None:
+    ours = fill_with_golden_weights(mobilevit.create_model("mobilevit_xxs"))
+    torch.save(convert_state_dict(ours.state_dict(), to=family), tmp_path / "w.pt")
+    for task in ("detection", "segmentation"):
+        model = mobilevit.create_model("mobilevit_xxs", task=task, num_classes=2, weights=tmp_path / "w.pt")
+        assert same(backbone_of(model), backbone_of(ours))
+
+
+def test_public_weights_start_a_detector(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = fill_with_golden_weights(mobilevit.create_model("mobilevit_xxs"))
+    theirs = convert_state_dict(ours.state_dict(), to="timm")
+    save_file(
+        {key: value.contiguous() for key, value in theirs.items()}, tmp_path / "mobilevit_xxs.cvnets_in1k.safetensors"
+    )
+    monkeypatch.setenv("MOBILEVIT_HOME", str(tmp_path))
+    model = mobilevit.create_model("mobilevit_xxs", task="detection", weights="mobilevit_xxs.cvnets_in1k")
+    assert same(backbone_of(model), backbone_of(ours))
+    card = card_of(model)
+    assert card.provenance["weights"] == "mobilevit_xxs.cvnets_in1k"
+    assert card.preprocessing.size == (320, 320)
+
+
+def test_a_backbone_alone_starts_any_model(tmp_path: Path) -> None:
+    backbone = backbone_of(fill_with_golden_weights(mobilevit.create_model("mobilevit_xxs")))
+    torch.save(backbone, tmp_path / "backbone.pt")
+    for task in TASKS:
+        model = mobilevit.create_model("mobilevit_xxs", task=task, num_classes=2, weights=tmp_path / "backbone.pt")
+        assert same(backbone_of(model), backbone)
+
+
+ANCHORS = (6, 6, 6, 6, 6, 4)
+
+
+def answers(model: nn.Module) -> Iterator[tuple[Tensor, int]]:
+    """Tensors whose rows answer for classes, and how many rows of an anchor stand before those."""
+    for key, value in model.state_dict().items():
+        parts = key.split(".")
+        if parts[0] == "heads" and parts[2] == "predict":
+            yield value.unflatten(0, (ANCHORS[int(parts[1])], -1)), 5
+        elif parts[0] == "classifier" or key.startswith("aux_head.2."):
+            yield value[None], 0
+
+
+def assert_rows(model: nn.Module, weights: nn.Module, kept: Mapping[int, int]) -> None:
+    """Rows of the kept classes (here -> there) are the weights', also boxes and background; the others are not."""
+    pairs = list(zip(answers(model), answers(weights), strict=True))
+    assert len(pairs) in (2, 4, 12)
+    for (ours, fixed), (theirs, _) in pairs:
+        assert torch.equal(ours[:, :fixed], theirs[:, :fixed])
+        for index in range(model.num_classes):  # type: ignore[arg-type]
+            row = ours[:, fixed + index]
+            equal = [torch.equal(row, theirs[:, fixed + i]) for i in range(theirs.shape[1] - fixed)]
+            assert [i for i, yes in enumerate(equal) if yes] == ([kept[index]] if index in kept else [])
+    rest = {
+        key
+        for key in model.state_dict()
+        if ".predict." not in key and "classifier." not in key and "head.2." not in key
+    }
+    before = weights.state_dict()
+    assert all(torch.equal(model.state_dict()[key], before[key]) for key in rest)
+
+
+OURS = ["person", "car", "boat"]
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize(
+    ("classes", "kept", "told"),
+    [
+        (
+            ["car", "zebra", "person", "yak", "emu"],
+            {0: 1, 2: 0},
+            "kept the answers for car, person; 3 classes start afresh",
+        ),
+        (["boat", "yak"], {0: 2}, "kept the answers for boat; 1 class starts afresh"),
+        (["boat", "car"], {0: 2, 1: 1}, "kept the answers for boat, car"),
+        (["boat", "person", "car"], {0: 2, 1: 0, 2: 1}, "the same 3 classes in another order; their answers are reord"),
+        (OURS, {0: 0, 1: 1, 2: 2}, None),
+        (["yak", "emu"], {}, "classify 3 classes, not 2; the classifier starts afresh, the rest is kept"),
+        (["yak", "emu", "fox"], {}, "classify other classes; the classifier starts afresh, the rest is kept"),
+    ],
+)
+def test_answers_follow_the_names_of_classes(
+    task: str,
+    classes: list[str],
+    kept: dict[int, int],
+    told: str | None,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    options = {"head": DeepLabv3Config(aux_head=True)} if task == "segmentation" else {}
+    path = saved_for(task, tmp_path, OURS, **options)
+    model = mobilevit.create_model("mobilevit_xxs", task=task, classes=classes, weights=path)
+    assert_rows(model, mobilevit.load(path), kept)
+    assert [record.message for record in caplog.records] == ([] if told is None else [caplog.records[0].message])
+    assert told is None or told in caplog.text
+    card = card_of(model)
+    assert card.classes == tuple(classes)
+    whole = len(kept) == 3
+    assert (card.metrics, card.score_threshold) == (({"score": 0.9}, 0.4) if whole else ({}, None))
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_without_names_answers_go_by_position_or_start_afresh(task: str, tmp_path: Path) -> None:
+    unnamed, named = saved_for(task, tmp_path), tmp_path / "named.safetensors"
+    weights = mobilevit.load(unnamed)
+    mobilevit.save(weights, named, classes=OURS)
+    by_position = {0: 0, 1: 1, 2: 2}
+    for path, options, kept in [
+        (unnamed, {"classes": ["a", "b", "c"]}, by_position),
+        (unnamed, {"num_classes": 3}, by_position),
+        (named, {"num_classes": 3}, by_position),
+        (named, {}, by_position),
+        (unnamed, {"classes": ["class_0", "class_1"]}, {}),
+        (named, {"num_classes": 5}, {}),
+    ]:
+        assert_rows(mobilevit.create_model("mobilevit_xxs", task=task, weights=path, **options), weights, kept)
+
+
+def test_a_name_that_comes_twice_is_not_matched(tmp_path: Path) -> None:
+    path = saved_for("classification", tmp_path, ["crane", "crane", "ship"])
+    model = mobilevit.create_model("mobilevit_xxs", classes=["ship", "crane"], weights=path)
+    assert_rows(model, mobilevit.load(path), {0: 2})
+
+
+def test_long_lists_of_kept_classes_are_cut(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = saved_for("detection", tmp_path, COCO_CLASSES)
+    mobilevit.create_model("mobilevit_xxs", task="detection", classes=[*COCO_CLASSES, "yak"], weights=path)
+    assert (
+        "for person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light and 70 more; 1 cl"
+        in caplog.text
+    )
+
+
+def foreign_file(task: str, num_classes: int, path: Path, family: Family = "cvnets", **options: Any) -> nn.Module:
+    ours = fill_with_golden_weights(
+        mobilevit.create_model("mobilevit_xs", task=task, num_classes=num_classes, **options)
+    )
+    torch.save({"state_dict": convert_state_dict(ours.state_dict(), to=family)}, path)
+    return ours
+
+
+def test_a_foreign_detector_is_recognised(tmp_path: Path) -> None:
+    ours = foreign_file("detection", 80, tmp_path / "w.pt")
+    model = mobilevit.load(tmp_path / "w.pt")
+    assert same(model.state_dict(), ours.state_dict())
+    card = card_of(model)
+    assert (card.name, card.task, card.classes) == ("mobilevit_xs", "detection", COCO_CLASSES)
+    assert card.preprocessing.size == (320, 320)
+    assert card.provenance["family"] == "cvnets"
+    model = mobilevit.create_model("mobilevit_xs", task="detection", classes=["car", "yak"], weights=tmp_path / "w.pt")
+    assert_rows(model, ours, {0: 2})
+
+
+@pytest.mark.parametrize(
+    ("family", "width", "aux_head", "output_stride", "rates"),
+    [
+        ("cvnets", 256, False, 16, (6, 12, 18)),
+        ("cvnets", 512, True, 8, (12, 24, 36)),
+        ("transformers", 256, False, 16, (6, 12, 18)),
+    ],
+)
+def test_a_foreign_segmenter_is_recognised(
+    family: Family, width: int, aux_head: bool, output_stride: int, rates: tuple[int, ...], tmp_path: Path
+) -> None:
+    head = DeepLabv3Config(aspp_channels=width, atrous_rates=rates, aux_head=aux_head)
+    ours = foreign_file("segmentation", 21, tmp_path / "w.pt", family, head=head, output_stride=output_stride)
+    model = mobilevit.load(tmp_path / "w.pt")
+    assert same(model.state_dict(), ours.state_dict())
+    assert model.head_config == head
+    assert model.config == ours.config
+    assert (card_of(model).name, card_of(model).classes) == ("mobilevit_xs", VOC_CLASSES)
+    assert card_of(model).preprocessing.size == (512, 512)
+
+    other = mobilevit.create_model(
+        "mobilevit_xs", task="segmentation", weights=tmp_path / "w.pt", output_stride=output_stride * 2
+    )
+    assert other.head_config.atrous_rates == tuple(rate // 2 for rate in rates)
+    own = DeepLabv3Config(aspp_channels=width, atrous_rates=(2, 3, 4), aux_head=not aux_head)
+    other = mobilevit.create_model("mobilevit_xs", task="segmentation", weights=tmp_path / "w.pt", head=own)
+    assert other.head_config == own
+    assert torch.equal(other.aspp.project.conv.weight, ours.aspp.project.conv.weight)
+
+
+def test_a_head_that_does_not_fit_the_weights_is_named(tmp_path: Path) -> None:
+    path = saved_for("segmentation", tmp_path)
+    with pytest.raises(ValueError, match=r"not weights of this architecture \(aspp\.near\.conv\.weight is \(256, "):
+        mobilevit.create_model(
+            "mobilevit_xxs", task="segmentation", weights=path, head=DeepLabv3Config(aspp_channels=128)
+        )
+    path = saved_for("detection", tmp_path)
+    fewer = SSDLiteConfig(aspect_ratios=((2,),) * 6)
+    for options in ({}, {"num_classes": 5}):
+        with pytest.raises(ValueError, match="not weights of this architecture") as raised:
+            mobilevit.create_model("mobilevit_xxs", task="detection", weights=path, head=fewer, **options)
+        assert "\n" not in str(raised.value)
+
+
+def test_a_detector_without_background_is_explained(tmp_path: Path) -> None:
+    path = tmp_path / "w.pt"
+    ours = foreign_file("detection", 79, path)
+    message = r"504 = 6 x \(4 \+ 80\) outputs, where 81 = 80 classes and the background are needed; .*num_classes=79"
+    for options in ({}, {"num_classes": 80}, {"classes": ["a", "b"]}):
+        with pytest.raises(ValueError, match=message):
+            mobilevit.create_model("mobilevit_xs", task="detection", weights=path, **options)
+    with pytest.raises(ValueError, match=message):
+        mobilevit.load(path)
+    model = mobilevit.create_model("mobilevit_xs", task="detection", weights=path, num_classes=79)
+    assert same(model.state_dict(), ours.state_dict())
+    classifier = mobilevit.create_model("mobilevit_xs", num_classes=2, weights=path)  # its backbone is as good as any
+    assert same(backbone_of(classifier), backbone_of(ours))
+
+
+def test_public_detectors_and_segmenters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOBILEVIT_HOME", str(tmp_path))
+    for task, name, suffix, family, classes in [
+        ("detection", "mobilevit_xs.cvnets_coco", ".pt", "cvnets", COCO_CLASSES),
+        ("segmentation", "mobilevit_xs.cvnets_voc", ".bin", "transformers", VOC_CLASSES),
+    ]:
+        ours = foreign_file(task, len(classes), tmp_path / f"{name}{suffix}", family)  # type: ignore[arg-type]
+        model = mobilevit.create_model("mobilevit_xs", task=task, weights=name)
+        assert same(model.state_dict(), ours.state_dict())
+        card = card_of(model)
+        assert (card.classes, card.provenance["weights"]) == (classes, name)
+        assert "Apple sample code licence" in card.provenance["licence"]
+        kept = mobilevit.create_model("mobilevit_xs", task=task, weights=name, classes=["yak", "boat", "background"])
+        assert_rows(kept, ours, {1: 8} if task == "detection" else {1: 4, 2: 0})

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -8,7 +9,8 @@ from torch import nn
 
 import mobilevit
 from golden_weights import fill_with_golden_weights
-from mobilevit.models import MODELS
+from mobilevit.models import MODELS, Model, build_model
+from mobilevit.models.deeplabv3 import DeepLabv3Config
 from mobilevit.models.mobilevit import Attention, MobileViT
 
 
@@ -24,6 +26,30 @@ def test_fused_model_gives_the_same_logits_and_features(name: str, size: tuple[i
         for ours, theirs in zip(fused.forward_features(x).values(), model.forward_features(x).values(), strict=True):
             assert (ours - theirs).abs().max() <= 1e-4 * max(1, theirs.abs().max())
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items()), "the original is untouched"
+
+
+def heads_of_every_kind() -> list[Model]:
+    xxs = MODELS["mobilevit_xxs"]
+    with_aux = DeepLabv3Config(aux_head=True)
+    return [
+        build_model(xxs, task="detection", num_classes=3),
+        build_model(dataclasses.replace(xxs, output_stride=16), task="segmentation", num_classes=5, head=with_aux),
+        build_model(dataclasses.replace(xxs, output_stride=8), task="segmentation", num_classes=5),
+    ]
+
+
+@pytest.mark.parametrize("size", [(128, 160), (75, 130)])
+def test_fused_detectors_and_segmenters_give_the_same(size: tuple[int, int]) -> None:
+    for model in heads_of_every_kind():
+        fill_with_golden_weights(model)
+        fused = mobilevit.fuse(model)
+        assert not [m for m in fused.modules() if isinstance(m, nn.BatchNorm2d)]
+        x = torch.rand(1, 3, *size)
+        with torch.no_grad():
+            for ours, theirs in zip(fused(x), model(x), strict=True):
+                assert (ours is None) == (theirs is None)
+                if ours is not None:
+                    assert (ours - theirs).abs().max() <= 1e-4 * max(1, theirs.abs().max())
 
 
 def test_nothing_is_left_to_fuse() -> None:

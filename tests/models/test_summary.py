@@ -4,24 +4,71 @@ import dataclasses
 import json
 
 import pytest
+import torch
 
-from mobilevit.models import MODELS
-from mobilevit.models.summary import summarize
+from mobilevit.models import MODELS, Model, build_model
+from mobilevit.models.deeplabv3 import DeepLabv3Config
+from mobilevit.models.mobilevit import MobileViTConfig
+from mobilevit.models.summary import Summary, summarize
 
 PUBLISHED_GMACS = {"mobilevit_xxs": 0.42, "mobilevit_xs": 1.05, "mobilevit_s": 2.03}
 
 
+def classifier(config: MobileViTConfig, num_classes: int) -> Model:
+    with torch.device("meta"):
+        return build_model(config, task="classification", num_classes=num_classes)
+
+
 @pytest.mark.parametrize(("name", "published"), PUBLISHED_GMACS.items())
 def test_multiply_adds_are_the_published_ones(name: str, published: float) -> None:
-    summary = summarize(MODELS[name], 1000, (256, 256))
+    summary = summarize(classifier(MODELS[name], 1000), (256, 256))
     # The published figures also count normalisation and activation, a few percent.
     assert 0.96 * published <= summary.macs / 1e9 <= published
+    assert_rows_add_up(summary)
+
+
+def assert_rows_add_up(summary: Summary) -> None:
     assert summary.macs == sum(row.macs for row in summary.layers)
     assert summary.parameters == sum(row.parameters for row in summary.layers)
+    assert summary.activations == sum(row.activations for row in summary.layers)
+
+
+def test_detector() -> None:
+    model = build_model(MODELS["mobilevit_s"], task="detection", num_classes=80).train()
+    summary = summarize(model, (320, 320))
+    assert model.training
+    assert next(model.parameters()).device.type == "cpu", "the model itself is as it was"
+    assert summary.parameters == 5_738_826
+    assert_rows_add_up(summary)
+    rows = {row.name: row for row in summary.layers}
+    assert rows["backbone.layer4.1"].shape == (128, 20, 20)
+    assert rows["extra.0.1"].shape == (256, 5, 5)
+    assert rows["pool"].shape == (64, 1, 1)
+    assert rows["heads.0"].shape == (20 * 20 * 6, 85)
+    assert rows["heads.5"].macs == 64 * 4 * 85
+    assert [block.name for block in summary.attention] == [f"backbone.layer{i}.1" for i in (3, 4, 5)]
+
+
+def test_segmenter() -> None:
+    config = dataclasses.replace(MODELS["mobilevit_xxs"], output_stride=8)
+    head = DeepLabv3Config(aspp_channels=512, atrous_rates=(12, 24, 36), aux_head=True)
+    with torch.device("meta"):
+        model = build_model(config, task="segmentation", num_classes=21, head=head)
+    summary = summarize(model, (512, 384))
+    assert summary.parameters == 3_516_954
+    assert_rows_add_up(summary)
+    rows = {row.name: row for row in summary.layers}
+    assert rows["aspp.atrous.2"].shape == (512, 64, 48)
+    assert rows["aspp.atrous.2"].macs == 9 * 80 * 512 * 64 * 48
+    assert rows["aspp.pool"].shape == (512, 1, 1)
+    assert rows["aspp.project"].parameters == 5 * 512 * 512 + 2 * 512
+    assert rows["classifier"].shape == (21, 64, 48)
+    aux = rows["aux_head.0"]  # there, but not used
+    assert (aux.shape, aux.macs, aux.activations, aux.parameters) == ((), 0, 0, 64 * 128 * 9 + 256)
 
 
 def test_attention_arithmetic_of_the_paper() -> None:
-    block = summarize(MODELS["mobilevit_s"], 1000, (224, 224)).attention[1]
+    block = summarize(classifier(MODELS["mobilevit_s"], 1000), (224, 224)).attention[1]
     assert block.map_size == (14, 14)
     assert block.plain_cost_per_channel == 196 * 196 == 38_416
     assert block.cost_per_channel == 4 * 49 * 49 == 9_604
@@ -30,14 +77,14 @@ def test_attention_arithmetic_of_the_paper() -> None:
 
 def test_maps_are_counted_as_attention_sees_them() -> None:
     config = dataclasses.replace(MODELS["mobilevit_xxs"], patch_size=(8, 4, 2))
-    blocks = summarize(config, 10, (224, 200)).attention
+    blocks = summarize(classifier(config, 10), (224, 200)).attention
     assert [b.map_size for b in blocks] == [(32, 32), (16, 16), (8, 8)]
     assert [b.num_sequences for b in blocks] == [64, 16, 4]
     assert all(b.num_sequences * b.num_tokens == b.map_size[0] * b.map_size[1] for b in blocks)
 
 
 def test_summary_is_plain_json() -> None:
-    told = json.loads(json.dumps(summarize(MODELS["mobilevit_xxs"], 5, (64, 96)).to_dict()))
+    told = json.loads(json.dumps(summarize(classifier(MODELS["mobilevit_xxs"], 5), (64, 96)).to_dict()))
     stem = told["layers"][0]
     assert stem == {
         "name": "stem", "kind": "ConvNormAct", "shape": [16, 32, 48], "parameters": 464,

@@ -13,6 +13,8 @@ from safetensors.torch import load_file, save_file
 import mobilevit
 from golden_weights import fill_with_golden_weights
 from mobilevit.models.card import card_of
+from mobilevit.models.deeplabv3 import DeepLabv3Config
+from mobilevit.models.ssdlite import SSDLiteConfig
 
 
 def make(**options: object) -> mobilevit.models.mobilevit.MobileViT:  # type: ignore[name-defined]
@@ -105,8 +107,9 @@ def test_not_a_state_dict(tmp_path: Path) -> None:
     ("change", "message"),
     [
         ({"format_version": 99}, "newer"),
-        ({"task": "detection"}, "for detection, where one for classification is needed"),
-        ({"classes": ["a", "b"]}, "header and weights do not fit"),
+        ({"task": "pose"}, "newer"),
+        ({"task": "detection"}, r"header and weights do not fit \(backbone\.stem\.conv\.weight is missing\)"),
+        ({"classes": ["a", "b"]}, r"do not fit \(classifier\.weight is \(3, 320\), not \(2, 320\)\)"),
     ],
 )
 def test_headers_that_do_not_fit(tmp_path: Path, change: dict[str, object], message: str) -> None:
@@ -121,3 +124,44 @@ def test_headers_that_do_not_fit(tmp_path: Path, change: dict[str, object], mess
 def test_card_fields_survive_replacing() -> None:
     card = card_of(make(num_classes=2))
     assert dataclasses.replace(card, metrics={"top1": 1.0}).classes == ("class_0", "class_1")
+
+
+def test_headers_of_the_first_version_are_read(tmp_path: Path) -> None:
+    path = mobilevit.save(make(num_classes=3), tmp_path / "m.safetensors")
+    with safe_open(path, framework="pt") as file:
+        header = json.loads(file.metadata()["mobilevit"])
+    assert header.pop("head") is None
+    assert header.pop("score_threshold") is None
+    save_file(load_file(path), path, {"mobilevit": json.dumps(header)})
+    card = card_of(mobilevit.load(path))
+    assert (card.task, card.score_threshold, len(card.classes)) == ("classification", None, 3)
+
+
+HEADS = {
+    "detection": SSDLiteConfig(min_scale=0.05, pool_channels=32),
+    "segmentation": DeepLabv3Config(aspp_channels=64, atrous_rates=(2, 4), aux_head=True),
+}
+
+
+@pytest.mark.parametrize("task", HEADS)
+def test_every_task_and_head_survives(task: str, tmp_path: Path) -> None:
+    model = make(task=task, classes=["cat", "dog", "bird"], head=HEADS[task])
+    path = mobilevit.save(model, tmp_path / "m.safetensors", score_threshold=0.37, metrics={"map": 0.2})
+    loaded = mobilevit.load(path)
+    assert type(loaded) is type(model)
+    assert loaded.head_config == HEADS[task]
+    assert loaded.config == model.config
+    card = card_of(loaded)
+    assert (card.task, card.classes, card.metrics) == (task, ("cat", "dog", "bird"), {"map": 0.2})
+    assert card.score_threshold == 0.37
+    assert card.preprocessing == card_of(model).preprocessing
+    x = torch.rand(1, 3, 96, 128)
+    assert torch.equal(loaded(x)[0], model(x)[0])
+    again = mobilevit.save(loaded, tmp_path / "again.safetensors")
+    assert card_of(mobilevit.load(again)).score_threshold == 0.37
+
+
+def test_a_detectors_classes_are_without_the_background(tmp_path: Path) -> None:
+    model = make(task="detection", num_classes=3)
+    with pytest.raises(ValueError, match="4 class names for a model of 3"):
+        mobilevit.save(model, tmp_path / "m.safetensors", classes=["background", "a", "b", "c"])

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import dataclasses
 import json
+import logging
 import os
 import socket
 import subprocess
@@ -17,7 +19,15 @@ import pytest
 
 from mobilevit.models import MODELS
 from mobilevit.preprocessing import Preprocessing
-from mobilevit.weights.pretrained import PRETRAINED, imagenet_classes, list_pretrained, resolve
+from mobilevit.weights.pretrained import (
+    COCO_CLASSES,
+    PRETRAINED,
+    VOC_CLASSES,
+    imagenet_classes,
+    list_pretrained,
+    public_classes,
+    resolve,
+)
 
 NAME = "mobilevit_xxs.cvnets_in1k"
 TIMM_FILE = "timm/mobilevit_xxs.cvnets_in1k/resolve/main/model.safetensors"
@@ -169,34 +179,95 @@ def test_a_placed_file_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert resolve(NAME) == default
 
 
+PREPROCESSING = {
+    "cvnets_in1k": ("classification", Preprocessing(size=(256, 256), crop_fraction=0.9, interpolation="bicubic")),
+    "cvnets_coco": ("detection", Preprocessing(size=(320, 320), resize_mode="stretch", interpolation="bilinear")),
+    "cvnets_voc": ("segmentation", Preprocessing(size=(512, 512), resize_mode="stretch", interpolation="bilinear")),
+}
+
+
 def test_names() -> None:
-    names = ["mobilevit_s.cvnets_in1k", "mobilevit_xs.cvnets_in1k", "mobilevit_xxs.cvnets_in1k"]
-    assert list_pretrained() == names == sorted(PRETRAINED)
+    names = [f"{model}.{data}" for model in MODELS for data in PREPROCESSING]
+    assert list_pretrained() == sorted(names) == sorted(PRETRAINED)
     for name, weights in PRETRAINED.items():
         assert weights.name == name
-        assert weights.architecture in MODELS
         assert name.startswith(f"{weights.architecture}.")
-        assert weights.preprocessing == Preprocessing(size=(256, 256), crop_fraction=0.9, interpolation="bicubic")
+        assert (weights.task, weights.preprocessing) == PREPROCESSING[name.rpartition(".")[2]]
         assert (weights.preprocessing.mean, weights.preprocessing.std) == ((0, 0, 0), (1, 1, 1))
     assert [r.name for r in PRETRAINED["mobilevit_s.cvnets_in1k"].repositories] == [
         "timm/mobilevit_s.cvnets_in1k",
         "apple/mobilevit-small",
     ]
+    assert PRETRAINED["mobilevit_xxs.cvnets_voc"].url == (
+        "https://huggingface.co/apple/deeplabv3-mobilevit-xx-small/resolve/main/pytorch_model.bin"
+    )
+    assert PRETRAINED["mobilevit_xs.cvnets_coco"].url.endswith("/models/cvnets/detection/ssd_mobilevit_xs_320.pt")
     with pytest.raises(ValueError, match=r"^unknown weights 'mobilevit_xs\.cvnet'; did you mean mobilevit_xs\.cvnets"):
         resolve("mobilevit_xs.cvnet")
-    with pytest.raises(ValueError, match=r"^unknown weights '123'; There are mobilevit_s\.cvnets_in1k, "):
+    with pytest.raises(ValueError, match=r"^unknown weights '123'; There are mobilevit_s\.cvnets_coco, "):
         resolve("123")
 
 
 def test_facts_agree_with_timm() -> None:
     timm = pytest.importorskip("timm")
-    for weights in PRETRAINED.values():
+    classifiers = [weights for weights in PRETRAINED.values() if weights.task == "classification"]
+    assert len(classifiers) == 3
+    for weights in classifiers:
         theirs = timm.get_pretrained_cfg(weights.name)
         assert theirs.hf_hub_id == weights.repositories[0].name
         assert theirs.input_size[1:] == weights.preprocessing.size
         assert theirs.crop_pct == weights.preprocessing.crop_fraction
         assert theirs.interpolation == weights.preprocessing.interpolation
         assert (theirs.mean, theirs.std) == (weights.preprocessing.mean, weights.preprocessing.std)
+
+
+def test_a_file_on_no_hub_is_downloaded_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    name = "mobilevit_s.cvnets_coco"
+    monkeypatch.setenv("MOBILEVIT_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(logging.getLogger("mobilevit"), "propagate", True)
+    placed = tmp_path / "home" / f"{name}.pt"
+    with hub({"ssd.pt": b"weights"}) as (endpoint, _):
+        monkeypatch.setitem(PRETRAINED, name, dataclasses.replace(PRETRAINED[name], address=f"{endpoint}/ssd.pt"))
+        assert resolve(name) == placed
+    assert placed.read_bytes() == b"weights"
+    assert caplog.text.count(NOTICE) == 1
+    assert resolve(name) == placed  # the server is gone
+
+    placed.unlink()
+    advice = f"; fetch {endpoint}/ssd.pt and place it at {placed}"
+    with pytest.raises(ValueError, match="refused") as raised:
+        resolve(name)
+    assert str(raised.value).endswith(advice)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match="HF_HUB_OFFLINE is set") as raised:
+        resolve(name)
+    assert str(raised.value).endswith(advice)
+    assert list(placed.parent.iterdir()) == []
+
+
+def test_a_placed_file_has_the_suffix_of_the_published_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOBILEVIT_HOME", str(tmp_path))
+    for suffix in (".bin", ".safetensors"):
+        placed = tmp_path / f"mobilevit_s.cvnets_voc{suffix}"
+        placed.write_bytes(b"mine")
+        assert resolve("mobilevit_s.cvnets_voc") == placed
+
+
+def test_names_of_public_classes() -> None:
+    torchvision = pytest.importorskip("torchvision")
+    detection = torchvision.models.detection.SSDLite320_MobileNet_V3_Large_Weights.COCO_V1.meta["categories"]
+    assert tuple(name for name in detection if name not in ("__background__", "N/A")) == COCO_CLASSES
+    segmentation = torchvision.models.segmentation.DeepLabV3_ResNet50_Weights.COCO_WITH_VOC_LABELS_V1.meta["categories"]
+    assert tuple(segmentation[1:]) == VOC_CLASSES[1:]
+    assert VOC_CLASSES[0] == "background"
+    assert public_classes("detection", 80) == COCO_CLASSES
+    assert public_classes("segmentation", 21) == VOC_CLASSES
+    assert public_classes("classification", 1000) == imagenet_classes()
+    assert public_classes("detection", 2) == public_classes("classification", 2) == ("class_0", "class_1")
 
 
 def test_imagenet_classes() -> None:

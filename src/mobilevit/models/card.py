@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from torch import nn
 
 from mobilevit.preprocessing import Preprocessing
+
+Task = Literal["classification", "detection", "segmentation"]
+"""What a model is asked of a picture: its class, boxes around objects, or the class of every pixel."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,14 +19,16 @@ class ModelCard:
 
     name: str
     """Architecture, a key of `MODELS`."""
-    task: str
-    """"classification"."""
+    task: Task
+    """What the model does."""
     classes: tuple[str, ...]
-    """Labels, by output index."""
+    """Labels, by output index; a detector's without the background, which is output 0."""
     preprocessing: Preprocessing = field(default_factory=Preprocessing)
     """How pictures become input."""
     metrics: dict[str, float] = field(default_factory=dict)
     """Measured when the model was saved."""
+    score_threshold: float | None = None
+    """Detection: the score from which on a detection is shown; where precision and recall balanced best."""
     provenance: dict[str, str] = field(default_factory=dict)
     """Where the weights come from: data, starting weights, licence, versions."""
 

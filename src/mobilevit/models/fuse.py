@@ -59,8 +59,8 @@ def _fold_batch_norm(block: ConvNormAct) -> None:
             norm.bias.double() - norm.running_mean.double() * gain,
         )
         block.norm = nn.Identity()
-    if isinstance(block.act, nn.SiLU):
-        block.act = nn.SiLU(inplace=True)  # nobody else holds a convolution's output
+    if isinstance(block.act, nn.SiLU | nn.ReLU):
+        block.act = type(block.act)(inplace=True)  # nobody else holds a convolution's output
 
 
 def _fold_layer_norm(norm: nn.LayerNorm, following: nn.Linear | nn.Conv2d) -> None:

@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
@@ -80,8 +80,18 @@ S = MobileViTConfig(channels=(32, 64, 96, 128, 160), embed_dims=(144, 192, 240),
 
 
 class ConvNormAct(nn.Module):
-    """Convolution with "same" padding, BatchNorm, SiLU; each of the last two can be left out.
+    """Convolution with "same" padding, BatchNorm, activation; each of the last two can be left out.
 
+    Args:
+        in_channels: channels in.
+        out_channels: channels out.
+        kernel_size: side of the kernel.
+        stride: of the convolution.
+        dilation: of the convolution.
+        groups: of the convolution.
+        norm: whether BatchNorm follows.
+        act: "silu" in the backbone, "relu" in the heads of detection and segmentation, None for no activation.
+        bias: of the convolution.
     Shape: (B, in_channels, H, W) -> (B, out_channels, ceil(H / stride), ceil(W / stride)).
     """
 
@@ -95,15 +105,16 @@ class ConvNormAct(nn.Module):
         dilation: int = 1,
         groups: int = 1,
         norm: bool = True,
-        act: bool = True,
+        act: Literal["silu", "relu"] | None = "silu",
+        bias: bool = False,
     ) -> None:
         super().__init__()
         padding = (kernel_size - 1) // 2 * dilation
         self.conv = nn.Conv2d(
-            in_channels, out_channels, kernel_size, stride, padding, dilation=dilation, groups=groups, bias=False
+            in_channels, out_channels, kernel_size, stride, padding, dilation=dilation, groups=groups, bias=bias
         )
         self.norm = nn.BatchNorm2d(out_channels) if norm else nn.Identity()
-        self.act = nn.SiLU() if act else nn.Identity()
+        self.act = {"silu": nn.SiLU, "relu": nn.ReLU, None: nn.Identity}[act]()
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.act(self.norm(self.conv(x)))
@@ -123,7 +134,7 @@ class InvertedResidual(nn.Module):
         hidden = _round_channels(in_channels * expand_ratio)
         self.expand = ConvNormAct(in_channels, hidden, 1)
         self.depthwise = ConvNormAct(hidden, hidden, 3, stride=stride, dilation=dilation, groups=hidden)
-        self.project = ConvNormAct(hidden, out_channels, 1, act=False)
+        self.project = ConvNormAct(hidden, out_channels, 1, act=None)
         self.residual = stride == 1 and in_channels == out_channels
 
     def forward(self, x: Tensor) -> Tensor:
@@ -254,7 +265,7 @@ class MobileViTBlock(nn.Module):
             raise ValueError(f"embed_dim {embed_dim} is not divisible by num_heads {num_heads}")
         self.patch_size = _pair(patch_size)
         self.local_conv = ConvNormAct(in_channels, in_channels, 3)
-        self.project_in = ConvNormAct(in_channels, embed_dim, 1, norm=False, act=False)
+        self.project_in = ConvNormAct(in_channels, embed_dim, 1, norm=False, act=None)
         self.transformer = nn.Sequential(*(TransformerLayer(embed_dim, num_heads, dropout) for _ in range(depth)))
         self.norm = nn.LayerNorm(embed_dim)
         self.project_out = ConvNormAct(embed_dim, in_channels, 1)
@@ -277,22 +288,20 @@ class MobileViTBlock(nn.Module):
         return x
 
 
-class MobileViT(nn.Module):
-    """MobileViT for classification, and the backbone of the other tasks (arXiv:2110.02178, table 4).
+class MobileViTBackbone(nn.Module):
+    """Five stages that halve the map and widen it: what classification, detection and segmentation share.
 
     Args:
         config: the shape of the backbone, such as `XXS`, `XS` or `S`.
-        num_classes: K; 0 leaves the classifier out, and the pooled features are returned.
-    Shape: RGB in 0..1, (B, 3, H, W), H and W >= 32 -> logits (B, K).
+    Shape: RGB in 0..1, (B, 3, H, W), H and W >= 32 -> the maps of `forward_features`.
     """
 
     card: ModelCard | None = None
     """What the model says of itself; set by `create_model` and `load`."""
 
-    def __init__(self, config: MobileViTConfig, num_classes: int = 1000) -> None:
+    def __init__(self, config: MobileViTConfig) -> None:
         super().__init__()
         self.config = config
-        self.num_classes = num_classes
         stem, (c1, c2, c3, c4, c5) = config.stem_channels, config.channels
         # Where layer4 no longer shrinks the map, layer5 dilates its depthwise convolution to see as far as before.
         # As in the official code, that is the only dilated one: those inside the MobileViT blocks never are.
@@ -304,17 +313,12 @@ class MobileViT(nn.Module):
         self.layer3 = self._mobilevit_stage(0, c2, c3, stride=2)
         self.layer4 = self._mobilevit_stage(1, c3, c4, stride=stride4)
         self.layer5 = self._mobilevit_stage(2, c4, c5, stride=stride5, dilation=2 // stride4)
-        self.head_conv = ConvNormAct(c5, config.head_channels, 1)
-        self.classifier_dropout = nn.Dropout(config.classifier_dropout)
-        self.classifier: nn.Module
-        self.reset_classifier(num_classes)
 
         strides = (2, 4, 8, 8 * stride4, 8 * stride4 * stride5)
         self.feature_channels: dict[int, int] = dict(zip(strides, config.channels, strict=True))
         """Channels of each map that `forward_features` returns, by stride."""
         self._feature_strides = strides
-        self.apply(_init_weights)
-        self.to(memory_format=torch.channels_last)
+        initialize(self)
 
     def _inverted_residuals(self, in_channels: int, out_channels: int, *, strides: Sequence[int]) -> nn.Sequential:
         widths = pairwise((in_channels, *(out_channels for _ in strides)))
@@ -341,24 +345,49 @@ class MobileViT(nn.Module):
             ),
         )
 
-    def reset_classifier(self, num_classes: int) -> None:
-        """Replace the last linear layer by a freshly initialised one for `num_classes` classes (0: none)."""
-        self.num_classes = num_classes
-        self.classifier = nn.Linear(self.config.head_channels, num_classes) if num_classes else nn.Identity()
-        _init_weights(self.classifier)
-        self.classifier.to(self.stem.conv.weight.device)
-
     def forward_features(self, x: Tensor) -> dict[int, Tensor]:
         """The deepest feature map at each stride.
 
         Shape: (B, 3, H, W) -> {stride: (B, feature_channels[stride], ceil(H / stride), ceil(W / stride))}.
         """
-        features: dict[int, Tensor] = {}
+        return dict(zip(self._feature_strides, self.forward_stages(x), strict=True))
+
+    def forward_stages(self, x: Tensor) -> list[Tensor]:
+        """The output of layer1 to layer5, also where dilation leaves several at the same stride.
+
+        Shape: (B, 3, H, W) -> five maps of `config.channels`.
+        """
         x = self.stem(x.contiguous(memory_format=torch.channels_last))
-        layers = (self.layer1, self.layer2, self.layer3, self.layer4, self.layer5)
-        for stride, layer in zip(self._feature_strides, layers, strict=True):
-            x = features[stride] = layer(x)
-        return features
+        stages = []
+        for layer in (self.layer1, self.layer2, self.layer3, self.layer4, self.layer5):
+            x = layer(x)
+            stages.append(x)
+        return stages
+
+
+class MobileViT(MobileViTBackbone):
+    """MobileViT for classification (arXiv:2110.02178, table 4).
+
+    Args:
+        config: the shape of the backbone, such as `XXS`, `XS` or `S`.
+        num_classes: K; 0 leaves the classifier out, and the pooled features are returned.
+    Shape: RGB in 0..1, (B, 3, H, W), H and W >= 32 -> logits (B, K).
+    """
+
+    def __init__(self, config: MobileViTConfig, num_classes: int = 1000) -> None:
+        super().__init__(config)
+        self.head_conv = ConvNormAct(config.channels[-1], config.head_channels, 1)
+        self.classifier_dropout = nn.Dropout(config.classifier_dropout)
+        self.classifier: nn.Module
+        self.reset_classifier(num_classes)
+        initialize(self.head_conv)
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """Replace the last linear layer by a freshly initialised one for `num_classes` classes (0: none)."""
+        self.num_classes = num_classes
+        self.classifier = nn.Linear(self.config.head_channels, num_classes) if num_classes else nn.Identity()
+        initialize(self.classifier)
+        self.classifier.to(self.stem.conv.weight.device)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.forward_features(x)[self._feature_strides[-1]]  # (B, C5, H / 32, W / 32)
@@ -367,10 +396,27 @@ class MobileViT(nn.Module):
         return x
 
 
+def initialize(module: nn.Module) -> None:
+    """Initial weights of the official code, and channels-last memory, for a module and all in it.
+
+    Convolutions: Kaiming normal over fan-out; linear layers: normal 0.02.
+    """
+    module.apply(_init_weights)
+    module.to(memory_format=torch.channels_last)
+
+
 def _init_weights(module: nn.Module) -> None:
-    """Initialisation of the official code: convolutions Kaiming normal over fan-out, linear layers normal 0.02."""
     if isinstance(module, nn.Conv2d):
         nn.init.kaiming_normal_(module.weight, mode="fan_out")
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
     elif isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
         nn.init.zeros_(module.bias)
+
+
+def initialize_prediction(conv: nn.Conv2d) -> None:
+    """Initial weights of a last convolution: so small that all classes are equally likely and boxes stay in place."""
+    nn.init.normal_(conv.weight, std=0.01)
+    assert conv.bias is not None
+    nn.init.zeros_(conv.bias)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from mobilevit.models.mobilevit import MobileViT, MobileViTBlock, MobileViTConfig
+from mobilevit.models import Model
+from mobilevit.models.deeplabv3 import ASPP
+from mobilevit.models.mobilevit import MobileViTBackbone, MobileViTBlock
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +24,7 @@ class LayerRow:
     name: str
     kind: str
     shape: tuple[int, ...]
-    """Of the output, without the batch."""
+    """Of the output, without the batch; () for what only training uses."""
     parameters: int
     macs: int
     """Multiply-adds of convolutions, linear layers and attention, for one picture."""
@@ -63,26 +67,29 @@ class Summary:
         return asdict(self)
 
 
-def summarize(config: MobileViTConfig, num_classes: int, input_size: tuple[int, int]) -> Summary:
-    """Measure a model without computing anything: it runs on tensors that have shapes but no numbers."""
-    with torch.device("meta"):
-        model = MobileViT(config, num_classes).eval()
-        picture = torch.empty(1, 3, *input_size)
+def summarize(model: Model, input_size: tuple[int, int]) -> Summary:
+    """Measure a model without computing anything: a copy of it runs on tensors that have shapes but no numbers.
+
+    Args:
+        model: for any task; may be on the "meta" device.
+        input_size: (height, width) of one picture.
+    """
+    model = copy.deepcopy(model).to("meta").eval()
     shapes: dict[str, tuple[int, ...]] = {}
     for name, module in _layers(model):
         module.register_forward_hook(lambda _module, _in, out, name=name: shapes.update({name: tuple(out.shape[1:])}))
     counter = FlopCounterMode(display=False, depth=3)
     with counter, torch.no_grad():
-        model(picture)
+        model(torch.empty(1, 3, *input_size, device="meta"))
     counts = counter.get_flop_counts()
     layers = tuple(
         LayerRow(
             name=name,
             kind=type(module).__name__,
-            shape=shapes[name],
+            shape=shapes.get(name, ()),
             parameters=sum(p.numel() for p in module.parameters()),
             macs=sum(counts.get(f"{type(model).__name__}.{name}", {}).values()) // 2,
-            activations=Tensor.numel(torch.empty(shapes[name], device="meta")),
+            activations=math.prod(shapes[name]) if name in shapes else 0,
         )
         for name, module in _layers(model)
     )
@@ -97,13 +104,13 @@ def summarize(config: MobileViTConfig, num_classes: int, input_size: tuple[int, 
     )
 
 
-def _layers(model: MobileViT) -> Iterator[tuple[str, nn.Module]]:
-    """The stem, every block of every stage, and the head."""
-    for name, child in model.named_children():
-        if isinstance(child, nn.Sequential):
-            yield from ((f"{name}.{index}", block) for index, block in child.named_children())
-        elif not isinstance(child, nn.Dropout):
-            yield name, child
+def _layers(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """The stem, every block of every stage, and the parts of the head."""
+    for name, child in module.named_children():
+        if isinstance(child, nn.Sequential | nn.ModuleList | MobileViTBackbone | ASPP):
+            yield from _layers(child, f"{prefix}{name}.")
+        elif not isinstance(child, nn.Dropout | nn.Dropout2d):
+            yield f"{prefix}{name}", child
 
 
 def _attention(name: str, block: MobileViTBlock, shape: tuple[int, ...]) -> AttentionRow:

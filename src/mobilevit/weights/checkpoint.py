@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from mobilevit import __version__
 from mobilevit.files import write_bytes
-from mobilevit.models.card import ModelCard, card_of
+from mobilevit.models import HEAD_CONFIGS, HeadConfig, Model, build_model
+from mobilevit.models.card import ModelCard, Task, card_of
 from mobilevit.models.mobilevit import MobileViT, MobileViTConfig
 from mobilevit.preprocessing import Preprocessing
 
@@ -35,16 +36,18 @@ def save(
     preprocessing: Preprocessing | None = None,
     metrics: Mapping[str, float] | None = None,
     provenance: Mapping[str, str] | None = None,
+    score_threshold: float | None = None,
 ) -> Path:
     """Write a checkpoint that needs nothing remembered; what is not given comes from the model's card.
 
     Args:
         model: made by `create_model` or `load`, not by `fuse`.
         path: ends in `.safetensors`; appears whole or not at all.
-        classes: labels by output index.
+        classes: labels by output index; a detector's without the background.
         preprocessing: how pictures become input.
         metrics: measured values to keep with the weights.
         provenance: where the weights come from; added to what the card says.
+        score_threshold: detection only: the score from which on a detection is shown.
 
     Raises:
         ValueError: wrong number of classes, a fused model, or another suffix.
@@ -54,7 +57,7 @@ def save(
         raise ValueError(f"{path}: checkpoints are safetensors files; name it {path.with_suffix('.safetensors').name}")
     if getattr(model, "fused", False):
         raise ValueError("a fused model cannot be saved; save the original and call mobilevit.fuse after loading")
-    if not isinstance(model, MobileViT):
+    if not isinstance(model, Model):
         raise ValueError(f"cannot save a {type(model).__name__}; only models of this package describe themselves")
     card = card_of(model)
     card = dataclasses.replace(
@@ -63,6 +66,7 @@ def save(
         preprocessing=preprocessing or card.preprocessing,
         metrics=dict(metrics) if metrics is not None else card.metrics,
         provenance={**card.provenance, **(provenance or {})},
+        score_threshold=card.score_threshold if score_threshold is None else score_threshold,
     )
     if len(card.classes) != model.num_classes:
         raise ValueError(f"{len(card.classes)} class names for a model of {model.num_classes} classes")
@@ -71,9 +75,11 @@ def save(
         "name": card.name,
         "task": card.task,
         "config": dataclasses.asdict(model.config),
+        "head": None if isinstance(model, MobileViT) else dataclasses.asdict(model.head_config),
         "classes": card.classes,
         "preprocessing": card.preprocessing.to_dict(),
         "metrics": card.metrics,
+        "score_threshold": card.score_threshold,
         "provenance": {
             **card.provenance,
             "mobilevit": __version__,
@@ -123,38 +129,64 @@ def read(path: str | os.PathLike[str]) -> tuple[Mapping[str, Any], dict[str, Any
     return content, None
 
 
-def restore(tensors: Mapping[str, Tensor], header: Mapping[str, Any], path: str | os.PathLike[str]) -> MobileViT:
+def restore(tensors: Mapping[str, Tensor], header: Mapping[str, Any], path: str | os.PathLike[str]) -> Model:
     """Build the model that a header describes and fill it.
 
     Raises:
-        ValueError: written by a newer version, for another task, or header and tensors do not fit.
+        ValueError: written by a newer version, or header and tensors do not fit.
     """
-    if header["format_version"] > FORMAT_VERSION:
-        version = header["provenance"].get("mobilevit")
-        raise ValueError(f"{path}: written by mobilevit {version}, which is newer; upgrade to read it")
-    if header["task"] != "classification":
-        raise ValueError(f"{path}: a checkpoint for {header['task']}, where one for classification is needed")
+    if header["format_version"] > FORMAT_VERSION or header["task"] not in HEAD_CONFIGS:
+        version, task = header["provenance"].get("mobilevit"), header["task"]
+        raise ValueError(f"{path}: a checkpoint for {task} by mobilevit {version}, which is newer; upgrade to read it")
     card = ModelCard(
         name=header["name"],
         task=header["task"],
         classes=tuple(header["classes"]),
         preprocessing=Preprocessing.from_dict(header["preprocessing"]),
         metrics=dict(header["metrics"]),
+        score_threshold=header.get("score_threshold"),
         provenance=dict(header["provenance"]),
     )
-    model = MobileViT(config_from_dict(header["config"]), num_classes=len(card.classes))
+    head = head_from_dict(card.task, header.get("head"))
+    model = build_model(config_from_dict(header["config"]), task=card.task, num_classes=len(card.classes), head=head)
     try:
-        model.load_state_dict(dict(tensors))
-    except RuntimeError as error:
-        raise ValueError(f"{path}: header and weights do not fit ({str(error).splitlines()[1].strip()})") from None
+        fill(model, tensors)
+    except ValueError as error:
+        raise ValueError(f"{path}: header and weights do not fit ({error})") from None
     model.card = card
     return model.eval()
 
 
+def fill(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Load weights that are exactly a model's; counters of batches may be missing.
+
+    Raises:
+        ValueError: they are not; names one that is missing, too many or of another shape.
+    """
+    wanted = model.state_dict()
+    for key, value in wanted.items():
+        if key not in tensors:
+            if not key.endswith("num_batches_tracked"):
+                raise ValueError(f"{key} is missing")
+        elif tensors[key].shape != value.shape:
+            raise ValueError(f"{key} is {tuple(tensors[key].shape)}, not {tuple(value.shape)}")
+    if strangers := tensors.keys() - wanted.keys():
+        raise ValueError(f"{min(strangers)} belongs to no part of it")
+    model.load_state_dict(dict(tensors))
+
+
 def config_from_dict(values: Mapping[str, Any]) -> MobileViTConfig:
     """A configuration from plain JSON values, whose lists stand for tuples."""
+    return MobileViTConfig(**{key: _tuples(value) for key, value in values.items()})
 
-    def tuples(value: Any) -> Any:
-        return tuple(map(tuples, value)) if isinstance(value, list | tuple) else value
 
-    return MobileViTConfig(**{key: tuples(value) for key, value in values.items()})
+def head_from_dict(task: Task, values: Mapping[str, Any] | None) -> HeadConfig | None:
+    """The configuration of a task's head from plain JSON values; None: the published one, or a task without."""
+    kind = HEAD_CONFIGS[task]
+    if kind is None or values is None:
+        return None
+    return kind(**{key: _tuples(value) for key, value in values.items()})
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value

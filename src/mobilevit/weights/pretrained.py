@@ -1,4 +1,4 @@
-"""Public weights by name: found beside you, in the cache, or on the Hugging Face Hub."""
+"""Public weights by name: found beside you, in the cache, on the Hugging Face Hub or at their author's."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
+from urllib.request import urlopen
 
+from mobilevit.files import write_bytes
+from mobilevit.models.card import Task, default_classes
 from mobilevit.preprocessing import Preprocessing
 
 log = logging.getLogger("mobilevit")
@@ -37,8 +40,12 @@ class PretrainedWeights:
     """What `create_model(weights=...)` takes."""
     architecture: str
     """Key of `MODELS`."""
+    task: Task
+    """What they were trained for; `create_model` takes their backbone for any other task."""
     repositories: tuple[Repository, ...]
     """Where the same numbers are published, in order of preference."""
+    address: str | None = None
+    """Of the file, where it is on no hub."""
     preprocessing: Preprocessing
     """With which they reach their published accuracy."""
     source: str
@@ -46,11 +53,17 @@ class PretrainedWeights:
     licence: str
     """Name and address of the terms that the repositories refer to."""
 
+    @property
+    def url(self) -> str:
+        """Address that a browser downloads the file from."""
+        return self.address or self.repositories[0].url
+
 
 def _cvnets_in1k(size: str, apple_size: str) -> PretrainedWeights:
     return PretrainedWeights(
         name=f"mobilevit_{size}.cvnets_in1k",
         architecture=f"mobilevit_{size}",
+        task="classification",
         repositories=(
             Repository(f"timm/mobilevit_{size}.cvnets_in1k", "model.safetensors"),
             Repository(f"apple/mobilevit-{apple_size}", "pytorch_model.bin"),
@@ -61,9 +74,38 @@ def _cvnets_in1k(size: str, apple_size: str) -> PretrainedWeights:
     )
 
 
+def _cvnets_voc(size: str, apple_size: str) -> PretrainedWeights:
+    return PretrainedWeights(
+        name=f"mobilevit_{size}.cvnets_voc",
+        architecture=f"mobilevit_{size}",
+        task="segmentation",
+        repositories=(Repository(f"apple/deeplabv3-mobilevit-{apple_size}", "pytorch_model.bin"),),
+        preprocessing=Preprocessing(size=(512, 512), resize_mode="stretch", interpolation="bilinear"),
+        source="DeepLabv3 trained on ImageNet-1k, then PASCAL VOC 2012, by the paper's authors with apple/ml-cvnets",
+        licence="Apple sample code licence, https://github.com/apple/ml-cvnets/blob/main/LICENSE",
+    )
+
+
+def _cvnets_coco(size: str, _apple_size: str) -> PretrainedWeights:
+    return PretrainedWeights(
+        name=f"mobilevit_{size}.cvnets_coco",
+        architecture=f"mobilevit_{size}",
+        task="detection",
+        repositories=(),
+        # As given by the README of ml-cvnets 0.1; later versions no longer mention these files.
+        address=f"https://docs-assets.developer.apple.com/ml-research/models/cvnets/detection/ssd_mobilevit_{size}_320.pt",
+        preprocessing=Preprocessing(size=(320, 320), resize_mode="stretch", interpolation="bilinear"),
+        source="SSDLite trained on ImageNet-1k, then COCO 2017, by the paper's authors with apple/ml-cvnets",
+        licence="Apple sample code licence, https://github.com/apple/ml-cvnets/blob/main/LICENSE",
+    )
+
+
+_SIZES = (("s", "small"), ("xs", "x-small"), ("xxs", "xx-small"))
+
 PRETRAINED: dict[str, PretrainedWeights] = {
     weights.name: weights
-    for weights in (_cvnets_in1k("s", "small"), _cvnets_in1k("xs", "x-small"), _cvnets_in1k("xxs", "xx-small"))
+    for make in (_cvnets_in1k, _cvnets_coco, _cvnets_voc)
+    for weights in (make(*size) for size in _SIZES)
 }
 
 
@@ -86,9 +128,11 @@ def resolve(name: str) -> Path:
         hint = f"did you mean {near[0]}? " if near else ""
         raise ValueError(f"unknown weights {name!r}; {hint}There are {', '.join(list_pretrained())}")
     weights = PRETRAINED[name]
-    placed = Path(os.environ.get("MOBILEVIT_HOME") or "~/.cache/mobilevit").expanduser() / f"{name}.safetensors"
-    if placed.is_file():
-        return placed
+    home = Path(os.environ.get("MOBILEVIT_HOME") or "~/.cache/mobilevit").expanduser()
+    placed = home / f"{name}{Path(weights.url).suffix}"
+    for path in (home / f"{name}.safetensors", placed):
+        if path.is_file():
+            return path
 
     from huggingface_hub import try_to_load_from_cache  # slow to import, and seldom needed
 
@@ -96,7 +140,7 @@ def resolve(name: str) -> Path:
         cached = try_to_load_from_cache(repository.name, repository.file)
         if isinstance(cached, str):
             return Path(cached)
-    return _download(weights, placed)
+    return _download(weights, placed) if weights.repositories else _download_from_author(weights, placed)
 
 
 def _download(weights: PretrainedWeights, placed: Path) -> Path:
@@ -111,16 +155,40 @@ def _download(weights: PretrainedWeights, placed: Path) -> Path:
             path = Path(hf_hub_download(*repository))
         except Exception as error:  # the HTTP library below huggingface_hub changes with its version
             # The first repository's reason is the one that fits the advice.
-            told = "HF_HUB_OFFLINE is set" if isinstance(error, OfflineModeIsEnabled) else str(error).strip()
+            told = _OFFLINE if isinstance(error, OfflineModeIsEnabled) else str(error).strip()
             reason = reason or (told or type(error).__name__).splitlines()[0]
             if not isinstance(error, HfHubHTTPError):
                 break  # no answer from the hub, so none about the other repository either
         else:
-            log.warning("%s: downloaded from %s; %s; %s", weights.name, repository.url, weights.source, weights.licence)
+            _tell_licence(weights, repository.url)
             return path
-    raise ValueError(
-        f"{weights.name} cannot be downloaded ({reason}); fetch {weights.repositories[0].url} and place it at {placed}"
-    )
+    raise _cannot_download(weights, placed, reason)
+
+
+_OFFLINE = "HF_HUB_OFFLINE is set"
+
+
+def _download_from_author(weights: PretrainedWeights, placed: Path) -> Path:
+    from huggingface_hub.constants import HF_HUB_OFFLINE
+
+    if HF_HUB_OFFLINE:
+        raise _cannot_download(weights, placed, _OFFLINE)
+    try:
+        with urlopen(weights.url, timeout=10) as answer:
+            data = answer.read()
+    except OSError as error:
+        raise _cannot_download(weights, placed, str(error)) from None
+    write_bytes(placed, data)
+    _tell_licence(weights, weights.url)
+    return placed
+
+
+def _tell_licence(weights: PretrainedWeights, url: str) -> None:
+    log.warning("%s: downloaded from %s; %s; %s", weights.name, url, weights.source, weights.licence)
+
+
+def _cannot_download(weights: PretrainedWeights, placed: Path, reason: str) -> ValueError:
+    return ValueError(f"{weights.name} cannot be downloaded ({reason}); fetch {weights.url} and place it at {placed}")
 
 
 @cache
@@ -129,3 +197,36 @@ def imagenet_classes() -> tuple[str, ...]:
     from torchvision.models import MobileNet_V2_Weights  # slow to import
 
     return tuple(MobileNet_V2_Weights.IMAGENET1K_V1.meta["categories"])
+
+
+COCO_CLASSES = (
+    "person", "bicycle", "car", "motorcycle", "airplane", "bus", "train", "truck", "boat", "traffic light",
+    "fire hydrant", "stop sign", "parking meter", "bench", "bird", "cat", "dog", "horse", "sheep", "cow", "elephant",
+    "bear", "zebra", "giraffe", "backpack", "umbrella", "handbag", "tie", "suitcase", "frisbee", "skis", "snowboard",
+    "sports ball", "kite", "baseball bat", "baseball glove", "skateboard", "surfboard", "tennis racket", "bottle",
+    "wine glass", "cup", "fork", "knife", "spoon", "bowl", "banana", "apple", "sandwich", "orange", "broccoli",
+    "carrot", "hot dog", "pizza", "donut", "cake", "chair", "couch", "potted plant", "bed", "dining table", "toilet",
+    "tv", "laptop", "mouse", "remote", "keyboard", "cell phone", "microwave", "oven", "toaster", "sink",
+    "refrigerator", "book", "clock", "vase", "scissors", "teddy bear", "hair drier", "toothbrush",
+)  # fmt: skip
+"""Labels of COCO's 80 classes of objects, in the order of their ids."""
+
+VOC_CLASSES = (
+    "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
+    "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
+)  # fmt: skip
+"""Labels of PASCAL VOC's 20 classes, after the background."""
+
+
+def public_classes(task: Task, num_classes: int) -> tuple[str, ...]:
+    """Labels of weights that do not name their classes: those of the data that public weights are trained on.
+
+    Placeholders where the number is another than that data's.
+    """
+    if task == "classification" and num_classes == 1000:
+        return imagenet_classes()
+    if task == "detection" and num_classes == len(COCO_CLASSES):
+        return COCO_CLASSES
+    if task == "segmentation" and num_classes == len(VOC_CLASSES):
+        return VOC_CLASSES
+    return default_classes(num_classes)

@@ -1,0 +1,145 @@
+"""DeepLabv3 on a MobileViT: the class of every pixel (arXiv:1706.05587, arXiv:2110.02178).
+
+Letters used in shape comments:
+
+    B  pictures in the batch     C  channels of the backbone's last map     K  classes, background included
+    H, W  height and width of the input     h, w  of the backbone's last map: H / output_stride, W / output_stride
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mobilevit.models.mobilevit import ConvNormAct, MobileViTBackbone, initialize, initialize_prediction
+
+if TYPE_CHECKING:
+    from mobilevit.models.card import ModelCard
+
+
+IGNORE = 255
+"""Value of pixels in a label map that are neither trained on nor counted."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeepLabv3Config:
+    """Width and reach of the head; the defaults are the paper's.
+
+    Raises:
+        ValueError: a rate or width below one.
+    """
+
+    aspp_channels: int = 256
+    """Channels of each branch; 512 in the weights Apple published later."""
+    atrous_rates: tuple[int, ...] = (6, 12, 18)
+    """Dilations of the 3x3 branches; twice as much at output stride 8."""
+    dropout: float = 0.1
+    """Before the classifier."""
+    aux_head: bool = False
+    """A second, small classifier on the map of layer4, which helps training and is not used afterwards."""
+    aux_channels: int = 128
+    """Its width."""
+
+    def __post_init__(self) -> None:
+        if min((self.aspp_channels, self.aux_channels, *self.atrous_rates)) < 1:
+            raise ValueError("aspp_channels, aux_channels and atrous_rates must be 1 or more")
+
+    @classmethod
+    def for_output_stride(cls, output_stride: int) -> DeepLabv3Config:
+        """Rates that see equally far in the picture at every output stride (arXiv:1706.05587, section 4.1)."""
+        return cls(atrous_rates=tuple(max(rate * 16 // output_stride, 1) for rate in cls.atrous_rates))
+
+
+class SegmentationOutput(NamedTuple):
+    """What `DeepLabv3` says of B pictures."""
+
+    logits: Tensor
+    """(B, K, H, W), at the size of the input."""
+    aux_logits: Tensor | None
+    """(B, K, H, W) of the auxiliary head; None unless the model has one and is in training mode."""
+
+
+class ASPP(nn.Module):
+    """Atrous spatial pyramid pooling: what is near, what is further off, and the whole, side by side.
+
+    Shape: (B, C, h, w) -> (B, aspp_channels, h, w).
+    """
+
+    def __init__(self, in_channels: int, config: DeepLabv3Config) -> None:
+        super().__init__()
+        width = config.aspp_channels
+        self.near = ConvNormAct(in_channels, width, 1, act="relu")
+        self.atrous = nn.ModuleList(
+            ConvNormAct(in_channels, width, 3, dilation=rate, act="relu") for rate in config.atrous_rates
+        )
+        self.pool = ConvNormAct(in_channels, width, 1, act="relu")
+        self.project = ConvNormAct((2 + len(config.atrous_rates)) * width, width, 1, act="relu")
+
+    def forward(self, x: Tensor) -> Tensor:
+        branches = [self.near(x), *(branch(x) for branch in self.atrous)]
+        whole = self.pool(x.mean((2, 3), keepdim=True))  # (B, aspp_channels, 1, 1)
+        x = self.project(torch.cat([*branches, whole.expand_as(branches[0])], dim=1))
+        return x
+
+
+class DeepLabv3(nn.Module):
+    """A backbone's last map through ASPP to classes, enlarged to the input's size.
+
+    Args:
+        backbone: has `forward_features` and `feature_channels`; its output stride decides how fine the map is.
+        num_classes: K, background included if there is one.
+        config: width and reach of the head; None: the paper's, at the backbone's output stride.
+    Shape: RGB in 0..1, (B, 3, H, W), H and W >= 32 -> `SegmentationOutput`.
+    """
+
+    card: ModelCard | None = None
+    """What the model says of itself; set by `create_model` and `load`."""
+
+    def __init__(self, backbone: MobileViTBackbone, num_classes: int, config: DeepLabv3Config | None = None) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.config = backbone.config
+        self.num_classes = num_classes
+        self.output_stride = max(backbone.feature_channels)
+        self.head_config = config = config or DeepLabv3Config.for_output_stride(self.output_stride)
+        self.aspp = ASPP(backbone.feature_channels[self.output_stride], config)
+        self.dropout = nn.Dropout2d(config.dropout)
+        self.classifier = nn.Conv2d(config.aspp_channels, num_classes, 1)
+        self.aux_head = None
+        if config.aux_head:
+            self.aux_head = nn.Sequential(
+                ConvNormAct(backbone.config.channels[-2], config.aux_channels, 3, act="relu"),
+                nn.Dropout2d(config.dropout),
+                nn.Conv2d(config.aux_channels, num_classes, 1),
+            )
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Start everything but the backbone afresh."""
+        initialize(self.aspp)
+        initialize_prediction(self.classifier)
+        if self.aux_head is not None:
+            initialize(self.aux_head)
+            last = self.aux_head[-1]
+            assert isinstance(last, nn.Conv2d)
+            initialize_prediction(last)
+
+    def forward(self, x: Tensor) -> SegmentationOutput:
+        size = (x.shape[2], x.shape[3])
+        aux_logits = None
+        if self.training and self.aux_head is not None:
+            *_, penultimate, last = self.backbone.forward_stages(x)
+            aux_logits = _enlarge(self.aux_head(penultimate), size)  # (B, K, H, W)
+        else:
+            last = self.backbone.forward_features(x)[self.output_stride]  # (B, C, h, w)
+        logits = self.classifier(self.dropout(self.aspp(last)))  # (B, K, h, w)
+        return SegmentationOutput(_enlarge(logits, size), aux_logits)
+
+
+def _enlarge(logits: Tensor, size: tuple[int, int]) -> Tensor:
+    """Bilinear, corners on corners as in the official code."""
+    return F.interpolate(logits, size=size, mode="bilinear", align_corners=True)
