@@ -442,7 +442,7 @@ def test_extreme_pictures(picture: tuple[int, int]) -> None:
         ({"crop_fraction": 0.0}, "crop_fraction is 0.0; it must be above 0 and at most 1"),
         ({"crop_fraction": 1.01}, "crop_fraction is 1.01"),
         ({"crop_fraction": math.nan}, "crop_fraction is nan"),
-        ({"resize_mode": "pad"}, "resize_mode is 'pad'; it can be 'crop' or 'stretch'"),
+        ({"resize_mode": "squash"}, "resize_mode is 'squash'; it can be 'crop', 'stretch' or 'pad'"),
         ({"interpolation": "area"}, "interpolation is 'area'; choose from nearest, bilinear, bicubic, lanczos"),
         ({"std": (1.0, 0.0, 1.0)}, "std's above 0"),
         ({"mean": (0.5,)}, "each has three numbers"),

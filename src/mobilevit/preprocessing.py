@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
@@ -108,6 +109,39 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Placement:
+    """Which part of a picture a model's input shows, and where in it; for the way back from outputs to the picture."""
+
+    picture: tuple[int, int]
+    """(height, width) of the picture."""
+    region: tuple[float, float, float, float]
+    """Left, top, right, bottom of the part that is shown, in pixels of the picture."""
+    size: tuple[int, int]
+    """(height, width) of the input."""
+    filled: tuple[int, int]
+    """(height, width) of what the region became, at the top left of the input; the rest is margin."""
+
+    def to_input(self, boxes_xyxy: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Boxes from pixels of the picture to 0..1 of the input, cut at its border. Shape: (N, 4) -> (N, 4)."""
+        offset, scale = self._offset_and_scale()
+        moved: NDArray[np.float64] = (boxes_xyxy - offset) / scale
+        return moved.clip(0, 1)
+
+    def to_picture(self, boxes_xyxy: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Boxes from 0..1 of the input to pixels of the picture, cut at its border. Shape: (N, 4) -> (N, 4)."""
+        offset, scale = self._offset_and_scale()
+        rows, columns = self.picture
+        return (boxes_xyxy * scale + offset).clip(0, [columns, rows, columns, rows])
+
+    def _offset_and_scale(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Of left, top, right, bottom: 0..1 of the input times scale plus offset are pixels of the picture."""
+        left, top, right, bottom = self.region
+        (height, width), (filled_height, filled_width) = self.size, self.filled
+        scale_x, scale_y = width / filled_width * (right - left), height / filled_height * (bottom - top)
+        return np.array([left, top, left, top]), np.array([scale_x, scale_y, scale_x, scale_y])
+
+
+@dataclass(frozen=True, kw_only=True)
 class Preprocessing:
     """How a picture becomes the input of a model; travels inside checkpoints and exported artefacts.
 
@@ -120,8 +154,9 @@ class Preprocessing:
 
     size: tuple[int, int] = (256, 256)
     """(height, width) of the model's input in pixels."""
-    resize_mode: Literal["crop", "stretch"] = "crop"
-    """"crop": the largest centred region of the right shape, times `crop_fraction`; "stretch": the whole picture."""
+    resize_mode: Literal["crop", "stretch", "pad"] = "crop"
+    """"crop": the largest centred region of the right shape, times `crop_fraction`; "stretch": the whole picture;
+    "pad": the whole picture in its own shape, at the top left, and black beside or below it."""
     crop_fraction: float = 256 / 288
     """Share of each side that "crop" keeps."""
     interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "bicubic"
@@ -136,28 +171,41 @@ class Preprocessing:
             raise ValueError(f"image size {tuple(self.size)} is too small; both sides must be 32 pixels or more")
         if not 0 < self.crop_fraction <= 1:
             raise ValueError(f"crop_fraction is {self.crop_fraction}; it must be above 0 and at most 1")
-        if self.resize_mode not in ("crop", "stretch"):
-            raise ValueError(f"resize_mode is {self.resize_mode!r}; it can be 'crop' or 'stretch'")
+        if self.resize_mode not in ("crop", "stretch", "pad"):
+            raise ValueError(f"resize_mode is {self.resize_mode!r}; it can be 'crop', 'stretch' or 'pad'")
         if self.interpolation not in _INTERPOLATION:
             raise ValueError(f"interpolation is {self.interpolation!r}; choose from {', '.join(_INTERPOLATION)}")
         if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
             raise ValueError(f"mean is {self.mean}, std {self.std}; each has three numbers, std's above 0")
 
+    def placement(self, picture: tuple[int, int]) -> Placement:
+        """Where a picture of (height, width) pixels lands."""
+        (height, width), (rows, columns) = self.size, picture
+        region, filled = (0.0, 0.0, float(columns), float(rows)), self.size
+        if self.resize_mode == "crop":
+            scale = min(columns / width, rows / height) * self.crop_fraction
+            left, top = (columns - width * scale) / 2, (rows - height * scale) / 2
+            right, bottom = left + width * scale, top + height * scale
+            # The sums can pass the border by a rounding error, which Pillow refuses.
+            region = (max(left, 0.0), max(top, 0.0), min(right, columns), min(bottom, rows))
+        elif self.resize_mode == "pad":
+            scale = min(width / columns, height / rows)
+            filled = (max(1, round(rows * scale)), max(1, round(columns * scale)))
+        return Placement(picture=picture, region=region, size=self.size, filled=filled)
+
     def resize(self, image: Image.Image) -> Tensor:
-        """Crop and resize in one resampling.
+        """Crop, resize and pad as the mode says, in one resampling.
 
         Shape: RGB picture of any size -> uint8 (3, height, width), channels-last in memory.
         """
-        height, width = self.size
-        box = None
-        if self.resize_mode == "crop":
-            scale = min(image.width / width, image.height / height) * self.crop_fraction
-            left, top = (image.width - width * scale) / 2, (image.height - height * scale) / 2
-            right, bottom = left + width * scale, top + height * scale
-            # The sums can pass the border by a rounding error, which Pillow refuses.
-            box = (max(left, 0), max(top, 0), min(right, image.width), min(bottom, image.height))
-        resized = image.resize((width, height), _INTERPOLATION[self.interpolation], box)
-        return torch.from_numpy(np.array(resized)).permute(2, 0, 1)
+        placement = self.placement((image.height, image.width))
+        resample = _INTERPOLATION[self.interpolation]
+        resized = np.array(image.resize(placement.filled[::-1], resample, placement.region))
+        if placement.filled != placement.size:
+            whole = np.zeros((*placement.size, 3), np.uint8)
+            whole[: placement.filled[0], : placement.filled[1]] = resized
+            resized = whole
+        return torch.from_numpy(resized).permute(2, 0, 1)
 
     def normalize(self, pixels: Tensor) -> Tensor:
         """Scale to 0..1, subtract mean, divide by std.

@@ -1,132 +1,127 @@
-import hashlib
 import json
-import os
-import pickle
-import re
-import shutil
-import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from numbered_pictures import numbers, write_folder, write_picture
 from PIL import Image
 
-from mobilevit.data.datasets import ImageSet, check_classes, find_images, find_splits, load_train_val, split
-from mobilevit.preprocessing import read_image
+from mobilevit.data.datasets import find_splits, load_train_val, recognise_task
+from mobilevit.data.shapes import CLASSES, write_boxes, write_masks
+from mobilevit.models.card import Task
 
 
-def colour(number: int) -> tuple[int, int, int]:
-    return number % 256, number // 256, 7
-
-
-def write_picture(path: Path, number: int) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", (4, 3), colour(number)).save(path)
-
-
-def write_folder(folder: Path, counts: dict[str, int]) -> Path:
-    """`counts` pictures a class, called 0.png, 1.png and so on; picture i of class c has colour 20 * c + i."""
-    for label, (name, count) in enumerate(counts.items()):
-        (folder / name).mkdir(parents=True, exist_ok=True)
-        for number in range(count):
-            write_picture(folder / name / f"{number}.png", 20 * label + number)
+def write_voc(folder: Path, names: str = "a", classes: str = "cat", lists: str = "") -> Path:
+    """A picture of 4 x 3 with one box for each letter of `names`; each is in the part that `lists` has there."""
+    for number, name in enumerate(names):
+        write_picture(folder / f"JPEGImages/{name}.png", number)
+        box = "<bndbox><xmin>0</xmin><ymin>0</ymin><xmax>2</xmax><ymax>2</ymax></bndbox>"
+        (folder / "Annotations").mkdir(exist_ok=True)
+        (folder / f"Annotations/{name}.xml").write_text(
+            f"<annotation><object><name>{classes}</name>{box}</object></annotation>"
+        )
+    for name, part in zip(names, lists, strict=False):
+        (folder / "ImageSets/Main").mkdir(parents=True, exist_ok=True)
+        with (folder / "ImageSets/Main" / {"t": "train.txt", "v": "val.txt"}[part]).open("a") as file:
+            file.write(f"{name}\n")
     return folder
 
 
-def numbers(data: ImageSet) -> list[int]:
-    """The colour numbers of all pictures, opened."""
-    opened = [read_image(data.open(i)).getpixel((0, 0)) for i in range(len(data))]
-    return [red + 256 * green for red, green, _ in opened]
+def write_yolo(folder: Path, lines: dict[str, str], classes: str = "cat dog") -> Path:
+    """A picture of 4 x 3 for each name, with a square box for each number in its line."""
+    (folder / "labels").mkdir(parents=True)
+    for number, (name, labels) in enumerate(lines.items()):
+        write_picture(folder / f"images/{name}.png", number)
+        (folder / f"labels/{name}.txt").write_text("".join(f"{n} 0.5 0.5 0.5 0.5\n" for n in labels.split()))
+    (folder / "classes.txt").write_text("\n".join(classes.split()))
+    return folder
 
 
-def toy(labels: list[int], classes: tuple[str, ...], prefix: str = "") -> ImageSet:
-    names = [f"{prefix}{classes[label]}/{number:03d}" for number, label in enumerate(labels)]
-    return ImageSet(origin="toy", names=names, labels=labels, classes=classes, open=names.__getitem__)
+def write_pairs(folder: Path, names: str = "ab", masks: str = "masks") -> Path:
+    """A picture of 4 x 3 and a mask of 0 and 1 for each letter."""
+    for number, name in enumerate(names):
+        write_picture(folder / f"images/{name}.png", number)
+        (folder / masks).mkdir(exist_ok=True)
+        Image.fromarray(np.tile(np.array([0, 0, 1, 1], np.uint8), (3, 1))).save(folder / masks / f"{name}.png")
+    return folder
 
 
-# -- folders ----------------------------------------------------------------------------------------------------------
+# -- the task ---------------------------------------------------------------------------------------------------------
 
 
-def test_folder(tmp_path: Path) -> None:
-    write_folder(tmp_path / "pets", {"dog": 2, "cat": 3})
-    (data,) = find_splits(tmp_path / "pets").values()
-    assert data.classes == ("cat", "dog")
-    assert data.names == ["cat/0.png", "cat/1.png", "cat/2.png", "dog/0.png", "dog/1.png"]
-    assert data.labels == [0, 0, 0, 1, 1]
-    assert numbers(data) == [20, 21, 22, 0, 1]
-    assert len(data) == 5
-    assert data.origin == str(tmp_path / "pets")
+def class_folders(folder: Path) -> Path:
+    return write_folder(folder, {"cat": 1, "dog": 1})
 
 
-def test_nested_folders_and_what_is_passed_over(tmp_path: Path) -> None:
-    for number, name in enumerate(["cat/b/x.PNG", "cat/a/deep/y.png", "cat/z.png", "dog/1.png"]):
-        write_picture(tmp_path / name, number)
-    for name in ["cat/.hidden.png", "cat/._z.png", "cat/.git/a.png", ".trash/a.png"]:
-        write_picture(tmp_path / name, 99)
-    for name in ["cat/notes.txt", "cat/Thumbs.db", "readme.md"]:
-        (tmp_path / name).write_text("no picture")
-    data = find_splits(tmp_path)["all"]
-    assert data.names == ["cat/z.png", "cat/a/deep/y.png", "cat/b/x.PNG", "dog/1.png"]
-    assert data.classes == ("cat", "dog")
-    assert numbers(data) == [2, 1, 0, 3]
+def csv_file(folder: Path) -> Path:
+    (folder / "data.csv").write_text("path,label\na.png,cat\n")
+    return folder / "data.csv"
 
 
-def test_find_images_is_sorted_and_follows_links(tmp_path: Path) -> None:
-    write_picture(tmp_path / "elsewhere/b.jpg", 0)
-    for name in ["in/2.webp", "in/10.bmp", "in/a.gif"]:
-        write_picture(tmp_path / name, 0)
-    (tmp_path / "in/link").symlink_to(tmp_path / "elsewhere")
-    found = [path.relative_to(tmp_path / "in").as_posix() for path in find_images(tmp_path / "in")]
-    assert found == ["10.bmp", "2.webp", "a.gif", "link/b.jpg"]
+def coco_folder(folder: Path) -> Path:
+    write_boxes(folder, num_images=2, size=32)
+    return folder
 
 
-@pytest.mark.parametrize("train", ["train", "training", "Train"])
-@pytest.mark.parametrize("val", ["val", "valid", "validation", "test", "testing", "Test"])
-def test_train_and_val_folders(tmp_path: Path, train: str, val: str) -> None:
-    write_folder(tmp_path / train, {"cat": 2, "dog": 2, "owl": 1})
-    write_folder(tmp_path / val, {"cat": 1, "owl": 2})  # a class may be missing; numbers are those of train
-    sets = find_splits(tmp_path)
-    assert list(sets) == ["train", "val"]
-    assert sets["train"].classes == sets["val"].classes == ("cat", "dog", "owl")
-    assert sets["train"].labels == [0, 0, 1, 1, 2]
-    assert sets["val"].labels == [0, 2, 2]
-    assert numbers(sets["val"]) == [0, 20, 21]
-    loaded = load_train_val(tmp_path, val_path=None, val_fraction=0.5, seed=0)
-    assert [part.names for part in loaded] == [sets["train"].names, sets["val"].names]
+def coco_file(folder: Path) -> Path:
+    return coco_folder(folder) / "annotations.json"
 
 
-def test_val_is_preferred_to_test(tmp_path: Path) -> None:
-    for part, count in (("train", 3), ("test", 2), ("val", 1)):
-        write_folder(tmp_path / part, {"cat": count, "dog": count})
-    assert {kind: len(data) for kind, data in find_splits(tmp_path).items()} == {"train": 6, "val": 2}
+def yolo_folder(folder: Path) -> Path:
+    return write_yolo(folder / "yolo", {"a": "0"})
 
 
-def test_train_alone_is_not_divided(tmp_path: Path) -> None:
-    write_folder(tmp_path / "train", {"cat": 4, "dog": 4})
-    ((kind, data),) = find_splits(tmp_path).items()
-    assert (kind, len(data), data.classes) == ("all", 8, ("cat", "dog"))
+def yolo_file(folder: Path) -> Path:
+    yolo_folder(folder)
+    (folder / "x.yaml").write_text("names: [cat, dog]\ntrain: yolo/images\n")
+    return folder / "x.yaml"
 
 
-def test_a_class_may_be_called_train(tmp_path: Path) -> None:
-    write_folder(tmp_path, {"bus": 2, "car": 3, "train": 4})
-    ((kind, data),) = find_splits(tmp_path).items()
-    assert (kind, data.classes, data.labels) == ("all", ("bus", "car", "train"), [0] * 2 + [1] * 3 + [2] * 4)
+def voc_masks(folder: Path) -> Path:
+    write_picture(folder / "VOC2012/JPEGImages/a.jpg", 0)
+    write_picture(folder / "VOC2012/SegmentationClass/a.png", 0)
+    return folder
 
 
-def test_val_with_an_unknown_class(tmp_path: Path) -> None:
-    write_folder(tmp_path / "train", {"cat": 2, "dog": 2})
-    write_folder(tmp_path / "val", {"cat": 1, "owl": 1, "yak": 1})
-    with pytest.raises(ValueError, match=r"val: .* does not know owl, yak; its classes are cat, dog\."):
-        find_splits(tmp_path)
+@pytest.mark.parametrize(
+    ("write", "task"),
+    [
+        (class_folders, "classification"),
+        (csv_file, "classification"),
+        (write_voc, "detection"),
+        (coco_folder, "detection"),
+        (coco_file, "detection"),
+        (yolo_folder, "detection"),
+        (yolo_file, "detection"),
+        (write_pairs, "segmentation"),
+        (voc_masks, "segmentation"),
+    ],
+)
+def test_the_task_is_recognised_by_the_layout(tmp_path: Path, write: Callable[[Path], Path], task: Task) -> None:
+    assert recognise_task(write(tmp_path)) == task
 
 
-def test_an_empty_folder_of_an_unknown_class_does_no_harm(tmp_path: Path) -> None:
-    write_folder(tmp_path / "train", {"cat": 2, "dog": 2})
-    write_folder(tmp_path / "val", {"cat": 1, "owl": 0})
-    assert find_splits(tmp_path)["val"].labels == [0]
+def test_boxes_and_masks_alike_need_a_choice(tmp_path: Path) -> None:
+    write_pairs(write_yolo(tmp_path / "x", {"a": "0 1", "b": "0"}))
+    for read in (recognise_task, find_splits):
+        with pytest.raises(ValueError, match="x: has both boxes and masks; choose with --task detection or --task seg"):
+            read(tmp_path / "x")
+    for task in ("detection", "segmentation"):
+        (data,) = find_splits(tmp_path / "x", task).values()
+        assert (data.task, len(data)) == (task, 2)
+
+
+def test_a_chosen_task_that_the_data_are_not_for(tmp_path: Path) -> None:
+    class_folders(tmp_path)
+    with pytest.raises(ValueError, match="no boxes found; the layouts are Pascal VOC"):
+        find_splits(tmp_path, "detection")
+    with pytest.raises(ValueError, match="no masks found; the layouts are images/"):
+        find_splits(tmp_path, "segmentation")
+
+
+# -- data to train and validate on ------------------------------------------------------------------------------------
 
 
 def test_val_data_from_elsewhere(tmp_path: Path) -> None:
@@ -135,35 +130,11 @@ def test_val_data_from_elsewhere(tmp_path: Path) -> None:
     write_folder(tmp_path / "c/train", {"cat": 1, "dog": 1})
     write_folder(tmp_path / "c/val", {"dog": 1, "cat": 2})
     train, val = load_train_val(tmp_path / "a", val_path=tmp_path / "b", val_fraction=0.5, seed=0)
-    assert (len(train), val.labels, val.classes) == (4, [1, 1, 1], ("cat", "dog"))
+    assert (len(train), val.targets, val.classes) == (4, [1, 1, 1], ("cat", "dog"))
     train, val = load_train_val(tmp_path / "c", val_path=tmp_path / "a", val_fraction=0.5, seed=0)
-    assert (train.labels, val.labels) == ([0, 1], [0, 0, 1, 1])
+    assert (train.targets, val.targets) == ([0, 1], [0, 0, 1, 1])
     _, val = load_train_val(tmp_path / "a", val_path=tmp_path / "c", val_fraction=0.5, seed=0)
-    assert val.labels == [0, 0, 1]
-
-
-@pytest.mark.parametrize(
-    ("files", "reason"),
-    [
-        ([], r"data: nothing in it; put the pictures into one sub-folder per class"),
-        (["a.png", "b.png"], r"data: only loose files in it; put the pictures into one sub-folder"),
-        (["cat/readme.txt", "dog/x.tmp"], r"data: no pictures in its sub-folders; known kinds are \.avif, \.bmp"),
-        (["cat/1.png", "cat/2.png"], r"data: only one class \(cat\); a classifier needs two or more"),
-        (["cat/1.png", "cat/2.png", "dog/no.txt"], r"data: no pictures of dog; add some or remove the class"),
-        (["cat/1.png", "cat/2.png", "dog/1.png"], r"data: class dog has only one picture; two are needed.*--val-data"),
-        (["train/1.png", "val/1.png"], r"train: only loose files in it"),
-        (["train/cat/1.png", "train/dog/1.png", "val/1.png"], r"val: only loose files in it"),
-        (["train/cat/1.png", "train/dog/1.txt", "val/cat/1.png"], r"train: no pictures of dog"),
-    ],
-)
-def test_useless_folders(tmp_path: Path, files: list[str], reason: str) -> None:
-    folder = tmp_path / "data"
-    folder.mkdir()
-    for name in files:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).touch()
-    with pytest.raises(ValueError, match=reason):
-        load_train_val(folder, val_path=None, val_fraction=0.2, seed=0)
+    assert val.targets == [0, 0, 1]
 
 
 def test_missing_path_and_other_files(tmp_path: Path) -> None:
@@ -174,334 +145,88 @@ def test_missing_path_and_other_files(tmp_path: Path) -> None:
         find_splits(tmp_path / "data.zip")
 
 
-# -- CSV --------------------------------------------------------------------------------------------------------------
-
-
-def write_csv(path: Path, text: str, encoding: str = "utf-8") -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(text.encode(encoding))
-    return path
-
-
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
-@pytest.mark.parametrize("newline", ["\n", "\r\n"])
-def test_csv(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, encoding: str, newline: str) -> None:
-    names = ["p/0.png", "p/1, one.png", "2.png", str(tmp_path / "far" / "3.png")]
-    for number, name in enumerate(names):
-        write_picture(tmp_path / "lists" / name, number)
-    lines = ["label,path,note", "dog,p/0.png,x", 'cat,"p/1, one.png",', "größer,2.png,y", f"dog,{names[3]},"]
-    path = write_csv(tmp_path / "lists" / "data.csv", newline.join(lines), encoding)
-    monkeypatch.chdir(tmp_path)  # paths are relative to the file, not to where we are
-    for given_path in (path, Path("lists/data.csv")):
-        ((kind, data),) = find_splits(given_path).items()
-        assert kind == "all"
-        assert data.names == names
-        assert data.classes == ("cat", "dog", "größer")
-        assert data.labels == [1, 0, 2, 1]
-        assert numbers(data) == [0, 1, 2, 3]
-
-
-def test_csv_numbers_are_sorted_as_numbers(tmp_path: Path) -> None:
-    rows = "".join(f"{label}.png,{label}\n" for label in (10, 9, 2, 100, 0))
-    data = find_splits(write_csv(tmp_path / "a.csv", "path,label\n" + rows))["all"]
-    assert data.classes == ("0", "2", "9", "10", "100")
-    assert data.labels == [3, 2, 1, 4, 0]
-    mixed = find_splits(write_csv(tmp_path / "b.csv", "path,label\n" + rows + "x.png,x\n"))["all"]
-    assert mixed.classes == ("0", "10", "100", "2", "9", "x")
-
-
-def test_csv_with_a_split_column(tmp_path: Path) -> None:
-    rows = [
-        ("a", "cat", "train"),
-        ("b", "dog", "Val"),
-        ("c", "dog", "training"),
-        ("d", "cat", "TEST"),
-        ("e", "cat", "train"),
-    ]
-    text = "path,label,split\n" + "".join(f"{p}.png,{label},{part}\n" for p, label, part in rows)
-    path = write_csv(tmp_path / "a.csv", text)
-    for number in range(5):
-        write_picture(tmp_path / f"{'abcde'[number]}.png", number)
-    sets = find_splits(path)
-    assert {kind: (data.names, data.labels) for kind, data in sets.items()} == {
-        "train": (["a.png", "c.png", "e.png"], [0, 1, 0]),
-        "val": (["b.png", "d.png"], [1, 0]),
-    }
-    assert numbers(sets["train"]) == [0, 2, 4]
-    assert numbers(sets["val"]) == [1, 3]
-
-
-@pytest.mark.parametrize("part", ["train", "val"])
-def test_csv_whose_rows_are_all_of_one_part_is_not_divided(tmp_path: Path, part: str) -> None:
-    text = "path,label,split\n" + "".join(f"{i}.png,{'ab'[i % 2]},{part}\n" for i in range(8))
-    path = write_csv(tmp_path / "a.csv", text)
-    assert list(find_splits(path)) == ["all"]
-    train, val = load_train_val(path, val_path=None, val_fraction=0.25, seed=0)
-    assert Counter(train.labels) == {0: 3, 1: 3}
-    assert Counter(val.labels) == {0: 1, 1: 1}
-
-
-@pytest.mark.parametrize(
-    ("text", "reason"),
-    [
-        ("", r"a\.csv: no rows"),
-        ("path,label\n", r"a\.csv: no rows; a line a picture is needed, under the heading path,label"),
-        ("file,label\na.png,x\n", r"a\.csv: no column path; the heading must name path and label"),
-        ("file;class\na.png;x\n", r"a\.csv: no column label and path"),
-        ("path,label\na.png,x\nb.png,\n", r"a\.csv, line 3: path or label is empty; fill it in"),
-        ("path,label\na.png,x\n\n\n,y\n", r"a\.csv, line 5: path or label is empty"),
-        ("path,label\na.png,x\nb.png\n", r"a\.csv, line 3: path or label is empty"),
-        (
-            "path,label,split\na.png,x,train\nb.png,y,later\nc.png,y,\n",
-            r"a\.csv: split , later is neither train nor val",
-        ),
-    ],
-)
-def test_useless_csv(tmp_path: Path, text: str, reason: str) -> None:
-    with pytest.raises(ValueError, match=reason):
-        find_splits(write_csv(tmp_path / "a.csv", text))
-
-
-def test_csv_in_another_encoding(tmp_path: Path) -> None:
-    path = write_csv(tmp_path / "a.csv", "path,label\na.png,größer\n", "latin-1")
-    with pytest.raises(ValueError, match=r"a\.csv: not a CSV file in UTF-8 \(.*0xf6"):
-        find_splits(path)
-
-
-def test_folder_of_csv_files(tmp_path: Path) -> None:
-    write_csv(tmp_path / "train.csv", "path,label\na.png,cat\nb.png,dog\n")
-    write_csv(tmp_path / "test.csv", "path,label\nc.png,dog\n")
-    sets = find_splits(tmp_path)
-    assert sets["train"].labels == [0, 1]
-    assert (sets["val"].labels, sets["val"].classes) == ([1], ("cat", "dog"))
-
-
-# -- parquet ----------------------------------------------------------------------------------------------------------
-
-
-def picture_bytes(count: int, folder: Path) -> list[bytes]:
-    for number in range(count):
-        write_picture(folder / f"{number}.png", number)
-    return [(folder / f"{number}.png").read_bytes() for number in range(count)]
-
-
-def write_parquet(path: Path, columns: dict[str, Any], metadata: dict[str, str] | None = None, rows: int = 3) -> Path:
-    pa = pytest.importorskip("pyarrow")
-    import pyarrow.parquet as pq
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.table(columns).replace_schema_metadata(metadata), path, row_group_size=rows)
-    return path
-
-
-HF_FEATURES = {"info": {"features": {"label": {"names": ["owl", "cat", "dog"], "_type": "ClassLabel"}}}}
-
-
-@pytest.mark.parametrize("layout", ["bytes", "struct"])
-@pytest.mark.parametrize(
-    ("metadata", "labels", "classes", "expected"),
-    [
-        (None, ["dog", "cat", "dog", "owl"], ("cat", "dog", "owl"), [1, 0, 1, 2]),
-        (None, [10, 9, 10, 2], ("2", "9", "10"), [2, 1, 2, 0]),
-        ({"classes": '["owl", "cat", "dog"]'}, [2, 1, 2, 0], ("owl", "cat", "dog"), [2, 1, 2, 0]),
-        ({"names": "owl,cat,dog"}, [2, 1, 2, 0], ("owl", "cat", "dog"), [2, 1, 2, 0]),
-        ({"huggingface": json.dumps(HF_FEATURES)}, [2, 1, 2, 0], ("owl", "cat", "dog"), [2, 1, 2, 0]),
-        ({"huggingface": '{"info": {"features": {}}}'}, [2, 1, 2, 0], ("0", "1", "2"), [2, 1, 2, 0]),
-    ],
-)
-def test_parquet(
-    tmp_path: Path,
-    layout: str,
-    metadata: dict[str, str] | None,
-    labels: list[Any],
-    classes: tuple[str, ...],
-    expected: list[int],
-) -> None:
-    pictures = picture_bytes(4, tmp_path / "p")
-    images = pictures if layout == "bytes" else [{"bytes": data, "path": f"{i}.png"} for i, data in enumerate(pictures)]
-    path = write_parquet(tmp_path / "a.parquet", {"image": images, "label": labels, "more": [1.5] * 4}, metadata)
-    ((kind, data),) = find_splits(path).items()
-    assert (kind, data.classes, data.labels) == ("all", classes, expected)
-    assert data.names == ["row 0", "row 1", "row 2", "row 3"]
-    assert numbers(data) == [0, 1, 2, 3]
-
-
-@pytest.mark.parametrize(
-    ("columns", "metadata", "reason"),
-    [
-        ({"label": [1]}, None, r"a\.parquet: no column image; it needs image \(encoded bytes\) and label"),
-        ({"img": [b""], "class": [1]}, None, r"no column image and label"),
-        ({"image": [], "label": []}, None, r"a\.parquet: no rows"),
-        ({"image": ["a.png"], "label": [1]}, None, r"column image holds string; it needs encoded pictures"),
-        ({"image": [{"path": "a.png"}], "label": [1]}, None, r"column image holds struct.*; it needs encoded pictures"),
-        ({"image": [b"", b""], "label": ["cat", None]}, None, r"a\.parquet: row 1 has no label"),
-        ({"image": [b""], "label": [2]}, {"classes": '["a", "b"]'}, r"a\.parquet: labels outside 0\.\.1"),
-        ({"image": [b""], "label": [-1]}, {"classes": '["a", "b"]'}, r"a\.parquet: labels outside 0\.\.1"),
-        ({"image": [b""], "label": ["a"]}, {"classes": '["a", "b"]'}, r"a\.parquet: labels outside 0\.\.1"),
-    ],
-)
-def test_useless_parquet(tmp_path: Path, columns: dict[str, Any], metadata: dict[str, str] | None, reason: str) -> None:
-    path = write_parquet(tmp_path / "a.parquet", columns, metadata)
-    with pytest.raises(ValueError, match=reason):
-        find_splits(path)
-
-
-@pytest.mark.parametrize("kept", [[], [(0, -100)], [(0, 4), (200, None)], [(50, 300)]])
-def test_damaged_parquet(tmp_path: Path, kept: list[tuple[int, int | None]]) -> None:
-    path = write_parquet(tmp_path / "a.parquet", {"image": [bytes(100)] * 9, "label": [1, 2, 3] * 3})
-    data = path.read_bytes()
-    path.write_bytes(b"".join(data[start:end] for start, end in kept))
-    with pytest.raises(ValueError, match=r"a\.parquet: damaged or not a parquet file \("):
-        find_splits(path)
-
-
-def test_folder_of_parquet_files(tmp_path: Path) -> None:
-    write_parquet(tmp_path / "train.parquet", {"image": [b""] * 3, "label": ["cat", "dog", "owl"]})
-    write_parquet(tmp_path / "validation.parquet", {"image": [b""], "label": ["owl"]})
-    sets = find_splits(tmp_path)
-    assert (sets["train"].labels, sets["val"].labels) == ([0, 1, 2], [2])
-
-
-# -- split ------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("fraction", "held_out"),  # of classes of 2, 3, 10 and 101 pictures
-    [(0.2, [1, 1, 2, 20]), (0.5, [1, 2, 5, 50]), (0.01, [1, 1, 1, 1]), (0.99, [1, 2, 9, 100])],
-)
-def test_split_counts(fraction: float, held_out: list[int]) -> None:
-    counts = [2, 3, 10, 101]
-    data = toy([label for label, count in enumerate(counts) for _ in range(count)], ("a", "b", "c", "d"))
-    train, val = split(data, val_fraction=fraction, seed=0)
-    assert Counter(val.labels) == dict(enumerate(held_out))
-    assert Counter(train.labels) == {label: counts[label] - out for label, out in enumerate(held_out)}
-
-
-def test_split_is_the_same_for_the_same_names_and_seed() -> None:
-    data = toy([0] * 40 + [1] * 40, ("cat", "dog"))
-    order = list(range(0, 80, 3)) + list(range(1, 80, 3)) + list(range(2, 80, 3))
-    first, again, shuffled = (split(d, val_fraction=0.25, seed=3)[1] for d in (data, data, data.subset(order)))
-    assert first.names == again.names
-    assert sorted(shuffled.names) == sorted(first.names)
-    others = {tuple(split(data, val_fraction=0.25, seed=seed)[1].names) for seed in range(20)}
-    assert len(others) == 20
-
-
-def test_adding_a_class_leaves_the_other_classes_division() -> None:
-    before = toy([0] * 30 + [1] * 30, ("cat", "dog"))
-    more = toy([1] * 30 + [2] * 30 + [0] * 9, ("ant", "cat", "dog"))
-    val_before = split(before, val_fraction=0.2, seed=1)[1]
-    val_more = split(more, val_fraction=0.2, seed=1)[1]
-    assert [name for name in val_more.names if not name.startswith("ant")] == val_before.names
-    assert sum(name.startswith("ant") for name in val_more.names) == 2
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    counts=st.lists(st.integers(2, 30), min_size=1, max_size=6),
-    fraction=st.floats(0.001, 0.999),
-    seed=st.integers(0, 2**31),
-)
-def test_split_puts_every_picture_into_exactly_one_part(counts: list[int], fraction: float, seed: int) -> None:
-    classes = tuple("abcdef"[: len(counts)])
-    data = toy([label for label, count in enumerate(counts) for _ in range(count)], classes)
-    train, val = split(data, val_fraction=fraction, seed=seed)
-    assert sorted([*train.names, *val.names]) == sorted(data.names)
-    for part in (train, val):
-        assert set(part.labels) == set(data.labels)  # every class in both
-        assert part.classes == classes
-        assert all(classes[label] == name[0] for name, label in zip(part.names, part.labels, strict=True))
-    for label, count in enumerate(counts):
-        assert abs(val.labels.count(label) - count * fraction) <= 1
-
-
 def test_load_train_val_divides_a_folder(tmp_path: Path) -> None:
     write_folder(tmp_path, {"cat": 10, "dog": 5})
     train, val = load_train_val(tmp_path, val_path=None, val_fraction=0.2, seed=0)
-    assert (Counter(train.labels), Counter(val.labels)) == ({0: 8, 1: 4}, {0: 2, 1: 1})
+    assert (Counter(train.targets), Counter(val.targets)) == ({0: 8, 1: 4}, {0: 2, 1: 1})
     assert sorted(numbers(train) + numbers(val)) == [*range(10), *range(20, 25)]
 
 
-# -- ImageSet ---------------------------------------------------------------------------------------------------------
+def test_a_rare_class_of_boxes_is_in_both_parts(tmp_path: Path) -> None:
+    lines = {f"{i:02d}": "0 1 1" if i % 9 == 0 else "0 0" for i in range(36)}  # dogs in 4 of 36 pictures
+    write_yolo(tmp_path / "x", lines | {"empty1": "", "empty2": ""})
+    for seed in range(10):
+        train, val = load_train_val(tmp_path / "x", val_path=None, val_fraction=0.25, seed=seed)
+        assert sorted([*train.names, *val.names]) == sorted(find_splits(tmp_path / "x")["all"].names)
+        assert (train.class_counts(), val.class_counts()) == ([51, 6], [17, 2])
+        assert sum(not boxes.labels.size for boxes in val.targets) == 1
+        assert train.task == "detection"
+    again = load_train_val(tmp_path / "x", val_path=None, val_fraction=0.25, seed=9)
+    assert [part.names for part in again] == [train.names, val.names]
 
 
-def test_subset_and_its_subset(tmp_path: Path) -> None:
-    write_folder(tmp_path, {"cat": 4, "dog": 4})
-    data = find_splits(tmp_path)["all"]
-    part = data.subset([6, 0, 3])
-    assert (part.names, part.labels, numbers(part)) == (["dog/2.png", "cat/0.png", "cat/3.png"], [1, 0, 0], [22, 0, 3])
-    again = part.subset([2, 0])
-    assert (again.names, again.labels, numbers(again)) == (["cat/3.png", "dog/2.png"], [0, 1], [3, 22])
-    assert again.classes == ("cat", "dog")
-    assert len(data.subset([])) == 0
+def test_masks_are_divided(tmp_path: Path) -> None:
+    write_pairs(tmp_path, "abcdefgh")
+    train, val = load_train_val(tmp_path, val_path=None, val_fraction=0.25, seed=0)
+    assert (len(train), len(val), train.task, train.classes) == (6, 2, "segmentation", ("class_0", "class_1"))
+    assert sorted(numbers(train) + numbers(val)) == list(range(8))
+    for part in (train, val):
+        assert [target.path.stem for target in part.targets] == [Path(name).stem for name in part.names]
 
 
-def test_fingerprint(tmp_path: Path) -> None:
-    write_folder(tmp_path / "a", {"cat": 2, "dog": 1})
-    shutil.copytree(tmp_path / "a", tmp_path / "somewhere" / "else")
-    data = find_splits(tmp_path / "a")["all"]
-    told = b"cat\tcat/0.png\ncat\tcat/1.png\ndog\tdog/0.png"  # written down in checkpoints: it must not change
-    assert data.fingerprint() == hashlib.sha256(told).hexdigest()[:16]
-    assert find_splits(tmp_path / "somewhere" / "else")["all"].fingerprint() == data.fingerprint()
-    assert data.subset([2, 0, 1]).fingerprint() == data.fingerprint()
-    assert data.relabel(("dog", "bird", "cat")).fingerprint() == data.fingerprint()
-    assert data.subset([0, 2]).fingerprint() != data.fingerprint()
-    (tmp_path / "a/cat/1.png").rename(tmp_path / "a/dog/1.png")
-    assert find_splits(tmp_path / "a")["all"].fingerprint() != data.fingerprint()
+def test_divided_boxes_stay_as_they_are(tmp_path: Path) -> None:
+    write_voc(tmp_path, "abc", lists="tvt")
+    train, val = load_train_val(tmp_path, val_path=None, val_fraction=0.5, seed=0)
+    assert (numbers(train), numbers(val)) == ([0, 2], [1])
 
 
-@pytest.mark.skipif(os.name == "nt", reason="names there are UTF-16")
-def test_file_names_that_are_not_utf8(tmp_path: Path) -> None:
-    folder = tmp_path / "cat"
-    folder.mkdir()
-    try:
-        write_picture(folder / os.fsdecode(b"caf\xe9.png"), 5)
-    except OSError:
-        pytest.skip("this file system wants UTF-8")
-    data = find_splits(tmp_path)["all"]
-    assert numbers(data) == [5]
-    assert data.fingerprint() == hashlib.sha256(b"cat\tcat/caf\xe9.png").hexdigest()[:16]
-
-
-def test_relabel() -> None:
-    data = toy([0, 1, 1, 2], ("cat", "dog", "owl"))
-    relabelled = data.relabel(("owl", "dog", "bird", "cat"))
-    assert (relabelled.labels, relabelled.classes) == ([3, 1, 1, 0], ("owl", "dog", "bird", "cat"))
-    assert relabelled.names == data.names
-    assert data.relabel(("cat", "dog", "owl")) is data
-    classes = tuple("abcdefgh")
-    with pytest.raises(ValueError, match=r"toy: .* does not know cat, owl; its classes are dog, a, b, c, d and 4 more"):
-        data.relabel(("dog", *classes))
-    assert data.subset([1, 2]).relabel(("dog", *classes)).labels == [0, 0]  # only classes with pictures count
-
-
-def test_relabel_is_quick_with_many_classes() -> None:
-    classes = tuple(f"{number:04d}" for number in range(1000))
-    data = toy([number % 1000 for number in range(100_000)], classes)
-    started = time.process_time()
-    relabelled = data.relabel(classes[::-1])
-    assert time.process_time() - started < 1
-    assert relabelled.labels[:3] == [999, 998, 997]
-
-
-def test_check_classes() -> None:
-    check_classes(toy([0, 1], ("a", "b")))
-    with pytest.raises(ValueError, match="toy: no pictures of b, d; add some"):
-        check_classes(toy([0, 2], ("a", "b", "c", "d")))
-    with pytest.raises(ValueError, match=re.escape("toy: only one class (a)")):
-        check_classes(toy([0, 0], ("a",)))
-
-
-@pytest.mark.parametrize("kind", ["folder", "csv", "parquet"])
-def test_data_can_be_sent_to_a_process_that_is_not_forked(tmp_path: Path, kind: str) -> None:
-    pictures = picture_bytes(6, tmp_path / "p")
-    if kind == "folder":
-        path = write_folder(tmp_path / "data", {"a": 3, "b": 3})
-    elif kind == "csv":
-        path = write_csv(tmp_path / "a.csv", "path,label\n" + "".join(f"p/{i}.png,{'ab'[i % 2]}\n" for i in range(6)))
+@pytest.mark.parametrize("task", ["detection", "segmentation"])
+def test_val_without_train(tmp_path: Path, task: Task) -> None:
+    if task == "detection":
+        write_voc(tmp_path / "x", "a", lists="v")
+        (tmp_path / "x/ImageSets/Main/test.txt").write_text("a\n")
     else:
-        path = write_parquet(tmp_path / "a.parquet", {"image": pictures, "label": [0, 1] * 3})
-    data = find_splits(path)["all"].subset([4, 1, 0])
-    sent = pickle.loads(pickle.dumps(data))
-    assert numbers(sent) == numbers(data)
-    assert (sent.names, sent.labels, sent.classes) == (data.names, data.labels, data.classes)
+        for part in ("val", "test"):
+            write_pairs(tmp_path / "x" / part)
+    with pytest.raises(ValueError, match="x: holds val and test, but nothing to train on; add a train part"):
+        load_train_val(tmp_path / "x", val_path=None, val_fraction=0.5, seed=0)
+
+
+def test_boxes_to_validate_on_from_elsewhere(tmp_path: Path) -> None:
+    write_yolo(tmp_path / "x", {"a": "0", "b": "1"}, "cat dog")
+    write_yolo(tmp_path / "y", {"c": "0"}, "dog cat")
+    train, val = load_train_val(tmp_path / "x", val_path=tmp_path / "y", val_fraction=0.5, seed=0)
+    assert (len(train), val.classes, val.targets[0].labels.tolist()) == (2, ("cat", "dog"), [1])
+    write_pairs(tmp_path / "z")
+    with pytest.raises(ValueError, match="z: no boxes found"):
+        load_train_val(tmp_path / "x", val_path=tmp_path / "z", val_fraction=0.5, seed=0)
+
+
+def test_a_single_picture_cannot_be_divided(tmp_path: Path) -> None:
+    write_pairs(tmp_path / "x", "a")
+    with pytest.raises(ValueError, match="images: there is only one picture; two are needed"):
+        load_train_val(tmp_path / "x", val_path=None, val_fraction=0.5, seed=0)
+
+
+def test_masks_of_one_class_only(tmp_path: Path) -> None:
+    write_pairs(tmp_path / "x")
+    (tmp_path / "x/classes.txt").write_text("ground\n")
+    with pytest.raises(ValueError, match=r"x.*: only one class \(ground\); segmentation needs two or more"):
+        load_train_val(tmp_path / "x", val_path=None, val_fraction=0.5, seed=0)
+
+
+# -- the built-in drawings as files -----------------------------------------------------------------------------------
+
+
+def test_drawn_boxes_are_divided_with_every_class_in_both(tmp_path: Path) -> None:
+    write_boxes(tmp_path, num_images=24, size=32)
+    assert json.loads((tmp_path / "annotations.json").read_text())["categories"][0] == {"id": 1, "name": CLASSES[0]}
+    train, val = load_train_val(tmp_path, val_path=None, val_fraction=0.25, seed=0)
+    assert min(train.class_counts()) > 0
+    assert len(train) + len(val) == 24
+
+
+def test_drawn_masks_are_divided(tmp_path: Path) -> None:
+    write_masks(tmp_path, num_images=8, size=32)
+    train, val = load_train_val(tmp_path, val_path=None, val_fraction=0.25, seed=0)
+    assert (len(train), len(val), train.classes) == (6, 2, ("background", *CLASSES))

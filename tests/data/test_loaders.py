@@ -2,6 +2,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,15 +10,21 @@ import pytest
 import torch
 from PIL import Image
 
-from mobilevit.data.datasets import ImageSet
-from mobilevit.data.loaders import Batch, BatchLoader
-from mobilevit.data.transforms import train_transform
+from mobilevit.data.imageset import Boxes, ImageSet, Mask
+from mobilevit.data.loaders import Batch, BatchLoader, map_tensors
+from mobilevit.data.transforms import (
+    BoxTargets,
+    ClassificationTransform,
+    DetectionTransform,
+    SegmentationTransform,
+    collate_boxes,
+)
 from mobilevit.preprocessing import Preprocessing
 
 SMALL = Preprocessing(size=(32, 32), crop_fraction=1.0)
 
 
-def noise(count: int, *, bad: tuple[int, ...] = ()) -> ImageSet:
+def noise(count: int, *, bad: tuple[int, ...] = ()) -> ImageSet[int]:
     """`count` pictures of noise, the `bad` ones broken; a picture's label is its number."""
     random = np.random.default_rng(0)
     pictures: list[Any] = list(random.integers(0, 256, (count, 40, 36, 3), np.uint8))
@@ -25,17 +32,26 @@ def noise(count: int, *, bad: tuple[int, ...] = ()) -> ImageSet:
         pictures[number] = b"not a picture"
     names = [f"{number}.png" for number in range(count)]
     return ImageSet(
-        origin="noise", names=names, labels=list(range(count)), classes=tuple(names), open=pictures.__getitem__
+        task="classification",
+        origin="noise",
+        names=names,
+        targets=list(range(count)),
+        classes=tuple(names),
+        open=pictures.__getitem__,
     )
 
 
-def augmented(data: ImageSet, *, batch_size: int = 4, num_workers: int = 0, seed: int = 5) -> BatchLoader:
-    transform = train_transform(SMALL, min_crop_area=0.3, randaugment=9, random_erasing=0.5)
+def resized(image: Image.Image, label: int) -> tuple[torch.Tensor, int]:
+    return SMALL.resize(image), label
+
+
+def augmented(data: ImageSet[int], *, batch_size: int = 4, num_workers: int = 0, seed: int = 5) -> BatchLoader:
+    transform = ClassificationTransform(preprocessing=SMALL, min_crop_area=0.3, randaugment=9, random_erasing=0.5)
     return BatchLoader(data, transform, batch_size=batch_size, num_workers=num_workers, shuffle_seed=seed)
 
 
-def in_order(data: ImageSet, *, batch_size: int = 4, num_workers: int = 0) -> BatchLoader:
-    return BatchLoader(data, SMALL.resize, batch_size=batch_size, num_workers=num_workers)
+def in_order(data: ImageSet[int], *, batch_size: int = 4, num_workers: int = 0) -> BatchLoader:
+    return BatchLoader(data, resized, batch_size=batch_size, num_workers=num_workers)
 
 
 def assert_same(first: list[Batch], second: list[Batch]) -> None:
@@ -43,7 +59,9 @@ def assert_same(first: list[Batch], second: list[Batch]) -> None:
     assert [batch.errors for batch in first] == [batch.errors for batch in second]
     for a, b in zip(first, second, strict=True):
         assert torch.equal(a.images, b.images)
-        assert torch.equal(a.labels, b.labels)
+        assert len(a) == len(b) == len(a.indices)
+        if len(a):
+            assert torch.equal(a.targets, b.targets)
 
 
 def order(batches: Iterable[Batch]) -> list[int]:
@@ -56,7 +74,7 @@ def test_evaluation_covers_everything_in_order(num_workers: int) -> None:
     loader = in_order(data, num_workers=num_workers)
     batches = list(loader.epoch())
     assert [batch.indices for batch in batches] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10]]
-    assert [batch.labels.tolist() for batch in batches] == [batch.indices for batch in batches]
+    assert [batch.targets.tolist() for batch in batches] == [batch.indices for batch in batches]
     assert (len(loader), loader.num_images) == (3, 11)
     images = torch.cat([batch.images for batch in batches])
     expected = [SMALL.resize(Image.fromarray(data.open(index))) for index in range(11)]
@@ -70,7 +88,7 @@ def test_batches_are_uint8_and_channels_last(num_workers: int) -> None:
         for batch in loader.epoch():
             assert (batch.images.shape, batch.images.dtype) == ((4, 3, 32, 32), torch.uint8)
             assert batch.images.is_contiguous(memory_format=torch.channels_last)
-            assert batch.labels.dtype == torch.int64
+            assert batch.targets.dtype == torch.int64
 
 
 def test_order_depends_on_seed_and_epoch_alone() -> None:
@@ -131,7 +149,7 @@ def test_an_epoch_left_early_does_not_leak_into_the_next(num_workers: int) -> No
 def test_bad_pictures_are_named_and_left_out(num_workers: int) -> None:
     batches = list(in_order(noise(10, bad=(1, 2, 9)), num_workers=num_workers).epoch())
     assert [batch.indices for batch in batches] == [[0, 3], [4, 5, 6, 7], [8]]
-    assert [batch.labels.tolist() for batch in batches] == [[0, 3], [4, 5, 6, 7], [8]]
+    assert [batch.targets.tolist() for batch in batches] == [[0, 3], [4, 5, 6, 7], [8]]
     assert [len(batch.images) for batch in batches] == [2, 4, 1]
     errors = [error for batch in batches for error in batch.errors]
     assert [error.split(": not a picture")[0] for error in errors] == ["1.png", "2.png", "9.png"]
@@ -140,7 +158,7 @@ def test_bad_pictures_are_named_and_left_out(num_workers: int) -> None:
 def test_a_batch_without_a_readable_picture() -> None:
     (batch,) = in_order(noise(3, bad=(0, 1, 2))).epoch()
     assert (len(batch.images), batch.images.shape[1], batch.images.dtype) == (0, 3, torch.uint8)
-    assert (batch.labels.shape, batch.labels.dtype, batch.indices) == ((0,), torch.int64, [])
+    assert (len(batch), batch.targets, batch.indices) == (0, None, [])
     assert len(batch.errors) == 3
 
 
@@ -163,13 +181,16 @@ def test_every_picture_comes_up_over_the_epochs() -> None:
 SCRIPT = """
 import os, signal
 import numpy as np
-from mobilevit.data.datasets import ImageSet
+from mobilevit.data.imageset import Boxes, ImageSet, Mask
 from mobilevit.data.loaders import BatchLoader
 from mobilevit.preprocessing import Preprocessing
 
 pictures = [np.zeros((32, 32, 3), np.uint8)] * 40
-data = ImageSet(origin="", names=["x"] * 40, labels=[0] * 40, classes=("a",), open=pictures.__getitem__)
-loader = BatchLoader(data, Preprocessing(size=(32, 32)).resize, batch_size=2, num_workers=2)
+resize = Preprocessing(size=(32, 32)).resize
+data = ImageSet(
+    task="classification", origin="", names=["x"] * 40, targets=[0] * 40, classes=("a",), open=pictures.__getitem__
+)
+loader = BatchLoader(data, lambda image, label: (resize(image), label), batch_size=2, num_workers=2)
 epoch = loader.epoch()
 done = [*next(epoch).indices, *next(epoch).indices]  # one from each worker: both are up
 for number in (signal.SIGINT, signal.SIGTERM):
@@ -195,7 +216,97 @@ def test_pinned_batches_keep_everything() -> None:
     if not torch.cuda.is_available():
         pytest.skip("needs a GPU")
     data = noise(6, bad=(1,))
-    loader = BatchLoader(data, SMALL.resize, batch_size=4, num_workers=0, pin_memory=True)
+    loader = BatchLoader(data, resized, batch_size=4, num_workers=0, pin_memory=True)
     batches = list(loader.epoch())
-    assert all(batch.images.is_pinned() and batch.labels.is_pinned() for batch in batches)
+    assert all(batch.images.is_pinned() and batch.targets.is_pinned() for batch in batches)
     assert_same(batches, list(in_order(data).epoch()))
+
+
+# -- shards -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize(("count", "shards"), [(11, 1), (11, 2), (12, 3), (11, 4), (2, 3)])
+def test_shards_cover_every_picture_once(count: int, shards: int, num_workers: int) -> None:
+    seen = []
+    for shard in range(shards):
+        loader = BatchLoader(noise(count), resized, batch_size=4, num_workers=num_workers, shard=(shard, shards))
+        batches = list(loader.epoch())
+        assert order(batches) == list(range(shard, count, shards))
+        assert [batch.targets.tolist() for batch in batches] == [batch.indices for batch in batches]
+        assert (len(loader), loader.num_images) == (len(batches), len(order(batches)))
+        seen += order(batches)
+    assert sorted(seen) == list(range(count))
+
+
+def test_shuffled_shards_have_nothing_in_common() -> None:
+    loaders = [
+        BatchLoader(noise(16), resized, batch_size=4, num_workers=0, shuffle_seed=3, shard=(shard, 2))
+        for shard in range(2)
+    ]
+    first, second = (order(loader.epoch(1)) for loader in loaders)
+    assert (sorted(first), sorted(second)) == (list(range(0, 16, 2)), list(range(1, 16, 2)))
+    assert first != sorted(first)
+
+
+# -- boxes and masks --------------------------------------------------------------------------------------------------
+
+
+def boxed(count: int) -> ImageSet[Boxes]:
+    """Picture n, of 36 x 40 pixels, has n boxes of classes 0, 1 and so on."""
+    plain = noise(count)
+    targets = [Boxes.of([[4, 4, 20 + i, 30] for i in range(n)], list(range(n))) for n in range(count)]
+    return ImageSet(
+        task="detection", origin="boxed", names=plain.names, targets=targets, classes=plain.classes, open=plain.open
+    )
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_batches_of_boxes(num_workers: int) -> None:
+    loader = BatchLoader(
+        boxed(6),
+        DetectionTransform(preprocessing=SMALL),
+        collate=collate_boxes,
+        batch_size=3,
+        num_workers=num_workers,
+        shuffle_seed=1,
+    )
+    batches = list(loader.epoch(0))
+    for batch in batches:
+        assert isinstance(batch.targets, BoxTargets)
+        assert batch.targets.boxes_cxcywh.shape == (*batch.targets.labels.shape, 4)
+        assert len(batch.images) == len(batch.targets.labels) == len(batch) == 3
+        for index, labels in zip(batch.indices, batch.targets.labels.tolist(), strict=True):
+            assert set(labels) <= {-1, *range(index)}
+    again = list(loader.epoch(0))
+    assert all(torch.equal(a.targets.boxes_cxcywh, b.targets.boxes_cxcywh) for a, b in zip(batches, again, strict=True))
+
+
+def test_batches_of_masks_and_a_mask_that_does_not_fit(tmp_path: Path) -> None:
+    plain = noise(3)
+    for number, size in enumerate([(36, 40), (40, 36), (36, 40)]):
+        Image.new("L", size, number).save(tmp_path / f"{number}.png")
+    data = ImageSet(
+        task="segmentation",
+        origin="masked",
+        names=plain.names,
+        targets=[Mask(path=tmp_path / name, class_of=bytes(range(256))) for name in plain.names],
+        classes=plain.classes,
+        open=plain.open,
+    )
+    transform = SegmentationTransform(preprocessing=SMALL, crop_size=(32, 48), rotation=0, scale_range=(1, 1))
+    (batch,) = BatchLoader(data, transform, collate=torch.stack, batch_size=4, num_workers=0).epoch()
+    assert batch.indices == [0, 2]
+    assert (batch.targets.shape, batch.targets.dtype) == ((2, 32, 48), torch.uint8)
+    assert [set(mask.unique().tolist()) for mask in batch.targets] == [{0, 255}, {2, 255}]
+    assert batch.errors == [f"{tmp_path / '1.png'}: 40 x 36 pixels, its picture has 36 x 40; they must agree"]
+
+
+def test_map_tensors() -> None:
+    one, two = torch.ones(2), torch.zeros(1)
+    assert torch.equal(map_tensors(one, torch.neg), -one)
+    mapped = map_tensors(BoxTargets(one, two), torch.neg)
+    assert isinstance(mapped, BoxTargets)
+    assert torch.equal(mapped.boxes_cxcywh, -one)
+    assert map_tensors([one], torch.neg)[0] is one
+    assert map_tensors(None, torch.neg) is None

@@ -5,7 +5,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mobilevit.data.shapes import CLASSES, Scene, render_scene, write_folder
+from mobilevit.data.datasets import find_splits
+from mobilevit.data.shapes import CLASSES, Scene, render_scene, write_boxes, write_folder, write_masks
+from mobilevit.preprocessing import read_image
 
 
 def extent(inside: np.ndarray) -> tuple[int, int, int, int]:
@@ -108,3 +110,41 @@ def test_write_folder(tmp_path: Path) -> None:
     assert names == sorted(f"shapes/{CLASSES[index % 6]}/{index:05d}.png" for index in range(14))
     with Image.open(tmp_path / "shapes/ring/00008.png") as image:
         assert image.tobytes() == render_scene(8, seed=5, size=32).image.tobytes()
+
+
+def drawn(index: int) -> Scene:
+    return render_scene(index, seed=5, size=64, num_objects=1 + index // 6 % 3)
+
+
+def test_written_boxes_read_back(tmp_path: Path) -> None:
+    write_boxes(tmp_path / "shapes", num_images=20, seed=5, size=64)
+    (data,) = find_splits(tmp_path / "shapes").values()
+    assert (data.task, data.classes, data.problems) == ("detection", CLASSES, ())
+    assert data.names == [f"images/{index:05d}.png" for index in range(20)]
+    assert data.sizes == [(64, 64)] * 20
+    for index, target in enumerate(data.targets):
+        scene = drawn(index)
+        assert target.labels.tolist() == list(scene.labels)
+        assert target.xyxy.tolist() == [list(box) for box in scene.boxes_xyxy]
+        assert target.areas.tolist() == [(x1 - x0) * (y1 - y0) for x0, y0, x1, y1 in scene.boxes_xyxy]
+        assert not target.crowd.any()
+        assert read_image(data.open(index)).tobytes() == scene.image.tobytes()
+    assert Counter(len(target.labels) for target in data.targets) == {1: 8, 2: 6, 3: 6}
+
+
+def test_written_masks_read_back(tmp_path: Path) -> None:
+    write_masks(tmp_path / "shapes", num_images=20, seed=5, size=64)
+    (data,) = find_splits(tmp_path / "shapes").values()
+    assert (data.task, data.classes, data.problems) == ("segmentation", ("background", *CLASSES), ())
+    assert data.names == [f"images/{index:05d}.png" for index in range(20)]
+    for index, target in enumerate(data.targets):
+        scene = drawn(index)
+        assert np.array_equal(target.read(), scene.mask)
+        assert read_image(data.open(index)).tobytes() == scene.image.tobytes()
+
+
+def test_each_class_comes_first_in_scenes_of_every_number_of_objects(tmp_path: Path) -> None:
+    write_boxes(tmp_path / "shapes", num_images=18, size=32)
+    (data,) = find_splits(tmp_path / "shapes").values()
+    firsts = {(len(target.labels), int(target.labels[0])) for target in data.targets}
+    assert firsts == {(count, label) for count in (1, 2, 3) for label in range(6)}

@@ -1,13 +1,26 @@
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
+from mobilevit.data.imageset import Boxes, Mask
 from mobilevit.data.shapes import render_scene
-from mobilevit.data.transforms import mix_transform, train_transform
-from mobilevit.preprocessing import Preprocessing
+from mobilevit.data.transforms import (
+    ClassificationTransform,
+    DetectionTransform,
+    SegmentationTransform,
+    collate_boxes,
+    mix_transform,
+    read_mask,
+)
+from mobilevit.models.deeplabv3 import IGNORE
+from mobilevit.preprocessing import ImageError, Preprocessing
+
+# -- classification ---------------------------------------------------------------------------------------------------
 
 
 def square(side: int) -> Preprocessing:
@@ -26,10 +39,11 @@ def positions(width: int, height: int) -> Image.Image:
 def test_size_type_and_layout(size: tuple[int, int], picture: tuple[int, int]) -> None:
     preprocessing = Preprocessing(size=size)
     for randaugment, random_erasing in ((0, 0.0), (9, 1.0)):
-        transform = train_transform(
-            preprocessing, min_crop_area=0.2, randaugment=randaugment, random_erasing=random_erasing
+        transform = ClassificationTransform(
+            preprocessing=preprocessing, min_crop_area=0.2, randaugment=randaugment, random_erasing=random_erasing
         )
-        pixels = transform(Image.new("RGB", picture, "teal"))
+        pixels, label = transform(Image.new("RGB", picture, "teal"), 3)
+        assert label == 3
         assert (pixels.shape, pixels.dtype) == ((3, *size), torch.uint8)
         assert pixels.permute(1, 2, 0).is_contiguous()
 
@@ -37,17 +51,17 @@ def test_size_type_and_layout(size: tuple[int, int], picture: tuple[int, int]) -
 @pytest.mark.parametrize("interpolation", ["nearest", "bilinear", "bicubic", "lanczos"])
 def test_without_any_chance_it_is_the_evaluations_resize(interpolation: str) -> None:
     preprocessing = Preprocessing(size=(40, 40), crop_fraction=1.0, interpolation=interpolation)  # type: ignore[arg-type]
-    transform = train_transform(preprocessing, min_crop_area=1.0, flip=False)
+    transform = ClassificationTransform(preprocessing=preprocessing, min_crop_area=1.0, flip=False)
     image = render_scene(3, size=100).image
     for _ in range(5):
-        assert torch.equal(transform(image), preprocessing.resize(image))
+        assert torch.equal(transform(image, 0)[0], preprocessing.resize(image))
 
 
 def test_crops_are_as_large_as_they_may_be() -> None:
-    transform = train_transform(square(32), min_crop_area=0.35, flip=False)
+    transform = ClassificationTransform(preprocessing=square(32), min_crop_area=0.35, flip=False)
     areas, ratios = [], []
     for _ in range(300):
-        pixels = transform(positions(200, 200)).double()
+        pixels = transform(positions(200, 200), 0)[0].double()
         spans = [(pixels[c].max() - pixels[c].min()).item() / 255 * 32 / 31 for c in (0, 1)]
         areas.append(spans[0] * spans[1])
         ratios.append(spans[0] / spans[1])
@@ -62,10 +76,10 @@ def test_half_of_the_pictures_are_mirrored() -> None:
     image = positions(32, 32)
     upright = square(32).resize(image)
     for flip, least, most in ((True, 80, 120), (False, 0, 0)):
-        transform = train_transform(square(32), min_crop_area=1.0, flip=flip)
+        transform = ClassificationTransform(preprocessing=square(32), min_crop_area=1.0, flip=flip)
         mirrored = 0
         for _ in range(200):
-            pixels = transform(image)
+            pixels, _ = transform(image, 0)
             if not torch.equal(pixels, upright):
                 assert torch.equal(pixels, upright.flip(2))  # left and right, never up and down
                 mirrored += 1
@@ -74,10 +88,12 @@ def test_half_of_the_pictures_are_mirrored() -> None:
 
 @pytest.mark.parametrize(("probability", "least", "most"), [(0.0, 0, 0), (0.25, 30, 70), (1.0, 200, 200)])
 def test_erasing(probability: float, least: int, most: int) -> None:
-    transform = train_transform(square(64), min_crop_area=1.0, flip=False, random_erasing=probability)
+    transform = ClassificationTransform(
+        preprocessing=square(64), min_crop_area=1.0, flip=False, random_erasing=probability
+    )
     erased = 0
     for _ in range(200):
-        black = (transform(Image.new("RGB", (64, 64), "white")) == 0).all(dim=0)
+        black = (transform(Image.new("RGB", (64, 64), "white"), 0)[0] == 0).all(dim=0)
         if not black.any():
             continue
         erased += 1
@@ -90,27 +106,32 @@ def test_erasing(probability: float, least: int, most: int) -> None:
 def test_randaugment_changes_pictures_in_many_ways() -> None:
     image = render_scene(1, size=48).image
     plain = square(48).resize(image)
-    transform = train_transform(square(48), min_crop_area=1.0, flip=False, randaugment=9)
-    seen = {bytes(transform(image).numpy()) for _ in range(40)}
+    transform = ClassificationTransform(preprocessing=square(48), min_crop_area=1.0, flip=False, randaugment=9)
+    seen = {bytes(transform(image, 0)[0].numpy()) for _ in range(40)}
     assert len(seen) > 20
     assert len(seen - {bytes(plain.numpy())}) > 20
-    weak = train_transform(square(48), min_crop_area=1.0, flip=False, randaugment=1)
-    strong = train_transform(square(48), min_crop_area=1.0, flip=False, randaugment=30)
-    gaps = [np.mean([(t(image).int() - plain.int()).abs().float().mean() for _ in range(60)]) for t in (weak, strong)]
+    weak = ClassificationTransform(preprocessing=square(48), min_crop_area=1.0, flip=False, randaugment=1)
+    strong = ClassificationTransform(preprocessing=square(48), min_crop_area=1.0, flip=False, randaugment=30)
+    gaps = [
+        np.mean([(t(image, 0)[0].int() - plain.int()).abs().float().mean() for _ in range(60)]) for t in (weak, strong)
+    ]
     assert gaps[1] > 1.5 * gaps[0]
 
 
 def test_the_same_random_state_gives_the_same_picture() -> None:
-    transform = train_transform(square(32), min_crop_area=0.2, randaugment=9, random_erasing=0.5)
+    transform = ClassificationTransform(preprocessing=square(32), min_crop_area=0.2, randaugment=9, random_erasing=0.5)
     image = render_scene(0, size=64).image
     sent = pickle.loads(pickle.dumps(transform))  # what a reading process gets where there is no fork
     for seed in range(5):
         torch.manual_seed(seed)
-        first = transform(image)
+        first, _ = transform(image, 0)
         torch.manual_seed(seed)
-        assert torch.equal(transform(image), first)
+        assert torch.equal(transform(image, 0)[0], first)
         torch.manual_seed(seed)
-        assert torch.equal(sent(image), first)
+        assert torch.equal(sent(image, 0)[0], first)
+
+
+# -- mixing of pictures -----------------------------------------------------------------------------------------------
 
 
 def constant_pictures() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -149,3 +170,293 @@ def test_mixup_blends_and_cutmix_pastes() -> None:
 
 def test_no_mixing() -> None:
     assert mix_transform(6, mixup=0.0, cutmix=0.0) is None
+
+
+# -- boxes ------------------------------------------------------------------------------------------------------------
+
+
+PLAIN = {"zoom_out": 0.0, "iou_crop": False, "flip": False, "photometric_distortion": False}
+OPTIONS = {
+    "nothing": {},
+    "zoom_out": {"zoom_out": 1.0},
+    "iou_crop": {"iou_crop": True},
+    "flip": {"flip": True},
+    "photometric_distortion": {"photometric_distortion": True},
+    "everything": {"zoom_out": 0.5, "iou_crop": True, "flip": True, "photometric_distortion": True},
+}
+
+
+def sized(mode: str = "stretch", size: tuple[int, int] = (64, 96)) -> Preprocessing:
+    return Preprocessing(size=size, resize_mode=mode, crop_fraction=1.0, interpolation="bilinear")  # type: ignore[arg-type]
+
+
+def rectangle(box: tuple[int, int, int, int], size: tuple[int, int] = (120, 90)) -> Image.Image:
+    """White on black."""
+    image = Image.new("RGB", size)
+    image.paste((255, 255, 255), box)
+    return image
+
+
+def bright_part(pixels: Tensor) -> list[float]:
+    """The box around it in pixels: edges lie where the brightness is between that of the rectangle and the grey."""
+    values = pixels.float().mean(dim=0)
+    bright = values >= 0.3 * values.min() + 0.7 * values.max()
+    columns, rows = bright.any(dim=0).nonzero().flatten(), bright.any(dim=1).nonzero().flatten()
+    return [columns[0].item(), rows[0].item(), columns[-1].item() + 1, rows[-1].item() + 1]
+
+
+@pytest.mark.parametrize("mode", ["stretch", "pad", "crop"])
+@pytest.mark.parametrize("option", OPTIONS)
+def test_boxes_follow_the_picture(option: str, mode: str) -> None:
+    preprocessing = sized(mode)
+    transform = DetectionTransform(preprocessing=preprocessing, **(PLAIN | OPTIONS[option]))
+    (height, width), seen = preprocessing.size, set()
+    for seed in range(60):
+        torch.manual_seed(seed)
+        box = (20 + seed % 7, 25, 75, 60 + seed % 5)
+        pixels, (corners, labels) = transform(rectangle(box), Boxes.of([box], [2]))
+        assert (pixels.shape, pixels.dtype) == ((3, height, width), torch.uint8)
+        assert pixels.permute(1, 2, 0).is_contiguous()
+        assert (corners.shape, corners.dtype, labels.tolist()) == ((1, 4), torch.float32, [2])
+        found = (corners[0] * torch.tensor([width, height, width, height])).tolist()
+        assert np.abs(np.subtract(found, bright_part(pixels))).max() <= 2, (seed, found, bright_part(pixels))
+        seen.add(tuple(np.round(found)))
+    assert len(seen) > 20 or option in ("nothing", "flip", "photometric_distortion")
+
+
+def test_without_any_chance_boxes_are_placed_as_in_evaluation() -> None:
+    image, target = rectangle((30, 20, 90, 70)), Boxes.of([[30, 20, 90, 70], [0, 0, 120, 90]], [1, 0])
+    for mode in ("stretch", "pad", "crop"):
+        preprocessing = sized(mode)
+        pixels, (corners, labels) = DetectionTransform(preprocessing=preprocessing, **PLAIN)(image, target)
+        assert torch.equal(pixels, preprocessing.resize(image))
+        expected = preprocessing.placement((90, 120)).to_input(target.xyxy.astype(np.float64))
+        np.testing.assert_allclose(corners.numpy(), expected, rtol=1e-6)
+        assert labels.tolist() == [1, 0]
+
+
+def test_crops_keep_each_box_with_its_label() -> None:
+    """Three rectangles in red, green and blue, which are classes 0, 1 and 2."""
+    image = Image.new("RGB", (150, 100))
+    boxes = [(10, 10, 50, 90), (60, 20, 90, 60), (100, 40, 140, 95)]
+    for channel, box in enumerate(boxes):
+        image.paste(tuple(255 * (channel == i) for i in range(3)), box)
+    transform = DetectionTransform(preprocessing=sized(), **(PLAIN | {"iou_crop": True, "flip": True, "zoom_out": 0.3}))
+    counts = []
+    for seed in range(60):
+        torch.manual_seed(seed)
+        pixels, (corners, labels) = transform(image, Boxes.of(boxes, [0, 1, 2]))
+        for box, label in zip(corners.tolist(), labels.tolist(), strict=True):
+            x, y = int((box[0] + box[2]) / 2 * 96), int((box[1] + box[3]) / 2 * 64)
+            assert pixels[:, y, x].argmax() == label
+        counts.append(len(labels))
+    assert set(counts) == {1, 2, 3}
+
+
+def test_crowds_are_left_out() -> None:
+    target = Boxes.of([[0, 0, 60, 60], [20, 20, 70, 70]], [3, 1], [True, False])
+    transform = DetectionTransform(preprocessing=sized())
+    for seed in range(10):
+        torch.manual_seed(seed)
+        _, (corners, labels) = transform(rectangle((20, 20, 70, 70)), target)
+        assert (corners.shape, labels.tolist()) == ((1, 4), [1])
+
+
+@pytest.mark.parametrize("target", [Boxes.of([], []), Boxes.of([[0, 0, 60, 60]], [0], [True])])
+def test_pictures_without_boxes(target: Boxes) -> None:
+    transform = DetectionTransform(preprocessing=sized())
+    for seed in range(10):
+        torch.manual_seed(seed)
+        pixels, (corners, labels) = transform(rectangle((20, 20, 70, 70)), target)
+        assert pixels.shape == (3, 64, 96)
+        assert (corners.shape, corners.dtype) == ((0, 4), torch.float32)
+        assert (labels.shape, labels.dtype) == ((0,), torch.int64)
+
+
+def test_boxes_that_the_input_does_not_show_are_left_out() -> None:
+    preprocessing = sized("crop", (64, 64))  # the middle 90 of 180 columns
+    target = Boxes.of([[0, 10, 40, 60], [60, 10, 100, 60], [150, 10, 180, 60], [0, 0, 46, 90]], [0, 1, 2, 3])
+    _, (corners, labels) = DetectionTransform(preprocessing=preprocessing, **PLAIN)(Image.new("RGB", (180, 90)), target)
+    assert labels.tolist() == [1, 3]
+    assert (corners[:, 2:] > corners[:, :2]).all()  # the loss takes the logarithm of the sides
+
+
+def test_boxes_padded_to_the_fullest_picture() -> None:
+    first = torch.tensor([[0.0, 0.2, 0.5, 0.4], [0.5, 0.5, 1.0, 1.0]]), torch.tensor([4, 0])
+    batch = collate_boxes([first, (torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64)), (first[0][:1], first[1][:1])])
+    assert batch.labels.tolist() == [[4, 0], [-1, -1], [4, -1]]
+    assert batch.labels.dtype == torch.int64
+    filling = [0.5, 0.5, 1.0, 1.0]
+    expected = [[[0.25, 0.3, 0.5, 0.2], [0.75, 0.75, 0.5, 0.5]], [filling] * 2, [[0.25, 0.3, 0.5, 0.2], filling]]
+    torch.testing.assert_close(batch.boxes_cxcywh, torch.tensor(expected))
+
+
+def test_a_batch_without_any_box_still_has_a_row() -> None:
+    batch = collate_boxes([(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))] * 3)
+    assert (batch.boxes_cxcywh.shape, batch.labels.tolist()) == ((3, 1, 4), [[-1]] * 3)
+
+
+# -- masks ------------------------------------------------------------------------------------------------------------
+
+
+STILL = {"flip": False, "rotation": 0.0, "photometric_distortion": False, "scale_range": (1.0, 1.0)}
+
+
+def save_mask(path: Path, values: np.ndarray, classes: int = 7) -> Mask:
+    Image.fromarray(values.astype(np.uint8)).save(path)
+    return Mask(path=path, class_of=bytes(range(classes)) + bytes([IGNORE]) * (256 - classes))
+
+
+def painted(values: np.ndarray) -> Image.Image:
+    """Grey by class: 40, 70, 100 ... so that black is outside of every picture."""
+    return Image.fromarray((40 + 30 * values).astype(np.uint8)).convert("RGB")
+
+
+def away_from_edges(mask: Tensor, reach: int = 3) -> Tensor:
+    """Where every pixel within reach has the same value."""
+    values = mask[None, None].float()
+    low, high = (
+        torch.nn.functional.max_pool2d(sign * values, 2 * reach + 1, stride=1, padding=reach) for sign in (-1, 1)
+    )
+    same = (-low == high)[0, 0]
+    inside = torch.zeros_like(same)
+    inside[reach:-reach, reach:-reach] = True
+    return same & inside
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"flip": True},
+        {"rotation": 30.0},
+        {"scale_range": (0.5, 2.0)},
+        {"scale_range": (0.3, 0.6)},
+        {"flip": True, "rotation": 10.0, "scale_range": (0.5, 1.5)},
+    ],
+)
+@pytest.mark.parametrize("mode", ["stretch", "pad"])
+def test_masks_follow_the_picture(tmp_path: Path, changes: dict[str, object], mode: str) -> None:
+    transform = SegmentationTransform(
+        preprocessing=sized(mode, (96, 128)),
+        crop_size=(64, 80),
+        **(STILL | changes),  # type: ignore[arg-type]
+    )
+    compared, seen = [], set()
+    for seed in range(30):
+        torch.manual_seed(seed)
+        values = render_scene(seed, size=128, num_objects=3).mask[: 90 + seed]
+        pixels, mask = transform(painted(values), save_mask(tmp_path / "a.png", values))
+        assert (pixels.shape, pixels.dtype) == ((3, 64, 80), torch.uint8)
+        assert (mask.shape, mask.dtype) == ((64, 80), torch.uint8)
+        assert pixels.permute(1, 2, 0).is_contiguous()
+        inner = away_from_edges(mask)
+        expected = torch.where(mask == IGNORE, 0, 40 + 30 * mask.int())
+        assert (pixels[0].int() - expected)[inner].abs().max() <= 2, seed
+        compared.append(inner.float().mean().item())
+        seen |= set(mask[inner].tolist())
+    assert np.mean(compared) > 0.5
+    assert len(seen - {IGNORE}) >= 5
+
+
+def test_masks_are_not_shifted_against_the_picture(tmp_path: Path) -> None:
+    rows, columns = np.mgrid[:256, :256]
+    disc = (np.hypot(rows - 120.5, columns - 131.5) < 80).astype(np.uint8)
+    target = save_mask(tmp_path / "a.png", disc)
+    image = Image.fromarray(255 * disc).convert("RGB")
+    for scale in (0.5, 1.0, 4.0):
+        side = round(64 * scale)
+        transform = SegmentationTransform(
+            preprocessing=sized(size=(64, 64)), crop_size=(side, side), **(STILL | {"scale_range": (scale, scale)})
+        )
+        pixels, mask = transform(image, target)
+        y, x = (torch.arange(side) for _ in range(2))
+        for weights in (pixels[0].float() / 255, mask.float()):
+            centre = [(weights.sum(dim=1 - d) * axis).sum() / weights.sum() for d, axis in ((0, y), (1, x))]
+            expected = [(121 * side / 256) - 0.5, (132 * side / 256) - 0.5]
+            np.testing.assert_allclose(centre, expected, atol=0.15)
+
+
+@pytest.mark.parametrize("picture", [(128, 96), (30, 200), (1, 1)])
+@pytest.mark.parametrize("crop_size", [(32, 32), (64, 160), (300, 40)])
+def test_crops_have_their_size_and_void_is_where_no_picture_is(
+    tmp_path: Path, picture: tuple[int, int], crop_size: tuple[int, int]
+) -> None:
+    image = Image.new("RGB", picture, "white")
+    target = save_mask(tmp_path / "a.png", np.ones(picture[::-1]))
+    plain = SegmentationTransform(
+        preprocessing=sized("pad", (96, 128)), crop_size=crop_size, **(STILL | {"scale_range": (0.5, 1.5)})
+    )
+    for _ in range(10):
+        pixels, mask = plain(image, target)
+        assert pixels.shape[1:] == mask.shape == crop_size
+        assert torch.equal(mask == IGNORE, pixels[0] == 0)
+        assert (mask == 1).any()
+    everything = SegmentationTransform(preprocessing=sized("pad", (96, 128)), crop_size=crop_size)
+    for _ in range(10):
+        pixels, mask = everything(image, target)
+        assert pixels.shape[1:] == mask.shape == crop_size
+        assert set(mask.unique().tolist()) <= {1, IGNORE}
+
+
+def test_void_of_the_file_stays_void(tmp_path: Path) -> None:
+    target = save_mask(tmp_path / "a.png", np.full((96, 128), 200))
+    _, mask = SegmentationTransform(preprocessing=sized(size=(96, 128)), crop_size=(64, 64))(
+        Image.new("RGB", (128, 96)), target
+    )
+    assert (mask == IGNORE).all()
+
+
+def test_crops_show_more_than_one_thing_where_they_can(tmp_path: Path) -> None:
+    values = np.zeros((64, 100))
+    values[:, 50:] = 1
+    target, image = save_mask(tmp_path / "a.png", values), painted(values)
+    most = {}
+    for limit in (0.75, 1.0):
+        transform = SegmentationTransform(
+            preprocessing=sized(size=(64, 100)), crop_size=(64, 60), most_of_one_class=limit, **STILL
+        )
+        masks = [transform(image, target)[1] for _ in range(100)]
+        most[limit] = max(max((mask == 0).float().mean().item(), (mask == 1).float().mean().item()) for mask in masks)
+        assert len({mask.sum().item() for mask in masks}) > 15  # of 31 and 41 places
+    assert most[0.75] <= 0.75
+    assert most[1.0] > 0.8
+
+
+def test_a_picture_of_one_class_is_cropped_all_the_same(tmp_path: Path) -> None:
+    target = save_mask(tmp_path / "a.png", np.ones((64, 100)))
+    transform = SegmentationTransform(preprocessing=sized(size=(64, 100)), crop_size=(64, 60), **STILL)
+    assert (transform(Image.new("RGB", (100, 64)), target)[1] == 1).all()
+
+
+def test_a_mask_of_another_size_than_its_picture(tmp_path: Path) -> None:
+    target = save_mask(tmp_path / "a.png", np.ones((30, 40)))
+    image = Image.new("RGB", (30, 40))
+    reason = r"a.png: 40 x 30 pixels, its picture has 30 x 40; they must agree"
+    with pytest.raises(ImageError, match=reason):
+        read_mask(image, target)
+    with pytest.raises(ImageError, match=reason):
+        SegmentationTransform(preprocessing=sized(), crop_size=(32, 32))(image, target)
+    with pytest.raises(ImageError, match=r"b.png: no such mask"):
+        read_mask(image, Mask(path=tmp_path / "b.png", class_of=target.class_of))
+    assert read_mask(Image.new("RGB", (40, 30)), target).tolist() == [[1] * 40] * 30
+
+
+# -- all of them ------------------------------------------------------------------------------------------------------
+
+
+def test_the_same_random_state_gives_the_same_boxes_and_masks(tmp_path: Path) -> None:
+    scene = render_scene(0, size=96, num_objects=3)
+    boxes, mask = Boxes.of(scene.boxes_xyxy, scene.labels), save_mask(tmp_path / "a.png", scene.mask)
+    detection = DetectionTransform(preprocessing=sized())
+    segmentation = SegmentationTransform(preprocessing=sized(), crop_size=(48, 48))
+    pictures = set()
+    for seed in range(8):
+        results = []
+        for first, second in ((detection, segmentation), pickle.loads(pickle.dumps((detection, segmentation)))):
+            torch.manual_seed(seed)
+            pixels, (corners, labels) = first(scene.image, boxes)
+            results.append([pixels, corners, labels, *second(scene.image, mask)])
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+        pictures.add(bytes(results[0][0].numpy()))
+    assert len(pictures) == 8

@@ -8,7 +8,7 @@ Letters used in shape comments: H, W height and width of the picture; h, w of th
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import ceil, cos, floor, hypot, pi, sin, tau
 from pathlib import Path
@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from mobilevit.files import write_json, write_text
 from mobilevit.progress import Progress
 
 Array = NDArray[np.floating[Any]]
@@ -133,6 +134,50 @@ def write_folder(folder: Path, *, num_images: int, seed: int = 0, size: int = 64
         for index in range(num_images):
             scene = render_scene(index, seed=seed, size=size)
             scene.image.save(folder / CLASSES[scene.labels[0]] / f"{index:05d}.png")
+            progress.advance(1)
+
+
+def write_boxes(folder: Path, *, num_images: int, seed: int = 0, size: int = 128) -> None:
+    """Write the first scenes of a series, one to three objects each, as COCO: `images/` and `annotations.json`."""
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    images: list[dict[str, Any]] = []
+    objects: list[dict[str, Any]] = []
+    for index, name, scene in _scenes(num_images, seed=seed, size=size):
+        scene.image.save(folder / "images" / name)
+        images.append({"id": index, "file_name": name, "width": size, "height": size})
+        for label, (left, top, right, bottom) in zip(scene.labels, scene.boxes_xyxy, strict=True):
+            width, height = right - left, bottom - top
+            objects.append(
+                {
+                    "id": len(objects) + 1,
+                    "image_id": index,
+                    "category_id": 1 + label,
+                    "bbox": [left, top, width, height],
+                    "area": width * height,
+                    "iscrowd": 0,
+                }
+            )
+    categories = [{"id": 1 + label, "name": name} for label, name in enumerate(CLASSES)]
+    write_json(folder / "annotations.json", {"images": images, "annotations": objects, "categories": categories})
+
+
+def write_masks(folder: Path, *, num_images: int, seed: int = 0, size: int = 128) -> None:
+    """Write the first scenes of a series, one to three objects each, as `images/`, `masks/` and `classes.txt`."""
+    for part in ("images", "masks"):
+        (folder / part).mkdir(parents=True, exist_ok=True)
+    write_text(folder / "classes.txt", "\n".join(("background", *CLASSES)) + "\n")
+    for _, name, scene in _scenes(num_images, seed=seed, size=size):
+        scene.image.save(folder / "images" / name)
+        Image.fromarray(scene.mask).save(folder / "masks" / name)
+
+
+def _scenes(num_images: int, *, seed: int, size: int) -> Iterator[tuple[int, str, Scene]]:
+    """Number, file name and scene of each, with one to three objects in turn."""
+    with Progress("draw", num_images) as progress:
+        for index in range(num_images):
+            # In steps of its own, so that each class comes first in scenes of every number of objects.
+            num_objects = 1 + index // len(CLASSES) % 3
+            yield index, f"{index:05d}.png", render_scene(index, seed=seed, size=size, num_objects=num_objects)
             progress.advance(1)
 
 

@@ -1,55 +1,203 @@
-"""Random changes to training pictures, through torchvision's transforms v2."""
+"""Random changes to training pictures and what is known of them, through torchvision's transforms v2.
+
+A transform takes an RGB picture and its target as the `ImageSet` has it, and returns uint8 (3, height, width),
+channels-last in memory, and the target as the loss wants it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
+from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode, v2
+from torchvision.transforms.v2 import functional as F
 
-from mobilevit.preprocessing import Preprocessing
+from mobilevit.data.imageset import Boxes, Mask
+from mobilevit.models.deeplabv3 import IGNORE
+from mobilevit.preprocessing import ImageError, Preprocessing
 
 
-def train_transform(
-    preprocessing: Preprocessing,
-    *,
-    min_crop_area: float,
-    flip: bool = True,
-    randaugment: int = 0,
-    random_erasing: float = 0.0,
-) -> Callable[[Image.Image], Tensor]:
-    """Random resized crop and flip (arXiv:1409.4842), and RandAugment and random erasing if asked for.
+@dataclass(frozen=True, kw_only=True)
+class ClassificationTransform:
+    """Random resized crop and flip (arXiv:1409.4842), and RandAugment and random erasing if asked for."""
 
-    Args:
-        preprocessing: size and interpolation.
-        min_crop_area: smallest share of the picture's area a crop may have.
-        flip: mirror half of the pictures.
-        randaugment: strength of two random operations a picture (arXiv:1909.13719); 0 leaves them out.
-        random_erasing: probability that a rectangle is blanked (arXiv:1708.04896).
+    preprocessing: Preprocessing
+    """Size and interpolation."""
+    min_crop_area: float
+    """Smallest share of the picture's area a crop may have."""
+    flip: bool = True
+    """Mirror half of the pictures."""
+    randaugment: int = 0
+    """Strength of two random operations a picture (arXiv:1909.13719); 0 leaves them out."""
+    random_erasing: float = 0.0
+    """Probability that a rectangle is blanked (arXiv:1708.04896)."""
 
-    Returns:
-        A function from an RGB picture to uint8 (3, height, width), channels-last in memory.
+    def __call__(self, image: Image.Image, label: int) -> tuple[Tensor, int]:
+        interpolation = InterpolationMode(self.preprocessing.interpolation)
+        crop = v2.RandomResizedCrop(
+            self.preprocessing.size, scale=(self.min_crop_area, 1.0), interpolation=interpolation
+        )
+        steps: list[Callable[..., object]] = [crop]
+        if self.flip:
+            steps.append(v2.RandomHorizontalFlip())
+        if self.randaugment:
+            strength = self.randaugment
+            steps.append(v2.RandAugment(num_ops=2, magnitude=strength, interpolation=InterpolationMode.BILINEAR))
+        pixels = _pixels(v2.Compose(steps)(image))
+        if self.random_erasing:
+            pixels = v2.RandomErasing(p=self.random_erasing)(pixels)
+        return pixels, label
+
+
+class BoxTargets(NamedTuple):
+    """What `detection_loss` wants to know of B pictures."""
+
+    boxes_cxcywh: Tensor
+    """float32 (B, N, 4): centre and size in 0..1; rows without an object fill up."""
+    labels: Tensor
+    """int64 (B, N): 0..K-1, or -1 in rows without an object."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DetectionTransform:
+    """SSD's augmentation: zoom out, crop by overlap, flip, distort colours (arXiv:1512.02325, section 2.2)."""
+
+    preprocessing: Preprocessing
+    """Size, resize mode and interpolation."""
+    zoom_out: float = 0.5
+    """Probability that the picture becomes a part of a larger, grey one, up to four times as wide and high."""
+    iou_crop: bool = True
+    """Crop parts that hold some object by 0, 10, 30 ... 90 % at least."""
+    flip: bool = True
+    """Mirror half of the pictures."""
+    photometric_distortion: bool = True
+    """Change brightness, contrast, saturation and hue."""
+
+    def __call__(self, image: Image.Image, target: Boxes) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        keep = ~target.crowd
+        boxes = tv_tensors.BoundingBoxes(
+            torch.from_numpy(target.xyxy[keep]), format="XYXY", canvas_size=(image.height, image.width)
+        )
+        objects = {"boxes": boxes, "labels": torch.from_numpy(target.labels[keep])}
+        steps: list[v2.Transform] = [v2.ClampBoundingBoxes()]
+        if self.zoom_out:
+            steps.append(v2.RandomZoomOut(fill=_GREY, side_range=(1.0, 4.0), p=self.zoom_out))
+        if self.iou_crop and len(boxes):
+            steps.append(v2.RandomIoUCrop())
+        if self.flip:
+            steps.append(v2.RandomHorizontalFlip())
+        image, objects = v2.Compose([*steps, v2.SanitizeBoundingBoxes(min_size=2)])(image, objects)
+        placement = self.preprocessing.placement((image.height, image.width))
+        pixels = self.preprocessing.resize(image)
+        if self.photometric_distortion:
+            pixels = v2.RandomPhotometricDistort()(pixels)
+        corners = torch.from_numpy(placement.to_input(objects["boxes"].double().numpy())).float()
+        # With "crop" the input need not show every box, and the loss takes the logarithm of the sides.
+        shown = (corners[:, 2:] > corners[:, :2]).all(dim=1)
+        return _channels_last(pixels), (corners[shown], objects["labels"][shown])
+
+
+def collate_boxes(targets: Sequence[tuple[Tensor, Tensor]]) -> BoxTargets:
+    """Corner boxes in 0..1 and labels of single pictures as one batch, filled up to the fullest picture."""
+    most = max((len(labels) for _, labels in targets), default=0)
+    boxes = torch.tensor([0.0, 0.0, 1.0, 1.0]).repeat(len(targets), max(most, 1), 1)
+    labels = torch.full(boxes.shape[:2], -1, dtype=torch.int64)
+    for row, (corners, numbers) in enumerate(targets):
+        boxes[row, : len(numbers)], labels[row, : len(numbers)] = corners, numbers
+    low, high = boxes[..., :2], boxes[..., 2:]
+    return BoxTargets(torch.cat([(low + high) / 2, high - low], dim=-1), labels)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmentationTransform:
+    """Random size, crop, flip, rotation and colours; what lies outside the picture is ignored."""
+
+    preprocessing: Preprocessing
+    """Its size at scale 1, and the interpolation."""
+    crop_size: tuple[int, int]
+    """(height, width) of the crops."""
+    scale_range: tuple[float, float] = (0.5, 1.5)
+    """Size of the picture before the crop, relative to its size in evaluation."""
+    most_of_one_class: float = 0.75
+    """Crops in which one class has a larger share are drawn again, up to ten times."""
+    flip: bool = True
+    """Mirror half of the pictures."""
+    rotation: float = 10.0
+    """Turn by up to this many degrees, half of the pictures."""
+    photometric_distortion: bool = True
+    """Change brightness, contrast, saturation and hue."""
+
+    def __call__(self, image: Image.Image, target: Mask) -> tuple[Tensor, Tensor]:
+        mask = torch.from_numpy(read_mask(image, target))[None]
+        scale = _uniform(*self.scale_range)
+        rows, columns = self.preprocessing.placement((image.height, image.width)).filled
+        size = [max(1, round(rows * scale)), max(1, round(columns * scale))]
+        pixels = _pixels(F.resize(image, size, interpolation=InterpolationMode(self.preprocessing.interpolation)))
+        # The "exact" one takes the middle of each pixel, as Pillow does; the other is off by up to half a pixel.
+        mask = F.resize(mask, size, interpolation=InterpolationMode.NEAREST_EXACT)
+
+        height, width = self.crop_size
+        margin = [0, 0, max(0, width - size[1]), max(0, height - size[0])]
+        pixels, mask = F.pad(pixels, margin), F.pad(mask, margin, fill=IGNORE)
+        top, left = self._place_of_crop(mask)
+        pixels, mask = F.crop(pixels, top, left, height, width), F.crop(mask, top, left, height, width)
+        if self.flip and _uniform(0, 1) < 0.5:
+            pixels, mask = F.horizontal_flip(pixels), F.horizontal_flip(mask)
+        if self.rotation and _uniform(0, 1) < 0.5:
+            angle = _uniform(-self.rotation, self.rotation)
+            pixels = F.rotate(pixels, angle, interpolation=InterpolationMode.BILINEAR)
+            mask = F.rotate(mask, angle, interpolation=InterpolationMode.NEAREST, fill=IGNORE)
+        if self.photometric_distortion:
+            pixels = v2.RandomPhotometricDistort()(pixels)
+        return _channels_last(pixels), mask[0]
+
+    def _place_of_crop(self, mask: Tensor) -> tuple[int, int]:
+        """Top and left of a crop that shows more than one thing, as far as ten attempts find one."""
+        (height, width), (rows, columns) = self.crop_size, mask.shape[-2:]
+        for _ in range(10):
+            top, left = (int(torch.randint(spare + 1, ())) for spare in (rows - height, columns - width))
+            counts = torch.bincount(mask[0, top : top + height, left : left + width].flatten(), minlength=256)[:IGNORE]
+            if counts.max() <= self.most_of_one_class * counts.sum():
+                break
+        return top, left
+
+
+def read_mask(image: Image.Image, target: Mask) -> NDArray[np.uint8]:
+    """The label map of a picture. Shape: uint8 (H, W), of the picture's size.
+
+    Raises:
+        ImageError: it cannot be read, or has another size.
     """
-    interpolation = InterpolationMode(preprocessing.interpolation)
-    steps: list[Callable[..., object]] = [
-        v2.RandomResizedCrop(preprocessing.size, scale=(min_crop_area, 1.0), interpolation=interpolation)
-    ]
-    if flip:
-        steps.append(v2.RandomHorizontalFlip())
-    if randaugment:
-        steps.append(v2.RandAugment(num_ops=2, magnitude=randaugment, interpolation=InterpolationMode.BILINEAR))
-    on_pictures = v2.Compose(steps)
-    erase = v2.RandomErasing(p=random_erasing) if random_erasing else None
-    return partial(_apply, on_pictures, erase)  # which can be sent to a reading process, as a closure cannot
+    label_map = target.read()
+    if label_map.shape != (image.height, image.width):
+        rows, columns = label_map.shape
+        raise ImageError(
+            f"{target.path}: {columns} x {rows} pixels, its picture has {image.width} x {image.height}; they must agree"
+        )
+    return label_map
 
 
-def _apply(on_pictures: v2.Transform, erase: v2.Transform | None, image: Image.Image) -> Tensor:
-    pixels = torch.from_numpy(np.array(on_pictures(image))).permute(2, 0, 1)
-    return pixels if erase is None else erase(pixels)
+_GREY = (124, 116, 104)
+"""ImageNet's mean colour."""
+
+
+def _uniform(low: float, high: float) -> float:
+    return low + (high - low) * float(torch.rand(()))
+
+
+def _pixels(image: Image.Image) -> Tensor:
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def _channels_last(pixels: Tensor) -> Tensor:
+    return pixels.permute(1, 2, 0).contiguous().permute(2, 0, 1)
 
 
 def mix_transform(

@@ -1,0 +1,208 @@
+"""COCO's format for boxes: a `.json` file for all pictures of a part."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from mobilevit.data.boxes import BoxTable, Listing, index_classes, picture_size, relative, sub_folder
+from mobilevit.data.imageset import PARTS, Boxes, ImageSet, find_parts, some
+from mobilevit.progress import Progress
+
+_OTHER_KINDS = ("captions", "person_keypoints", "stuff", "panoptic", "image_info")  # of COCO's own files
+_LISTS = ("images", "annotations", "categories")
+
+_Entry = dict[str, Any]
+
+
+def looks_like_coco(file: Path) -> bool:
+    """Judged by both ends of the file: COCO's own has 450 MB."""
+    with file.open("rb") as stream:
+        ends = stream.read(1 << 16)
+        stream.seek(max(stream.tell(), file.stat().st_size - (1 << 16)))
+        ends += stream.read()
+    lists = any(f'"{key}"'.encode() in ends for key in _LISTS)
+    return lists and any(key in ends for key in (b'"file_name"', b'"bbox"', b'"image_id"'))
+
+
+def find_coco(folder: Path) -> list[Path]:
+    """JSON files with boxes: those of `annotations`, else of the folder, else of its parts."""
+    annotations = sub_folder(folder, ("annotations",))
+    for places in ([annotations] if annotations else [], [folder], find_parts(folder).values()):
+        files = [p for place in places for p in sorted(place.glob("*.json")) if p.is_file()]
+        files = [p for p in files if not p.name.startswith((".", *_OTHER_KINDS)) and looks_like_coco(p)]
+        if files:
+            return [p for p in files if p.name.startswith("instances")] or files
+    return []
+
+
+def read_coco_file(file: Path) -> dict[str, ImageSet[Boxes]]:
+    """A single file, with its pictures somewhere around it."""
+    inside = file.parent.name.lower() == "annotations"
+    return _read({"all": file}, file.parent.parent if inside else file.parent)
+
+
+def read_coco(folder: Path, files: Sequence[Path]) -> dict[str, ImageSet[Boxes]]:
+    """The `files` that `find_coco` found in the folder, a part each."""
+    part_folders = find_parts(folder).values()
+    by_part: dict[str, list[Path]] = {}
+    for file in files:
+        part = _part_of(file.parent.name if file.parent in part_folders else file.stem)
+        by_part.setdefault(part, []).append(file)
+    if len(by_part) > 1:
+        by_part.pop("all", None)
+    for same in by_part.values():
+        if len(same) > 1:
+            names = some([relative(p, folder) for p in same])
+            raise ValueError(f"{folder}: {names} are of the same part; give the path of one of them")
+    return _read({part: by_part[part][0] for part in (*PARTS, "all") if part in by_part}, folder)
+
+
+def _part_of(name: str) -> str:
+    """Such as "train" for "instances_train2017"."""
+    words = set(re.split(r"[^a-z]+", name.lower()))
+    return next((part for part, names in PARTS.items() if words & {*names}), "all")
+
+
+def _read(files: Mapping[str, Path], root: Path) -> dict[str, ImageSet[Boxes]]:
+    """All parts have the classes of the first."""
+    splits: dict[str, ImageSet[Boxes]] = {}
+    classes: tuple[str, ...] | None = None
+    known = "the categories"
+    for part, file in files.items():
+        content = _load(file)
+        table = BoxTable(root=root, origin=str(file), word="annotation")
+        categories = _categories(content, table)
+        if classes is None:
+            classes, index_of = index_classes(categories.items())
+        else:
+            index_of = {key: classes.index(name) for key, name in categories.items() if name in classes}
+            known = f"the categories of {next(iter(files.values()))}"
+        place = part if part in PARTS else _part_of(file.stem)
+        numbers = _add_pictures(table, content["images"], file, root, place)
+        _add_boxes(table, content["annotations"], numbers, file)
+        del content  # gigabytes, perhaps
+        splits[part] = table.image_set(classes, index_of, known)
+    return splits
+
+
+def _load(file: Path) -> dict[str, list[_Entry]]:
+    try:
+        content = json.loads(file.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file}: not JSON ({error}); write or download it again") from None
+    lists = [content.get(key) for key in _LISTS] if isinstance(content, dict) else [None]
+    if not all(isinstance(entries, list) and all(isinstance(entry, dict) for entry in entries) for entries in lists):
+        raise ValueError(f"{file}: not COCO's format; it needs the lists images, annotations and categories")
+    return {key: content[key] for key in _LISTS}
+
+
+def _categories(content: dict[str, list[_Entry]], table: BoxTable) -> dict[Hashable, str]:
+    """Name of each category, in order of their ids."""
+    try:
+        categories = {int(entry["id"]): entry for entry in content["categories"]}
+        names: dict[Hashable, str] = {number: str(categories[number]["name"]) for number in sorted(categories)}
+    except (KeyError, TypeError, ValueError):
+        raise ValueError(f"{table.origin}: a category without id or name; each needs both") from None
+    # Roboflow's files begin with the name of the whole as category 0.
+    unused = not any(entry.get("category_id") == 0 for entry in content["annotations"])
+    topmost = [number for number, entry in categories.items() if entry.get("supercategory") == "none"]
+    if len(names) > 1 and unused and topmost == [0]:
+        table.report(table.origin, "category that stands for all others", names.pop(0), "not taken as a class")
+    if not names:
+        raise ValueError(f"{table.origin}: no categories; list the classes there")
+    return names
+
+
+# -- pictures ---------------------------------------------------------------------------------------------------------
+
+
+def _add_pictures(table: BoxTable, entries: Sequence[_Entry], file: Path, root: Path, part: str) -> dict[Hashable, int]:
+    """Number of the picture of each id; -1 where it is missing."""
+    named = [e for e in entries if isinstance(e.get("file_name"), str) and isinstance(e.get("id"), int | str)]
+    if len(named) < len(entries):
+        detail = f"{len(entries) - len(named)} of {len(entries)}"
+        table.report(file, "pictures without id or file_name", detail, "left out")
+    if not named:
+        raise ValueError(f"{file}: lists no pictures")
+    names = [entry["file_name"].replace("\\", "/") for entry in named]
+    listing = Listing()
+    place = _place(names, file, root, part, listing)
+    numbers: dict[Hashable, int] = {}
+    known: dict[Path, int] = {}
+    with Progress("read annotations", len(named)) as progress:
+        for entry, name in zip(named, names, strict=True):
+            progress.advance(1)
+            where, picture = f"{file}, image {entry['id']}", place(name)
+            if picture in known:
+                table.report(where, "picture listed twice", name, "its boxes are put together")
+            elif picture not in listing:
+                table.report(where, "annotation for a missing picture", name, "left out")
+            elif size := _size(table, entry, picture):
+                known[picture] = table.add_picture(picture, file, size)
+            numbers[entry["id"]] = known.get(picture, -1)
+    return numbers
+
+
+def _size(table: BoxTable, entry: _Entry, picture: Path) -> tuple[int, int] | None:
+    """(width, height) as stated, which spares opening the picture, else its own."""
+    width, height = entry.get("width"), entry.get("height")
+    if isinstance(width, int) and isinstance(height, int) and min(width, height) > 0:
+        return width, height
+    try:
+        return picture_size(picture)
+    except OSError as error:
+        table.report_unreadable(picture, error)
+        return None
+
+
+def _place(names: Sequence[str], file: Path, root: Path, part: str, listing: Listing) -> Callable[[str], Path]:
+    """From a picture's name in the file to its path: the folder is the one that has most of a few of them."""
+    year = re.search(r"(?:train|val|test)\d+$", file.stem)
+    folders = [*([year.group()] if year else []), *PARTS.get(part, ()), ""]
+    bases = [file.parent]
+    for base in dict.fromkeys((root, file.parent, file.parent.parent)):
+        bases += [base / above / folder for folder in folders for above in ("", "images", "JPEGImages")]
+    probe = names[:: max(1, len(names) // 100)]
+    # The paths in the file may be those of another machine.
+    ways = [partial(way, base) for base in dict.fromkeys(bases) for way in (_whole_name, _last_name)]
+    found = [sum(way(name) in listing for name in probe) for way in ways]
+    if not any(found):
+        raise ValueError(f"{file}: none of its pictures found, such as {names[0]}; put them into {root / 'images'}")
+    return ways[found.index(max(found))]
+
+
+def _whole_name(folder: Path, name: str) -> Path:
+    return folder / name
+
+
+def _last_name(folder: Path, name: str) -> Path:
+    return folder / name.rpartition("/")[2]
+
+
+# -- boxes ------------------------------------------------------------------------------------------------------------
+
+
+def _add_boxes(table: BoxTable, entries: Sequence[_Entry], numbers: Mapping[Hashable, int], file: Path) -> None:
+    for entry in entries:
+        try:
+            owner = numbers.get(entry["image_id"])
+            x, y, width, height = map(float, entry["bbox"])
+            label = entry["category_id"]
+            hash(label)
+            area = float(entry.get("area") or "nan")
+        except (KeyError, TypeError, ValueError, OverflowError):
+            detail = ", ".join(f"{key} {entry.get(key)}" for key in ("image_id", "category_id", "bbox"))
+            where = f"{file}, annotation {entry.get('id')}"
+            table.report(where, "malformed annotation", detail[:80], "left out; it needs image_id, category_id, bbox")
+            continue
+        if owner is None:
+            where = f"{file}, annotation {entry.get('id')}"
+            table.report(where, "annotation for a picture that is not listed", f"image {entry['image_id']}", "left out")
+        elif owner >= 0:
+            box = (x, y, x + width, y + height)
+            table.add_box(owner, entry.get("id", 0), label, box, bool(entry.get("iscrowd")), area)

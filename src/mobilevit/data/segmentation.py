@@ -1,0 +1,277 @@
+"""Pictures with a class for every pixel: a folder of pictures and one of masks, or Pascal VOC."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mobilevit.data.imageset import ImageSet, Mask, Problem, find_images, find_parts, read_label_map, read_lists, some
+from mobilevit.models.deeplabv3 import IGNORE
+from mobilevit.preprocessing import ImageError
+from mobilevit.progress import Progress
+from mobilevit.weights.pretrained import VOC_CLASSES
+
+_IMAGE_FOLDERS = ("images", "jpegimages", "image", "imgs", "img")
+_MASK_FOLDERS = ("masks", "mask", "annotations", "labels")
+_MASK_SUFFIXES = (".gif", ".tiff", ".tif", ".bmp", ".png")  # the last one that a name has is taken
+_LAYOUTS = "images/ and masks/ (PNG, called as the pictures), or Pascal VOC (JPEGImages/, SegmentationClass/)"
+_NAME_255 = 'add classes.json to name it, such as {"0": "background", "255": "object"}'
+
+
+def has_masks(path: Path) -> bool:
+    """Whether masks lie at `path` in one of the layouts of `segmentation_splits`; only a few names are looked at."""
+    return bool(_layouts(path))
+
+
+def segmentation_splits(path: Path) -> dict[str, ImageSet[Mask]]:
+    """Recognise and read masks, grey or palette pictures whose values are class numbers, in one of two layouts.
+
+    - `images/` and `masks/` (or `annotations/`, `labels/`), with sub-folders `train`, `val`, `test` or without, or
+      both in each of `train`, `val`, `test`. A mask is called as its picture.
+    - Pascal VOC: `JPEGImages/`, `SegmentationClass/` and `ImageSets/Segmentation/{train,val,test}.txt`; where the masks
+      of SBD were added as `SegmentationClassAug/`, these, and `trainaug.txt` (or `train_aug.txt`) beside the lists.
+
+    Classes stand in `classes.txt`, a name a line, by value from 0, or in `classes.json`: a list, or
+    `{"value": "name"}`. Without either they are those of VOC in its layout, else numbered by the values found.
+    Values without a name are neither trained on nor counted; nor is 255, unless `classes.json` names it.
+
+    Whatever is wrong with single files is in the `problems` of the sets, with what was done about it.
+
+    Returns:
+        {"train": ..., "val": ..., "test": ...}, as far as the data are divided, else {"all": ...}.
+
+    Raises:
+        ValueError: none of these layouts, no picture with a mask, or a part that names nothing that exists.
+    """
+    layouts = _layouts(path)
+    if not layouts:
+        raise ValueError(f"{path}: no masks found; the layouts are {_LAYOUTS}")
+    if len(layouts) > 1:
+        raise ValueError(f"{path}: holds {some([str(layout.root) for layout in layouts])}; give the path of one")
+    layout = layouts[0]
+    pairs = _pairs(layout)
+    for part, found in pairs.items():
+        if not found.masks:
+            why = found.problems[0] if found.problems else f"nothing in {found.origin}"
+            raise ValueError(f"{layout.root}: not one picture of {part} has a mask ({why}); {_LAYOUTS}")
+    names, problems = _name_values([path, layout.root], layout, [m for found in pairs.values() for m in found.masks])
+    next(iter(pairs.values())).problems += problems
+    numbers: dict[str, int] = {}
+    class_of = bytearray([IGNORE]) * 256
+    for value, name in names.items():
+        class_of[value] = numbers.setdefault(name, len(numbers))
+    splits = {
+        part: ImageSet(
+            task="segmentation",
+            origin=found.origin,
+            names=[picture.relative_to(layout.root).as_posix() for picture in found.pictures],
+            targets=[Mask(path=mask, class_of=bytes(class_of)) for mask in found.masks],
+            classes=tuple(numbers),
+            open=found.pictures.__getitem__,
+            problems=tuple(found.problems),
+        )
+        for part, found in pairs.items()
+    }
+    return splits if len(splits) > 1 else {"all": next(iter(splits.values()))}
+
+
+# -- pictures and their masks -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Layout:
+    root: Path
+    folders: Mapping[str, tuple[Path, Path]]
+    """Of each part: where its pictures are, and its masks."""
+    is_voc: bool = False
+
+
+@dataclass(kw_only=True)
+class _Pairs:
+    """The pictures of one part that have a mask, with it."""
+
+    origin: str
+    pictures: list[Path] = field(default_factory=list)
+    masks: list[Path] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+
+    def add(self, name: str, picture: Path | None, mask: Path | None) -> None:
+        if picture and mask:
+            self.pictures.append(picture)
+            self.masks.append(mask)
+        elif picture:
+            self.problems.append(Problem(file=str(picture), kind="picture without a mask", remedy="left out"))
+        elif mask:
+            self.problems.append(Problem(file=str(mask), kind="mask without a picture", remedy="left out"))
+        else:
+            kind = "listed picture that is missing"
+            self.problems.append(Problem(file=self.origin, kind=kind, detail=name, remedy="left out"))
+
+
+def _layouts(path: Path) -> list[_Layout]:
+    """What lies at `path`, or in folders such as VOCdevkit/VOC2012 below it."""
+    if not path.is_dir():
+        return []
+    if folders := _folders(path):
+        return [_Layout(root=path, folders=folders)]
+    bases = [path, *sorted(path.glob("VOC20*")), *sorted(path.glob("VOCdevkit/VOC20*"))]
+    names = ("SegmentationClassAug", "SegmentationClass")
+    found = [
+        (base, base / "JPEGImages", next((base / n for n in names if (base / n).is_dir()), base)) for base in bases
+    ]
+    return [
+        _Layout(root=base, folders={"all": (pictures, masks)}, is_voc=True)
+        for base, pictures, masks in found
+        if pictures.is_dir() and _has_masks(masks)
+    ]
+
+
+def _folders(path: Path) -> dict[str, tuple[Path, Path]]:
+    pictures, masks = _sub_folder(path, _IMAGE_FOLDERS), _sub_folder(path, _MASK_FOLDERS, of_masks=True)
+    if pictures and masks:
+        divided = find_parts(pictures)
+        if not divided:
+            return {"all": (pictures, masks)}
+        parts_of_masks = find_parts(masks) or dict.fromkeys(divided, masks)
+        if "test" not in parts_of_masks:  # pictures to test on are often handed out without masks
+            divided.pop("test", None)
+        return {part: (p, parts_of_masks.get(part, masks / part)) for part, p in divided.items()}
+    both = {}
+    for part, folder in find_parts(path).items():
+        pictures, masks = _sub_folder(folder, _IMAGE_FOLDERS), _sub_folder(folder, _MASK_FOLDERS, of_masks=True)
+        if pictures and masks:
+            both[part] = (pictures, masks)
+    return both
+
+
+def _sub_folder(folder: Path, names: Sequence[str], *, of_masks: bool = False) -> Path | None:
+    """The first of the sub-folders called so; "Images" is as good as "images"."""
+    folders = {entry.name.lower(): Path(entry.path) for entry in os.scandir(folder) if entry.is_dir()}
+    found = (folders[name] for name in names if name in folders)
+    return next((p for p in found if not of_masks or _has_masks(p)), None)
+
+
+def _has_masks(folder: Path) -> bool:
+    return any(name.lower().endswith(_MASK_SUFFIXES) for _, _, names in os.walk(folder) for name in names)
+
+
+def _pairs(layout: _Layout) -> dict[str, _Pairs]:
+    lists = read_lists(layout.root / "ImageSets/Segmentation") if layout.is_voc else {}
+    if lists:
+        pictures, masks = _by_stem(*layout.folders["all"])
+        pairs = {}
+        for part, (file, names) in lists.items():
+            pairs[part] = _Pairs(origin=str(file))
+            for name in names:
+                pairs[part].add(name, pictures.get(name), masks.get(name))
+        return pairs
+    pairs = {}
+    unused: dict[Path, None] = {}
+    for part, (picture_folder, mask_folder) in layout.folders.items():
+        pictures, masks = _by_stem(picture_folder, mask_folder)
+        pairs[part] = _Pairs(origin=str(picture_folder))
+        for name, picture in pictures.items():
+            pairs[part].add(name, picture, masks.get(name))
+        unused |= dict.fromkeys(masks.values())
+    used = {mask for found in pairs.values() for mask in found.masks}
+    for mask in unused:  # of all parts, which may share a folder of masks
+        if mask not in used:
+            next(iter(pairs.values())).add("", None, mask)
+    return pairs
+
+
+def _by_stem(pictures: Path, masks: Path) -> tuple[dict[str, Path], dict[str, Path]]:
+    """Files by their path in the folder without suffix, such as "city/0001"."""
+    files = find_images(masks)
+    ordered = sorted((p for p in files if p.suffix.lower() in _MASK_SUFFIXES), key=_mask_rank)
+    return {_stem(p, pictures): p for p in find_images(pictures)}, {_stem(p, masks): p for p in ordered}
+
+
+def _mask_rank(mask: Path) -> tuple[int, Path]:
+    return _MASK_SUFFIXES.index(mask.suffix.lower()), mask
+
+
+def _stem(file: Path, folder: Path) -> str:
+    return file.relative_to(folder).with_suffix("").as_posix()
+
+
+# -- classes ----------------------------------------------------------------------------------------------------------
+
+
+def _name_values(
+    places: Iterable[Path], layout: _Layout, masks: Sequence[Path]
+) -> tuple[dict[int, str], list[Problem]]:
+    """The class name of each value in the masks, and what some of the masks have to say against that."""
+    candidates = (place / name for place in places for name in ("classes.json", "classes.txt"))
+    file = next((p for p in candidates if p.is_file()), None)
+    if file is None and not layout.is_voc:
+        used, problems = _values(masks, 200)
+        if used and max(used) == IGNORE and len(used) <= 2:
+            raise ValueError(f"{layout.root}: its masks have only the values {some([*map(str, used)])}; {_NAME_255}")
+        names = {value: f"class_{value}" for value in used if value != IGNORE}
+        detail = f"values {some([*map(str, names)], 20)}"
+        remedy = "classes are numbered; add a classes.txt with a name a line"
+        return names, [*problems, Problem(file=str(layout.root), kind="no class names", detail=detail, remedy=remedy)]
+    names = dict(enumerate(VOC_CLASSES)) if file is None else _read_names(file)
+    used, problems = _values(masks, 20)
+    if used == [0, IGNORE] and IGNORE not in names:
+        kind = "masks of 0 and 255 only"
+        problems.append(Problem(file=str(masks[0].parent), kind=kind, remedy=f"255 is not counted; {_NAME_255}"))
+    where = "the 21 classes of VOC" if file is None else str(file)
+    return names, problems + values_without_class(set(used) - names.keys(), where)
+
+
+def values_without_class(values: Iterable[int], file: str) -> list[Problem]:
+    """A problem for each value of the masks that no class stands for, but the ignore label."""
+    remedy = "treated as void: neither trained on nor counted; name it in classes.txt or leave it so"
+    kind = "value without a class"
+    return [Problem(file=file, kind=kind, detail=str(v), remedy=remedy) for v in sorted(values) if v != IGNORE]
+
+
+def _read_names(file: Path) -> dict[int, str]:
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+        if file.suffix == ".json":
+            content = json.loads(text)
+            pairs = enumerate(content) if isinstance(content, list) else content.items()
+            names = {int(value): str(name).strip() for value, name in pairs}
+        else:
+            names = {value: line.strip() for value, line in enumerate(text.rstrip().splitlines())}
+    except (ValueError, AttributeError, RecursionError):
+        what = 'a list of names, or {"0": "name"}' if file.suffix == ".json" else "a name a line, in UTF-8"
+        raise ValueError(f"{file}: cannot be read; it needs {what}") from None
+    if not names or not all(names.values()) or not all(0 <= value <= IGNORE for value in names):
+        raise ValueError(f"{file}: names are missing, or values outside 0..255; each class needs a name and a value")
+    if file.suffix == ".txt" and len(names) > IGNORE:
+        raise ValueError(f"{file}: {len(names)} classes; a mask can have 255, as the value 255 is the ignore label")
+    return dict(sorted(names.items()))
+
+
+def _values(masks: Sequence[Path], limit: int) -> tuple[list[int], list[Problem]]:
+    """The values in up to `limit` masks, taken evenly from all."""
+    sample = masks[:: -(-len(masks) // limit)]
+    counts: NDArray[np.int64] = np.zeros(256, np.int64)
+    problems = []
+    reason = ""
+    with Progress("read masks", len(sample), "masks") as progress:
+        for mask in sample:
+            progress.advance(1)
+            try:
+                counts += np.bincount(read_label_map(mask).ravel(), minlength=256)
+            except ImageError as error:
+                reason = str(error)
+                problems.append(unusable_mask(mask, error))
+    if not counts.any():
+        raise ValueError(reason)
+    return np.flatnonzero(counts).tolist(), problems
+
+
+def unusable_mask(mask: Path, error: ImageError) -> Problem:
+    """A mask that `read_label_map` refuses."""
+    return Problem(file=str(mask), kind="mask that cannot be used", detail=str(error).removeprefix(f"{mask}: "))

@@ -1,0 +1,194 @@
+"""Pascal VOC's format for boxes: an `.xml` file a picture."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Hashable, Iterable
+from pathlib import Path
+from xml.etree import ElementTree
+
+from mobilevit.data.boxes import (
+    PICTURE_FOLDERS,
+    BoxTable,
+    has_file,
+    picture_size,
+    read_class_names,
+    relative,
+    size_problem,
+    stem,
+    sub_folder,
+)
+from mobilevit.data.imageset import Boxes, ImageSet, find_images, find_parts, read_lists, some
+from mobilevit.progress import Progress
+
+_XML_FOLDERS = ("annotations", "labels")
+
+
+def find_voc(path: Path) -> list[Path]:
+    """Folders that hold VOC data: the path itself, else those of VOCdevkit/VOC2012 below it."""
+    if _is_voc(path) or any(_is_voc(part) for part in find_parts(path).values()):
+        return [path]
+    deeper = [p for base in (path, path / "VOCdevkit") if base.is_dir() for p in sorted(base.glob("VOC20*"))]
+    return [p for p in deeper if _is_voc(p)]
+
+
+def _is_voc(folder: Path) -> bool:
+    if not folder.is_dir():
+        return False
+    beside = any(entry.name.lower().endswith(".xml") for entry in os.scandir(folder))
+    return beside or has_file(sub_folder(folder, _XML_FOLDERS), ".xml")
+
+
+def read_voc(root: Path) -> dict[str, ImageSet[Boxes]]:
+    """The parts of one of the folders that `find_voc` found."""
+    tables = _tables(root)
+    file = root / "classes.txt"
+    if file.is_file():
+        classes = tuple(read_class_names(file))
+    else:
+        classes = tuple(sorted({str(label) for table in tables.values() for label in table.labels}))
+    index_of: dict[Hashable, int] = {name: index for index, name in enumerate(classes)}
+    return {part: table.image_set(classes, index_of, "classes.txt") for part, table in tables.items()}
+
+
+class _Files:
+    """Files by name without suffix: relative to their folder, or bare."""
+
+    def __init__(self, folder: Path, files: Iterable[Path]) -> None:
+        self.by_name = {stem(relative(file, folder)): file for file in files}
+        self._bare = {Path(name).name: name for name in reversed(self.by_name)}
+
+    def find(self, *names: str) -> str | None:
+        """The first of the names that there is a file for, as it stands in `by_name`."""
+        found = (name if name in self.by_name else self._bare.get(Path(name).name) for name in names)
+        return next((name for name in found if name is not None), None)
+
+
+def _tables(root: Path) -> dict[str, BoxTable]:
+    if not _is_voc(root):  # but its parts are
+        parts = {part: folder for part, folder in find_parts(root).items() if _is_voc(folder)}
+        return {part: _whole_folder(root, folder, *_files(folder)) for part, folder in parts.items()}
+    xmls, pictures = _files(root)
+    folder = root / "ImageSets" / "Main"
+    lists = read_lists(folder)
+    if not lists:
+        return {"all": _whole_folder(root, root, xmls, pictures)}
+    tables = {part: _listed(root, file, names, xmls, pictures) for part, (file, names) in lists.items()}
+    listed = {key for _, names in lists.values() for name in names for key in _keys(name)}
+    if forgotten := sorted(set(pictures.by_name) - listed):
+        remedy = "not used; add them to a list if they should be"
+        next(iter(tables.values())).report(folder, "pictures in no list", some(forgotten), remedy)
+    return tables
+
+
+def _files(folder: Path) -> tuple[_Files, _Files]:
+    """Annotations and pictures."""
+    annotations = sub_folder(folder, _XML_FOLDERS)
+    if annotations is None or not has_file(annotations, ".xml"):
+        annotations = folder
+    images = sub_folder(folder, PICTURE_FOLDERS) or folder
+    xmls = (Path(p, name) for p, _, names in os.walk(annotations) for name in names if name.lower().endswith(".xml"))
+    return _Files(annotations, sorted(xmls)), _Files(images, find_images(images))
+
+
+def _keys(line: str) -> tuple[str, str]:
+    """What the picture of a line may be called; lists of single classes have a second column."""
+    return stem(line), stem(line.split()[0])
+
+
+def _listed(root: Path, file: Path, lines: list[str], xmls: _Files, pictures: _Files) -> BoxTable:
+    """The pictures of a list."""
+    table = BoxTable(root=root, origin=str(file), word="object")
+    with Progress("read annotations", len(lines)) as progress:
+        for line in lines:
+            progress.advance(1)
+            xml, picture = xmls.find(*_keys(line)), pictures.find(*_keys(line))
+            if xml is not None:
+                _add_xml(table, xmls.by_name[xml], pictures, picture)
+            elif picture is not None:
+                _add_picture(table, pictures.by_name[picture], None)
+            else:
+                table.report(file, "listed picture that is missing", line, "left out")
+    return table
+
+
+def _whole_folder(root: Path, folder: Path, xmls: _Files, pictures: _Files) -> BoxTable:
+    """Every annotation, then the pictures without one."""
+    table = BoxTable(root=root, origin=str(folder), word="object")
+    used: set[str | None] = set()
+    with Progress("read annotations", len(xmls.by_name)) as progress:
+        for name in sorted(xmls.by_name):
+            progress.advance(1)
+            used.add(_add_xml(table, xmls.by_name[name], pictures, pictures.find(name)))
+    for name in sorted(set(pictures.by_name) - used):
+        _add_picture(table, pictures.by_name[name], None)
+    return table
+
+
+def _add_xml(table: BoxTable, xml: Path, pictures: _Files, name: str | None) -> str | None:
+    """Read one file, and return the name of its picture: the one called as the file, else the one it names."""
+    try:
+        tree = _parse(xml)
+    except ValueError as error:
+        table.report(xml, "malformed annotation", str(error), "its picture is left out; write the file again")
+        return name
+    stated = (tree.findtext("filename") or "").strip()
+    name = name or pictures.find(stem(stated.replace("\\", "/")))
+    if name is None:
+        table.report(xml, "annotation for a missing picture", stated, "left out")
+        return None
+    owner = _add_picture(table, pictures.by_name[name], xml)
+    if owner is not None:
+        _compare_size(table, owner, xml, tree)
+        _add_objects(table, owner, xml, tree)
+    return name
+
+
+def _add_picture(table: BoxTable, picture: Path, xml: Path | None) -> int | None:
+    try:
+        size = picture_size(picture)
+    except OSError as error:
+        table.report_unreadable(picture, error)
+        return None
+    if xml is None:
+        table.report(picture, "picture without an annotation file", remedy="taken as one without objects")
+    return table.add_picture(picture, xml or picture, size)
+
+
+def _compare_size(table: BoxTable, owner: int, xml: Path, tree: ElementTree.Element) -> None:
+    try:
+        width, height = (int(float(tree.findtext(f"size/{side}") or 0)) for side in ("width", "height"))
+    except (ValueError, OverflowError):
+        return  # the picture's own size counts
+    if width and height and (width, height) != table.sizes[owner]:
+        table.problems.append(size_problem(str(xml), (width, height), table.sizes[owner]))
+
+
+def _add_objects(table: BoxTable, owner: int, xml: Path, tree: ElementTree.Element) -> None:
+    for mark, item in enumerate(tree.iterfind("object"), start=1):
+        try:
+            left, top, right, bottom = (
+                float(item.findtext(f"bndbox/{side}") or "") for side in ("xmin", "ymin", "xmax", "ymax")
+            )
+        except ValueError:
+            table.report(f"{xml}, object {mark}", "malformed box", remedy="left out; it needs xmin, ymin, xmax, ymax")
+            continue
+        label = (item.findtext("name") or "").strip()
+        if not label:
+            table.report(f"{xml}, object {mark}", "object without a name", remedy="left out; name it")
+            continue
+        difficult = (item.findtext("difficult") or "").strip() == "1"
+        table.add_box(owner, mark, label, (left, top, right, bottom), difficult)
+
+
+def _parse(file: Path) -> ElementTree.Element:
+    data = file.read_bytes()
+    # Entities can be made to expand without end; no annotation needs any.
+    if b"<!DOCTYPE" in data or b"<!ENTITY" in data:
+        raise ValueError("declares a DOCTYPE or entities, which is not safe to read")
+    if b"\0" in data:
+        raise ValueError("not in UTF-8")
+    try:
+        return ElementTree.fromstring(data)
+    except (ElementTree.ParseError, ValueError, LookupError) as error:
+        raise ValueError(str(error)) from None

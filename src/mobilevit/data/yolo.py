@@ -1,0 +1,228 @@
+"""YOLO's format for boxes: a `.txt` file a picture, and a `.yaml` or `classes.txt` for all."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Hashable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml  # type: ignore[import-untyped]
+
+from mobilevit.data.boxes import (
+    PICTURE_FOLDERS,
+    BoxTable,
+    Listing,
+    has_file,
+    index_classes,
+    picture_size,
+    read_class_names,
+    stem,
+    sub_folder,
+)
+from mobilevit.data.imageset import PARTS, Boxes, ImageSet, find_images, find_parts, some
+from mobilevit.preprocessing import IMAGE_SUFFIXES
+from mobilevit.progress import Progress
+
+_CLASS_FILES = ("classes.txt", "obj.names")
+
+
+# -- with a YAML file -------------------------------------------------------------------------------------------------
+
+
+def looks_like_yolo_yaml(file: Path) -> bool:
+    """Whether it has names and parts at the top level."""
+    if file.suffix.lower() not in (".yaml", ".yml") or not file.is_file() or file.stat().st_size > 1 << 20:
+        return False
+    text = file.read_text(encoding="utf-8-sig", errors="replace")
+    return bool(re.search(r"^names\s*:", text, re.MULTILINE) and re.search(r"^(train|val)\s*:", text, re.MULTILINE))
+
+
+def find_yolo_yaml(folder: Path) -> list[Path]:
+    """The description of the data: `data.yaml`, else others with names and parts."""
+    if (folder / "data.yaml").is_file():
+        return [folder / "data.yaml"]
+    return [p for p in sorted([*folder.glob("*.yaml"), *folder.glob("*.yml")]) if looks_like_yolo_yaml(p)]
+
+
+def read_yolo_yaml(file: Path) -> dict[str, ImageSet[Boxes]]:
+    """The parts that a YAML file names."""
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8-sig"))
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ValueError(f"{file}: not YAML ({' '.join(str(error).split())})") from None
+    content = content if isinstance(content, dict) else {}
+    names = _yaml_names(file, content)
+    return _read(_yaml_parts(file, content), names, root=file.parent)
+
+
+def _yaml_names(file: Path, content: Mapping[Any, Any]) -> dict[Hashable, str]:
+    """Class names by number."""
+    names = content.get("names")
+    if isinstance(names, list):
+        names = dict(enumerate(names))
+    if not isinstance(names, dict) or not names or not all(str(key).isdecimal() for key in names):
+        raise ValueError(f"{file}: no class names; list them under names")
+    return {int(key): str(names[key]) for key in sorted(names, key=int)}
+
+
+def _yaml_parts(file: Path, content: Mapping[Any, Any]) -> dict[str, list[Path]]:
+    """The pictures of each part."""
+    base = str(content.get("path") or "")
+    parts: dict[str, list[Path]] = {}
+    for part, keys in PARTS.items():
+        value = next((content[key] for key in keys if content.get(key)), None)
+        if value is None:
+            continue
+        values = [str(v) for v in value] if isinstance(value, list) else [str(value)]
+        pictures = [p for v in values for p in _yaml_pictures(file, base, v)]
+        if pictures:
+            parts[part] = pictures
+        elif part != "test":  # which is often named but not handed out
+            raise ValueError(f"{file}: {part}: {some(values)} has no pictures; correct the path")
+    if not parts:
+        raise ValueError(f"{file}: names no pictures; give folders or lists under train and val")
+    return parts
+
+
+def _yaml_pictures(file: Path, base: str, value: str) -> list[Path]:
+    """A folder of pictures or a list of them; paths are relative to `path`, else to the file."""
+    shortened = re.sub(r"^(\.\./)+", "", value)  # Roboflow writes one ../ too many
+    places = dict.fromkeys([file.parent / base / value, file.parent / value, file.parent / shortened])
+    place = next((p for p in places if p.exists()), None)
+    if place is None:
+        return []
+    if place.is_dir():
+        return find_images(place)
+    lines = [line.strip() for line in place.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    bases = (file.parent / base, place.parent)
+    found = [sum((folder / line).exists() for line in lines[:100]) for folder in bases]
+    if not any(found):
+        return []
+    chosen = bases[found.index(max(found))]
+    # Without "a/.." in them, paths are found in a `Listing`; `Path.resolve` would follow links as well.
+    return [Path(os.path.normpath(chosen / line)) for line in lines]
+
+
+# -- without one ------------------------------------------------------------------------------------------------------
+
+
+def find_yolo(folder: Path) -> dict[str, list[Path]]:
+    """The pictures of each part in a folder without YAML: {} where it is not in this layout."""
+    images, labels = sub_folder(folder, PICTURE_FOLDERS), sub_folder(folder, ("labels",))
+    if images and has_file(labels, ".txt", _CLASS_FILES):
+        return {part: find_images(p) for part, p in (find_parts(images) or {"all": images}).items()}
+    inner = {part: sub_folder(p, PICTURE_FOLDERS) for part, p in find_parts(folder).items()}
+    found = {part: p for part, p in inner.items() if p and has_file(sub_folder(p.parent, ("labels",)), ".txt")}
+    if found:
+        return {part: find_images(p) for part, p in found.items()}
+    if _class_file(folder):
+        loose = {stem(p.name) for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES}
+        if any(p.stem in loose for p in folder.glob("*.txt")):
+            return {"all": find_images(folder)}
+    return {}
+
+
+def read_yolo(folder: Path, parts: Mapping[str, list[Path]]) -> dict[str, ImageSet[Boxes]]:
+    """The `parts` that `find_yolo` found in the folder."""
+    file = _class_file(folder)
+    return _read(parts, {} if file is None else dict(enumerate(read_class_names(file))), root=folder)
+
+
+def _class_file(folder: Path) -> Path | None:
+    places = [folder, folder / "labels", *(p / "labels" for p in find_parts(folder).values())]
+    return next((place / name for place in places for name in _CLASS_FILES if (place / name).is_file()), None)
+
+
+# -- pictures and their boxes -----------------------------------------------------------------------------------------
+
+
+def _read(parts: Mapping[str, list[Path]], names: Mapping[Hashable, str], root: Path) -> dict[str, ImageSet[Boxes]]:
+    listing = Listing()
+    tables = {part: _table(root, part, pictures, listing) for part, pictures in parts.items()}
+    first = next(iter(tables.values()))
+    _report_unused_labels(first, [p for pictures in parts.values() for p in pictures], listing)
+    if not names:
+        used = sorted({label for table in tables.values() for label in table.labels if isinstance(label, int)})
+        names = {number: f"class_{number}" for number in used}
+        first.report(root, "no class names", f"{len(used)} classes", "numbered; add a classes.txt with a name a line")
+    classes, index_of = index_classes(names.items())
+    return {part: table.image_set(classes, index_of, "the class names") for part, table in tables.items()}
+
+
+def _table(root: Path, part: str, pictures: Sequence[Path], listing: Listing) -> BoxTable:
+    table = BoxTable(root=root, origin=str(root) if part == "all" else f"{root} ({part})", word="line")
+    if not pictures:
+        raise ValueError(f"{table.origin}: no pictures; known kinds are {', '.join(sorted(IMAGE_SUFFIXES))}")
+    with Progress("read annotations", len(pictures)) as progress:
+        for picture in pictures:
+            progress.advance(1)
+            _add_picture(table, picture, listing)
+    return table
+
+
+def _add_picture(table: BoxTable, picture: Path, listing: Listing) -> None:
+    try:
+        size = picture_size(picture)
+    except FileNotFoundError:
+        table.report(picture, "listed picture that is missing", remedy="left out")
+        return
+    except OSError as error:
+        table.report_unreadable(picture, error)
+        return
+    places = (_label_file(picture), picture.with_suffix(".txt"))
+    labels = next((file for file in places if file in listing), None)
+    owner = table.add_picture(picture, labels or picture, size)
+    if labels is None:
+        table.report(picture, "picture without an annotation file", remedy="taken as one without objects")
+        return
+    for line, text in enumerate(labels.read_text(encoding="utf-8-sig", errors="replace").splitlines(), start=1):
+        if text.strip():
+            _add_line(table, owner, line, text.strip())
+
+
+def _label_file(picture: Path) -> Path:
+    """images/train/a.jpg -> labels/train/a.txt: the last "images" of the path counts."""
+    pieces = list(picture.parent.parts)
+    for number in range(len(pieces) - 1, -1, -1):
+        if pieces[number].lower() in PICTURE_FOLDERS:
+            pieces[number] = "labels"
+            break
+    return Path(*pieces, f"{picture.stem}.txt")
+
+
+def _add_line(table: BoxTable, owner: int, line: int, text: str) -> None:
+    """A box or a polygon, in shares of the picture's width and height."""
+    where = f"{table.files[owner]}, line {line}"
+    try:
+        label, *numbers = (float(word) for word in text.split())
+        if label != int(label) or (len(numbers) != 4 and (len(numbers) < 6 or len(numbers) % 2)):
+            raise ValueError
+    except (ValueError, OverflowError):
+        remedy = "left out; a line is: class, centre x, centre y, width, height"
+        table.report(where, "malformed line", text[:60], remedy)
+        return
+    if max(map(abs, numbers)) > 2:
+        remedy = "left out; divide by the picture's width and height"
+        table.report(where, "coordinates not in 0..1", text[:60], remedy)
+        return
+    if len(numbers) == 4:
+        x, y, w, h = numbers
+        left, top, right, bottom = x - w / 2, y - h / 2, x + w / 2, y + h / 2
+    else:
+        left, top, right, bottom = min(numbers[::2]), min(numbers[1::2]), max(numbers[::2]), max(numbers[1::2])
+    width, height = table.sizes[owner]
+    table.add_box(owner, line, int(label), (left * width, top * height, right * width, bottom * height))
+
+
+def _report_unused_labels(table: BoxTable, pictures: Sequence[Path], listing: Listing) -> None:
+    """Label files beside the ones that were read, whose pictures do not exist."""
+    for folder in dict.fromkeys(picture.parent for picture in pictures):
+        labels = _label_file(folder / "any").parent
+        if labels == folder:
+            continue  # text files beside pictures can be anything
+        stems = {stem(name) for name in listing.names(folder)}
+        for name in sorted(listing.names(labels)):
+            if name.endswith(".txt") and name not in _CLASS_FILES and name[:-4] not in stems:
+                table.report(labels / name, "annotation for a missing picture", remedy="left out")

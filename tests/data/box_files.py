@@ -1,0 +1,36 @@
+"""To write pictures with boxes, and to read what became of them."""
+
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from mobilevit.data.detection import detection_splits
+from mobilevit.data.imageset import Boxes, ImageSet
+
+
+def write_picture(path: Path, size: tuple[int, int] = (40, 30), orientation: int = 1) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.new("RGB", size, (9, 9, 9)).save(path, **({"exif": exif} if orientation > 1 else {}))
+    return path
+
+
+def read(path: Path, part: str = "all") -> ImageSet[Boxes]:
+    return detection_splits(path)[part]
+
+
+def boxes(data: ImageSet[Boxes]) -> dict[str, list[tuple[Any, ...]]]:
+    """Class, left, top, right and bottom of all boxes, by the name of the picture."""
+    return {
+        Path(name).name: [
+            (data.classes[label], *box) for label, box in zip(t.labels.tolist(), t.xyxy.tolist(), strict=True)
+        ]
+        for name, t in zip(data.names, data.targets, strict=True)
+    }
+
+
+def problems(data: ImageSet[Any], folder: Path) -> list[str]:
+    """The lines, without those on classes that have no objects."""
+    return [str(p).replace(f"{folder}/", "") for p in data.problems if p.kind != "class without objects"]

@@ -1,0 +1,32 @@
+"""To write pictures whose colour is a number, and to read the numbers back."""
+
+from pathlib import Path
+
+from PIL import Image
+
+from mobilevit.data.imageset import ImageSet
+from mobilevit.preprocessing import read_image
+
+
+def colour(number: int) -> tuple[int, int, int]:
+    return number % 256, number // 256, 7
+
+
+def write_picture(path: Path, number: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (4, 3), colour(number)).save(path)
+
+
+def write_folder(folder: Path, counts: dict[str, int]) -> Path:
+    """`counts` pictures a class, called 0.png, 1.png and so on; picture i of class c has colour 20 * c + i."""
+    for label, (name, count) in enumerate(counts.items()):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        for number in range(count):
+            write_picture(folder / name / f"{number}.png", 20 * label + number)
+    return folder
+
+
+def numbers(data: ImageSet[int]) -> list[int]:
+    """The colour numbers of all pictures, opened."""
+    opened = [read_image(data.open(i)).getpixel((0, 0)) for i in range(len(data))]
+    return [red + 256 * green for red, green, _ in opened]
