@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mobilevit.tasks.drawing import contact_sheet, save_image, with_caption
+from mobilevit.drawing import contact_sheet, save_image, with_caption
 
 INK = (30, 30, 30)
 

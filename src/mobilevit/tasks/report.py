@@ -1,0 +1,132 @@
+"""What the evaluation of every task offers, so that training and commands need not know which task it is."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Protocol, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mobilevit.files import write_atomically, write_text
+
+
+class Report(Protocol):
+    """How a model fared on pictures whose truth is known."""
+
+    @property
+    def num_images(self) -> int:
+        """Pictures it was computed from."""
+
+    @property
+    def score_name(self) -> str:
+        """What `score` is called: "top1", "ap" or "miou"."""
+
+    @property
+    def score(self) -> float:
+        """The figure that decides which weights are best; higher is better."""
+
+    @property
+    def summary(self) -> dict[str, float]:
+        """The figures worth a line, by name, rounded to six places."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+
+    def headline(self) -> list[tuple[str, str]]:
+        """What to print first: names and figures as text."""
+
+    def table(self) -> tuple[list[str], list[list[str]]]:
+        """What to print of each class: the heading, and rows of text."""
+
+    def save_plots(self, folder: Path) -> None:
+        """Write pictures and tables into a folder, each whole or not at all."""
+
+
+class Meter(Protocol):
+    """Gathers what a report is computed from, picture by picture; it can be pickled to another process.
+
+    How the pictures are divided over processes, and in which order they come, changes nothing in the report.
+    """
+
+    @property
+    def indices(self) -> list[int]:
+        """The pictures seen, ascending."""
+
+    def merge(self, other: Self) -> None:
+        """Take over what another process has seen; pictures seen by both count once."""
+
+    def worst(self, count: int = 24) -> list[int]:
+        """The pictures the model was most wrong about, the worst first; none that it got right."""
+
+    def report(self) -> Report:
+        """Every figure, from all pictures seen so far."""
+
+
+def save_csv(path: Path, rows: Iterable[Sequence[object]]) -> None:
+    """Write a table, whole or not at all; None becomes an empty field."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    write_text(path, text.getvalue())
+
+
+def save_confusion_matrix(
+    confusion: NDArray[np.int64],
+    names: Sequence[str],
+    folder: Path,
+    *,
+    title: str,
+    as_shares: bool = False,
+    most_classes: int = 60,
+) -> None:
+    """Write `confusion_matrix.csv`, and `confusion_matrix.png` unless there are too many classes to be legible.
+
+    Args:
+        confusion: counts, (K, K); rows are the true classes, columns the predicted ones.
+        names: of the classes.
+        folder: where to.
+        title: stands above the picture.
+        as_shares: write the share of the row into each square instead of the count, which is long for pixels.
+        most_classes: no picture of more.
+    """
+    rows = [[name, *counts] for name, counts in zip(names, confusion.tolist(), strict=True)]
+    save_csv(folder / "confusion_matrix.csv", [["true \\ predicted", *names], *rows])
+    if len(names) > most_classes:
+        return
+    from matplotlib.figure import Figure
+
+    shares = confusion / confusion.sum(axis=1, keepdims=True).clip(min=1)
+    side = 2.2 + 0.5 * len(names)
+    figure = Figure(figsize=(side, side), layout="constrained")
+    axes = figure.add_subplot()
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    ticks, shown = range(len(names)), [plot_text(name) for name in names]
+    axes.set_xticks(ticks, shown, rotation=45, ha="right", parse_math=False)
+    axes.set_yticks(ticks, shown, parse_math=False)
+    axes.set(xlabel="predicted", ylabel="true", title=title)
+    for (row, column), count in np.ndenumerate(confusion):
+        share = shares[row, column]
+        text = f"{share:.0%}" if as_shares else f"{count:,}"
+        if count and text != "0%":
+            colour = "white" if share > 0.5 else "black"
+            axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=9)
+    write_atomically(folder / "confusion_matrix.png", lambda aside: figure.savefig(aside, dpi=120))
+
+
+def plot_text(name: str, longest: int = 40) -> str:
+    """A class name as matplotlib can write it, for a folder's need not be UTF-8; those with $ need parse_math=False."""
+    text = name.encode(errors="replace").decode()
+    return text if len(text) <= longest else text[: longest - 3] + "..."
+
+
+def as_text(value: float | None, form: str = ".3f") -> str:
+    """A figure for a table; a dash where there is none."""
+    return "-" if value is None else format(value, form)
+
+
+def rounded(value: Any) -> Any:
+    """A figure for JSON: floats to six places, the rest as it is."""
+    return round(value, 6) if isinstance(value, float) else value
