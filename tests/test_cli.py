@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 import mobilevit
 from golden_weights import fill_with_golden_weights
 from mobilevit.cli import main
-from mobilevit.data.datasets import find_images
+from mobilevit.data.imageset import find_images
 from mobilevit.data.shapes import CLASSES
 
 TINY = ["--image-size", "32", "--epochs", "1", "--batch-size", "8", "--num-workers", "0", "--device", "cpu"]

@@ -22,15 +22,17 @@ import tyro
 from tyro.conf import Positional, arg
 
 from mobilevit.training.config import TrainConfig
+from mobilevit.training.recipes import RECIPES, find_recipe
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from mobilevit.data.datasets import ImageSet
+    from mobilevit.data.imageset import ImageSet
+    from mobilevit.inference.predictor import Result
     from mobilevit.models.card import ModelCard
     from mobilevit.models.summary import Summary
     from mobilevit.preprocessing import Source
-    from mobilevit.tasks.classification import ClassificationReport, ClassificationResult
+    from mobilevit.tasks.report import Report
 
 log = logging.getLogger("mobilevit")
 
@@ -48,11 +50,13 @@ class Command(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Train:
-    """Train a model on a folder of pictures; the run folder gets checkpoints, curves, metrics and a model card."""
+    """Train a model to classify, detect or segment; the run folder gets checkpoints, curves, metrics, a model card."""
 
     settings: Annotated[TrainConfig, arg(name="")]
     config: Path | None = None
     """Take settings from a run's config.json; flags change single ones."""
+    recipe: str | None = None
+    """Take settings from a named recipe, such as coco-detection; flags change single ones. "list" shows all."""
     resume: bool = False
     """Go on with the run in --out from its last checkpoint."""
     overwrite: bool = False
@@ -78,16 +82,16 @@ class Train:
 
 @dataclass(frozen=True, kw_only=True)
 class Eval:
-    """Measure a checkpoint on labelled pictures: top-1, top-5, per class, confusion matrix, calibration, mistakes."""
+    """Measure a checkpoint on labelled pictures: accuracy, AP or mean IoU, per class, with plots and mistakes."""
 
     checkpoint: Positional[Path]
     """A .safetensors of this package, or a file of ml-cvnets, timm or transformers."""
     data: Path
     """Labelled pictures, as for training."""
-    split: Literal["auto", "train", "val", "all"] = "auto"
+    split: Literal["auto", "train", "val", "test", "all"] = "auto"
     """auto: the val part if there is one; of the data it was trained on, what was held out; of other data, all."""
     out: Path | None = None
-    """Folder for the confusion matrix and the pictures; beside the checkpoint if not given."""
+    """Folder for plots and pictures; beside the checkpoint if not given."""
     batch_size: int = 32
     """Pictures that go through the model together."""
     device: str = "auto"
@@ -107,6 +111,7 @@ class Eval:
             default_num_workers,
             evaluate,
             evaluation_loader,
+            report_problems,
             report_unreadable,
             write_evaluation,
         )
@@ -119,6 +124,7 @@ class Eval:
         data, which = _data_to_evaluate(self.data, self.split, card)
         data = data.relabel(card.classes)
         log.info("%s on %s: %s, %d pictures", self.checkpoint, self.data, which, len(data))
+        report_problems(data)
         workers = default_num_workers(device) if self.num_workers is None else self.num_workers
         loader = evaluation_loader(
             data, card.preprocessing, batch_size=self.batch_size, num_workers=workers, device=device
@@ -131,22 +137,26 @@ class Eval:
             _print_json({"checkpoint": str(self.checkpoint), "split": which, **evaluation.report.to_dict()})
         else:
             _print_report(evaluation.report)
-            print(f"\nconfusion matrix, samples and worst mistakes: {out}")
+            print(f"\nplots, samples and worst mistakes: {out}")
         return 0
 
 
-def _data_to_evaluate(path: Path, split: str, card: ModelCard) -> tuple[ImageSet, str]:
+def _data_to_evaluate(path: Path, split: str, card: ModelCard) -> tuple[ImageSet[Any], str]:
     """The pictures to measure on, and in words which they are."""
     from mobilevit.data.datasets import find_splits
-    from mobilevit.data.datasets import split as divide
+    from mobilevit.data.imageset import split as divide
 
-    sets = find_splits(path)
+    sets = find_splits(path, card.task)
     everything = sets.get("all")
     if everything is None:
-        kind = "val" if split == "auto" else split
-        if kind == "all":
-            raise ValueError(f"{path}: is divided into train and val; choose --split train or --split val")
+        kind = split
+        if split == "auto":
+            kind = next(name for name in ("val", "test", "train") if name in sets)
+        if kind not in sets:
+            raise ValueError(f"{path}: is divided into {' and '.join(sets)}; choose --split {' or '.join(sets)}")
         return sets[kind], f"the {kind} part"
+    if split == "test":
+        raise ValueError(f"{path}: has no test part; leave --split out, or choose --split all")
     if split == "all":
         return everything, "all of it"
     told = card.provenance
@@ -167,16 +177,22 @@ def _data_to_evaluate(path: Path, split: str, card: ModelCard) -> tuple[ImageSet
 
 @dataclass(frozen=True, kw_only=True)
 class Predict:
-    """Classify pictures: files, folders, globs, or - for standard input (a picture, or paths line by line)."""
+    """Classify, detect or segment: files, folders, globs, or - for standard input (a picture, or a path a line)."""
 
     checkpoint: Positional[Path]
     """A .safetensors of this package, or a file of ml-cvnets, timm or transformers."""
     pictures: Positional[tuple[str, ...]]
     """Files, folders (all pictures below), globs, or -."""
     save: Path | None = None
-    """Write the pictures with their labels into this folder."""
+    """Write the pictures with their labels, boxes or colours into this folder."""
     top: int = 3
-    """How many labels to show."""
+    """Classification: how many labels to show."""
+    min_score: float | None = None
+    """Detection: show objects from this score on. Without it, what balanced precision and recall in validation."""
+    coco: Path | None = None
+    """Detection: write all objects into this file, as COCO's results are; image_id counts the pictures from 1."""
+    masks: Path | None = None
+    """Segmentation: write label maps as palette PNGs into this folder."""
     batch_size: int = 16
     """Pictures that go through the model together."""
     device: str = "auto"
@@ -186,21 +202,32 @@ class Predict:
 
     def run(self) -> int:
         """Predict; 2 if a picture could not be read, after the others."""
+        from mobilevit.files import write_json
         from mobilevit.inference.predictor import Predictor
         from mobilevit.preprocessing import ImageError
         from mobilevit.progress import Progress
+        from mobilevit.tasks.detection import DetectionResult
+        from mobilevit.tasks.segmentation import SegmentationResult
 
         if not self.pictures:
             raise UsageError("no pictures; name files, folders, globs, or - for standard input")
         predictor = Predictor(self.checkpoint, device=self.device, batch_size=self.batch_size)
+        task = predictor.card.task
+        for flag, given, its_task in (
+            ("--coco", self.coco, "detection"), ("--min-score", self.min_score, "detection"),
+            ("--masks", self.masks, "segmentation"),
+        ):  # fmt: skip
+            if given is not None and task != its_task:
+                raise ValueError(f"{flag} is for {its_task}; this checkpoint does {task}")
         sources, total = _sources(self.pictures)
         width = min(max((len(str(s)) for s in sources if isinstance(s, str)), default=20), 60) if total else 40
         failed, names = 0, _FreeNames()
+        coco: list[dict[str, Any]] = []
         # Standard output is the progress, unless it goes into a file.
         quiet = sys.stdout.isatty() or not total
         bar = contextlib.nullcontext() if quiet else Progress("predict", total)
         with bar as progress:
-            for result in predictor.stream(sources):
+            for number, result in enumerate(predictor.stream(sources), start=1):
                 if progress is not None:
                     progress.advance(1)
                 if isinstance(result, ImageError):
@@ -211,11 +238,20 @@ class Predict:
                         _print_json_line({"source": name, "error": reason})
                     continue
                 if self.json:
-                    _print_json_line(result.to_dict(self.top))
+                    _print_json_line(_as_dict(result, self.top, self.min_score))
                 else:
-                    _print_prediction(result, width, self.top)
+                    _print_prediction(result, width, self.top, self.min_score)
+                if self.coco is not None and isinstance(result, DetectionResult):
+                    coco += [{**row, "file_name": result.source} for row in result.to_coco(number)]
+                if self.save is None and self.masks is None:
+                    continue
+                stem = names.free(Path(result.source).stem)
                 if self.save is not None:
-                    result.draw(self.save / names.free(Path(result.source).stem, ".jpg"), k=self.top)
+                    _draw(result, self.save / f"{stem}.jpg", self.top, self.min_score)
+                if self.masks is not None and isinstance(result, SegmentationResult):
+                    result.save_mask(self.masks / f"{stem}.png")
+        if self.coco is not None:
+            write_json(self.coco, coco)
         if failed:
             log.error("error: %d of the pictures cannot be read; the others are done", failed)
         return 2 if failed else 0
@@ -223,7 +259,7 @@ class Predict:
 
 def _sources(arguments: Sequence[str]) -> tuple[Sequence[Source] | Iterator[Source], int]:
     """Pictures for what a user named, and how many (0: not known)."""
-    from mobilevit.data.datasets import find_images
+    from mobilevit.data.imageset import find_images
 
     if list(arguments) == ["-"]:
         return _from_standard_input(), 0
@@ -262,11 +298,11 @@ class _FreeNames:
     def __init__(self) -> None:
         self._taken: set[str] = set()
 
-    def free(self, stem: str, suffix: str) -> str:
-        name, number = stem + suffix, 1
+    def free(self, stem: str) -> str:
+        name, number = stem, 1
         while name in self._taken:
             number += 1
-            name = f"{stem}-{number}{suffix}"
+            name = f"{stem}-{number}"
         self._taken.add(name)
         return name
 
@@ -280,47 +316,54 @@ class Info:
 
     model: Positional[str]
     """A model's name or a checkpoint file."""
+    task: Literal["classification", "detection", "segmentation"] = "classification"
+    """Of a named model; a checkpoint has its own."""
     image_size: tuple[int, ...] = ()
-    """Input size in pixels: one number, or height and width. 256, or what the checkpoint was made for."""
+    """Input size in pixels: one number, or height and width. By the task, or what the checkpoint was made for."""
     patch_size: tuple[int, int, int] | None = None
-    """Patch sides at strides 8, 16 and 32."""
+    """Patch sides at strides 8, 16 and 32, of a named model."""
     output_stride: int | None = None
-    """32, 16 or 8."""
-    num_classes: int = 1000
-    """Classes of a named model."""
+    """32, 16 or 8, of a named model."""
+    num_classes: int | None = None
+    """Classes of a named model: 1000, in detection 80, in segmentation 21."""
     json: bool = False
     """Print JSON."""
 
     def run(self) -> int:
         """Measure and print."""
-        from mobilevit.models import MODELS, model_config
+        import torch
+
+        from mobilevit import factory
+        from mobilevit.models import MODELS
+        from mobilevit.models.card import card_of
         from mobilevit.models.summary import summarize
         from mobilevit.preprocessing import Preprocessing
 
-        card: ModelCard | None = None
-        size, num_classes = (256, 256), self.num_classes
-        if self.model in MODELS or not (Path(self.model).suffix or Path(self.model).exists()):
-            config = model_config(self.model)
+        named = self.model in MODELS or not (Path(self.model).suffix or Path(self.model).exists())
+        if named:
+            with torch.device("meta"):  # shapes, no numbers
+                model = factory.create_model(
+                    self.model,
+                    task=self.task,
+                    num_classes=self.num_classes,
+                    patch_size=self.patch_size,
+                    output_stride=self.output_stride,
+                )
         else:
-            from mobilevit import factory
-            from mobilevit.models.card import card_of
-
-            loaded = factory.load(self.model)
-            card, config, num_classes = card_of(loaded), loaded.config, loaded.num_classes
-            size = card.preprocessing.size
+            model = factory.load(self.model)
+        card = card_of(model)
+        size = card.preprocessing.size
         if self.image_size:
             if len(self.image_size) > 2:
                 raise ValueError("--image-size takes one number, or height and width")
             size = (self.image_size[0], self.image_size[-1])
         Preprocessing(size=size)  # says what sizes there are
-        changes: dict[str, Any] = {"patch_size": self.patch_size, "output_stride": self.output_stride}
-        config = dataclasses.replace(config, **{k: v for k, v in changes.items() if v is not None})
-        summary = summarize(config, num_classes, size)
+        summary = summarize(model, size)
         if self.json:
-            told = {} if card is None else {"card": dataclasses.asdict(card)}
-            _print_json({"model": self.model, **summary.to_dict(), **told})
+            told = {} if named else {"card": dataclasses.asdict(card)}
+            _print_json({"model": self.model, "task": card.task, **summary.to_dict(), **told})
             return 0
-        _print_summary(self.model, summary, card)
+        _print_summary(self.model, summary, card, named=named)
         return 0
 
 
@@ -369,14 +412,16 @@ class Convert:
 
 @dataclass(frozen=True, kw_only=True)
 class Demo:
-    """Train, evaluate, save, reload and predict on built-in pictures: about three minutes on two cores, no download."""
+    """Train, evaluate, save, reload and predict on built-in pictures: some minutes on two cores, no download."""
 
+    task: Literal["classification", "detection", "segmentation"] = "classification"
+    """What the model is to learn."""
     out: Path = Path("demo")
     """Folder for data, run and report.html; a former demo in it is replaced."""
-    epochs: int = 10
-    """Passes over the training pictures."""
-    num_images: int = 3000
-    """Pictures to draw."""
+    epochs: int | None = None
+    """Passes over the training pictures. By the task, if not given."""
+    num_images: int | None = None
+    """Pictures to draw. By the task, if not given."""
     seed: int = 0
     """Decides pictures and training."""
 
@@ -384,8 +429,41 @@ class Demo:
         """Run the demo."""
         from mobilevit.demo import run_demo
 
-        report = run_demo(self.out, epochs=self.epochs, num_images=self.num_images, seed=self.seed)
+        report = run_demo(self.out, self.task, epochs=self.epochs, num_images=self.num_images, seed=self.seed)
         print(f"\nopen {report}")
+        return 0
+
+
+# -- data -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """Look at labelled data before training: `data check DIR` finds what is wrong in them and draws a sheet of them."""
+
+    action: Positional[Literal["check"]]
+    """What to do."""
+    path: Positional[Path]
+    """Labelled pictures, as for training."""
+    task: Literal["auto", "classification", "detection", "segmentation"] = "auto"
+    """auto: what the data are labelled for."""
+    out: Path = Path("data-check.png")
+    """The sheet of labelled pictures to draw."""
+    json: bool = False
+    """Print JSON."""
+
+    def run(self) -> int:
+        """Check, print, draw."""
+        from mobilevit.data.check import check, contact_sheet
+        from mobilevit.drawing import save_image
+
+        report = check(self.path, None if self.task == "auto" else self.task)
+        save_image(contact_sheet(report.splits), self.out)
+        if self.json:
+            _print_json(report.to_dict())
+        else:
+            print(*report.lines(), sep="\n")
+            print(f"\nlabelled pictures: {self.out}")
         return 0
 
 
@@ -395,6 +473,7 @@ COMMANDS: dict[str, type[Command]] = {
     "predict": Predict,
     "info": Info,
     "convert": Convert,
+    "data": Data,
     "demo": Demo,
 }
 
@@ -436,6 +515,9 @@ def _parse(name: str, arguments: list[str]) -> Command | None:
         near = get_close_matches(name, COMMANDS, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
         raise UsageError(f"unknown command {name!r}; {hint}Commands are {', '.join(COMMANDS)}")
+    if name == "train" and _value_of("--recipe", arguments) == "list":
+        print(_list_of_recipes())
+        return None
     defaults: dict[str, Any] = {"default": _train_defaults(arguments)} if name == "train" else {}
     said = io.StringIO()
     try:
@@ -455,8 +537,12 @@ def _train_defaults(arguments: list[str]) -> Train:
     out = _value_of("--out", arguments)
     if file is None and out is not None and "--resume" in arguments and (Path(out) / "config.json").exists():
         file = str(Path(out) / "config.json")
+    recipe = _value_of("--recipe", arguments)
     if file is None:
-        return Train(settings=TrainConfig(data=tyro.MISSING))
+        settings: dict[str, Any] = {} if recipe is None else find_recipe(recipe).settings
+        return Train(settings=TrainConfig(**{"data": tyro.MISSING, **settings}), recipe=recipe)
+    if recipe is not None:
+        raise UsageError("--recipe and --config both give settings; leave one of them out")
     return Train(settings=TrainConfig.from_json(Path(file)), config=Path(file))
 
 
@@ -473,6 +559,11 @@ def _one_line(box: str) -> str:
     """The words of a tyro error without its frame."""
     lines = [line.strip("╭╮╰╯│─ ") for line in box.splitlines()]
     return " ".join(line for line in lines[1:] if line)
+
+
+def _list_of_recipes() -> str:
+    width = max(map(len, RECIPES))
+    return "\n".join(f"{name:<{width}}  {recipe.about}" for name, recipe in RECIPES.items())
 
 
 _WRONG_PATH = (errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENOENT)
@@ -540,29 +631,58 @@ def _print_json_line(value: dict[str, Any]) -> None:
     print(jsonlib.dumps(value, ensure_ascii=False), flush=True)
 
 
-def _print_prediction(result: ClassificationResult, width: int, top: int) -> None:
-    labels = "   ".join(f"{label} {probability:6.1%}" for label, probability in result.top(top))
-    print(f"{result.source:<{width}}  {labels}", flush=True)
+def _as_dict(result: Result, top: int, min_score: float | None) -> dict[str, Any]:
+    from mobilevit.tasks.classification import ClassificationResult
+    from mobilevit.tasks.detection import DetectionResult
+
+    if isinstance(result, ClassificationResult):
+        return result.to_dict(top)
+    return result.to_dict(min_score=min_score) if isinstance(result, DetectionResult) else result.to_dict()
 
 
-def _print_report(report: ClassificationReport) -> None:
+def _draw(result: Result, path: Path, top: int, min_score: float | None) -> None:
+    from mobilevit.tasks.classification import ClassificationResult
+    from mobilevit.tasks.detection import DetectionResult
+
+    if isinstance(result, ClassificationResult):
+        result.draw(path, k=top)
+    elif isinstance(result, DetectionResult):
+        result.draw(path, min_score=min_score)
+    else:
+        result.draw(path)
+
+
+def _print_prediction(result: Result, width: int, top: int, min_score: float | None) -> None:
+    from mobilevit.tasks.classification import ClassificationResult
+    from mobilevit.tasks.detection import DetectionResult
+
+    if isinstance(result, ClassificationResult):
+        told = "   ".join(f"{label} {probability:6.1%}" for label, probability in result.top(top))
+    elif isinstance(result, DetectionResult):
+        told = result.describe(min_score)
+    else:
+        told = result.describe()
+    print(f"{result.source:<{width}}  {told}", flush=True)
+
+
+def _print_report(report: Report) -> None:
+    headline = report.headline()
     print(f"\n{report.num_images:,} pictures")
-    print(f"  top-1              {report.top1:8.2%}")
-    if report.top5 is not None:
-        print(f"  top-5              {report.top5:8.2%}")
-    print(f"  loss               {report.loss:8.4f}")
-    print(f"  calibration error  {report.calibration_error:8.4f}")
-    if len(report.per_class) <= 100:
-        table = _table("class", "precision", "recall", "F1", "pictures")
-        for c in report.per_class:
-            table.add_row(c.name, f"{c.precision:.3f}", f"{c.recall:.3f}", f"{c.f1:.3f}", f"{c.support:,}")
+    width = max(len(name) for name, _ in headline)
+    for name, value in headline:
+        print(f"  {name:<{width}}  {value:>8}")
+    heading, rows = report.table()
+    if len(rows) <= 100:
+        table = _table(*heading)
+        for row in rows:
+            table.add_row(*row)
         _print_table(table)
 
 
-def _print_summary(name: str, summary: Summary, card: ModelCard | None) -> None:
+def _print_summary(name: str, summary: Summary, card: ModelCard, *, named: bool) -> None:
     height, width = summary.input_size
-    print(f"{name} at {height} x {width}")
-    if card is not None:
+    print(f"{name}, {card.task}, at {height} x {width}")
+    if not named:
         few = ", ".join(card.classes[:8]) + (" ..." if len(card.classes) > 8 else "")
         print(f"{len(card.classes)} classes: {few}")
         for told in (card.metrics, card.provenance):

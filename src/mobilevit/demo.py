@@ -7,35 +7,96 @@ import html
 import logging
 import shutil
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
 from mobilevit import factory
-from mobilevit.data.datasets import find_images, find_splits
-from mobilevit.data.shapes import write_folder
+from mobilevit.data import shapes
+from mobilevit.data.imageset import find_images
+from mobilevit.drawing import GREEN, RED, contact_sheet, save_image
 from mobilevit.files import write_text
-from mobilevit.inference.predictor import Predictor
-from mobilevit.models.card import card_of
+from mobilevit.inference.predictor import Predictor, Result
+from mobilevit.models.card import Task
 from mobilevit.tasks.classification import ClassificationResult
-from mobilevit.tasks.drawing import GREEN, RED, contact_sheet, save_image
+from mobilevit.tasks.report import Report
 from mobilevit.training.config import TrainConfig
-from mobilevit.training.loop import TrainResult, train
+from mobilevit.training.loop import train
 
 log = logging.getLogger("mobilevit")
 
-IMAGE_SIZE = 64
+NUM_UNSEEN = 24
 
 
-def run_demo(out: Path, *, epochs: int, num_images: int, seed: int) -> Path:
+@dataclass(frozen=True, kw_only=True)
+class _Show:
+    """How one task is shown."""
+
+    write: Callable[..., None]
+    """Draws labelled pictures into a folder."""
+    size: int
+    """Side of the pictures in pixels."""
+    num_images: int
+    epochs: int
+    settings: dict[str, Any]
+    """Of `TrainConfig`, besides size and epochs."""
+
+
+_SHOWS: dict[Task, _Show] = {
+    "classification": _Show(
+        write=shapes.write_folder,
+        size=64,
+        num_images=3000,
+        epochs=10,
+        settings={"crop_fraction": 1.0, "min_crop_area": 0.7, "learning_rate": 2e-3},
+    ),
+    "detection": _Show(
+        write=shapes.write_boxes,
+        size=128,
+        num_images=3000,
+        epochs=10,
+        settings={"batch_size": 16, "learning_rate": 1.5e-3, "zoom_out": 0.0, "iou_crop": False},
+    ),
+    "segmentation": _Show(
+        write=shapes.write_masks,
+        size=128,
+        num_images=1500,
+        epochs=6,
+        settings={
+            "batch_size": 16,
+            "learning_rate": 1.5e-3,
+            "output_stride": 8,
+            "scale_range": (0.8, 1.25),
+            "rotation": 0.0,
+        },
+    ),
+}
+
+
+def run_demo(
+    out: Path, task: Task = "classification", *, epochs: int | None, num_images: int | None, seed: int
+) -> Path:
     """Draw pictures, train mobilevit_xxs on them, reload it, predict pictures it never saw, write `report.html`.
 
     Every step but the drawing is what a user's own command would do, and the command is shown.
+
+    Args:
+        out: folder for data, run and report.
+        task: what the model is to learn.
+        epochs: passes over the training pictures; None: as many as the task needs.
+        num_images: pictures to draw; None: as many as the task needs.
+        seed: decides pictures and training.
 
     Raises:
         ValueError: the folder holds something that is not a demo.
     """
     begun = time.monotonic()
+    show = _SHOWS[task]
+    epochs = show.epochs if epochs is None else epochs
+    num_images = show.num_images if num_images is None else num_images
     data, unseen, run = out / "data", out / "unseen", out / "run"
     marker = out / ".mobilevit-demo"
     if out.is_dir() and any(out.iterdir()) and not marker.exists():
@@ -44,86 +105,90 @@ def run_demo(out: Path, *, epochs: int, num_images: int, seed: int) -> Path:
     for folder in (data, unseen, run):
         shutil.rmtree(folder, ignore_errors=True)
     log.info("drawing %d pictures of shapes into %s", num_images, data)
-    write_folder(data, num_images=num_images, seed=seed, size=IMAGE_SIZE)
-    write_folder(unseen, num_images=24, seed=seed + 1, size=IMAGE_SIZE)
+    show.write(data, num_images=num_images, seed=seed, size=show.size)
+    show.write(unseen, num_images=NUM_UNSEEN, seed=seed + 1, size=show.size)
 
-    config = TrainConfig(
-        data=data, out=run, image_size=IMAGE_SIZE, crop_fraction=1.0, min_crop_area=0.7, epochs=epochs,
-        learning_rate=2e-3, seed=seed,
-    )  # fmt: skip
-    command = (
-        f"mobilevit train --data {data} --out {run} --image-size {IMAGE_SIZE} --crop-fraction 1 --min-crop-area 0.7 "
-        f"--epochs {epochs} --learning-rate 2e-3 --seed {seed}"
-    )
+    settings = {**show.settings, "image_size": show.size, "epochs": epochs, "seed": seed}
+    flags = " ".join(_flag(name, value) for name, value in settings.items())
+    command = f"mobilevit train --data {data} --out {run} {flags}"
     log.info("\n$ %s", command)
-    result = train(config)
-    log.info("\n$ mobilevit eval %s --data %s\ntop-1 %.2f %%", result.best, data, 100 * result.report.top1)
+    result = train(TrainConfig(data=data, out=run, **settings))
+    headline = "\n".join(f"{name}  {value}" for name, value in result.report.headline())
+    log.info("\n$ mobilevit eval %s --data %s\n%s", result.best, data, headline)
 
     log.info("\n$ mobilevit predict %s %s", result.best, unseen)
-    predictor = Predictor(result.best)
-    pictures = find_images(unseen)
-    predictions = predictor([str(path) for path in pictures])
-    truth = [path.parent.name for path in pictures]
+    predictions = Predictor(result.best)([str(path) for path in find_images(unseen) if path.parent.name != "masks"])
     for prediction in predictions[:6]:
-        log.info("%s  %s %.1f %%", prediction.source, prediction.label, 100 * prediction.probability)
-    save_image(_sheet(predictions, truth), out / "unseen.png")
-    num_classes = len(next(iter(find_splits(data).values())).classes)
-    right = sum(p.label == t for p, t in zip(predictions, truth, strict=True))
+        log.info("%s  %s", prediction.source, _in_words(prediction))
+    save_image(_sheet(predictions), out / "unseen.png")
+    model = factory.load(result.best)
     facts = {
-        "validation top-1": f"{result.report.top1:.2%} of {result.report.num_images:,} pictures held out",
-        "pictures drawn after training": f"{right} of {len(pictures)} right",
-        "model": f"mobilevit_xxs, {_num_parameters(result.best):,} parameters, {num_classes} classes, "
-        f"{IMAGE_SIZE} x {IMAGE_SIZE} pixels",
+        **{f"validation {name}": value for name, value in result.report.headline()[:3]},
+        "measured on": f"{result.report.num_images:,} pictures held out",
+        "model": f"mobilevit_xxs, {task}, {sum(p.numel() for p in model.parameters()):,} parameters, "
+        f"{len(shapes.CLASSES)} shapes, {show.size} x {show.size} pixels",
         "training": f"{epochs} epochs at {result.images_per_second:,.0f} pictures a second",
         "time in all": f"{time.monotonic() - begun:,.0f} s",
         "checkpoint": f"{result.best} ({result.best.stat().st_size / 1e6:.1f} MB)",
     }
-    return write_text(out / "report.html", _page(out, run, facts, result, command))
+    return write_text(out / "report.html", _page(out, facts, result.report, command))
 
 
-def _num_parameters(checkpoint: Path) -> int:
-    model = factory.load(checkpoint)
-    assert card_of(model).name == "mobilevit_xxs"
-    return sum(p.numel() for p in model.parameters())
+def _flag(name: str, value: object) -> str:
+    name = name.replace("_", "-")
+    if isinstance(value, bool):
+        return f"--{name}" if value else f"--no-{name}"
+    if isinstance(value, tuple):
+        return f"--{name} {' '.join(map(str, value))}"
+    return f"--{name} {value}"
 
 
-def _sheet(predictions: list[ClassificationResult], truth: list[str]) -> Image.Image:
-    captions = [
-        [f"{p.label} {p.probability:.0%}", "" if p.label == t else f"is {t}"]
-        for p, t in zip(predictions, truth, strict=True)
-    ]
-    colours = [GREEN if p.label == t else RED for p, t in zip(predictions, truth, strict=True)]
-    return contact_sheet([p.image for p in predictions], captions, colours, columns=8, cell=128)
+def _in_words(prediction: Result) -> str:
+    if isinstance(prediction, ClassificationResult):
+        return f"{prediction.label} {prediction.probability:.1%}"
+    return prediction.describe()
 
 
-def _page(out: Path, run: Path, facts: dict[str, str], result: TrainResult, command: str) -> str:
+def _sheet(predictions: list[Result]) -> Image.Image:
+    """Every picture with what the model says of it; classes in green where right, red with the truth where wrong."""
+    images, captions, colours = [], [], []
+    for prediction in predictions:
+        if isinstance(prediction, ClassificationResult):
+            truth = Path(prediction.source).parent.name
+            images.append(prediction.image)
+            captions.append(
+                [f"{prediction.label} {prediction.probability:.0%}", "" if prediction.label == truth else f"is {truth}"]
+            )
+            colours.append(GREEN if prediction.label == truth else RED)
+    if images:
+        return contact_sheet(images, captions, colours, columns=8, cell=128)
+    images = [p.draw() for p in predictions]
+    return contact_sheet(images, [[]] * len(images), [(30, 30, 30)] * len(images), columns=6, cell=220)
+
+
+_FIGURES = (
+    ("Pictures it never saw", "unseen.png", "Drawn with another seed, with what the model says of them."),
+    ("Training", "run/curves.png", "Validation uses the moving average of the weights."),
+    ("What is taken for what", "run/confusion_matrix.png", "Rows are the truth, columns what the model says."),
+    ("Precision and recall", "run/pr_curves.png", "At an overlap of 0.5; the dot is the score shown by default."),
+    ("Intersection over union", "run/per_class_iou.png", ""),
+    ("Validation pictures", "run/samples.png", ""),
+    ("Its worst mistakes", "run/worst_mistakes.png", ""),
+)
+
+
+def _page(out: Path, facts: dict[str, str], report: Report, command: str) -> str:
     """One file with its pictures inside, so that it can be sent on."""
     rows = "".join(f"<tr><th>{html.escape(k)}</th><td>{html.escape(v)}</td></tr>" for k, v in facts.items())
-    scores = "".join(
-        f"<tr><td>{html.escape(c.name)}</td><td>{c.precision:.3f}</td><td>{c.recall:.3f}</td><td>{c.f1:.3f}</td>"
-        f"<td>{c.support}</td></tr>"
-        for c in result.report.per_class
+    heading, body = report.table()
+    table = f"<tr>{''.join(f'<th>{html.escape(cell)}</th>' for cell in heading)}</tr>" + "".join(
+        f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in body
     )
-    parts = [
-        (
-            "Pictures it never saw",
-            out / "unseen.png",
-            "Drawn with another seed. Green: right; red: wrong.",
-        ),
-        (
-            "Training",
-            run / "curves.png",
-            "Validation uses the moving average of the weights, without label smoothing.",
-        ),
-        ("What is taken for what", run / "confusion_matrix.png", "Rows are the truth, columns what the model says."),
-        ("Validation pictures", run / "samples.png", ""),
-        ("Its worst mistakes", run / "worst_mistakes.png", "Wrong answers, the surest first."),
-    ]
     figures = "".join(
         f'<h2>{title}</h2><p>{text}</p><img alt="{title}" src="data:image/png;base64,'
-        f'{base64.b64encode(path.read_bytes()).decode()}">'
-        for title, path, text in parts
-        if path.exists()
+        f'{base64.b64encode((out / name).read_bytes()).decode()}">'
+        for title, name, text in _FIGURES
+        if (out / name).exists()
     )
     return f"""<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
@@ -141,8 +206,8 @@ code, pre {{ font-size: .9rem; white-space: pre-wrap }}
 <p>Trained with</p><pre>{html.escape(command)}</pre>
 {figures}
 <h2>By class</h2>
-<table><tr><th>class</th><th>precision</th><th>recall</th><th>F1</th><th>pictures</th></tr>{scores}</table>
-<p>The same on your own pictures: put them into one folder per class, then
+<table>{table}</table>
+<p>The same on your own pictures: put them into one folder per class, or beside boxes or masks, then
 <code>mobilevit train --data FOLDER</code>.</p>
 </html>
 """

@@ -1,13 +1,12 @@
-"""From a picture to a result: one call, whatever the picture comes as."""
+"""From a picture to a result: one call, whatever the picture comes as and whatever the model does."""
 
 from __future__ import annotations
 
 import itertools
 import os
 from collections.abc import Iterable, Iterator
-from typing import overload
+from typing import Any, overload
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import nn
@@ -18,10 +17,17 @@ from mobilevit.models.card import card_of
 from mobilevit.models.fuse import fuse
 from mobilevit.preprocessing import ImageError, Source, read_image
 from mobilevit.tasks.classification import ClassificationResult
+from mobilevit.tasks.detection import DetectionResult, postprocess, to_pixels
+from mobilevit.tasks.segmentation import SegmentationResult, most_at_once, to_label_map
+
+Result = ClassificationResult | DetectionResult | SegmentationResult
+
+DEFAULT_SCORE_THRESHOLD = 0.3
+"""For detectors whose file names none."""
 
 
 class Predictor:
-    """Classify pictures with a trained model; preparation and labels come from the checkpoint.
+    """Classify, detect or segment with a trained model; preparation, labels and threshold come from the checkpoint.
 
     Args:
         model: a checkpoint file of any known origin, or a model from `create_model` or `load`.
@@ -39,20 +45,29 @@ class Predictor:
             raise ValueError(f"batch_size is {batch_size}; give 1 or more")
         loaded = model if isinstance(model, nn.Module) else factory.load(model)
         self.card = card_of(loaded)
+        if self.card.task == "segmentation" and self.card.preprocessing.resize_mode == "crop":
+            raise ValueError(
+                "a cropped input says nothing of the border; give the model resize_mode 'pad' or 'stretch'"
+            )
         self.device = pick_device(device)
         self.batch_size = batch_size
+        if self.card.task == "segmentation":
+            self.batch_size = min(batch_size, most_at_once(len(self.card.classes), self.card.preprocessing.size))
         self._model = fuse(loaded).to(self.device)
 
     @overload
-    def __call__(self, source: Source) -> ClassificationResult: ...
+    def __call__(self, source: Source) -> Result: ...
     @overload
-    def __call__(self, source: list[Source]) -> list[ClassificationResult]: ...
+    def __call__(self, source: list[Source]) -> list[Result]: ...
 
-    def __call__(self, source: Source | list[Source]) -> ClassificationResult | list[ClassificationResult]:
-        """Classify one picture, or a list of them.
+    def __call__(self, source: Source | list[Source]) -> Result | list[Result]:
+        """What the model says of one picture, or of each in a list.
 
         Args:
             source: a path, encoded bytes, a PIL image, a numpy array (H, W, 3) of uint8 RGB, or a list of these.
+
+        Returns:
+            `ClassificationResult`, `DetectionResult` or `SegmentationResult`, as the model's task is.
 
         Raises:
             ImageError: a picture cannot be read; use `stream` to go on past such.
@@ -64,36 +79,63 @@ class Predictor:
             results.append(result)
         return results if isinstance(source, list) else results[0]
 
-    def stream(self, sources: Iterable[Source]) -> Iterator[ClassificationResult | ImageError]:
-        """Classify any number of pictures in bounded memory: for each, in order, a result or why there is none."""
+    def stream(self, sources: Iterable[Source]) -> Iterator[Result | ImageError]:
+        """Any number of pictures in bounded memory: for each, in order, a result or why there is none."""
         numbered = enumerate(sources, start=1)
         while chunk := list(itertools.islice(numbered, self.batch_size)):
-            images: list[Image.Image | ImageError] = []
+            read: list[tuple[str, Image.Image] | ImageError] = []
             for number, source in chunk:
+                name = _name(source, number)
                 try:
-                    images.append(read_image(source, _name(source, number)))
+                    read.append((name, read_image(source, name)))
                 except ImageError as error:
-                    images.append(error)
-            good = [image for image in images if isinstance(image, Image.Image)]
-            probabilities = iter(self._probabilities(good) if good else ())
-            for (number, source), image in zip(chunk, images, strict=True):
-                if isinstance(image, ImageError):
-                    yield image
-                    continue
-                yield ClassificationResult(
-                    source=_name(source, number),
-                    classes=self.card.classes,
-                    probabilities=next(probabilities),
-                    image=image,
-                )
+                    read.append(error)
+            good = [picture for picture in read if not isinstance(picture, ImageError)]
+            results = iter(self._results(good) if good else ())
+            for picture in read:
+                yield picture if isinstance(picture, ImageError) else next(results)
 
     @torch.inference_mode()
-    def _probabilities(self, images: list[Image.Image]) -> np.ndarray:
-        """Shape: B pictures of any sizes -> float32 (B, K)."""
+    def _results(self, pictures: list[tuple[str, Image.Image]]) -> list[Result]:
         preprocessing = self.card.preprocessing
-        pixels = torch.stack([preprocessing.resize(image) for image in images]).to(self.device)
-        logits = self._model(preprocessing.normalize(pixels))
-        return logits.float().softmax(dim=1).numpy(force=True)  # type: ignore[no-any-return]
+        pixels = torch.stack([preprocessing.resize(image) for _, image in pictures]).to(self.device)
+        outputs = self._model(preprocessing.normalize(pixels))
+        make = {"classification": self._classes, "detection": self._boxes, "segmentation": self._masks}[self.card.task]
+        return make(outputs, pictures)
+
+    def _classes(self, logits: torch.Tensor, pictures: list[tuple[str, Image.Image]]) -> list[Result]:
+        rows = zip(pictures, logits.float().softmax(dim=1).numpy(force=True), strict=True)
+        return [
+            ClassificationResult(source=name, classes=self.card.classes, probabilities=probabilities, image=image)
+            for (name, image), probabilities in rows
+        ]
+
+    def _boxes(self, output: Any, pictures: list[tuple[str, Image.Image]]) -> list[Result]:
+        threshold = self.card.score_threshold
+        results: list[Result] = []
+        for (name, image), found in zip(pictures, postprocess(output), strict=True):
+            placement = self.card.preprocessing.placement((image.height, image.width))
+            boxes, scores, class_ids = to_pixels(found, placement)
+            results.append(
+                DetectionResult(
+                    source=name,
+                    classes=self.card.classes,
+                    boxes_xyxy=boxes,
+                    scores=scores,
+                    class_ids=class_ids,
+                    score_threshold=DEFAULT_SCORE_THRESHOLD if threshold is None else threshold,
+                    image=image,
+                )
+            )
+        return results
+
+    def _masks(self, output: Any, pictures: list[tuple[str, Image.Image]]) -> list[Result]:
+        results: list[Result] = []
+        for (name, image), logits in zip(pictures, output.logits, strict=True):
+            placement = self.card.preprocessing.placement((image.height, image.width))
+            label_map = to_label_map(logits, placement)
+            results.append(SegmentationResult(source=name, classes=self.card.classes, label_map=label_map, image=image))
+        return results
 
 
 def _name(source: Source, number: int) -> str:

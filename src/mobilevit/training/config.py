@@ -9,7 +9,19 @@ import types
 import typing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from mobilevit.models.card import Task
+
+ResizeMode = Literal["auto", "crop", "stretch", "pad"]
+
+_INPUTS: dict[Task, tuple[int, ResizeMode]] = {
+    "classification": (256, "crop"),
+    "detection": (320, "stretch"),
+    "segmentation": (512, "pad"),
+}
+"""Side of the input and resize mode where a user says nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,7 +29,9 @@ class TrainConfig:
     """Settings of one run. Defaults suit a few thousand photographs; the paper's values are named where they differ."""
 
     data: Path
-    """Folder with one sub-folder per class (or train/ and val/ of such), a .csv (path, label), or a .parquet file."""
+    """Folder with one sub-folder per class, or .csv or .parquet; VOC, COCO or YOLO boxes; pictures and masks."""
+    task: Literal["auto", "classification", "detection", "segmentation"] = "auto"
+    """What to learn. auto: what the data are labelled for."""
     out: Path = Path("runs/train")
     """Run folder: configuration, metrics, curves, checkpoints, model card."""
     val_data: Path | None = None
@@ -32,24 +46,46 @@ class TrainConfig:
     patch_size: tuple[int, int, int] = (2, 2, 2)
     """Patch sides at strides 8, 16 and 32. 8 4 2 is the paper's configuration B: faster, coarser."""
     freeze_backbone: bool = False
-    """Train the classifier alone; the backbone's weights and statistics stay."""
+    """Train the classifier or head alone; the backbone's weights and statistics stay."""
+    output_stride: int | None = None
+    """Segmentation: 16, or 8 for twice as fine maps at three times the cost. Without it, 16."""
+    aspp_channels: int | None = None
+    """Segmentation: width of the head. Without it, that of the weights, or the paper's 256."""
+    aux_head: bool = False
+    """Segmentation: train a second classifier on the map before the last, which is not used afterwards."""
 
-    image_size: int = 256
-    """Side of the training and evaluation pictures in pixels."""
+    image_size: int | tuple[int, int] | None = None
+    """Side of the model's input in pixels, or height and width. Without it: 256, for boxes 320, for masks 512."""
+    resize_mode: ResizeMode = "auto"
+    """How pictures become input: a centred crop, stretched, or whole with a margin. auto: crop for classification,
+    stretch for boxes, pad for masks."""
     crop_fraction: float = 256 / 288
     """Share of the shorter side that evaluation keeps; the paper's 256 of 288."""
     min_crop_area: float = 0.35
-    """Smallest share of the area a training crop may have; 0.08 in the paper, for ImageNet's million pictures."""
+    """Classification: smallest share of the area a training crop may have; 0.08 in the paper, for ImageNet's million
+    pictures."""
+    zoom_out: float = 0.5
+    """Boxes: probability that a training picture is shown smaller, on a grey ground; 0 is off."""
+    iou_crop: bool = True
+    """Boxes: train on crops that hold some object by various shares."""
+    crop_size: int | tuple[int, int] | None = None
+    """Masks: side of the training crops, or height and width. Without it, the image size."""
+    scale_range: tuple[float, float] = (0.5, 1.5)
+    """Masks: size of training pictures before the crop, relative to their size in evaluation."""
+    rotation: float = 10.0
+    """Masks: turn half of the training pictures by up to this many degrees."""
+    photometric_distortion: bool = True
+    """Boxes and masks: vary brightness, contrast, saturation and hue."""
     flip: bool = True
     """Mirror half of the training pictures. Off for text, digits, or where left and right matter."""
     randaugment: int = 0
-    """Strength of RandAugment, 0 to 30; 0 is off, 9 is usual."""
+    """Classification: strength of RandAugment, 0 to 30; 0 is off, 9 is usual."""
     mixup: float = 0.0
-    """Alpha of MixUp; 0 is off, 0.2 is usual."""
+    """Classification: alpha of MixUp; 0 is off, 0.2 is usual."""
     cutmix: float = 0.0
-    """Alpha of CutMix; 0 is off, 1.0 is usual."""
+    """Classification: alpha of CutMix; 0 is off, 1.0 is usual."""
     random_erasing: float = 0.0
-    """Probability that a rectangle of a training picture is blanked; 0 is off, 0.25 is usual."""
+    """Classification: probability that a rectangle of a training picture is blanked; 0 is off, 0.25 is usual."""
 
     epochs: int = 20
     """Passes over the training data; 300 in the paper."""
@@ -58,7 +94,8 @@ class TrainConfig:
     grad_accum_steps: int = 1
     """Batches whose gradients are added up for one update."""
     learning_rate: float | None = None
-    """Peak learning rate. Without it, the paper's 2e-3 at batch 1024, scaled by the square root of the batch."""
+    """Peak learning rate. Without it, the paper's (2e-3 at batch 1024; boxes and masks 9e-4 at 128), scaled by the
+    square root of the batch."""
     warmup_fraction: float = 0.1
     """Share of all updates over which the learning rate rises from a tenth of its peak; 3,000 updates in the paper."""
     final_lr_fraction: float = 0.01
@@ -67,22 +104,25 @@ class TrainConfig:
     """Of AdamW; the paper's value."""
     decay_norm_and_bias: bool = True
     """Whether normalisation weights and biases decay too, as in the paper."""
-    head_lr_factor: float = 1.0
-    """Learning rate of the classifier, relative to the rest."""
+    head_lr_factor: float | None = None
+    """Learning rate of the classifier or head, relative to the rest. Without it: 10 for masks on a trained backbone, as
+    published, else 1."""
     layer_decay: float = 1.0
     """Each stage's learning rate relative to the next one's, for fine-tuning; 0.8 is usual, 1 is off."""
     clip_grad_norm: float | None = None
     """Largest norm of the gradients; larger ones are scaled down."""
     label_smoothing: float = 0.1
-    """Share of the target spread over all classes; the paper's value."""
+    """Classification: share of the target spread over all classes; the paper's value."""
     class_weights: Literal["none", "balanced"] = "none"
-    """"balanced": classes count alike in the loss, however many pictures each has."""
+    """Classification. "balanced": classes count alike in the loss, however many pictures each has."""
     ema: bool = True
     """Evaluate and keep an exponential moving average of the weights, as the paper does."""
     ema_momentum: float = 5e-4
     """Share of the current weights in each update of the average; larger in the first updates. The paper's value."""
+    aux_weight: float = 0.4
+    """Masks: weight of the auxiliary head's loss."""
     early_stopping: int | None = None
-    """Stop after this many epochs without a better top-1."""
+    """Stop after this many epochs without a better top-1, AP or mean IoU."""
 
     device: str = "auto"
     """auto, cpu, cuda, cuda:1 or mps."""
@@ -105,7 +145,34 @@ class TrainConfig:
         """
         if self.learning_rate is not None:
             return self.learning_rate
-        return 2e-3 * math.sqrt(self.batch_size * self.grad_accum_steps / 1024)
+        peak, batch = (2e-3, 1024) if self.task in ("auto", "classification") else (9e-4, 128)
+        return peak * math.sqrt(self.batch_size * self.grad_accum_steps / batch)
+
+    def resolve(self, task: Task) -> TrainConfig:
+        """The same settings with everything decided that depends on the task."""
+        size, mode = _INPUTS[task]
+        image_size = _height_width(size if self.image_size is None else self.image_size)
+        head_lr_factor = self.head_lr_factor
+        if head_lr_factor is None:
+            head_lr_factor = 10.0 if task == "segmentation" and self.weights is not None else 1.0
+        return dataclasses.replace(
+            self,
+            task=task,
+            image_size=image_size,
+            resize_mode=mode if self.resize_mode == "auto" else self.resize_mode,
+            head_lr_factor=head_lr_factor,
+        )
+
+    @property
+    def input_size(self) -> tuple[int, int]:
+        """(height, width) of the model's input, once the task is known."""
+        assert self.image_size is not None, "resolve() comes first"
+        return _height_width(self.image_size)
+
+    @property
+    def training_crop(self) -> tuple[int, int]:
+        """(height, width) of segmentation's training crops, once the task is known."""
+        return self.input_size if self.crop_size is None else _height_width(self.crop_size)
 
     def validate(self) -> None:
         """Check every value that can be checked without looking at data or devices.
@@ -114,8 +181,23 @@ class TrainConfig:
             ValueError: with the flag, its value and what it may be.
         """
         positive = ("epochs", "grad_accum_steps")
-        not_negative = ("weight_decay", "head_lr_factor", "mixup", "cutmix", "checkpoint_minutes", "randaugment")
-        shares = ("warmup_fraction", "final_lr_fraction", "random_erasing", "label_smoothing", "ema_momentum")
+        not_negative = (
+            "weight_decay",
+            "mixup",
+            "cutmix",
+            "checkpoint_minutes",
+            "randaugment",
+            "rotation",
+            "aux_weight",
+        )
+        shares = (
+            "zoom_out",
+            "warmup_fraction",
+            "final_lr_fraction",
+            "random_erasing",
+            "label_smoothing",
+            "ema_momentum",
+        )
         for name in positive:
             self._require(name, getattr(self, name) >= 1, "1 or more")
         for name in not_negative:
@@ -129,7 +211,15 @@ class TrainConfig:
             self._require(name, value is None or value > 0, "above 0")
         self._require("val_fraction", 0 < self.val_fraction < 1, "between 0 and 1")
         self._require("batch_size", self.batch_size >= 2, "2 or more, for the statistics of BatchNorm")
-        self._require("image_size", self.image_size >= 32, "32 or more")
+        for name in ("image_size", "crop_size"):
+            size = getattr(self, name)
+            self._require(name, size is None or min(_height_width(size)) >= 32, "32 or more")
+        self._require("scale_range", 0 < self.scale_range[0] <= self.scale_range[1], "two numbers above 0, in order")
+        self._require("head_lr_factor", self.head_lr_factor is None or self.head_lr_factor >= 0, "0 or more")
+        self._require("aspp_channels", self.aspp_channels is None or self.aspp_channels >= 1, "1 or more")
+        self._require(
+            "resize_mode", self.task != "segmentation" or self.resize_mode != "crop", "stretch or pad for masks"
+        )
         self._require("randaugment", self.randaugment <= 30, "at most 30")
         self._require("num_workers", self.num_workers is None or self.num_workers >= 0, "0 or more")
         self._require("patch_size", min(self.patch_size) >= 1, "three sizes of 1 or more")
@@ -161,20 +251,24 @@ class TrainConfig:
             raise ValueError(f"{path}: not the configuration of a run ({error})") from None
 
 
+def _height_width(size: int | tuple[int, int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else size
+
+
 def _as_type(name: str, value: Any, hint: Any) -> Any:
     """A JSON value as the field's type: lists stand for tuples, strings for paths, and nothing else is bent."""
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    if value is None and type(None) in options:
-        return None
-    kind = next(option for option in options if option is not type(None))
-    if kind is Path and isinstance(value, str):
-        return Path(value)
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if typing.get_origin(kind) is tuple and isinstance(value, list) and len(value) == len(typing.get_args(kind)):
-        return tuple(value)
-    if typing.get_origin(kind) is Literal and value in typing.get_args(kind):
-        return value
-    if isinstance(kind, type) and type(value) is kind:
-        return value
+    for kind in options:
+        if kind is type(None) and value is None:
+            return None
+        if kind is Path and isinstance(value, str):
+            return Path(value)
+        if kind is float and isinstance(value, int) and not isinstance(value, bool):
+            return float(value)
+        if typing.get_origin(kind) is tuple and isinstance(value, list) and len(value) == len(typing.get_args(kind)):
+            return tuple(value)
+        if typing.get_origin(kind) is Literal and value in typing.get_args(kind):
+            return value
+        if isinstance(kind, type) and type(value) is kind:
+            return value
     raise ValueError(f"{name} is {value!r}")

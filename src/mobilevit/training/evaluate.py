@@ -4,41 +4,45 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from PIL import Image
+from torch import Tensor, distributed, nn
 
-from mobilevit.data.datasets import ImageSet
-from mobilevit.data.loaders import BatchLoader
+from mobilevit.data.imageset import ImageSet
+from mobilevit.data.loaders import Batch, BatchLoader, Transform
+from mobilevit.data.transforms import read_mask
+from mobilevit.drawing import save_image
 from mobilevit.files import write_json
+from mobilevit.models.card import Task
 from mobilevit.preprocessing import Preprocessing, read_image
 from mobilevit.progress import Progress
-from mobilevit.tasks.classification import (
-    ClassificationReport,
-    classification_report,
-    prediction_sheet,
-    save_confusion_matrix,
-    worst_mistakes,
-)
-from mobilevit.tasks.drawing import save_image
+from mobilevit.tasks.classification_report import ClassificationMeter
+from mobilevit.tasks.classification_report import prediction_sheet as classification_sheet
+from mobilevit.tasks.detection import postprocess, to_pixels
+from mobilevit.tasks.detection_report import DetectionMeter, detection_sheet
+from mobilevit.tasks.report import Meter, Report
+from mobilevit.tasks.segmentation import most_at_once, to_label_map
+from mobilevit.tasks.segmentation_report import SegmentationMeter, segmentation_sheet
 
 log = logging.getLogger("mobilevit")
+
+NUM_SAMPLES = 24
+"""Pictures on the sheets of an evaluation."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
     """A report, and what it was computed from."""
 
-    report: ClassificationReport
-    logits: Tensor
-    """float32 (M, K), on the CPU, in the order of the data."""
-    labels: Tensor
-    """int64 (M,)."""
-    indices: list[int]
-    """Position of each row's picture in the data: unreadable ones are missing."""
+    report: Report
+    meter: Meter
     errors: list[str]
     """One line for each unreadable picture."""
 
@@ -50,16 +54,90 @@ def default_num_workers(device: torch.device) -> int:
 
 
 def evaluation_loader(
-    data: ImageSet, preprocessing: Preprocessing, *, batch_size: int, num_workers: int, device: torch.device
+    data: ImageSet[Any],
+    preprocessing: Preprocessing,
+    *,
+    batch_size: int,
+    num_workers: int,
+    device: torch.device,
 ) -> BatchLoader:
-    """Every picture once, in order, through the preprocessing that predictions use."""
+    """Every picture once, in order, through the preprocessing that predictions use; of several processes, a share.
+
+    Raises:
+        ValueError: the preprocessing crops, where every pixel has to be classified.
+    """
+    if data.task == "segmentation" and preprocessing.resize_mode == "crop":
+        raise ValueError(
+            "a cropped input says nothing of the border; segmentation takes resize_mode 'pad' or 'stretch'"
+        )
+    if data.task == "segmentation":
+        batch_size = min(batch_size, most_at_once(len(data.classes), preprocessing.size))
+    transforms: dict[Task, Transform] = {
+        "classification": partial(_with_label, preprocessing),
+        "detection": partial(_with_size, preprocessing),
+        "segmentation": partial(_with_mask, preprocessing),
+    }
     return BatchLoader(
         data,
-        preprocessing.resize,
+        transforms[data.task],
+        collate=torch.tensor if data.task == "classification" else list,
         batch_size=batch_size,
         num_workers=num_workers,
         pin_memory=device.type == "cuda",
+        shard=(distributed.get_rank(), distributed.get_world_size()) if _is_distributed() else (0, 1),
     )
+
+
+def _with_label(preprocessing: Preprocessing, image: Image.Image, label: int) -> tuple[Tensor, int]:
+    return preprocessing.resize(image), label
+
+
+def _with_size(preprocessing: Preprocessing, image: Image.Image, _: object) -> tuple[Tensor, tuple[int, int]]:
+    return preprocessing.resize(image), (image.height, image.width)
+
+
+def _with_mask(preprocessing: Preprocessing, image: Image.Image, target: Any) -> tuple[Tensor, np.ndarray]:
+    return preprocessing.resize(image), read_mask(image, target)
+
+
+def _observe_classes(meter: Any, logits: Tensor, batch: Batch, _data: ImageSet[Any], _: Preprocessing) -> None:
+    meter.update(batch.indices, logits.float().cpu(), batch.targets)
+
+
+def _observe_boxes(meter: Any, output: Any, batch: Batch, data: ImageSet[Any], preprocessing: Preprocessing) -> None:
+    for index, size, found in zip(batch.indices, batch.targets, postprocess(output), strict=True):
+        boxes, scores, class_ids = to_pixels(found, preprocessing.placement(size))
+        truth = data.targets[index]
+        meter.update(
+            index,
+            boxes_xyxy=boxes,
+            scores=scores,
+            labels=class_ids,
+            true_xyxy=truth.xyxy,
+            true_labels=truth.labels,
+            true_crowd=truth.crowd,
+            true_areas=truth.areas,
+        )
+
+
+def _observe_masks(meter: Any, output: Any, batch: Batch, _: ImageSet[Any], preprocessing: Preprocessing) -> None:
+    for index, logits, truth in zip(batch.indices, output.logits, batch.targets, strict=True):
+        meter.update(index, to_label_map(logits, preprocessing.placement(truth.shape)), truth)
+
+
+_OBSERVE: dict[Task, Callable[[Any, Any, Batch, ImageSet[Any], Preprocessing], None]] = {
+    "classification": _observe_classes,
+    "detection": _observe_boxes,
+    "segmentation": _observe_masks,
+}
+
+
+def _new_meter(data: ImageSet[Any]) -> Meter:
+    if data.task == "classification":
+        return ClassificationMeter(data.classes)
+    if data.task == "detection":
+        return DetectionMeter(data.classes)
+    return SegmentationMeter(data.classes, keep=_evenly_spaced(range(len(data))))
 
 
 @torch.inference_mode()
@@ -72,44 +150,65 @@ def evaluate(
     amp_dtype: torch.dtype | None = None,
     label: str = "evaluate",
 ) -> Evaluation:
-    """Run a model over all pictures of a loader and report.
+    """Run a model over all pictures of a loader and report; several processes report the same, on all pictures.
 
     Raises:
         ValueError: not a single picture could be read.
     """
-    all_logits: list[Tensor] = []
-    labels: list[Tensor] = []
-    indices: list[int] = []
-    errors: list[str] = []
+    data = loader.data
+    meter, observe, errors = _new_meter(data), _OBSERVE[data.task], []
     with Progress(label, loader.num_images) as progress:
         for batch in loader.epoch():
             errors += batch.errors
-            if len(batch.labels):
+            if len(batch):
                 images = preprocessing.normalize(batch.images.to(device, non_blocking=True))
                 with torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype is not None):
-                    all_logits.append(model(images).float())
-                labels.append(batch.labels)
-                indices += batch.indices
-            progress.advance(len(batch.labels) + len(batch.errors))
-    if not indices:
-        raise ValueError(f"{loader.data.origin}: none of its {len(loader.data)} pictures can be read; {errors[0]}")
-    logits, truth = torch.cat(all_logits).cpu(), torch.cat(labels)
-    report = classification_report(logits, truth, loader.data.classes)
-    return Evaluation(report=report, logits=logits, labels=truth, indices=indices, errors=errors)
+                    outputs = model(images)
+                observe(meter, outputs, batch, data, preprocessing)
+            progress.advance(len(batch) + len(batch.errors))
+    if _is_distributed():
+        shares: list[Any] = [None] * distributed.get_world_size()
+        distributed.all_gather_object(shares, (meter, errors))
+        meter, errors = _new_meter(data), []
+        for other, other_errors in shares:
+            meter.merge(other)
+            errors += other_errors
+    if not meter.indices:
+        raise ValueError(f"{data.origin}: none of its {len(data)} pictures can be read; {errors[0]}")
+    return Evaluation(report=meter.report(), meter=meter, errors=errors)
 
 
-def write_evaluation(evaluation: Evaluation, data: ImageSet, folder: Path, *, num_samples: int = 24) -> None:
-    """Write `evaluation.json`, the confusion matrix, sample predictions and the worst mistakes into a folder."""
+def _is_distributed() -> bool:
+    return distributed.is_available() and distributed.is_initialized()
+
+
+def write_evaluation(evaluation: Evaluation, data: ImageSet[Any], folder: Path) -> None:
+    """Write `evaluation.json`, plots, sample predictions and the worst mistakes into a folder."""
     unreadable = {"unreadable": evaluation.errors} if evaluation.errors else {}
     write_json(folder / "evaluation.json", evaluation.report.to_dict() | unreadable)
-    save_confusion_matrix(evaluation.report, folder)
-    step = max(1, len(evaluation.indices) // num_samples)
-    _write_sheet(evaluation, data, list(range(0, len(evaluation.indices), step))[:num_samples], folder / "samples.png")
-    mistakes = worst_mistakes(evaluation.logits, evaluation.labels)
+    evaluation.report.save_plots(folder)
+    _write_sheet(evaluation.meter, data, _evenly_spaced(evaluation.meter.indices), folder / "samples.png")
+    mistakes = evaluation.meter.worst(NUM_SAMPLES)
     if mistakes:
-        _write_sheet(evaluation, data, mistakes, folder / "worst_mistakes.png")
+        _write_sheet(evaluation.meter, data, mistakes, folder / "worst_mistakes.png")
     else:
         (folder / "worst_mistakes.png").unlink(missing_ok=True)
+
+
+def _evenly_spaced(indices: Sequence[int]) -> list[int]:
+    step = max(1, len(indices) // NUM_SAMPLES)
+    return list(indices[::step])[:NUM_SAMPLES]
+
+
+def report_problems(data: ImageSet[Any]) -> None:
+    """Say what is wrong in the annotations, the first five in full."""
+    if not data.problems:
+        return
+    log.warning(
+        "%s: %d problems in the annotations (all of them: mobilevit data check):", data.origin, len(data.problems)
+    )
+    for problem in data.problems[:5]:
+        log.warning("  %s", problem)
 
 
 def report_unreadable(errors: Collection[str], kind: str, total: int) -> None:
@@ -123,7 +222,21 @@ def report_unreadable(errors: Collection[str], kind: str, total: int) -> None:
         log.warning("  and %d more", len(errors) - 10)
 
 
-def _write_sheet(evaluation: Evaluation, data: ImageSet, rows: list[int], path: Path) -> None:
-    images = [read_image(data.open(evaluation.indices[row]), data.names[evaluation.indices[row]]) for row in rows]
-    sheet = prediction_sheet(images, evaluation.logits[rows], evaluation.labels[rows].tolist(), data.classes)
+def _write_sheet(meter: Meter, data: ImageSet[Any], indices: Sequence[int], path: Path) -> None:
+    images = [read_image(data.open(index), data.names[index]) for index in indices]
+    if isinstance(meter, ClassificationMeter):
+        rows = [meter.indices.index(index) for index in indices]
+        sheet = classification_sheet(images, meter.logits[rows], meter.labels[rows].tolist(), data.classes)
+    elif isinstance(meter, DetectionMeter):
+        pictures = [meter.pictures[index] for index in indices]
+        sheet = detection_sheet(images, pictures, data.classes, meter.best_threshold())
+    else:
+        assert isinstance(meter, SegmentationMeter)
+        shown = [place for place, index in enumerate(indices) if index in meter.label_maps]
+        sheet = segmentation_sheet(
+            [images[place] for place in shown],
+            [meter.label_maps[indices[place]] for place in shown],
+            [data.targets[indices[place]].read() for place in shown],
+            data.classes,
+        )
     save_image(sheet, path)

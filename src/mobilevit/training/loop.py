@@ -18,25 +18,28 @@ import torch
 from torch import Tensor, nn
 
 from mobilevit import factory
-from mobilevit.data.datasets import ImageSet, load_train_val
-from mobilevit.data.loaders import Batch, BatchLoader
-from mobilevit.data.transforms import mix_transform, train_transform
+from mobilevit.data.datasets import load_train_val
+from mobilevit.data.imageset import ImageSet
+from mobilevit.data.loaders import Batch, BatchLoader, map_tensors
 from mobilevit.devices import pick_device
-from mobilevit.models.card import card_of
+from mobilevit.models import Model
+from mobilevit.models.card import Task, card_of
+from mobilevit.models.deeplabv3 import DeepLabv3Config
 from mobilevit.models.fuse import fuse
-from mobilevit.models.mobilevit import MobileViT
 from mobilevit.preprocessing import Preprocessing
 from mobilevit.progress import Progress
-from mobilevit.tasks.classification import ClassificationReport, balanced_class_weights, classification_loss
+from mobilevit.tasks.report import Report
 from mobilevit.training.config import TrainConfig
 from mobilevit.training.evaluate import (
     default_num_workers,
     evaluate,
     evaluation_loader,
+    report_problems,
     report_unreadable,
     write_evaluation,
 )
-from mobilevit.training.optim import WeightAverage, learning_rate, make_optimizer
+from mobilevit.training.objectives import make_objective
+from mobilevit.training.optim import WeightAverage, is_head, learning_rate, make_optimizer
 from mobilevit.training.run import RunFolder, StopSignals, TrainingInterrupted
 
 log = logging.getLogger("mobilevit")
@@ -48,7 +51,9 @@ _STEPS_BETWEEN_LOOKS = 20  # at the loss, on a GPU: looking makes the host wait 
 class TrainResult:
     """What came of a run."""
 
-    report: ClassificationReport
+    task: Task
+    """What was trained for."""
+    report: Report
     """Of the best weights on the validation pictures."""
     best: Path
     """The checkpoint to use."""
@@ -84,8 +89,14 @@ def train(
     device = pick_device(config.device)
     amp_dtype = _amp_dtype(config.amp, device)
     train_set, val_set = load_train_val(
-        config.data, val_path=config.val_data, val_fraction=config.val_fraction, seed=config.seed
+        config.data,
+        task=None if config.task == "auto" else config.task,
+        val_path=config.val_data,
+        val_fraction=config.val_fraction,
+        seed=config.seed,
     )
+    config = config.resolve(train_set.task)
+    config.validate()
     run = RunFolder(config.out)
     state = run.reopen(config) if resume else None
     if state is not None and state["data"] != train_set.fingerprint():
@@ -103,7 +114,7 @@ def train(
     model = model.to(device)
     if config.freeze_backbone:
         for name, parameter in model.named_parameters():
-            parameter.requires_grad = name.startswith("classifier.")
+            parameter.requires_grad = is_head(name)
     optimizer = make_optimizer(model, config, device)
     average = WeightAverage(model, copy.deepcopy(model), config.ema_momentum) if config.ema else None
     scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype is torch.float16)
@@ -111,16 +122,11 @@ def train(
 
     # -- data ---------------------------------------------------------------------------------------------------------
     num_workers = default_num_workers(device) if config.num_workers is None else config.num_workers
-    transform = train_transform(
-        preprocessing,
-        min_crop_area=config.min_crop_area,
-        flip=config.flip,
-        randaugment=config.randaugment,
-        random_erasing=config.random_erasing,
-    )
+    objective = make_objective(config, train_set, preprocessing, device)
     loader = BatchLoader(
         train_set,
-        transform,
+        objective.transform,
+        collate=objective.collate,
         batch_size=config.batch_size,
         num_workers=num_workers,
         shuffle_seed=config.seed,
@@ -129,19 +135,15 @@ def train(
     val_loader = evaluation_loader(
         val_set, preprocessing, batch_size=2 * config.batch_size, num_workers=num_workers, device=device
     )
-    class_weights = None
-    if config.class_weights == "balanced":
-        class_weights = balanced_class_weights(train_set.labels, len(train_set.classes)).to(device)
-    mix = mix_transform(len(train_set.classes), mixup=config.mixup, cutmix=config.cutmix)
 
     def loss_of(batch: Batch) -> Tensor:
         images = preprocessing.normalize(batch.images.to(device, non_blocking=True))
-        labels = batch.labels.to(device, non_blocking=True)
-        if mix is not None:
-            images, labels = mix(images, labels)
+        targets = map_tensors(batch.targets, lambda tensor: tensor.to(device, non_blocking=True))
+        if objective.mix is not None:
+            images, targets = objective.mix(images, targets)
         with torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype is not None):
-            logits = forward(images)
-        return classification_loss(logits, labels, label_smoothing=config.label_smoothing, class_weights=class_weights)
+            outputs = forward(images)
+        return objective.loss(outputs, targets)
 
     # -- state --------------------------------------------------------------------------------------------------------
     position = _Position()
@@ -186,7 +188,7 @@ def train(
             epoch = position.epoch
             model.train()
             if config.freeze_backbone:
-                model.eval()  # no dropout either: only a linear layer learns
+                _freeze(model)
             unseen: list[tuple[Tensor, list[int]]] = []  # losses the host has not looked at yet, and their pictures
             label = f"epoch {epoch + 1}/{config.epochs}"
             images_done = position.batch * config.batch_size
@@ -196,7 +198,7 @@ def train(
                     last_of_update = (index + 1) % accumulate == 0 or index + 1 == num_batches
                     update = epoch * updates_per_epoch + index // accumulate
                     rate = learning_rate(update, num_updates, config)
-                    if len(batch.labels) > 1:  # statistics of one picture are none
+                    if len(batch) > 1:  # statistics of one picture are none
                         group_size = min(accumulate, num_batches - index // accumulate * accumulate)
                         loss = loss_of(batch)
                         scaler.scale(loss / group_size).backward()  # type: ignore[no-untyped-call]
@@ -219,7 +221,7 @@ def train(
                     if look or save_now:
                         position.add_losses(unseen, train_set)
                         unseen.clear()
-                    progress.advance(len(batch.labels) + len(batch.errors), f"loss {position.loss:.4f}  lr {rate:.2e}")
+                    progress.advance(len(batch) + len(batch.errors), f"loss {position.loss:.4f}  lr {rate:.2e}")
                     position.batch = index + 1
                     if save_now:
                         save_state()
@@ -248,21 +250,21 @@ def train(
                 "learning_rate": learning_rate((epoch + 1) * updates_per_epoch - 1, num_updates, config),
                 "images_per_second": round(images_per_second, 2),
             }
-            if report.top1 > position.best_top1:
-                position.best_top1, position.best_epoch = report.top1, epoch
-                run.save_best(evaluated, report.summary, _provenance(config, train_set, epoch))
+            if report.score > position.best_score:
+                position.best_score, position.best_epoch = report.score, epoch
+                run.save_best(evaluated, report, _provenance(config, train_set, epoch))
             run.append(row)
             for name, value in row.items():
                 writer.add_scalar(name, value, epoch)
             writer.flush()
             log.info(
-                "%s  loss %.4f  validation loss %.4f  top-1 %.2f %%%s  %.0f images/s",
-                label, position.loss, report.loss, 100 * report.top1,
+                "%s  loss %.4f  validation %s %.2f %%%s  %.1f images/s",
+                label, position.loss, report.score_name, 100 * report.score,
                 " (best)" if position.best_epoch == epoch else "", images_per_second,
             )  # fmt: skip
             report_unreadable(unreadable - reported, "training", len(train_set))
             reported |= unreadable
-            position = _Position(epoch=epoch + 1, best_top1=position.best_top1, best_epoch=position.best_epoch)
+            position = _Position(epoch=epoch + 1, best_score=position.best_score, best_epoch=position.best_epoch)
             save_state()
             last_saved = time.monotonic()
             if epoch % 10 == 9:
@@ -277,10 +279,14 @@ def train(
     evaluation = evaluate(fuse(best).to(device), val_loader, preprocessing, device=device, amp_dtype=amp_dtype)
     write_evaluation(evaluation, val_set, run.path)
     report_unreadable(evaluation.errors, "validation", len(val_set))
-    if isinstance(best, MobileViT):
+    if isinstance(best, Model):
         run.write_model_card(best, config, {"train": len(train_set), "val": len(val_set)})
     return TrainResult(
-        report=evaluation.report, best=run.best, epochs=position.epoch, images_per_second=images_per_second
+        task=train_set.task,
+        report=evaluation.report,
+        best=run.best,
+        epochs=position.epoch,
+        images_per_second=images_per_second,
     )
 
 
@@ -293,7 +299,7 @@ class _Position:
     """Batches of this epoch that are done."""
     loss_sum: float = 0.0
     loss_count: int = 0
-    best_top1: float = -1.0
+    best_score: float = -1.0
     best_epoch: int = -1
 
     @property
@@ -301,7 +307,7 @@ class _Position:
         """Mean training loss of this epoch so far."""
         return self.loss_sum / max(self.loss_count, 1)
 
-    def add_losses(self, losses: list[tuple[Tensor, list[int]]], data: ImageSet) -> None:
+    def add_losses(self, losses: list[tuple[Tensor, list[int]]], data: ImageSet[Any]) -> None:
         """Take in what the device has computed.
 
         Raises:
@@ -323,7 +329,7 @@ def _is_stuck(position: _Position, config: TrainConfig) -> bool:
     patience = config.early_stopping
     if patience is None or position.batch or position.epoch - 1 - position.best_epoch < patience:
         return False
-    log.info("no better top-1 for %d epochs: stopping early", patience)
+    log.info("no better result for %d epochs: stopping early", patience)
     return True
 
 
@@ -336,25 +342,55 @@ def _amp_dtype(amp: str, device: torch.device) -> torch.dtype | None:
 
 
 def _preprocessing(config: TrainConfig) -> Preprocessing:
-    return Preprocessing(size=(config.image_size, config.image_size), crop_fraction=config.crop_fraction)
+    assert config.resize_mode != "auto"
+    return Preprocessing(size=config.input_size, resize_mode=config.resize_mode, crop_fraction=config.crop_fraction)
 
 
-def _build_model(config: TrainConfig, data: ImageSet) -> MobileViT:
+def _build_model(config: TrainConfig, data: ImageSet[Any]) -> Model:
     weights = f"{config.model}.cvnets_in1k" if config.weights == "pretrained" else config.weights
     model = factory.create_model(
-        config.model, num_classes=len(data.classes), weights=weights, patch_size=config.patch_size
+        config.model,
+        task=data.task,
+        classes=data.classes,
+        weights=weights,
+        patch_size=config.patch_size,
+        output_stride=config.output_stride,
+        head=_head(config),
     )
     card = card_of(model)
+    assert config.resize_mode != "auto"
     # The weights' own normalisation stays; size and crop are this run's.
     preprocessing = dataclasses.replace(
-        card.preprocessing, size=(config.image_size, config.image_size), crop_fraction=config.crop_fraction
+        card.preprocessing,
+        size=config.input_size,
+        resize_mode=config.resize_mode,
+        crop_fraction=config.crop_fraction,
     )
-    model.card = dataclasses.replace(card, classes=data.classes, preprocessing=preprocessing, metrics={})
+    model.card = dataclasses.replace(card, preprocessing=preprocessing, metrics={})
     return model
 
 
+def _head(config: TrainConfig) -> DeepLabv3Config | None:
+    """What the settings say of a segmentation head; None leaves it to the weights, or the paper."""
+    if config.task != "segmentation" or (config.aspp_channels is None and not config.aux_head):
+        return None
+    head = DeepLabv3Config.for_output_stride(config.output_stride or 16)
+    width = config.aspp_channels or head.aspp_channels
+    return dataclasses.replace(head, aspp_channels=width, aux_head=config.aux_head)
+
+
+def _freeze(model: nn.Module) -> None:
+    """Statistics and dropout of the backbone as in evaluation."""
+    for name, child in model.named_children():
+        if not is_head(name + "."):
+            child.eval()
+    backbone = getattr(model, "backbone", None)
+    if isinstance(backbone, nn.Module):
+        backbone.eval()
+
+
 def _load_best(run: RunFolder, model: nn.Module) -> nn.Module:
-    if isinstance(model, MobileViT):
+    if isinstance(model, Model):
         return factory.load(run.best)
     from safetensors.torch import load_file
 
@@ -362,7 +398,7 @@ def _load_best(run: RunFolder, model: nn.Module) -> nn.Module:
     return model.eval()
 
 
-def _provenance(config: TrainConfig, data: ImageSet, epoch: int) -> dict[str, str]:
+def _provenance(config: TrainConfig, data: ImageSet[Any], epoch: int) -> dict[str, str]:
     """What `mobilevit eval` needs to find the pictures that were held out, and a reader to know the rest."""
     return {
         "data_fingerprint": data.fingerprint(),
@@ -374,13 +410,15 @@ def _provenance(config: TrainConfig, data: ImageSet, epoch: int) -> dict[str, st
 
 
 def _say_what_is_trained(
-    config: TrainConfig, model: nn.Module, train_set: ImageSet, val_set: ImageSet, device: torch.device
+    config: TrainConfig, model: nn.Module, train_set: ImageSet[Any], val_set: ImageSet[Any], device: torch.device
 ) -> None:
     count = sum(p.numel() for p in model.parameters() if p.requires_grad)
     log.info(
         "%s: %d pictures of %d classes to train on, %d to validate on; %s trainable parameters; %s; run folder %s",
         config.data, len(train_set), len(train_set.classes), len(val_set), f"{count:,}", device, config.out,
     )  # fmt: skip
+    for data in (train_set, val_set):
+        report_problems(data)
     if config.weights is None and len(train_set) < 20_000:
         log.info("training from scratch; on data this small --weights pretrained usually reaches far more")
 

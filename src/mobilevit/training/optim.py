@@ -9,8 +9,17 @@ from torch import nn
 
 from mobilevit.training.config import TrainConfig
 
-# From input to output; `layer_decay` lowers the learning rate by one power for each step back.
-_STAGES = ("stem", "layer1", "layer2", "layer3", "layer4", "layer5", "head_conv", "classifier")
+# From input to output, the head after them; `layer_decay` lowers the learning rate by one power for each step back.
+_STAGES = ("stem", "layer1", "layer2", "layer3", "layer4", "layer5", "head_conv")
+
+
+def is_head(parameter: str) -> bool:
+    """Whether a parameter of this name belongs to what a task adds to the backbone."""
+    return _stage(parameter) not in _STAGES
+
+
+def _stage(parameter: str) -> str:
+    return parameter.removeprefix("backbone.").partition(".")[0]
 
 
 def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, object]]:
@@ -20,10 +29,8 @@ def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, ob
         if not parameter.requires_grad:
             continue
         decays = config.decay_norm_and_bias or parameter.ndim > 1
-        stage = name.partition(".")[0]
-        factor = config.layer_decay ** (len(_STAGES) - 1 - _STAGES.index(stage)) if stage in _STAGES else 1.0
-        if name.startswith("classifier."):
-            factor *= config.head_lr_factor
+        head_lr_factor = 1.0 if config.head_lr_factor is None else config.head_lr_factor
+        factor = head_lr_factor if is_head(name) else config.layer_decay ** (len(_STAGES) - _STAGES.index(_stage(name)))
         groups.setdefault((factor, config.weight_decay if decays else 0.0), []).append(parameter)
     return [
         {"params": parameters, "lr_factor": factor, "weight_decay": decay}

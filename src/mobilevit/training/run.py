@@ -20,13 +20,26 @@ from torch import nn
 
 from mobilevit import __version__
 from mobilevit.files import write_atomically, write_bytes, write_json, write_text
-from mobilevit.models.card import card_of
-from mobilevit.models.mobilevit import MobileViT
+from mobilevit.models import Model
+from mobilevit.models.card import Task, card_of
+from mobilevit.tasks.detection_report import DetectionReport
+from mobilevit.tasks.report import Report
 from mobilevit.training.config import TrainConfig
 from mobilevit.weights import checkpoint
 
 # Settings that may differ when a run goes on, because the weights do not depend on them.
 _FREE_ON_RESUME = {"out", "data", "val_data", "device", "num_workers", "checkpoint_minutes", "early_stopping"}
+
+
+# The figure that curves show, by its name in `metrics.jsonl`.
+_SCORES = {"top1": "top-1", "ap": "AP", "miou": "mean IoU"}
+
+
+_LIMITS: dict[Task, str] = {
+    "classification": "It answers with one of its classes whatever it is shown.",
+    "detection": "Objects of other classes are passed over, or taken for one of its own.",
+    "segmentation": "Every pixel is given one of its classes, whatever is there.",
+}
 
 
 class TrainingInterrupted(Exception):  # noqa: N818, not an error: the user asked for it
@@ -106,16 +119,17 @@ class RunFolder:
         torch.save(state, data)
         write_bytes(self.last, data.getbuffer())
 
-    def save_best(self, model: nn.Module, metrics: dict[str, float], provenance: dict[str, str]) -> None:
+    def save_best(self, model: nn.Module, report: Report, provenance: dict[str, str]) -> None:
         """Write the best weights so far: self-describing for this package's models, plain for a stranger's."""
-        if isinstance(model, MobileViT):
-            checkpoint.save(model, self.best, metrics=metrics, provenance=provenance)
+        if isinstance(model, Model):
+            threshold = report.score_threshold if isinstance(report, DetectionReport) else None
+            checkpoint.save(model, self.best, metrics=report.summary, provenance=provenance, score_threshold=threshold)
             return
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
         write_bytes(self.best, serialize(tensors, {"format": "pt"}))
 
     def draw_curves(self) -> None:
-        """Write `curves.png`: loss, accuracy and learning rate by epoch."""
+        """Write `curves.png`: loss, score and learning rate by epoch."""
         rows = self.rows()
         if not rows:
             return
@@ -124,19 +138,21 @@ class RunFolder:
 
         epochs = [row["epoch"] + 1 for row in rows]
         figure = Figure(figsize=(11, 3.4), layout="constrained")
-        loss, accuracy, rate = figure.subplots(1, 3)
+        loss, score, rate = figure.subplots(1, 3)
         marker = "o" if len(rows) < 30 else ""
-        loss.plot(epochs, [row["train_loss"] for row in rows], marker, ls="-", color="#0072b2", label="training")
-        loss.plot(epochs, [row["loss"] for row in rows], marker, ls="-", color="#d55e00", label="validation")
+        loss.plot(epochs, [row["train_loss"] for row in rows], marker=marker, ls="-", color="#0072b2", label="training")
+        if "loss" in rows[0]:
+            loss.plot(epochs, [row["loss"] for row in rows], marker=marker, ls="-", color="#d55e00", label="validation")
         loss.set(title="loss", xlabel="epoch")
         loss.legend()
-        accuracy.plot(epochs, [row["top1"] for row in rows], marker, ls="-", color="#d55e00")
-        best = max(rows, key=lambda row: row["top1"])
-        accuracy.set(title=f"validation top-1: best {best['top1']:.1%} in epoch {best['epoch'] + 1}", xlabel="epoch")
-        accuracy.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-        rate.plot(epochs, [row["learning_rate"] for row in rows], marker, ls="-", color="#009e73")
+        name, title = next((key, title) for key, title in _SCORES.items() if key in rows[0])
+        score.plot(epochs, [row[name] for row in rows], marker=marker, ls="-", color="#d55e00")
+        best = max(rows, key=lambda row: row[name])
+        score.set(title=f"validation {title}: best {best[name]:.1%} in epoch {best['epoch'] + 1}", xlabel="epoch")
+        score.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        rate.plot(epochs, [row["learning_rate"] for row in rows], marker=marker, ls="-", color="#009e73")
         rate.set(title="learning rate at the epoch's end", xlabel="epoch")
-        for axes in (loss, accuracy, rate):
+        for axes in (loss, score, rate):
             axes.grid(alpha=0.3)
             axes.spines[["top", "right"]].set_visible(False)
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -150,7 +166,7 @@ class RunFolder:
         best = self.best.name
         write_text(
             self.path / "README.md",
-            f"""# {card.name}: {len(card.classes)} classes
+            f"""# {card.name}, {card.task}: {len(card.classes)} classes
 
 Trained by mobilevit {__version__} on {sizes["train"]:,} pictures, validated on {sizes["val"]:,} others.
 
@@ -159,6 +175,8 @@ Trained by mobilevit {__version__} on {sizes["train"]:,} pictures, validated on 
 {figures}
 
 ![curves](curves.png)
+
+![predictions on validation pictures](samples.png)
 
 Classes: {", ".join(card.classes)}
 
@@ -172,14 +190,15 @@ mobilevit predict {best} picture.jpg
 import mobilevit
 
 result = mobilevit.Predictor("{best}")("picture.jpg")
-print(result.top(3))
+print({"result.top(3)" if card.task == "classification" else "result.describe()"})
+result.draw("out.jpg")
 ```
 
 Input: {card.preprocessing.size[0]} x {card.preprocessing.size[1]} pixels; the file knows how to prepare pictures.
 
 ## Limits
 
-The figures hold for pictures like the ones it was trained on. It answers with one of its classes whatever it is shown.
+The figures hold for pictures like the ones it was trained on. {_LIMITS[card.task]}
 
 ## Where it comes from
 

@@ -1,0 +1,104 @@
+"""What each task trains for: how pictures are varied, what the targets of a batch are, and what the loss is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mobilevit.data.imageset import ImageSet
+from mobilevit.data.loaders import Transform
+from mobilevit.data.transforms import (
+    ClassificationTransform,
+    DetectionTransform,
+    SegmentationTransform,
+    collate_boxes,
+    mix_transform,
+)
+from mobilevit.preprocessing import Preprocessing
+from mobilevit.tasks.classification import balanced_class_weights, classification_loss
+from mobilevit.tasks.detection import detection_loss
+from mobilevit.tasks.segmentation import segmentation_loss
+from mobilevit.training.config import TrainConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """What the training loop asks of a task."""
+
+    transform: Transform
+    """Of every training picture and its target."""
+    collate: Callable[[Sequence[Any]], Any]
+    """Targets of single pictures -> those of a batch."""
+    loss: Callable[[Any, Any], Tensor]
+    """The model's outputs and a batch's targets -> a scalar in float32."""
+    mix: Callable[[Tensor, Any], tuple[Tensor, Any]] | None = None
+    """Changes a whole batch and its targets, on the device, before the model sees it."""
+
+
+def make_objective(
+    config: TrainConfig, data: ImageSet[Any], preprocessing: Preprocessing, device: torch.device
+) -> Objective:
+    """What the data's task trains for, as the settings say."""
+    if data.task == "detection":
+        return _detection(config, preprocessing)
+    if data.task == "segmentation":
+        return _segmentation(config, preprocessing)
+    return _classification(config, data, preprocessing, device)
+
+
+def _classification(
+    config: TrainConfig, data: ImageSet[int], preprocessing: Preprocessing, device: torch.device
+) -> Objective:
+    class_weights = None
+    if config.class_weights == "balanced":
+        class_weights = balanced_class_weights(data.targets, len(data.classes)).to(device)
+    return Objective(
+        transform=ClassificationTransform(
+            preprocessing=preprocessing,
+            min_crop_area=config.min_crop_area,
+            flip=config.flip,
+            randaugment=config.randaugment,
+            random_erasing=config.random_erasing,
+        ),
+        collate=torch.tensor,
+        loss=partial(classification_loss, label_smoothing=config.label_smoothing, class_weights=class_weights),
+        mix=mix_transform(len(data.classes), mixup=config.mixup, cutmix=config.cutmix),
+    )
+
+
+def _detection(config: TrainConfig, preprocessing: Preprocessing) -> Objective:
+    return Objective(
+        transform=DetectionTransform(
+            preprocessing=preprocessing,
+            zoom_out=config.zoom_out,
+            iou_crop=config.iou_crop,
+            flip=config.flip,
+            photometric_distortion=config.photometric_distortion,
+        ),
+        collate=collate_boxes,
+        loss=lambda outputs, targets: detection_loss(outputs, targets.boxes_cxcywh, targets.labels),
+    )
+
+
+def _segmentation(config: TrainConfig, preprocessing: Preprocessing) -> Objective:
+    return Objective(
+        transform=SegmentationTransform(
+            preprocessing=preprocessing,
+            crop_size=config.training_crop,
+            scale_range=config.scale_range,
+            flip=config.flip,
+            rotation=config.rotation,
+            photometric_distortion=config.photometric_distortion,
+        ),
+        collate=_stack,
+        loss=partial(segmentation_loss, aux_weight=config.aux_weight),
+    )
+
+
+def _stack(label_maps: Sequence[Tensor]) -> Tensor:
+    return torch.stack(tuple(label_maps))
