@@ -4,7 +4,21 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mobilevit.drawing import contact_sheet, save_image, with_caption
+from mobilevit.drawing import (
+    BLACK,
+    RGB,
+    WHITE,
+    class_colours,
+    contact_sheet,
+    draw_boxes,
+    draw_label_map,
+    draw_outlines,
+    legend_of,
+    save_image,
+    text_colour,
+    with_caption,
+    with_legend,
+)
 
 INK = (30, 30, 30)
 
@@ -151,3 +165,298 @@ def test_a_picture_that_cannot_be_saved_leaves_the_old_one(tmp_path: Path) -> No
         save_image(Image.new("RGBA", (3, 3)), path)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
+
+
+# -- colours ----------------------------------------------------------------------------------------------------------
+
+GROUND = (17, 99, 201)
+"""No mixture of a class's red with black or white."""
+RED = (255, 0, 0)
+HALO = (40, 40, 40)
+
+
+def is_colour(picture: Image.Image, colour: RGB) -> np.ndarray:
+    return (np.asarray(picture) == colour).all(axis=2)
+
+
+def luminance(colour: RGB) -> float:
+    """Of the web's definition of contrast."""
+    red, green, blue = (v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4 for v in np.array(colour) / 255)
+    return float(0.2126 * red + 0.7152 * green + 0.0722 * blue)
+
+
+def test_class_colours_are_distinct() -> None:
+    colours = np.array(class_colours(150))
+    assert colours.shape == (150, 3)
+    assert colours.min() >= 0
+    assert colours.max() <= 255
+    apart = np.linalg.norm(colours[:, None].astype(float) - colours, axis=2) + 999 * np.eye(150)
+    assert apart[:12, :12].min() > 60
+    assert apart.min() >= 15
+    assert len(set(class_colours(255))) == 255
+
+
+@pytest.mark.parametrize("num_classes", [0, 1, 6, 7, 8, 21, 91, 149])
+def test_more_classes_never_change_the_first_colours(num_classes: int) -> None:
+    colours = class_colours(num_classes)
+    assert colours == class_colours(150)[:num_classes]
+    colours.append((1, 2, 3))
+    assert len(class_colours(num_classes)) == num_classes
+
+
+def test_text_can_be_read_on_every_colour() -> None:
+    for colour in [*class_colours(150), BLACK, WHITE, (118, 118, 118), (119, 119, 119)]:
+        ink = text_colour(colour)
+        assert ink in (BLACK, WHITE)
+        dark, light = sorted([luminance(ink), luminance(colour)])
+        assert (light + 0.05) / (dark + 0.05) >= 4.5
+    assert (text_colour(BLACK), text_colour(WHITE)) == (WHITE, BLACK)
+
+
+# -- boxes ------------------------------------------------------------------------------------------------------------
+
+
+def plate_size(side: int, text: str) -> tuple[int, int]:
+    """Height and width of the plate of a text that has room, in a square picture."""
+    picture = Image.new("RGB", (side, side), GROUND)
+    box = [[0, side // 2, side - 1, side - 1]]
+    differs = (np.asarray(draw_boxes(picture, box, [text], [RED])) != draw_boxes(picture, box, [""], [RED])).any(axis=2)
+    return extent(differs.any(axis=1)), extent(differs.any(axis=0))
+
+
+def plate_places(picture: Image.Image, size: tuple[int, int]) -> list[list[int]]:
+    """Rows and columns where a plate of (height, width) can be: neither ground nor halo in it."""
+    drawn = ~is_colour(picture, GROUND)
+    top, left = (int(drawn.any(axis=axis).argmax()) for axis in (1, 0))
+    bottom, right = top + extent(drawn.any(axis=1)), left + extent(drawn.any(axis=0))
+    shut = ~is_colour(picture.crop((left, top, right, bottom)), HALO) & drawn[top:bottom, left:right]
+    height, width = size
+    if shut.shape[0] < height or shut.shape[1] < width:
+        return []
+    sums = np.pad(shut, ((1, 0), (1, 0))).cumsum(axis=0, dtype=np.int32).cumsum(axis=1, dtype=np.int32)
+    inside = sums[height:, width:] - sums[:-height, width:] - sums[height:, :-width] + sums[:-height, :-width]
+    return [[top + int(row), left + int(column)] for row, column in np.argwhere(inside == height * width)]
+
+
+def test_frames_have_the_colour_and_nothing_else_changes() -> None:
+    picture = Image.fromarray(np.random.default_rng(0).integers(60, 200, (150, 200, 3), np.uint8))
+    before = picture.tobytes()
+    drawn = np.asarray(draw_boxes(picture, [[40, 50, 120, 110]], [""], [RED]))
+    frame, halo = np.zeros((150, 200), bool), np.zeros((150, 200), bool)
+    frame[50:111, 40:121] = True
+    halo[49:112, 39:122] = True
+    halo &= ~frame
+    frame[52:109, 42:119] = False
+    assert (drawn[frame] == RED).all()
+    assert (drawn[halo] == HALO).all()
+    rest = ~frame & ~halo
+    assert np.array_equal(drawn[rest], np.asarray(picture)[rest])
+    assert picture.tobytes() == before
+
+
+@pytest.mark.parametrize(("side", "thick"), [(64, 2), (600, 2), (900, 3), (3000, 10)])
+def test_lines_and_type_follow_the_picture(side: int, thick: int) -> None:
+    picture = Image.new("RGB", (side, side), GROUND)
+    drawn = is_colour(draw_boxes(picture, [[side / 4, side / 2, 3 * side / 4, side - 10]], [""], [RED]), RED)
+    across = drawn[3 * side // 4]
+    assert across[: side // 2].sum() == across[side // 2 :].sum() == thick
+    height, width = plate_size(side, "cat")
+    assert height == round(1.3 * max(12, round(side / 42)))
+    assert height < width < side
+
+
+@pytest.mark.parametrize("side", [64, 400, 3000])
+def test_plates_stay_inside_the_picture(side: int) -> None:
+    text = "cat"
+    size = plate_size(side, text)
+    last, far, middle, wide = side - 1, side + 30, side / 2, side / 4
+    places = {
+        "top": (middle, 0, middle + wide, wide),
+        "above the top": (middle, -20, middle + wide, wide),
+        "left": (0, middle, wide, middle + wide),
+        "right": (last - 3, middle, last, middle + wide),
+        "right of it": (last - 3, middle, far, middle + wide),
+        "bottom": (middle, last - 3, middle + wide, last),
+        "below the bottom": (middle, last - 3, middle + wide, far),
+        "corner": (last - 2, 0, last, 2),
+        "all": (-20, -20, far, far),
+        "outside": (far, far, far + 20, far + 20),
+    }
+    if side == 3000:  # which takes its time
+        places = {name: places[name] for name in ("top", "right of it", "corner")}
+    picture = Image.new("RGB", (side, side), GROUND)
+    for name, box in places.items():
+        drawn = draw_boxes(picture, [box], [text], [RED])
+        assert drawn.size == picture.size
+        assert plate_places(drawn, size), name
+    assert not plate_places(draw_boxes(picture, [places["corner"]], [""], [RED]), size)
+    if side > 64:
+        drawn = draw_boxes(picture, [(wide, middle, side - wide, side - wide)], [text], [RED])
+        assert plate_places(drawn, size)[0] == [middle - size[0], wide]  # above the box where there is room
+
+
+def test_plates_do_not_hide_each_other() -> None:
+    picture = Image.new("RGB", (400, 400), GROUND)
+    boxes, colours = [(100, 150, 300, 300)] * 4, class_colours(4)
+    drawn = draw_boxes(picture, boxes, ["cat"] * 4, colours)
+    height, width = plate_size(400, "cat")
+    for colour in colours:  # each has its whole frame of a plate, where no letter stands
+        ink = is_colour(drawn, colour)
+        sums = np.pad(ink[:, : -width + 1] & ink[:, width - 1 :], ((1, 0), (0, 0))).cumsum(axis=0)
+        assert (sums[height:] - sums[:-height] == height).any()
+
+
+def test_the_first_boxes_lie_on_top() -> None:
+    picture = Image.new("RGB", (100, 100), GROUND)
+    for colours in ([RED, (0, 255, 0)], [(0, 255, 0), RED]):
+        drawn = draw_boxes(picture, [(10, 10, 60, 60), (10, 10, 60, 60)], ["", ""], colours)
+        assert drawn.getpixel((10, 30)) == colours[0]
+        assert not is_colour(drawn, colours[1]).any()
+
+
+def test_long_texts_are_shortened_to_the_picture() -> None:
+    picture = Image.new("RGB", (120, 90), GROUND)
+    drawn = draw_boxes(picture, [(5, 40, 60, 80)], ["a text that is longer than the picture is wide"], [RED])
+    assert drawn.size == picture.size
+    assert is_colour(drawn, RED).any(axis=0).sum() > 100
+
+
+@pytest.mark.parametrize("side", [1, 9, 64, 3000])
+@pytest.mark.parametrize("boxes", [[], np.zeros((0, 4), np.float32)])
+def test_no_boxes_no_change(side: int, boxes: np.ndarray) -> None:
+    picture = Image.new("RGB", (side, side), GROUND)
+    for drawn in (draw_boxes(picture, boxes, [], []), draw_outlines(picture, boxes)):
+        assert drawn is not picture
+        assert drawn.tobytes() == picture.tobytes()
+
+
+@pytest.mark.parametrize("size", [(1, 1), (5, 3), (300, 8), (8, 300)])
+def test_boxes_on_tiny_pictures(size: tuple[int, int]) -> None:
+    picture = Image.new("RGB", size, GROUND)
+    drawn = draw_boxes(picture, [(0, 0, *size), (0, 0, 0, 0)], ["cat 99%", "größer 猫"], [RED, (0, 255, 0)])
+    assert drawn.size == draw_outlines(picture, [(0, 0, *size), (0, 0, 0, 0)]).size == size
+
+
+def test_each_box_has_a_text_and_a_colour() -> None:
+    with pytest.raises(ValueError, match="zip"):
+        draw_boxes(Image.new("RGB", (9, 9)), [(1, 1, 5, 5)], [], [RED])
+
+
+@pytest.mark.parametrize(("side", "thick"), [(64, 1), (400, 1), (1200, 3)])
+def test_outlines_are_dashed_in_black_and_white(side: int, thick: int) -> None:
+    picture = Image.new("RGB", (side, side), GROUND)
+    low, high = side // 4, 3 * side // 4
+    drawn = draw_outlines(picture, [(low, low, high, high)])
+    assert picture.getcolors() == [(side * side, GROUND)]
+    black, white = is_colour(drawn, BLACK), is_colour(drawn, WHITE)
+    assert np.array_equal(black | white, ~is_colour(drawn, GROUND))
+    margin = thick // 2 + 1
+    inside = slice(low + margin, high - margin + 1)
+    assert not (black | white)[inside, inside].any()
+    outside = black | white
+    outside[low - margin : high + margin + 1, low - margin : high + margin + 1] = False
+    assert not outside.any()
+    for edge in ((low, inside), (high, inside), (inside, low), (inside, high)):
+        assert (black | white)[edge].all()
+        assert 0.3 < black[edge].mean() < 0.7
+    across = (black | white)[side // 2]
+    assert across.sum() == 2 * thick
+
+
+# -- label maps -------------------------------------------------------------------------------------------------------
+
+CLASSES = ["cat", "dog", "owl"]
+
+
+def halves() -> np.ndarray:
+    """Class 1 on the left; nothing on the right. Shape: (20, 40)."""
+    label_map = np.full((20, 40), 255, np.uint8)
+    label_map[:, :20] = 1
+    return label_map
+
+
+@pytest.mark.parametrize("opacity", [0, 0.3, 0.55, 1])
+def test_label_maps_are_blended(opacity: float) -> None:
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 40, 3), np.uint8))
+    before = np.array(picture)
+    drawn = np.asarray(draw_label_map(picture, halves(), CLASSES, opacity=opacity, legend=False)).astype(int)
+    assert np.array_equal(drawn[:, 20:], before[:, 20:])
+    for columns, weight in ((slice(0, 19), opacity), (slice(19, 20), min(1, opacity + 0.35))):  # the border is stronger
+        expected = before[:, columns] * (1 - weight) + np.array(class_colours(3)[1]) * weight
+        assert np.abs(drawn[:, columns] - expected).max() <= 0.51
+    assert np.array_equal(picture, before)
+
+
+def test_borders_between_classes_are_stronger_on_both_sides() -> None:
+    label_map = np.zeros((800, 800), np.uint8)
+    label_map[:400] = 2
+    drawn = np.asarray(draw_label_map(Image.new("RGB", (800, 800)), label_map, CLASSES, legend=False)).astype(float)
+    first, _, last = np.array(class_colours(3), float)
+    for rows, colour, weight in ((slice(0, 398), last, 0.55), (slice(398, 400), last, 0.9),
+                                 (slice(400, 402), first, 0.9), (slice(402, 800), first, 0.55)):  # fmt: skip
+        assert np.abs(drawn[rows] - colour * weight).max() <= 0.51
+
+
+@pytest.mark.parametrize(("width", "height"), [(64, 64), (600, 500), (3000, 1000)])
+def test_the_legend_of_a_label_map_can_be_left_out(width: int, height: int) -> None:
+    picture = Image.new("RGB", (width, height), GROUND)
+    label_map = np.zeros((height, width), np.uint8)
+    label_map[: height // 2] = 2
+    without, with_it = (draw_label_map(picture, label_map, CLASSES, legend=legend) for legend in (False, True))
+    assert without.size == (width, height)
+    assert with_it.width == width
+    assert with_it.height > height + 12
+    assert with_it.crop((0, 0, width, height)).tobytes() == without.tobytes()
+    strip = with_it.crop((0, height, width, with_it.height))
+    assert [is_colour(strip, colour).any() for colour in class_colours(3)] == [True, False, True]
+
+
+def test_nothing_to_draw() -> None:
+    picture = Image.new("RGB", (40, 20), GROUND)
+    drawn = draw_label_map(picture, np.full((20, 40), 255, np.uint8), CLASSES)
+    assert drawn.tobytes() == picture.tobytes()
+    with pytest.raises(ValueError, match=r"a label map of \(40, 20\) on a picture of \(20, 40\)"):
+        draw_label_map(picture, np.zeros((40, 20), np.uint8), CLASSES)
+
+
+def test_entries_of_a_legend() -> None:
+    label_map = np.zeros((100, 100), np.uint8)
+    label_map[:2] = 2
+    label_map[2, :9] = 1
+    label_map[50:] = 255
+    cat, dog, owl = class_colours(3)
+    shared = [("cat 47.9%", cat), ("owl 2.0%", owl), ("dog <0.1%", dog)]
+    assert legend_of(label_map, CLASSES) == shared
+    assert legend_of(label_map, CLASSES, with_shares=False) == [("cat", cat), ("owl", owl), ("dog", dog)]
+    assert legend_of(np.full((2, 2), 255, np.uint8), CLASSES) == []
+    assert legend_of(np.array([[2, 1]], np.uint8), CLASSES) == [("dog 50.0%", dog), ("owl 50.0%", owl)]
+
+
+def test_legend_takes_as_many_lines_as_it_needs() -> None:
+    colours = class_colours(9)
+    entries = [(f"class {number}", colour) for number, colour in enumerate(colours)]
+    heights = []
+    for width in (120, 300, 900):
+        picture = Image.new("RGB", (width, 100), GROUND)
+        drawn = with_legend(picture, entries)
+        assert drawn.width == width
+        assert drawn.crop((0, 0, width, 100)).tobytes() == picture.tobytes()
+        strip = drawn.crop((0, 100, width, drawn.height))
+        squares = [np.argwhere(is_colour(strip, colour)) for colour in colours]
+        assert all(len(square) >= 10 * 10 for square in squares)
+        corners = [tuple(square.min(axis=0)) for square in squares]
+        assert corners == sorted(corners)  # line by line
+        ink = inked(strip)
+        assert not ink[-2:].any()
+        assert not ink[:, :5].any()
+        heights.append(strip.height)
+    assert heights[0] > heights[1] > heights[2]
+
+
+def test_legends_of_nothing_and_of_long_names() -> None:
+    picture = Image.new("RGB", (120, 60), GROUND)
+    assert with_legend(picture, []).tobytes() == picture.tobytes()
+    long = with_legend(picture, [("giant schnauzer " * 20, RED)])
+    short = with_legend(picture, [("dog", RED)])
+    assert long.size == short.size
+    assert not inked(long.crop((0, 60, 120, long.height)))[:, 118:].any()

@@ -92,7 +92,7 @@ def _palette(num_classes: int) -> tuple[RGB, ...]:
     candidates = np.stack(np.meshgrid(steps, steps, steps), axis=-1).reshape(-1, 3)
     lightness, green_red, blue_yellow = _oklab(candidates).T
     vivid = np.hypot(green_red, blue_yellow) > 0.06
-    candidates = candidates[vivid & (lightness > 0.42) & (lightness < 0.93)]
+    candidates = candidates[vivid & (lightness > 0.35) & (lightness < 0.93)]
     places = _oklab(candidates)
     colours = list(_FIRST_COLOURS[:num_classes])
     # Each further colour is the one farthest from all before it, so that more classes never change the first ones.

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from mobilevit.models.card import Task
 from mobilevit.training.config import TrainConfig
 
 
@@ -66,3 +67,39 @@ def test_the_published_learning_rate_belongs_to_the_published_batch() -> None:
 def test_every_setting_has_one_default_and_json_type() -> None:
     values = json.loads(TrainConfig(data=Path("a")).to_json())
     assert set(values) == {f.name for f in dataclasses.fields(TrainConfig)}
+
+
+@pytest.mark.parametrize(
+    ("task", "settings", "said"),
+    [
+        ("detection", {"mixup": 0.2}, "--mixup is for classification; this is detection, so leave it out"),
+        ("classification", {"zoom_out": 0.0}, "--zoom-out is for detection; this is classification"),
+        ("segmentation", {"iou_crop": False}, "--iou-crop is for detection; this is segmentation"),
+        ("detection", {"output_stride": 16}, "--output-stride is for segmentation; this is detection"),
+        ("classification", {"photometric_distortion": False}, "is for detection and segmentation"),
+    ],
+)
+def test_settings_of_another_task(task: Task, settings: dict[str, object], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        TrainConfig(data=Path("data"), **settings).resolve(task)
+
+
+@pytest.mark.parametrize(
+    ("task", "size", "mode"),
+    [("classification", 256, "crop"), ("detection", 320, "stretch"), ("segmentation", 512, "pad")],
+)
+def test_what_depends_on_the_task(task: Task, size: int, mode: str) -> None:
+    config = TrainConfig(data=Path("data"))
+    resolved = config.resolve(task)
+    assert (resolved.task, resolved.image_size, resolved.resize_mode) == (task, (size, size), mode)
+    assert resolved.resolve(task) == resolved
+    assert TrainConfig(data=Path("data"), image_size=(128, 160)).resolve(task).input_size == (128, 160)
+    assert resolved.head_lr_factor == 1
+    assert TrainConfig(data=Path("data"), weights="pretrained").resolve("segmentation").head_lr_factor == 10
+
+
+def test_sizes_in_json(tmp_path: Path) -> None:
+    for size in (96, (96, 128), None):
+        config = TrainConfig(data=Path("data"), image_size=size, crop_size=size)
+        (tmp_path / "config.json").write_text(config.to_json())
+        assert TrainConfig.from_json(tmp_path / "config.json") == config

@@ -91,7 +91,8 @@ def make_anchors(map_sizes: Sequence[tuple[int, int]], config: SSDLiteConfig) ->
 @lru_cache(maxsize=16)
 def _anchor_table(map_sizes: tuple[tuple[int, int], ...], config: SSDLiteConfig) -> NDArray[np.float32]:
     levels = []
-    scales = pairwise(np.linspace(config.min_scale, config.max_scale, len(map_sizes) + 1).tolist())
+    step = (config.max_scale - config.min_scale) / len(map_sizes)
+    scales = pairwise(config.min_scale + number * step for number in range(len(map_sizes) + 1))
     for (height, width), ratios, (small, large) in zip(map_sizes, config.aspect_ratios, scales, strict=True):
         between = math.sqrt(small * large)
         sides = [(small, small), (between, between)]
@@ -160,7 +161,7 @@ class SSDLite(nn.Module):
         self.heads = nn.ModuleList()
         for channels, head_channels, anchors in zip(levels, config.head_channels, config.anchors_per_cell, strict=True):
             last = len(self.heads) == len(levels) - 1
-            self.heads.append(_Head(channels, head_channels, anchors, num_classes + 1, separable=not last))
+            self.heads.append(DetectionHead(channels, head_channels, anchors, num_classes + 1, separable=not last))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -168,7 +169,7 @@ class SSDLite(nn.Module):
         for part in (self.extra, self.pool, self.heads):
             initialize(part)
         for head in self.heads:
-            assert isinstance(head, _Head)
+            assert isinstance(head, DetectionHead)
             initialize_prediction(head.predict)
 
     def forward(self, x: Tensor) -> DetectionOutput:
@@ -187,7 +188,7 @@ class SSDLite(nn.Module):
         return DetectionOutput(class_logits, box_regression, anchors)
 
 
-class _Head(nn.Module):
+class DetectionHead(nn.Module):
     """Classes and boxes at every anchor of one level.
 
     Shape: (B, C, H, W) -> (B, H * W * num_anchors, 4 + num_outputs), boxes first.

@@ -197,12 +197,12 @@ class DetectionMeter:
         Without `true_crowd` no object is a crowd; without `true_areas`, and where they are zero, those of the boxes
         count.
         """
-        found, true = (np.array(boxes, np.float32).reshape(-1, 4) for boxes in (boxes_xyxy, true_xyxy))
-        found_labels, there = (np.array(numbers, np.int64).reshape(-1) for numbers in (labels, true_labels))
-        sure = np.array(scores, np.float32).reshape(-1)
-        crowd = np.zeros(len(true), np.bool_) if true_crowd is None else np.array(true_crowd, np.bool_).reshape(-1)
+        found, true = (np.asarray(boxes).astype(np.float32).reshape(-1, 4) for boxes in (boxes_xyxy, true_xyxy))
+        found_labels, there = (np.asarray(numbers).astype(np.int64).reshape(-1) for numbers in (labels, true_labels))
+        sure = np.asarray(scores).astype(np.float32).reshape(-1)
+        crowd = np.asarray(np.zeros(len(true)) if true_crowd is None else true_crowd).astype(np.bool_).reshape(-1)
         own_areas = _areas(true)
-        areas = own_areas if true_areas is None else np.array(true_areas, np.float32).reshape(-1)
+        areas = own_areas if true_areas is None else np.asarray(true_areas).astype(np.float32).reshape(-1)
         self.pictures[index] = DetectionPicture(
             boxes_xyxy=found,
             scores=sure,
@@ -329,7 +329,7 @@ class DetectionMeter:
             }
             metric.update([found], [true])
         result = metric.compute()
-        seen = result["classes"].tolist()
+        seen = result["classes"].reshape(-1).tolist()  # of one class alone it is a scalar
         precisions[:, :, seen] = result["precision"][..., -1].numpy()
         recalls[:, seen] = result["recall"][:, :, 0, -1].numpy()
         return precisions, recalls
@@ -396,7 +396,7 @@ def _match(
     if crowd.any():
         low, high = np.maximum(boxes[:, None, :2], true[:, :2]), np.minimum(boxes[:, None, 2:], true[:, 2:])
         inside = (high - low).clip(min=0).prod(axis=2)
-        in_crowd = same_class & crowd & (inside >= _MATCH_IOU * _areas(boxes)[:, None])
+        in_crowd = same_class & crowd & (inside > 0) & (inside >= _MATCH_IOU * _areas(boxes)[:, None])
         outcome[(outcome == WRONG) & in_crowd.any(axis=1)] = NOT_COUNTED
     return outcome
 

@@ -24,6 +24,17 @@ _INPUTS: dict[Task, tuple[int, ResizeMode]] = {
 """Side of the input and resize mode where a user says nothing."""
 
 
+_ONLY_FOR: dict[str, tuple[Task, ...]] = {
+    **dict.fromkeys(("min_crop_area", "randaugment", "mixup", "cutmix", "random_erasing"), ("classification",)),
+    **dict.fromkeys(("label_smoothing", "class_weights"), ("classification",)),
+    **dict.fromkeys(("zoom_out", "iou_crop"), ("detection",)),
+    **dict.fromkeys(("crop_size", "scale_range", "rotation"), ("segmentation",)),
+    **dict.fromkeys(("output_stride", "aspp_channels", "aux_head", "aux_weight"), ("segmentation",)),
+    "photometric_distortion": ("detection", "segmentation"),
+}
+"""Settings that not every task has."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """Settings of one run. Defaults suit a few thousand photographs; the paper's values are named where they differ."""
@@ -149,7 +160,16 @@ class TrainConfig:
         return peak * math.sqrt(self.batch_size * self.grad_accum_steps / batch)
 
     def resolve(self, task: Task) -> TrainConfig:
-        """The same settings with everything decided that depends on the task."""
+        """The same settings with everything decided that depends on the task.
+
+        Raises:
+            ValueError: something is set that this task does not have.
+        """
+        for field in dataclasses.fields(self):
+            tasks = _ONLY_FOR.get(field.name, (task,))
+            if task not in tasks and getattr(self, field.name) != field.default:
+                flag = field.name.replace("_", "-")
+                raise ValueError(f"--{flag} is for {' and '.join(tasks)}; this is {task}, so leave it out")
         size, mode = _INPUTS[task]
         image_size = _height_width(size if self.image_size is None else self.image_size)
         head_lr_factor = self.head_lr_factor

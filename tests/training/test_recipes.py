@@ -1,0 +1,49 @@
+from pathlib import Path
+
+import pytest
+
+from mobilevit.cli import main
+from mobilevit.training.config import TrainConfig
+from mobilevit.training.recipes import RECIPES, find_recipe
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_are_settings_that_hold(name: str) -> None:
+    config = TrainConfig(data=Path("data"), **find_recipe(name).settings)
+    config.validate()
+    assert config.task != "auto"
+    config.resolve(config.task).validate()
+
+
+def test_published_recipes() -> None:
+    coco = TrainConfig(data=Path("coco"), **find_recipe("coco-detection").settings).resolve("detection")
+    assert (coco.peak_learning_rate, coco.epochs, coco.batch_size, coco.input_size) == (9e-4, 200, 128, (320, 320))
+    voc = TrainConfig(data=Path("voc"), **find_recipe("voc-segmentation").settings).resolve("segmentation")
+    assert (voc.peak_learning_rate, voc.epochs, voc.head_lr_factor, voc.input_size) == (9e-4, 50, 10, (512, 512))
+    imagenet = TrainConfig(data=Path("imagenet"), **find_recipe("imagenet").settings)
+    assert imagenet.batch_size * imagenet.grad_accum_steps == 1024
+    assert (imagenet.epochs, imagenet.weight_decay, imagenet.ema_momentum) == (300, 0.01, 5e-4)
+
+
+def test_unknown_recipe(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--recipe", "coco-detecton", "--data", "x"]) == 2
+    assert "did you mean coco-detection?" in capsys.readouterr().err
+
+
+def test_list_of_recipes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--recipe", "list"]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == list(RECIPES)
+
+
+def test_flags_change_a_recipe(shapes: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    arguments = ["--data", str(shapes), "--out", str(out), "--image-size", "32", "--epochs", "1", "--batch-size", "20"]
+    assert main(["train", "--recipe", "imagenet", *arguments, "--model", "mobilevit_xxs"]) == 0
+    config = TrainConfig.from_json(out / "config.json")
+    assert (config.epochs, config.batch_size, config.learning_rate) == (1, 20, 2e-3)
+
+
+def test_recipe_and_config_exclude_each_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_text(TrainConfig(data=Path("x")).to_json())
+    assert main(["train", "--config", str(tmp_path / "config.json"), "--recipe", "imagenet"]) == 2
+    assert "leave one of them out" in capsys.readouterr().err
