@@ -194,6 +194,7 @@ def test_class_colours_are_distinct() -> None:
     assert apart[:12, :12].min() > 60
     assert apart.min() >= 15
     assert len(set(class_colours(255))) == 255
+    assert (colours.max(axis=1) - colours.min(axis=1)).min() > 30  # no greys
 
 
 @pytest.mark.parametrize("num_classes", [0, 1, 6, 7, 8, 21, 91, 149])
@@ -312,6 +313,14 @@ def test_the_first_boxes_lie_on_top() -> None:
         drawn = draw_boxes(picture, [(10, 10, 60, 60), (10, 10, 60, 60)], ["", ""], colours)
         assert drawn.getpixel((10, 30)) == colours[0]
         assert not is_colour(drawn, colours[1]).any()
+
+
+def test_where_plates_must_hide_each_other_the_first_lies_on_top() -> None:
+    picture = Image.new("RGB", (90, 16), GROUND)  # as high as a plate
+    for colours in ([RED, (0, 255, 0)], [(0, 255, 0), RED]):
+        drawn = draw_boxes(picture, [(0, 0, 89, 15)] * 2, ["a long label"] * 2, colours)
+        first, last = (is_colour(drawn, colour).sum() for colour in colours)
+        assert first > 5 * last
 
 
 def test_long_texts_are_shortened_to_the_picture() -> None:

@@ -273,3 +273,22 @@ def test_road_scenes() -> None:
     mask = splits["val"].targets[0].read()
     assert mask.shape == (360, 480)
     assert set(np.unique(mask)) == {*range(11), IGNORE}
+
+
+def test_voc_with_the_masks_of_sbd(tmp_path: Path) -> None:
+    """SBD's masks go into a folder of their own, and its pictures into a list of their own."""
+    root = tmp_path / "VOC2012"
+    for folder in ("JPEGImages", "SegmentationClass", "SegmentationClassAug", "ImageSets/Segmentation"):
+        (root / folder).mkdir(parents=True)
+    for name in "abcd":
+        Image.new("RGB", (8, 8)).save(root / f"JPEGImages/{name}.jpg")
+        Image.new("L", (8, 8), 1).save(root / f"SegmentationClassAug/{name}.png")
+    Image.new("L", (8, 8), 2).save(root / "SegmentationClass/a.png")
+    lists = root / "ImageSets/Segmentation"
+    (lists / "train.txt").write_text("a\n")
+    (lists / "trainaug.txt").write_text("a\nb\nc\nd\n")
+    (lists / "val.txt").write_text("d\n")
+    splits = segmentation_splits(root)
+    assert list(splits["train"].names) == ["JPEGImages/a.jpg", "JPEGImages/b.jpg", "JPEGImages/c.jpg"]
+    assert list(splits["val"].names) == ["JPEGImages/d.jpg"]
+    assert splits["train"].targets[0].read().max() == 1

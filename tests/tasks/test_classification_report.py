@@ -151,8 +151,9 @@ def test_meter_counts_each_picture_once() -> None:
     assert meter.report().confusion.tolist() == [[2, 0], [1, 0]]
 
 
-def test_meter_of_half_precision_logits_keeps_its_own() -> None:
-    logits = torch.randn(3, 4).bfloat16()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_a_meter_keeps_its_own_logits(dtype: torch.dtype) -> None:
+    logits = torch.randn(3, 4).to(dtype)
     expected = logits.float().tolist()
     meter = ClassificationMeter(list("abcd"))
     meter.update([0, 1, 2], logits, torch.tensor([3, 2, 1]))

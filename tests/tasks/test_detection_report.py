@@ -377,6 +377,14 @@ def test_detections_of_one_score_are_not_parted() -> None:
     assert meter.report().f1 == pytest.approx(2 / 3)
 
 
+def test_detections_in_crowds_do_not_move_the_threshold() -> None:
+    crowd = (300, 300, 400, 400)
+    found = [(A, 0.75, 0), *((crowd, 0.625, 0),) * 5, (B, 0.5, 0)]
+    meter = meter_of(picture(found, [(A, 0), (B, 0), (crowd, 0)], true_crowd=[False, False, True]))
+    assert meter.best_threshold() == 0.5
+    assert meter.report().f1 == 1
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_best_threshold_is_the_best_of_all(seed: int) -> None:
     meter = meter_of(*random_pictures(seed), classes="abcd")

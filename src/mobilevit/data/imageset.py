@@ -255,7 +255,7 @@ def split(data: ImageSet[Target], *, val_fraction: float, seed: int) -> tuple[Im
         count = min(max(1, round(len(numbers) * val_fraction)), len(numbers) - 1)
         val += numbers[:count]
         train += numbers[count:]
-    return data.subset(sorted(train)), data.subset(sorted(val))
+    return data.subset(sorted(train)), replace(data.subset(sorted(val)), problems=())  # told once is enough
 
 
 def _strata(data: ImageSet[Any]) -> list[tuple[str, list[int]]]:

@@ -121,10 +121,10 @@ def _layouts(path: Path) -> list[_Layout]:
     if folders := _folders(path):
         return [_Layout(root=path, folders=folders)]
     bases = [path, *sorted(path.glob("VOC20*")), *sorted(path.glob("VOCdevkit/VOC20*"))]
-    names = ("SegmentationClassAug", "SegmentationClass")
-    found = [
-        (base, base / "JPEGImages", next((base / n for n in names if (base / n).is_dir()), base)) for base in bases
-    ]
+    found = []
+    for base in bases:
+        added = base / "SegmentationClassAug"
+        found.append((base, base / "JPEGImages", added if added.is_dir() else base / "SegmentationClass"))
     return [
         _Layout(root=base, folders={"all": (pictures, masks)}, is_voc=True)
         for base, pictures, masks in found

@@ -46,7 +46,7 @@ RECIPES: dict[str, Recipe] = {
         settings=_PUBLISHED_HEADS | {"task": "detection", "epochs": 200, "warmup_fraction": 500 / (200 * 917)},
     ),
     "voc-segmentation": Recipe(
-        about="The paper's DeepLabv3 on VOC and SBD (it adds COCO) at 512 pixels from an ImageNet backbone: 50 epochs, 128 a step.",
+        about="The paper's DeepLabv3 on VOC and SBD, without its COCO part, at 512 pixels: 50 epochs, 128 a step.",
         settings=_PUBLISHED_HEADS | {"task": "segmentation", "epochs": 50, "warmup_fraction": 500 / (50 * 83)},
     ),
     "small-detection": Recipe(
