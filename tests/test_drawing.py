@@ -194,7 +194,7 @@ def test_class_colours_are_distinct() -> None:
     assert apart[:12, :12].min() > 60
     assert apart.min() >= 15
     assert len(set(class_colours(255))) == 255
-    assert (colours.max(axis=1) - colours.min(axis=1)).min() > 30  # no greys
+    assert (colours.max(axis=1) - colours.min(axis=1)).min() >= 30  # no greys
 
 
 @pytest.mark.parametrize("num_classes", [0, 1, 6, 7, 8, 21, 91, 149])
@@ -318,7 +318,7 @@ def test_the_first_boxes_lie_on_top() -> None:
 def test_where_plates_must_hide_each_other_the_first_lies_on_top() -> None:
     picture = Image.new("RGB", (90, 16), GROUND)  # as high as a plate
     for colours in ([RED, (0, 255, 0)], [(0, 255, 0), RED]):
-        drawn = draw_boxes(picture, [(0, 0, 89, 15)] * 2, ["a long label"] * 2, colours)
+        drawn = draw_boxes(picture, [(0, 0, 89, 15)] * 2, ["a label that fills it from left to right"] * 2, colours)
         first, last = (is_colour(drawn, colour).sum() for colour in colours)
         assert first > 5 * last
 
@@ -426,6 +426,25 @@ def test_nothing_to_draw() -> None:
     assert drawn.tobytes() == picture.tobytes()
     with pytest.raises(ValueError, match=r"a label map of \(40, 20\) on a picture of \(20, 40\)"):
         draw_label_map(picture, np.zeros((40, 20), np.uint8), CLASSES)
+
+
+@pytest.mark.parametrize("name", ["background", "__background__", "Background"])
+def test_the_background_has_neither_colour_nor_entry(name: str) -> None:
+    picture, label_map = Image.new("RGB", (40, 20), GROUND), np.zeros((20, 40), np.uint8)
+    classes = [name, "dog", "background noise"]
+    assert draw_label_map(picture, label_map, classes).tobytes() == picture.tobytes()
+    label_map[:, :10], label_map[:, 10:15] = 1, 2
+    drawn = draw_label_map(picture, label_map, classes, legend=False)
+    assert np.array_equal(~is_colour(drawn, GROUND), label_map != 0)
+    _, dog, noise = class_colours(3)
+    assert legend_of(label_map, classes) == [("dog 25.0%", dog), ("background noise 12.5%", noise)]
+
+
+def test_the_type_of_a_legend_can_be_given() -> None:
+    picture = Image.new("RGB", (400, 100), GROUND)
+    small, large = (with_legend(picture, [("dog", RED)], size=size) for size in (12, 30))
+    assert [is_colour(each, RED).any(axis=0).sum() for each in (small, large)] == [10, 28]  # within a line of grey
+    assert small.height < large.height
 
 
 def test_entries_of_a_legend() -> None:

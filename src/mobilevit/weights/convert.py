@@ -73,7 +73,10 @@ def convert_state_dict(
             f"names ({_some(strangers)}); remove them to convert the rest"
         )
     names = {key: getattr(rows[_module(key)], to) for key in tensors}
-    if homeless := [key for key, name in names.items() if name is None]:
+    homeless = [key for key, name in names.items() if name is None]
+    if len(homeless) == len(tensors):
+        raise ValueError(f"{to} has no MobileViT {_DOERS[task]}; convert to cvnets, which has")
+    if homeless:
         raise ValueError(
             f"{to} has no such {task} head: there is no place for {len(homeless)} of {len(tensors)} tensors "
             f"({_some(homeless)}); remove them to convert the rest"
