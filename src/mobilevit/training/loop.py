@@ -97,9 +97,10 @@ def train(
     )
     config = config.resolve(train_set.task)
     config.validate()
+    fingerprint = train_set.fingerprint()
     run = RunFolder(config.out)
     state = run.reopen(config) if resume else None
-    if state is not None and state["data"] != train_set.fingerprint():
+    if state is not None and state["data"] != fingerprint:
         raise ValueError(f"{config.data}: not the pictures this run began with; resume with the same data")
 
     # -- model --------------------------------------------------------------------------------------------------------
@@ -171,7 +172,7 @@ def train(
                 "average": average.state_dict() if average else None,
                 "random": _random_state(),
                 "position": dataclasses.asdict(position),
-                "data": train_set.fingerprint(),
+                "data": fingerprint,
             }
         )
 
@@ -252,7 +253,7 @@ def train(
             }
             if report.score > position.best_score:
                 position.best_score, position.best_epoch = report.score, epoch
-                run.save_best(evaluated, report, _provenance(config, train_set, epoch))
+                run.save_best(evaluated, report, _provenance(config, fingerprint, epoch))
             run.append(row)
             for name, value in row.items():
                 writer.add_scalar(name, value, epoch)
@@ -398,10 +399,10 @@ def _load_best(run: RunFolder, model: nn.Module) -> nn.Module:
     return model.eval()
 
 
-def _provenance(config: TrainConfig, data: ImageSet[Any], epoch: int) -> dict[str, str]:
+def _provenance(config: TrainConfig, fingerprint: str, epoch: int) -> dict[str, str]:
     """What `mobilevit eval` needs to find the pictures that were held out, and a reader to know the rest."""
     return {
-        "data_fingerprint": data.fingerprint(),
+        "data_fingerprint": fingerprint,
         "val_fraction": str(config.val_fraction),
         "seed": str(config.seed),
         "epoch": str(epoch + 1),
