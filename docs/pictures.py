@@ -1,7 +1,9 @@
-"""Makes the pictures of a run that README and tutorial show, into docs/images/.
+"""Makes the pictures of a run that README and tutorials show, into docs/images/.
 
-    python docs/pictures.py                # runs `mobilevit demo` first: some minutes
-    python docs/pictures.py --from demo    # takes them from the folder of a demo that has been run
+    python docs/pictures.py                                     # runs `mobilevit demo` first: some minutes
+    python docs/pictures.py --from demo                         # takes them from the folder of a demo that has been run
+    python docs/pictures.py --task detection --from FOLDER      # from one of `mobilevit demo --task detection`
+    python docs/pictures.py --task segmentation --from FOLDER
 
 The drawings of how the model works are made by docs/figures.py.
 """
@@ -14,42 +16,66 @@ from pathlib import Path
 
 from PIL import Image
 
+from mobilevit.data.check import contact_sheet
+from mobilevit.data.datasets import find_splits
+
 IMAGES = Path(__file__).parent / "images"
 PICTURES = {
-    "demo.png": "unseen.png",
-    "curves.png": "run/curves.png",
-    "confusion_matrix.png": "run/confusion_matrix.png",
+    "classification": {
+        "demo.png": "unseen.png",
+        "curves.png": "run/curves.png",
+        "confusion_matrix.png": "run/confusion_matrix.png",
+    },
+    "detection": {
+        "detection-demo.png": "unseen.png",
+        "detection-pr-curves.png": "run/pr_curves.png",
+    },
+    "segmentation": {
+        "segmentation-demo.png": "unseen.png",
+        "segmentation-iou.png": "run/per_class_iou.png",
+    },
 }
-PLOTS = ("curves.png", "confusion_matrix.png")
+"""By task: name in docs/images/, file in the folder of a demo."""
+SHEET = "unseen.png"
+"""The others are plots, which a palette of 256 colours keeps small."""
+MOST_COLUMNS = 1400
+"""Wider pictures are made smaller."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", choices=list(PICTURES), default="classification", help="whose pictures to make")
     parser.add_argument("--from", dest="demo", type=Path, metavar="FOLDER", help="a folder that `mobilevit demo` wrote")
     arguments = parser.parse_args()
     if arguments.demo is not None:
-        take(arguments.demo)
+        take(arguments.demo, arguments.task)
         return
-    from mobilevit.cli import Demo
     from mobilevit.demo import run_demo
 
-    settings = Demo()
     with tempfile.TemporaryDirectory() as folder:
         demo = Path(folder) / "demo"
-        run_demo(demo, epochs=settings.epochs, num_images=settings.num_images, seed=settings.seed)
-        take(demo)
+        run_demo(demo, arguments.task, epochs=None, num_images=None, seed=0)
+        take(demo, arguments.task)
 
 
-def take(demo: Path) -> None:
-    """Copy a demo's pictures; plots get a palette of 256 colours, which keeps them small."""
+def take(demo: Path, task: str) -> None:
+    """Copy a demo's pictures, and draw what `mobilevit data check` shows of its boxes or masks."""
     IMAGES.mkdir(exist_ok=True)
-    for name, source in PICTURES.items():
-        picture = Image.open(demo / source).convert("RGB")
-        path = IMAGES / name
-        if name in PLOTS:
-            picture = picture.quantize(256, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
-        picture.save(path, optimize=True)
-        print(f"docs/images/{name}: {picture.width} x {picture.height}, {path.stat().st_size / 1000:.0f} kB")
+    for name, source in PICTURES[task].items():
+        save(Image.open(demo / source), name, few_colours=source != SHEET)
+    if task != "classification":
+        sheet = contact_sheet(find_splits(demo / "data"), num_images=6, cell=220)
+        save(sheet, f"{task}-check.png", few_colours=False)
+
+
+def save(picture: Image.Image, name: str, *, few_colours: bool) -> None:
+    picture = picture.convert("RGB")
+    picture.thumbnail((MOST_COLUMNS, 10 * MOST_COLUMNS), Image.Resampling.LANCZOS)
+    if few_colours:
+        picture = picture.quantize(256, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+    path = IMAGES / name
+    picture.save(path, optimize=True)
+    print(f"docs/images/{name}: {picture.width} x {picture.height}, {path.stat().st_size / 1000:.0f} kB")
 
 
 if __name__ == "__main__":

@@ -57,8 +57,8 @@ _SHOWS: dict[Task, _Show] = {
         write=shapes.write_boxes,
         size=128,
         num_images=3000,
-        epochs=10,
-        settings={"batch_size": 16, "learning_rate": 1.5e-3, "zoom_out": 0.0, "iou_crop": False},
+        epochs=9,
+        settings={"batch_size": 16, "learning_rate": 2e-3, "zoom_out": 0.0, "iou_crop": False},
     ),
     "segmentation": _Show(
         write=shapes.write_masks,
