@@ -35,7 +35,7 @@ def write(name: str, figures: dict[str, Any]) -> Path:
 def command() -> str:
     """The command line without folders of this machine."""
     words = [sys.argv[0], *sys.argv[1:]]
-    places = {number + 1 for number, word in enumerate(words) if word in ("--data", "--out")}
+    places = {number + 1 for number, word in enumerate(words) if word in ("--data", "--out", "--from")}
     return " ".join(["python", *("FOLDER" if number in places else word for number, word in enumerate(words))])
 
 

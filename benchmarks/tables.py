@@ -33,8 +33,10 @@ FLOWERS = {
 }
 FROM_SCRATCH = {"detection": "bccd-mobilevit_xxs", "segmentation": "camvid-mobilevit_xxs"}
 SHORT_NAMES = {"mobilevit_xxs": "XXS", "mobilevit_xs": "XS", "mobilevit_s": "S"}
+DEMOS = ("demo-classification", "demo-detection", "demo-segmentation")
 MEASUREMENTS = (
-    "inference", "training_speed", *FLOWERS.values(), *FROM_SCRATCH.values(), "postprocessing", "resume", "startup",
+    "inference", "training_speed", *FLOWERS.values(), *FROM_SCRATCH.values(), "postprocessing", *DEMOS, "resume",
+    "startup",
 )  # fmt: skip
 
 
@@ -326,6 +328,15 @@ def postprocessing_table(results: Results) -> str:
     return table(head, rows)
 
 
+def demo_table(results: Results) -> str:
+    rows = []
+    for name in DEMOS:
+        result = results[name]
+        scores = ", ".join(f"{text} {percent(value)}" for text, value in result["scores"].items())
+        rows.append([name.removeprefix("demo-"), scores, str(result["epochs"]), str(result["seconds"])])
+    return table(("task", "on pictures held out", "epochs", "seconds in all"), rows)
+
+
 def resume_table(results: Results) -> str:
     resume = results["resume"]
     row = [str(resume["kills"]), "yes" if resume["identical"] else "no", str(resume["corrupt_files"])]
@@ -402,6 +413,15 @@ SECTIONS = (
             "the background almost everywhere. Medians of rounds in turn with the forward pass."
         ),
         body=postprocessing_table,
+    ),
+    Section(
+        title="The demo",
+        names=DEMOS,
+        what=(
+            "`mobilevit demo` on its built-in scenes: drawing, training XXS from nothing, evaluation, prediction and "
+            "report."
+        ),
+        body=demo_table,
     ),
     Section(
         title="Killed and resumed",
