@@ -382,12 +382,9 @@ def _head(config: TrainConfig) -> DeepLabv3Config | None:
 
 def _freeze(model: nn.Module) -> None:
     """Statistics and dropout of the backbone as in evaluation."""
-    for name, child in model.named_children():
-        if not is_head(name + "."):
+    for name, child in getattr(model, "backbone", model).named_children():
+        if not is_head(f"{name}."):
             child.eval()
-    backbone = getattr(model, "backbone", None)
-    if isinstance(backbone, nn.Module):
-        backbone.eval()
 
 
 def _load_best(run: RunFolder, model: nn.Module) -> nn.Module:
