@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-import peers
 import record
+from mobilevit.benchmark import peers
 from mobilevit.training.config import TrainConfig
 from mobilevit.training.loop import train
 

@@ -21,8 +21,8 @@ import record
 from mobilevit import factory
 from mobilevit.data.datasets import find_splits
 from mobilevit.devices import pick_device
+from mobilevit.inference.session import TorchSession
 from mobilevit.models.card import card_of
-from mobilevit.models.fuse import fuse
 from mobilevit.training.config import TrainConfig
 from mobilevit.training.evaluate import default_num_workers, evaluate, evaluation_loader
 from mobilevit.training.loop import train
@@ -83,7 +83,7 @@ def main() -> None:
     loader = evaluation_loader(
         test, preprocessing, batch_size=8, num_workers=default_num_workers(device), device=device
     )
-    evaluation = evaluate(fuse(model).to(device), loader, preprocessing, device=device)
+    evaluation = evaluate(TorchSession(model, preprocessing, device=device), loader, preprocessing)
     rows = [json.loads(line) for line in (config.out / "metrics.jsonl").read_text().splitlines()]
     figures = {
         "validation": result.report.summary,

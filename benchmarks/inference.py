@@ -12,8 +12,8 @@ import time
 import torch
 
 import mobilevit
-import peers
 import record
+from mobilevit.benchmark import peers
 
 
 def main() -> None:

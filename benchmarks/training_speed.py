@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 import mobilevit
-import peers
 import record
+from mobilevit.benchmark import peers
 from mobilevit.tasks.classification import classification_loss
 from mobilevit.training.config import TrainConfig
 from mobilevit.training.optim import WeightAverage, make_optimizer

@@ -19,8 +19,8 @@ from safetensors.torch import load_file
 import mobilevit
 from golden_weights import fill_with_golden_weights
 from mobilevit.cli import main
-from mobilevit.data.imageset import find_images
 from mobilevit.data.shapes import CLASSES
+from mobilevit.preprocessing import find_images
 
 TINY = ["--image-size", "32", "--epochs", "1", "--batch-size", "8", "--num-workers", "0", "--device", "cpu"]
 

@@ -20,6 +20,7 @@ from mobilevit.data import shapes
 from mobilevit.data.datasets import find_splits
 from mobilevit.data.loaders import BatchLoader
 from mobilevit.inference.predictor import Predictor, Result
+from mobilevit.inference.session import TorchSession
 from mobilevit.models.card import ModelCard, Task, card_of
 from mobilevit.training.config import TrainConfig
 from mobilevit.training.evaluate import evaluate, evaluation_loader
@@ -262,7 +263,8 @@ def _report(model: nn.Module, data: Path) -> dict[str, Any]:
     (pictures,) = find_splits(data, card.task).values()
     device = torch.device("cpu")
     loader = evaluation_loader(pictures, card.preprocessing, batch_size=1, num_workers=0, device=device)
-    return evaluate(model, loader, card.preprocessing, device=device).report.to_dict()
+    session = TorchSession(model, card.preprocessing, device=device)
+    return evaluate(session, loader, card.preprocessing).report.to_dict()
 
 
 def _evaluate_in_process(rank: int, run: Path, data: Path, out: Path) -> None:

@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mobilevit.exporting.export import ExportReport, export
     from mobilevit.factory import create_model, load
     from mobilevit.inference.predictor import Predictor
     from mobilevit.models import list_models
@@ -21,12 +22,14 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME_OF = {
+    "ExportReport": "exporting.export",
     "ImageError": "preprocessing",
     "Predictor": "inference.predictor",
     "Preprocessing": "preprocessing",
     "TrainConfig": "training.config",
     "convert_state_dict": "weights.convert",
     "create_model": "factory",
+    "export": "exporting.export",
     "fuse": "models.fuse",
     "list_models": "models",
     "list_pretrained": "weights.pretrained",
@@ -36,12 +39,14 @@ _HOME_OF = {
 }
 
 __all__ = [
+    "ExportReport",
     "ImageError",
     "Predictor",
     "Preprocessing",
     "TrainConfig",
     "convert_state_dict",
     "create_model",
+    "export",
     "fuse",
     "list_models",
     "list_pretrained",

@@ -28,11 +28,14 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from mobilevit.data.imageset import ImageSet
+    from mobilevit.exporting.export import Evaluate, ExportReport
     from mobilevit.inference.predictor import Result
+    from mobilevit.inference.session import Session
     from mobilevit.models.card import ModelCard
     from mobilevit.models.summary import Summary
     from mobilevit.preprocessing import Source
     from mobilevit.tasks.report import Report
+    from mobilevit.training.evaluate import Evaluation
 
 log = logging.getLogger("mobilevit")
 
@@ -85,7 +88,7 @@ class Eval:
     """Measure a checkpoint on labelled pictures: accuracy, AP or mean IoU, per class, with plots and mistakes."""
 
     checkpoint: Positional[Path]
-    """A .safetensors of this package, or a file of ml-cvnets, timm or transformers."""
+    """A .safetensors of this package, a file of ml-cvnets, timm or transformers, or an exported file."""
     data: Path
     """Labelled pictures, as for training."""
     split: Literal["auto", "train", "val", "test", "all"] = "auto"
@@ -96,6 +99,10 @@ class Eval:
     """Pictures that go through the model together."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1 or mps."""
+    threads: int | None = None
+    """To compute with on the CPU; all cores if not given."""
+    engine: Literal["torch", "compile", "auto"] = "torch"
+    """What runs a checkpoint; auto: what `mobilevit tune` found."""
     num_workers: int | None = None
     """Processes that read pictures."""
     json: bool = False
@@ -103,33 +110,17 @@ class Eval:
 
     def run(self) -> int:
         """Evaluate, print, write pictures."""
-        from mobilevit import factory
-        from mobilevit.devices import pick_device
-        from mobilevit.models.card import card_of
-        from mobilevit.models.fuse import fuse
-        from mobilevit.training.evaluate import (
-            default_num_workers,
-            evaluate,
-            evaluation_loader,
-            report_problems,
-            report_unreadable,
-            write_evaluation,
-        )
+        from mobilevit.inference.session import open_session
+        from mobilevit.training.evaluate import report_problems, report_unreadable, write_evaluation
 
         if self.batch_size < 1:
             raise ValueError(f"--batch-size is {self.batch_size}; it must be 1 or more")
-        device = pick_device(self.device)
-        model = factory.load(self.checkpoint)
-        card = card_of(model)
+        card, session = open_session(self.checkpoint, device=self.device, threads=self.threads, engine=self.engine)
         data, which = _data_to_evaluate(self.data, self.split, card)
         data = data.relabel(card.classes)
         log.info("%s on %s: %s, %d pictures", self.checkpoint, self.data, which, len(data))
         report_problems(data)
-        workers = default_num_workers(device) if self.num_workers is None else self.num_workers
-        loader = evaluation_loader(
-            data, card.preprocessing, batch_size=self.batch_size, num_workers=workers, device=device
-        )
-        evaluation = evaluate(fuse(model).to(device), loader, card.preprocessing, device=device)
+        evaluation = _evaluate(session, data, card, self.batch_size, self.num_workers)
         out = self.out or self.checkpoint.parent / "evaluation"
         write_evaluation(evaluation, data, out)
         report_unreadable(evaluation.errors, "labelled", len(data))
@@ -139,6 +130,24 @@ class Eval:
             _print_report(evaluation.report)
             print(f"\nplots, samples and worst mistakes: {out}")
         return 0
+
+
+def _evaluate(
+    session: Session,
+    data: ImageSet[Any],
+    card: ModelCard,
+    batch_size: int,
+    num_workers: int | None = None,
+    label: str = "evaluate",
+) -> Evaluation:
+    import torch
+
+    from mobilevit.training.evaluate import default_num_workers, evaluate, evaluation_loader
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # only decides how pictures are read
+    workers = default_num_workers(device) if num_workers is None else num_workers
+    loader = evaluation_loader(data, card.preprocessing, batch_size=batch_size, num_workers=workers, device=device)
+    return evaluate(session, loader, card.preprocessing, label=label)
 
 
 def _data_to_evaluate(path: Path, split: str, card: ModelCard) -> tuple[ImageSet[Any], str]:
@@ -180,7 +189,7 @@ class Predict:
     """Classify, detect or segment: files, folders, globs, or - for standard input (a picture, or a path a line)."""
 
     checkpoint: Positional[Path]
-    """A .safetensors of this package, or a file of ml-cvnets, timm or transformers."""
+    """A .safetensors of this package, a file of ml-cvnets, timm or transformers, or an exported file."""
     pictures: Positional[tuple[str, ...]]
     """Files, folders (all pictures below), globs, or -."""
     save: Path | None = None
@@ -197,6 +206,10 @@ class Predict:
     """Pictures that go through the model together."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1 or mps."""
+    threads: int | None = None
+    """To compute with on the CPU; all cores if not given."""
+    engine: Literal["torch", "compile", "auto"] = "torch"
+    """What runs a checkpoint; auto: what `mobilevit tune` found."""
     json: bool = False
     """One line of JSON a picture."""
 
@@ -211,7 +224,13 @@ class Predict:
 
         if not self.pictures:
             raise UsageError("no pictures; name files, folders, globs, or - for standard input")
-        predictor = Predictor(self.checkpoint, device=self.device, batch_size=self.batch_size)
+        predictor = Predictor(
+            self.checkpoint,
+            device=self.device,
+            batch_size=self.batch_size,
+            threads=self.threads,
+            engine=self.engine,
+        )
         task = predictor.card.task
         for flag, given, its_task in (
             ("--coco", self.coco, "detection"), ("--min-score", self.min_score, "detection"),
@@ -259,7 +278,7 @@ class Predict:
 
 def _sources(arguments: Sequence[str]) -> tuple[Sequence[Source] | Iterator[Source], int]:
     """Pictures for what a user named, and how many (0: not known)."""
-    from mobilevit.data.imageset import find_images
+    from mobilevit.preprocessing import find_images
 
     if list(arguments) == ["-"]:
         return _from_standard_input(), 0
@@ -305,6 +324,108 @@ class _FreeNames:
             name = f"{stem}-{number}"
         self._taken.add(name)
         return name
+
+
+# -- export -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export:
+    """Write a checkpoint as a file for a device, compared with the model on real pictures before it is called good."""
+
+    checkpoint: Positional[Path]
+    """A .safetensors of this package, or a file of ml-cvnets, timm or transformers."""
+    format: tuple[Literal["onnx", "openvino", "executorch", "litert", "coreml", "pt2"], ...] = ("onnx",)
+    """One or more: onnx (servers, browsers), openvino (Intel, ARM), executorch and litert (phones), coreml, pt2."""
+    precision: Literal["fp32", "fp16", "bf16", "int8", "palettized"] = "fp32"
+    """Numbers to compute with; int8 needs --calibration."""
+    out: Path | None = None
+    """Folder to write to; "exported" beside the checkpoint if not given."""
+    calibration: Path | None = None
+    """int8: a folder of pictures of what the model will see."""
+    keep_float: tuple[str, ...] = ()
+    """int8: layers to leave in floating point, as --sensitivity names them, with all below them."""
+    sensitivity: bool = False
+    """int8: measure what quantising each layer alone costs, and draw it."""
+    image_size: tuple[int, ...] = ()
+    """Input size in pixels: one number, or height and width. What the checkpoint was made for, if not given."""
+    batch_size: int = 1
+    """Pictures in a run."""
+    dynamic: tuple[Literal["batch", "size"], ...] = ()
+    """What may change from run to run (onnx, openvino, pt2)."""
+    bake_preprocessing: bool = False
+    """Take uint8 (B, H, W, 3), as pictures are; scaling happens inside."""
+    label_map: bool = False
+    """Segmentation: give the class of every pixel instead of logits."""
+    nms: bool = False
+    """Detection to onnx: suppress overlapping boxes inside, too."""
+    pictures: Path | None = None
+    """Folder of pictures to compare on; built-in photographs, or those of --calibration, if not given."""
+    data: Path | None = None
+    """Labelled pictures, as for training: report accuracy before and after."""
+    verify: bool = True
+    """Compare the file with the model. Without it, nobody knows whether it is right."""
+    json: bool = False
+    """Print JSON."""
+
+    def run(self) -> int:
+        """Export to each format; say how each compares."""
+        from mobilevit import factory
+        from mobilevit.exporting.export import export
+        from mobilevit.models.card import card_of
+
+        if len(self.image_size) > 2:
+            raise ValueError("--image-size takes one number, or height and width")
+        if not self.format:
+            raise ValueError("--format names no format; choose onnx, openvino, executorch, litert, coreml or pt2")
+        model = factory.load(self.checkpoint)
+        measure = None if self.data is None else _measure_on(self.data, card_of(model))
+        reports = [
+            export(
+                model,
+                self.out or self.checkpoint.parent / "exported",
+                format=name,
+                precision=self.precision,
+                calibration=self.calibration,
+                keep_float=self.keep_float,
+                sensitivity=self.sensitivity,
+                image_size=(self.image_size[0], self.image_size[-1]) if self.image_size else None,
+                batch_size=self.batch_size,
+                dynamic=self.dynamic,
+                bake_preprocessing=self.bake_preprocessing,
+                label_map=self.label_map,
+                nms=self.nms,
+                pictures=self.pictures,
+                verify=self.verify,
+                evaluate=measure,
+                name=self.checkpoint.stem,
+            )
+            for name in self.format
+        ]
+        if self.json:
+            _print_json({report.path.name: {"path": str(report.path), **report.to_dict()} for report in reports})
+        else:
+            for report in reports:
+                _print_export(report)
+        return 0
+
+
+def _measure_on(path: Path, card: ModelCard) -> Evaluate:
+    """A function that measures any session of a model on labelled pictures."""
+    data, which = _data_to_evaluate(path, "auto", card)
+    data = data.relabel(card.classes)
+    log.info("accuracy is measured on %s: %s, %d pictures", path, which, len(data))
+
+    def measure(session: Session, card: ModelCard, label: str) -> dict[str, float]:
+        return dict(_evaluate(session, data, card, 16, label=f"evaluate {label}").report.summary)
+
+    return measure
+
+
+def _print_export(report: ExportReport) -> None:
+    print(f"\n{report.path}  ({report.num_bytes / 1e6:.1f} MB)")
+    for name, value in report.lines():
+        print(f"  {name:<22}  {value}")
 
 
 # -- info -------------------------------------------------------------------------------------------------------------
@@ -407,6 +528,161 @@ class Convert:
         return 0
 
 
+# -- benchmark --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Benchmark:
+    """Time a model in every engine of this machine, in turns with timm, transformers and Apple's own MobileViT."""
+
+    model: Positional[str]
+    """A checkpoint of this package, ml-cvnets, timm or transformers; or a model's name, which gets fresh weights."""
+    task: Literal["classification", "detection", "segmentation"] = "classification"
+    """Of a named model; a checkpoint has its own."""
+    engines: tuple[Literal["all", "eager", "compile", "onnx", "openvino", "executorch", "litert", "pt2"], ...] = (
+        "all",
+    )
+    """all: those that are installed."""
+    precisions: tuple[Literal["fp32", "bf16", "fp16", "int8"], ...] = ("fp32",)
+    """An engine takes part in those it has; int8 needs --calibration."""
+    batch_sizes: tuple[int, ...] = (1,)
+    """Pictures in a run."""
+    threads: tuple[int, ...] = ()
+    """Numbers of threads, one after the other; all cores if not given."""
+    device: str = "cpu"
+    """cpu, cuda or cuda:1."""
+    image_size: tuple[int, ...] = ()
+    """Input size in pixels: one number, or height and width. What the model was made for, if not given."""
+    peers: bool = True
+    """Classification: also timm's and transformers' MobileViT, if installed, with the same weights."""
+    cvnets: Path | None = None
+    """Classification: also Apple's MobileViT, from this clone of https://github.com/apple/ml-cvnets."""
+    compare: bool = False
+    """Classification: also MobileNetV2, DeiT-Ti and PiT-Ti, as the paper does; from timm."""
+    patches: bool = False
+    """Also the same model with the paper's patch configuration B (8, 4, 2)."""
+    calibration: Path | None = None
+    """int8: a folder of pictures of what the model will see."""
+    data: Path | None = None
+    """Labelled pictures, as for training: also accuracy, of our model in each engine."""
+    rounds: int = 15
+    """Turns of each contender."""
+    max_workers: int | None = None
+    """Processes that may wait at a time; as memory allows, if not given."""
+    out: Path | None = None
+    """Folder for benchmark.json, benchmark.png and the exported files; nothing is kept, if not given."""
+    json: bool = False
+    """Print JSON."""
+
+    def run(self) -> int:
+        """Measure, print, write; 1 if some could not be measured."""
+        from mobilevit import factory
+        from mobilevit.benchmark.report import case_title
+        from mobilevit.benchmark.run import benchmark
+        from mobilevit.models import MODELS
+        from mobilevit.models.card import card_of
+
+        if len(self.image_size) > 2:
+            raise ValueError("--image-size takes one number, or height and width")
+        measure = None
+        if self.data is not None:
+            if self.model in MODELS:
+                raise ValueError(f"--data: {self.model} by name has fresh weights; name a checkpoint")
+            measure = _measure_on(self.data, card_of(factory.load(self.model)))
+        report = benchmark(
+            self.model,
+            task=self.task,
+            image_size=(self.image_size[0], self.image_size[-1]) if self.image_size else None,
+            engines=self.engines,
+            precisions=self.precisions,
+            batch_sizes=self.batch_sizes,
+            threads=self.threads,
+            device=self.device,
+            with_peers=self.peers,
+            cvnets=self.cvnets,
+            compare=self.compare,
+            patches=self.patches,
+            calibration=self.calibration,
+            evaluate=measure,
+            rounds=self.rounds,
+            out=self.out,
+            max_workers=self.max_workers,
+        )
+        if self.json:
+            _print_json(report.to_dict())
+            return 1 if report.failures else 0
+        for case in report.cases:
+            print(f"\n{report.model}, {case_title(case, report.device)}, {report.machine.processor}")
+            _print_rows(*report.table(case))
+        for line in report.notes():
+            print(line)
+        if self.out is not None:
+            print(f"\nfigures, picture and exported files: {self.out}")
+        return 1 if report.failures else 0
+
+
+# -- tune -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tune:
+    """Find the fastest engine for a checkpoint on this machine that keeps its answers; --engine auto then uses it."""
+
+    checkpoint: Positional[Path]
+    """A .safetensors of this package, or a file of ml-cvnets, timm or transformers."""
+    engines: tuple[Literal["all", "onnx", "openvino", "executorch", "litert", "pt2"], ...] = ("all",)
+    """all: those that are installed; PyTorch takes part always."""
+    precisions: tuple[Literal["fp32", "bf16", "fp16", "int8"], ...] = ("fp32", "bf16", "fp16", "int8")
+    """int8 takes part with --calibration only."""
+    max_loss: float = 0.01
+    """What may be lost of accuracy (with --data) or of agreement with float32 PyTorch: 0.01 is one in a hundred."""
+    batch_size: int = 1
+    """Pictures in a run."""
+    threads: int | None = None
+    """To compute with; all cores and half of them are tried, if not given."""
+    pictures: Path | None = None
+    """Folder of pictures to compare answers on; built-in photographs, or those of --calibration, if not given."""
+    calibration: Path | None = None
+    """int8: a folder of pictures of what the model will see."""
+    data: Path | None = None
+    """Labelled pictures, as for training: --max-loss is then of accuracy."""
+    rounds: int = 10
+    """Turns of each engine."""
+    out: Path | None = None
+    """Folder for the result instead of the checkpoint's, where --engine auto looks."""
+    json: bool = False
+    """Print JSON."""
+
+    def run(self) -> int:
+        """Measure, keep the winner, print."""
+        from mobilevit import factory
+        from mobilevit.benchmark.tune import tune
+        from mobilevit.models.card import card_of
+
+        tuned = tune(
+            self.checkpoint,
+            out=self.out,
+            pictures=self.pictures,
+            calibration=self.calibration,
+            max_loss=self.max_loss,
+            batch_size=self.batch_size,
+            threads=self.threads,
+            engines=self.engines,
+            precisions=self.precisions,
+            evaluate=None if self.data is None else _measure_on(self.data, card_of(factory.load(self.checkpoint))),
+            rounds=self.rounds,
+        )
+        if self.json:
+            _print_json(tuned.to_dict())
+            return 0
+        _print_rows(*tuned.table())
+        for name, why in tuned.dropped:
+            print(f"left out: {name}: {why}")
+        print(f"\nfastest: {tuned.engine}, {tuned.precision}, {tuned.threads} threads: {tuned.median_ms:.1f} ms")
+        print(f"{tuned.path}  (used by --engine auto on this machine)")
+        return 0
+
+
 # -- demo -------------------------------------------------------------------------------------------------------------
 
 
@@ -471,6 +747,9 @@ COMMANDS: dict[str, type[Command]] = {
     "train": Train,
     "eval": Eval,
     "predict": Predict,
+    "export": Export,
+    "benchmark": Benchmark,
+    "tune": Tune,
     "info": Info,
     "convert": Convert,
     "data": Data,
@@ -705,6 +984,13 @@ def _print_summary(name: str, summary: Summary, card: ModelCard, *, named: bool)
             f"{p} * {n} * {n} * C = {block.cost_per_channel:,} C",
             f"{block.plain_cost_per_channel / block.cost_per_channel:.0f} x",
         )  # fmt: skip
+    _print_table(table)
+
+
+def _print_rows(heading: list[str], rows: list[list[str]]) -> None:
+    table = _table(*heading)
+    for row in rows:
+        table.add_row(*row)
     _print_table(table)
 
 

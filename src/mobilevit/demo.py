@@ -16,11 +16,11 @@ from PIL import Image
 
 from mobilevit import factory
 from mobilevit.data import shapes
-from mobilevit.data.imageset import find_images
 from mobilevit.drawing import GREEN, RED, contact_sheet, save_image
 from mobilevit.files import write_text
 from mobilevit.inference.predictor import Predictor, Result
 from mobilevit.models.card import Task
+from mobilevit.preprocessing import find_images
 from mobilevit.tasks.classification import ClassificationResult
 from mobilevit.tasks.report import Report
 from mobilevit.training.config import TrainConfig

@@ -39,6 +39,15 @@ _INTERPOLATION = {
 }
 
 
+def find_images(folder: Path) -> list[Path]:
+    """Every picture below a folder, by suffix, sorted; hidden files and folders are passed over."""
+    found = []
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        found += [Path(parent, name) for name in sorted(files) if not name.startswith(".")]
+    return [path for path in found if path.suffix.lower() in IMAGE_SUFFIXES]
+
+
 class ImageError(ValueError):
     """A picture that cannot be read; the message names it and says why."""
 

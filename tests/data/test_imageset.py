@@ -14,8 +14,9 @@ from numbered_pictures import numbers, write_folder, write_picture
 from PIL import Image
 
 from mobilevit.data.datasets import find_splits
-from mobilevit.data.imageset import Boxes, ImageSet, Mask, check_classes, find_images, split
+from mobilevit.data.imageset import Boxes, ImageSet, Mask, check_classes, split
 from mobilevit.models.deeplabv3 import IGNORE
+from mobilevit.preprocessing import find_images
 
 
 def toy(labels: list[int], classes: tuple[str, ...], prefix: str = "") -> ImageSet[int]:

@@ -9,8 +9,7 @@ from PIL import Image
 
 import mobilevit
 from golden_weights import fill_with_golden_weights
-from mobilevit.data.imageset import find_images
-from mobilevit.preprocessing import read_image
+from mobilevit.preprocessing import find_images, read_image
 
 
 @pytest.fixture(scope="module")

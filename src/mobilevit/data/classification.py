@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from mobilevit.data.imageset import ImageSet, find_images, some
-from mobilevit.preprocessing import IMAGE_SUFFIXES, Source
+from mobilevit.data.imageset import ImageSet, some
+from mobilevit.preprocessing import IMAGE_SUFFIXES, Source, find_images
 
 TRAIN_NAMES = ("train", "training")
 VAL_NAMES = ("val", "valid", "validation", "test", "testing")

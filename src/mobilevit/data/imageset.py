@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -18,7 +17,7 @@ from PIL import Image
 
 from mobilevit.models.card import Task
 from mobilevit.models.deeplabv3 import IGNORE
-from mobilevit.preprocessing import IMAGE_SUFFIXES, ImageError, Source
+from mobilevit.preprocessing import ImageError, Source
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -271,15 +270,6 @@ def _strata(data: ImageSet[Any]) -> list[tuple[str, list[int]]]:
             label = target
         groups.setdefault(label, []).append(number)
     return [("" if label < 0 else data.classes[label], numbers) for label, numbers in sorted(groups.items())]
-
-
-def find_images(folder: Path) -> list[Path]:
-    """Every picture below a folder, by suffix, sorted; hidden files and folders are passed over."""
-    found = []
-    for parent, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        found += [Path(parent, name) for name in sorted(files) if not name.startswith(".")]
-    return [path for path in found if path.suffix.lower() in IMAGE_SUFFIXES]
 
 
 PARTS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from mobilevit.data.imageset import ImageSet, Mask, Problem, find_images, find_parts, read_label_map, read_lists, some
+from mobilevit.data.imageset import ImageSet, Mask, Problem, find_parts, read_label_map, read_lists, some
 from mobilevit.models.deeplabv3 import IGNORE
-from mobilevit.preprocessing import ImageError
+from mobilevit.preprocessing import ImageError, find_images
 from mobilevit.progress import Progress
 from mobilevit.weights.pretrained import VOC_CLASSES
 

@@ -18,7 +18,8 @@ from mobilevit.data.boxes import (
     stem,
     sub_folder,
 )
-from mobilevit.data.imageset import Boxes, ImageSet, find_images, find_parts, read_lists, some
+from mobilevit.data.imageset import Boxes, ImageSet, find_parts, read_lists, some
+from mobilevit.preprocessing import find_images
 from mobilevit.progress import Progress
 
 _XML_FOLDERS = ("annotations", "labels")

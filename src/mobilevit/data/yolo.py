@@ -21,8 +21,8 @@ from mobilevit.data.boxes import (
     stem,
     sub_folder,
 )
-from mobilevit.data.imageset import PARTS, Boxes, ImageSet, find_images, find_parts, some
-from mobilevit.preprocessing import IMAGE_SUFFIXES
+from mobilevit.data.imageset import PARTS, Boxes, ImageSet, find_parts, some
+from mobilevit.preprocessing import IMAGE_SUFFIXES, find_images
 from mobilevit.progress import Progress
 
 _CLASS_FILES = ("classes.txt", "obj.names")

@@ -11,10 +11,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from mobilevit import factory
-from mobilevit.devices import pick_device
-from mobilevit.models.card import card_of
-from mobilevit.models.fuse import fuse
+from mobilevit.inference.session import Engine, open_session
 from mobilevit.preprocessing import ImageError, Source, read_image
 from mobilevit.tasks.classification import ClassificationResult
 from mobilevit.tasks.detection import DetectionResult, postprocess, to_pixels
@@ -27,33 +24,46 @@ DEFAULT_SCORE_THRESHOLD = 0.3
 
 
 class Predictor:
-    """Classify, detect or segment with a trained model; preparation, labels and threshold come from the checkpoint.
+    """Classify, detect or segment with a trained model; preparation, labels and threshold come from its file.
 
     Args:
-        model: a checkpoint file of any known origin, or a model from `create_model` or `load`.
-        device: "auto", "cpu", "cuda" or "mps".
+        model: a checkpoint of any known origin; an exported .onnx, .xml, .pte, .tflite or .pt2; or a model from
+            `create_model` or `load`.
+        device: "auto", "cpu", "cuda" or "mps"; for exported files, "cpu" and what else their runtime knows.
         batch_size: pictures that go through the model together when there are many.
+        threads: to compute with on the CPU; None: as many as there are cores.
+        engine: for checkpoints: "torch"; "compile", which takes a minute at the first picture and is then faster; or
+            "auto", what `mobilevit tune` found to be the fastest here, or "torch" where it has not run.
 
     Raises:
-        ValueError: the file cannot be read, or the device is not there.
+        ValueError: the file cannot be read, its runtime is not installed, or the device is not there.
     """
 
     def __init__(
-        self, model: str | os.PathLike[str] | nn.Module, *, device: str = "auto", batch_size: int = 16
+        self,
+        model: str | os.PathLike[str] | nn.Module,
+        *,
+        device: str = "auto",
+        batch_size: int = 16,
+        threads: int | None = None,
+        engine: Engine = "torch",
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; give 1 or more")
-        loaded = model if isinstance(model, nn.Module) else factory.load(model)
-        self.card = card_of(loaded)
+        self.card, self._session = open_session(model, device=device, threads=threads, engine=engine)
         if self.card.task == "segmentation" and self.card.preprocessing.resize_mode == "crop":
             raise ValueError(
                 "a cropped input says nothing of the border; give the model resize_mode 'pad' or 'stretch'"
             )
-        self.device = pick_device(device)
         self.batch_size = batch_size
         if self.card.task == "segmentation":
             self.batch_size = min(batch_size, most_at_once(len(self.card.classes), self.card.preprocessing.size))
-        self._model = fuse(loaded).to(self.device)
+
+    def warm_up(self) -> None:
+        """Answer for a black picture, alone and in a full batch, so that the first real ones wait for nothing."""
+        black = torch.zeros(3, *self.card.preprocessing.size, dtype=torch.uint8)
+        for count in {1, self.batch_size}:
+            self._session(black.expand(count, -1, -1, -1))
 
     @overload
     def __call__(self, source: Source) -> Result: ...
@@ -97,9 +107,8 @@ class Predictor:
 
     @torch.inference_mode()
     def _results(self, pictures: list[tuple[str, Image.Image]]) -> list[Result]:
-        preprocessing = self.card.preprocessing
-        pixels = torch.stack([preprocessing.resize(image) for _, image in pictures]).to(self.device)
-        outputs = self._model(preprocessing.normalize(pixels))
+        pixels = torch.stack([self.card.preprocessing.resize(image) for _, image in pictures])
+        outputs = self._session(pixels)
         make = {"classification": self._classes, "detection": self._boxes, "segmentation": self._masks}[self.card.task]
         return make(outputs, pictures)
 

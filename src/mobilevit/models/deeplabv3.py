@@ -130,14 +130,20 @@ class DeepLabv3(nn.Module):
 
     def forward(self, x: Tensor) -> SegmentationOutput:
         size = (x.shape[2], x.shape[3])
-        aux_logits = None
-        if self.training and self.aux_head is not None:
-            *_, penultimate, last = self.backbone.forward_stages(x)
-            aux_logits = _enlarge(self.aux_head(penultimate), size)  # (B, K, H, W)
-        else:
-            last = self.backbone.forward_features(x)[self.output_stride]  # (B, C, h, w)
-        logits = self.classifier(self.dropout(self.aspp(last)))  # (B, K, h, w)
-        return SegmentationOutput(_enlarge(logits, size), aux_logits)
+        if not (self.training and self.aux_head is not None):
+            return SegmentationOutput(_enlarge(self.coarse_logits(x), size), None)
+        *_, penultimate, last = self.backbone.forward_stages(x)
+        aux_logits = _enlarge(self.aux_head(penultimate), size)  # (B, K, H, W)
+        return SegmentationOutput(_enlarge(self._classify(last), size), aux_logits)
+
+    def coarse_logits(self, x: Tensor) -> Tensor:
+        """Logits before they are enlarged. Shape: (B, 3, H, W) -> (B, K, h, w)."""
+        return self._classify(self.backbone.forward_features(x)[self.output_stride])
+
+    def _classify(self, x: Tensor) -> Tensor:
+        """Shape: (B, C, h, w) -> (B, K, h, w)."""
+        x = self.classifier(self.dropout(self.aspp(x)))
+        return x
 
 
 def _enlarge(logits: Tensor, size: tuple[int, int]) -> Tensor:

@@ -14,6 +14,7 @@ maps and token sequences costs two copies, neither of which touches single eleme
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -210,14 +211,14 @@ class TransformerLayer(nn.Module):
 def unfold(x: Tensor, patch_size: tuple[int, int]) -> Tensor:
     """Gather the pixels at the same place inside their patches into one sequence each (arXiv:2110.02178, figure 4).
 
-    Sequences are ordered by place inside the patch, then by picture. Two copies, of runs of pw * D and of D numbers;
+    Sequences are ordered by place inside the patch, then by picture. Two copies, of whole rows and of runs of D numbers;
     no tensor above rank 4, so that exported graphs suit compilers for small devices.
 
     Shape: (B, D, H, W) -> (P * B, N, D); H and W are multiples of the patch.
     """
     (batch, dim, height, width), (ph, pw) = x.shape, patch_size
     x = x.permute(0, 2, 3, 1)  # (B, H, W, D), no copy: the map is channels-last in memory
-    x = x.reshape(batch * height // ph, ph, width // pw, pw * dim).transpose(0, 1)  # (ph, B * H/ph, W/pw, pw * D)
+    x = x.reshape(batch * height // ph, ph, width * dim).transpose(0, 1)  # (ph, B * H/ph, W * D)
     x = x.reshape(ph * batch * height // ph, width // pw, pw, dim).permute(2, 0, 1, 3)  # (pw, ph * B * H/ph, W/pw, D)
     return x.reshape(pw * ph * batch, (height // ph) * (width // pw), dim)
 
@@ -230,7 +231,7 @@ def fold(tokens: Tensor, size: tuple[int, int], patch_size: tuple[int, int]) -> 
     (height, width), (ph, pw), dim = size, patch_size, tokens.shape[-1]
     batch = tokens.shape[0] // (ph * pw)
     x = tokens.reshape(pw, ph * batch * height // ph, width // pw, dim).permute(1, 2, 0, 3)
-    x = x.reshape(ph, batch * height // ph, width // pw, pw * dim).transpose(0, 1)
+    x = x.reshape(ph, batch * height // ph, width * dim).transpose(0, 1)
     return x.reshape(batch, height, width, dim).permute(0, 3, 1, 2)
 
 
@@ -344,6 +345,14 @@ class MobileViTBackbone(nn.Module):
                 dropout=config.dropout,
             ),
         )
+
+    @property
+    def size_multiple(self) -> tuple[int, int]:
+        """(height, width) of which inputs must be multiples if patches are to divide every map, without resizing."""
+        patches = [_pair(patch) for patch in self.config.patch_size]
+        strides = self._feature_strides[2:]
+        height, width = (math.lcm(32, *(s * p[axis] for s, p in zip(strides, patches, strict=True))) for axis in (0, 1))
+        return height, width
 
     def forward_features(self, x: Tensor) -> dict[int, Tensor]:
         """The deepest feature map at each stride.

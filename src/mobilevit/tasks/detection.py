@@ -25,6 +25,10 @@ NO_OBJECT = -1
 
 NEGATIVES_PER_POSITIVE = 3
 
+# The published settings of `postprocess`.
+SCORE_THRESHOLD, IOU_THRESHOLD = 0.01, 0.5
+MAX_CANDIDATES, MAX_DETECTIONS = 400, 200
+
 
 def match_anchors(
     boxes_cxcywh: Tensor, labels: Tensor, anchors_cxcywh: Tensor, *, iou_threshold: float = 0.5
@@ -82,6 +86,21 @@ def detection_loss(output: DetectionOutput, boxes_cxcywh: Tensor, labels: Tensor
     return total / num_positive.clamp(min=1).sum()
 
 
+class DecodedOutput(NamedTuple):
+    """A box and probabilities at every anchor, for B pictures; what exported detectors give."""
+
+    boxes_xyxy: Tensor
+    """(B, A, 4): left, top, right, bottom in 0..1 of the model's input, beyond it for cut-off objects."""
+    scores: Tensor
+    """(B, A, K): probabilities, without the background's."""
+
+
+def decode(output: DetectionOutput) -> DecodedOutput:
+    """Move and stretch the anchors, and turn logits into probabilities; in float32."""
+    scores = output.class_logits.float().softmax(dim=2)[..., 1:]
+    return DecodedOutput(decode_boxes(output.box_regression.float(), output.anchors_cxcywh), scores)
+
+
 class Detections(NamedTuple):
     """Objects found in one picture, the surest first."""
 
@@ -94,12 +113,12 @@ class Detections(NamedTuple):
 
 
 def postprocess(
-    output: DetectionOutput,
+    output: DetectionOutput | DecodedOutput | list[Detections],
     *,
-    score_threshold: float = 0.01,
-    iou_threshold: float = 0.5,
-    max_candidates: int = 400,
-    max_detections: int = 200,
+    score_threshold: float = SCORE_THRESHOLD,
+    iou_threshold: float = IOU_THRESHOLD,
+    max_candidates: int = MAX_CANDIDATES,
+    max_detections: int = MAX_DETECTIONS,
 ) -> list[Detections]:
     """From anchors to objects: decode, drop the improbable, and of overlapping boxes of a class keep the surest.
 
@@ -107,7 +126,7 @@ def postprocess(
     begins with the surest candidates of all classes and ends when there are enough.
 
     Args:
-        output: of the model, for B pictures.
+        output: of the model, for B pictures; where it has suppressed boxes itself, they are returned as they are.
         score_threshold: least probability.
         iou_threshold: overlap from which on two boxes of one class count as one.
         max_candidates: the surest anchors that are looked at, of each class.
@@ -116,11 +135,12 @@ def postprocess(
     Returns:
         One `Detections` a picture.
     """
-    probabilities = output.class_logits.float().softmax(dim=2)[..., 1:]  # (B, A, K)
-    boxes = decode_boxes(output.box_regression.float(), output.anchors_cxcywh)  # (B, A, 4)
+    if isinstance(output, list):
+        return output
+    decoded = decode(output) if isinstance(output, DetectionOutput) else output
     return [
-        _suppress(p, b, score_threshold, iou_threshold, max_candidates, max_detections)
-        for p, b in zip(probabilities, boxes, strict=True)
+        _suppress(probabilities, boxes, score_threshold, iou_threshold, max_candidates, max_detections)
+        for boxes, probabilities in zip(*decoded, strict=True)
     ]
 
 

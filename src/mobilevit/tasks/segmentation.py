@@ -42,15 +42,19 @@ def most_at_once(num_classes: int, size: tuple[int, int]) -> int:
     return max(1, 2**26 // (num_classes * size[0] * size[1]))
 
 
-def to_label_map(logits: Tensor, placement: Placement) -> np.ndarray:
+def to_label_map(answer: Tensor, placement: Placement) -> np.ndarray:
     """The class of every pixel of the original picture.
 
     Logits are enlarged (bilinearly) before the best class is chosen, a band of rows at a time, so that a picture of
-    many megapixels needs little memory.
+    many megapixels needs little memory. Where a model gives classes already, pixels get that of the nearest.
 
-    Shape: logits (K, h, w) at the size of the model's input -> uint8 (H, W).
+    Shape: logits (K, h, w), or classes (h, w) as integers, at the size of the model's input -> uint8 (H, W).
     """
     rows, columns = placement.filled
+    if answer.ndim == 2:
+        small = Image.fromarray(answer[:rows, :columns].to(torch.uint8).numpy(force=True))
+        return np.asarray(small.resize(placement.picture[::-1], Image.Resampling.NEAREST))
+    logits = answer
     logits = logits[None, :, :rows, :columns].float()  # without what was only added as a margin
     height, width = placement.picture
     if (rows, columns) == (height, width):

@@ -13,13 +13,14 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, distributed, nn
+from torch import Tensor, distributed
 
 from mobilevit.data.imageset import ImageSet
 from mobilevit.data.loaders import Batch, BatchLoader, Transform
 from mobilevit.data.transforms import read_mask
 from mobilevit.drawing import save_image
 from mobilevit.files import write_json
+from mobilevit.inference.session import Session
 from mobilevit.models.card import Task
 from mobilevit.preprocessing import Preprocessing, read_image
 from mobilevit.progress import Progress
@@ -142,15 +143,15 @@ def _new_meter(data: ImageSet[Any]) -> Meter:
 
 @torch.inference_mode()
 def evaluate(
-    model: nn.Module,
-    loader: BatchLoader,
-    preprocessing: Preprocessing,
-    *,
-    device: torch.device,
-    amp_dtype: torch.dtype | None = None,
-    label: str = "evaluate",
+    session: Session, loader: BatchLoader, preprocessing: Preprocessing, *, label: str = "evaluate"
 ) -> Evaluation:
     """Run a model over all pictures of a loader and report; several processes report the same, on all pictures.
+
+    Args:
+        session: the model, in whatever runtime.
+        loader: the pictures; see `evaluation_loader`.
+        preprocessing: which the loader applies.
+        label: of the progress bar.
 
     Raises:
         ValueError: not a single picture could be read.
@@ -161,10 +162,7 @@ def evaluate(
         for batch in loader.epoch():
             errors += batch.errors
             if len(batch):
-                images = preprocessing.normalize(batch.images.to(device, non_blocking=True))
-                with torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype is not None):
-                    outputs = model(images)
-                observe(meter, outputs, batch, data, preprocessing)
+                observe(meter, session(batch.images), batch, data, preprocessing)
             progress.advance(len(batch) + len(batch.errors))
     if _is_distributed():
         shares: list[Any] = [None] * distributed.get_world_size()

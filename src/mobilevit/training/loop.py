@@ -22,10 +22,10 @@ from mobilevit.data.datasets import load_train_val
 from mobilevit.data.imageset import ImageSet
 from mobilevit.data.loaders import Batch, BatchLoader, map_tensors
 from mobilevit.devices import pick_device
+from mobilevit.inference.session import TorchSession
 from mobilevit.models import Model
 from mobilevit.models.card import Task, card_of
 from mobilevit.models.deeplabv3 import DeepLabv3Config
-from mobilevit.models.fuse import fuse
 from mobilevit.preprocessing import Preprocessing
 from mobilevit.progress import Progress
 from mobilevit.tasks.report import Report
@@ -236,14 +236,8 @@ def train(
 
             # -- evaluation, record -----------------------------------------------------------------------------------
             evaluated = average.model if average is not None else model.eval()
-            report = evaluate(
-                fuse(evaluated),
-                val_loader,
-                preprocessing,
-                device=device,
-                amp_dtype=amp_dtype,
-                label=f"{label}, validation",
-            ).report
+            session = TorchSession(evaluated, preprocessing, device=device, amp_dtype=amp_dtype)
+            report = evaluate(session, val_loader, preprocessing, label=f"{label}, validation").report
             row = {
                 "epoch": epoch,
                 "train_loss": round(position.loss, 6),
@@ -277,7 +271,8 @@ def train(
     writer.close()
     run.draw_curves()
     best = _load_best(run, model)
-    evaluation = evaluate(fuse(best).to(device), val_loader, preprocessing, device=device, amp_dtype=amp_dtype)
+    session = TorchSession(best, preprocessing, device=device, amp_dtype=amp_dtype)
+    evaluation = evaluate(session, val_loader, preprocessing)
     write_evaluation(evaluation, val_set, run.path)
     report_unreadable(evaluation.errors, "validation", len(val_set))
     if isinstance(best, Model):

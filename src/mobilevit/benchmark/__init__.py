@@ -1,0 +1,1 @@
+"""What `mobilevit benchmark` and `mobilevit tune` run."""

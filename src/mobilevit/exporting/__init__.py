@@ -1,0 +1,1 @@
+"""Files for devices, made from checkpoints and compared with them."""

@@ -1,0 +1,378 @@
+"""From a checkpoint to a file for a device: convert, compare with the model, and only then put it in its place."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import logging
+import os
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from mobilevit import __version__, factory
+from mobilevit.exporting.graph import ExportGraph
+from mobilevit.exporting.parity import Parity, check
+from mobilevit.exporting.pictures import Pictures, calibration_pixels, parity_pixels
+from mobilevit.exporting.plan import Plan
+from mobilevit.files import write_json
+from mobilevit.inference.artefact import SUFFIXES, Artefact, Format, Precision, write_sidecar
+from mobilevit.inference.session import ArtefactSession, Session, TorchSession
+from mobilevit.models.card import ModelCard, card_of
+
+log = logging.getLogger("mobilevit")
+
+Dynamic = Literal["batch", "size"]
+Evaluate = Callable[[Session, ModelCard, str], Mapping[str, float]]
+"""Measures a model on labelled pictures, resized as its card says; the text is for the progress bar."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kind:
+    """What there is to know of a format."""
+
+    precisions: tuple[Precision, ...]
+    dynamic: bool
+    """Whether batch and size can be left open."""
+    runs_here: Callable[[], bool] = lambda: True
+    """Whether its runtime exists for this system."""
+
+
+def _on_a_mac() -> bool:
+    return os.uname().sysname == "Darwin" if hasattr(os, "uname") else False
+
+
+FORMATS: dict[Format, Kind] = {
+    "onnx": Kind(precisions=("fp32", "fp16", "int8"), dynamic=True),
+    "openvino": Kind(precisions=("fp32", "fp16", "bf16", "int8"), dynamic=True),
+    "executorch": Kind(precisions=("fp32", "fp16", "int8"), dynamic=False),
+    "litert": Kind(precisions=("fp32", "fp16", "int8"), dynamic=False),
+    "coreml": Kind(precisions=("fp32", "fp16", "palettized"), dynamic=False, runs_here=_on_a_mac),
+    "pt2": Kind(precisions=("fp32", "bf16"), dynamic=True),
+}
+"""In `mobilevit.exporting`, the module of each format has the function `convert`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportReport:
+    """What came of an export."""
+
+    path: Path
+    """The artefact."""
+    artefact: Artefact
+    num_bytes: int
+    parity: Parity | None
+    """None: not compared, as `verified` says why."""
+    verified: str
+    """"yes", or why not."""
+    latency_ms: float | None
+    """Median of single pictures on this machine, all cores."""
+    torch_latency_ms: float | None
+    """The same of the fused model in PyTorch."""
+    metrics: dict[str, float]
+    """Of the artefact on labelled pictures, if these were given."""
+    torch_metrics: dict[str, float]
+    """Of the model it was made of."""
+
+    def lines(self) -> list[tuple[str, str]]:
+        """What people want to know, as pairs of words."""
+        lines = [("format", f"{self.artefact.format}, {self.artefact.precision}")]
+        if self.parity is not None:
+            parity = self.parity
+            lines.append((parity.measure, f"{parity.agreement:.2%} of {parity.pictures} ({parity.source})"))
+            if parity.max_difference is not None:
+                lines.append(("largest difference", f"{parity.max_difference:.1e}"))
+        else:
+            lines.append(("NOT VERIFIED", self.verified))
+        if self.latency_ms is not None:
+            lines.append(("one picture", f"{self.latency_ms:.1f} ms here, in PyTorch {self.torch_latency_ms:.1f} ms"))
+        lines += [(name, f"{value:.4f}, before {self.torch_metrics[name]:.4f}") for name, value in self.metrics.items()]
+        return lines
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {
+            "file": self.path.name,
+            "format": self.artefact.format,
+            "precision": self.artefact.precision,
+            "task": self.artefact.card.task,
+            "bytes": self.num_bytes,
+            "verified": self.verified,
+            "parity": self.parity.to_dict() if self.parity else None,
+            "latency_ms": self.latency_ms,
+            "torch_latency_ms": self.torch_latency_ms,
+            "metrics": self.metrics,
+            "torch_metrics": self.torch_metrics,
+        }
+
+
+class ExportError(ValueError):
+    """An artefact that does not give the answers of its model; it was not put into place."""
+
+
+def export(
+    model: nn.Module | str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    format: str = "onnx",  # noqa: A002, the field's word
+    precision: str = "fp32",
+    calibration: Pictures | None = None,
+    keep_float: Sequence[str] = (),
+    sensitivity: bool = False,
+    image_size: tuple[int, int] | None = None,
+    batch_size: int = 1,
+    dynamic: Sequence[Dynamic] = (),
+    bake_preprocessing: bool = False,
+    label_map: bool = False,
+    nms: bool = False,
+    pictures: Pictures | None = None,
+    verify: bool = True,
+    evaluate: Evaluate | None = None,
+    name: str | None = None,
+) -> ExportReport:
+    """Write a model as a file for a device, after comparing its answers with the model's on real pictures.
+
+    Beside the artefact stand its sidecar (classes, preprocessing, threshold, provenance) and `report.json`, with an
+    entry for each artefact of the folder.
+
+    Args:
+        model: from `create_model` or `load`, or a checkpoint file.
+        out: folder to write to.
+        format: "onnx", "openvino", "executorch", "litert", "coreml" or "pt2".
+        precision: "fp32"; "fp16", "bf16", "int8" or "palettized" where the format has it.
+        calibration: for int8: a folder of pictures of what the model will see, or 32 pictures and more.
+        keep_float: int8: layers to leave in floating point, as `sensitivity` names them, with all below them.
+        sensitivity: int8: measure what quantising each layer alone costs; into the report and `sensitivity.png`.
+        image_size: (height, width) of the input; what the model was made for, if not given.
+        batch_size: pictures in a run.
+        dynamic: what may change from run to run: "batch", "size" (multiples of 32), or both. ONNX, OpenVINO and pt2.
+        bake_preprocessing: take uint8 (B, H, W, 3) as pictures are; scaling happens inside.
+        label_map: segmentation: give the class of every pixel instead of logits.
+        nms: detection to ONNX: suppress overlapping boxes inside, too.
+        pictures: folder or pictures to compare on; built-in photographs if not given, for int8 those of `calibration`.
+        verify: compare with the model before the artefact is put into place.
+        evaluate: measures accuracy on labelled pictures, before and after.
+        name: of the file, without suffix; the checkpoint's, if not given.
+
+    Raises:
+        ExportError: the artefact gives other answers than the model; nothing but `report.json` is left behind.
+        ValueError: the format lacks what was asked, its packages are not installed, or pictures cannot be used.
+    """
+    loaded = model if isinstance(model, nn.Module) else factory.load(model)
+    card = card_of(loaded)
+    stem = name or (card.name if isinstance(model, nn.Module) else Path(model).stem)
+    kind, format_, precision_ = _known(format, precision)
+    _check_wishes(card, format_, kind, dynamic, calibration, precision_, label_map=label_map, nms=nms)
+    size = image_size or card.preprocessing.size
+    graph = ExportGraph(
+        loaded, image_size=None if "size" in dynamic else size, baked=bake_preprocessing, label_map=label_map
+    ).eval()
+    _check_size(size, graph.size_multiple)
+    card = dataclasses.replace(
+        card,
+        preprocessing=dataclasses.replace(card.preprocessing, size=size),
+        provenance={
+            **card.provenance,
+            "exported_by": f"mobilevit {__version__}, torch {torch.__version__}",
+            "exported": datetime.now(UTC).isoformat(timespec="seconds"),
+        },
+    )
+    convert = importlib.import_module(f"mobilevit.exporting.{format_}").convert
+    calibrating: Tensor | list[Tensor] = []
+    if precision_ == "int8" and calibration is not None:
+        calibrating = calibration_pixels(calibration, card.preprocessing)
+    artefact = Artefact(
+        format=format_,
+        precision=precision_,
+        card=card,
+        batch_size=None if "batch" in dynamic else batch_size,
+        image_size=None if "size" in dynamic else size,
+        baked=bake_preprocessing,
+        outputs=(*graph.output_names, "selected") if nms else graph.output_names,
+        settings=_SETTINGS.get((format_, precision_), {}),
+    )
+    plan = Plan(
+        graph=graph,
+        artefact=artefact,
+        # PyTorch takes a traced size of 1 for a constant.
+        example=graph.example(2 if "batch" in dynamic else batch_size, size),
+        calibration=[_as_input(graph, card, pixels[None]) for pixels in calibrating],
+        keep_float=tuple(keep_float),
+    )
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    suffix = next(suffix for suffix, its_format in SUFFIXES.items() if its_format == format_)
+    final = folder / f"{stem}{'' if precision_ == 'fp32' else '-' + precision_}{suffix}"
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".export-") as aside:
+        path = Path(aside) / final.name
+        log.info("converting to %s, %s", format_, precision_)
+        convert(plan, path)
+        write_sidecar(path, artefact)
+        report = _verify(plan, path, loaded, pictures or calibration, evaluate=evaluate, verify=verify)
+        report = dataclasses.replace(report, path=final)
+        _add_to(folder / "report.json", report)
+        if report.parity is not None and not report.parity.good:
+            raise ExportError(
+                f"{final}: not written; {report.parity.reason} ({report.parity.source}). Details are in "
+                f"{folder / 'report.json'}; verify=False (--no-verify) writes it all the same"
+            )
+        for part in sorted(Path(aside).iterdir()):
+            _move(part, folder / part.name)
+    if report.verified != "yes":
+        log.warning("NOT VERIFIED: %s. %s", final, report.verified)
+    return report
+
+
+_SETTINGS: dict[tuple[Format, Precision], dict[str, str]] = {
+    # OpenVINO computes in bfloat16 by itself where the processor can, whatever the file holds.
+    ("openvino", "fp32"): {"INFERENCE_PRECISION_HINT": "f32"},
+    ("openvino", "fp16"): {"INFERENCE_PRECISION_HINT": "f32"},
+    ("openvino", "bf16"): {"INFERENCE_PRECISION_HINT": "bf16"},
+    ("openvino", "int8"): {"INFERENCE_PRECISION_HINT": "f32"},
+}
+
+
+def _known(format: str, precision: str) -> tuple[Kind, Format, Precision]:  # noqa: A002
+    if format not in FORMATS:
+        raise ValueError(f"format is {format!r}; it can be {', '.join(FORMATS)}")
+    kind = FORMATS[format]
+    if precision not in kind.precisions:
+        others = [name for name, other in FORMATS.items() if precision in other.precisions]
+        hint = f"; {precision} exists for {', '.join(others)}" if others else ""
+        raise ValueError(f"{format} has no precision {precision!r}: choose {', '.join(kind.precisions)}{hint}")
+    return kind, format, precision
+
+
+def _check_wishes(
+    card: ModelCard,
+    format: Format,  # noqa: A002
+    kind: Kind,
+    dynamic: Sequence[str],
+    calibration: Pictures | None,
+    precision: Precision,
+    *,
+    label_map: bool,
+    nms: bool,
+) -> None:
+    if not card.classes:
+        raise ValueError("this checkpoint names no classes, so its answers would mean nothing; save it with classes")
+    for wish in dynamic:
+        if wish not in get_args(Dynamic):
+            raise ValueError(f"dynamic is {wish!r}; it can be 'batch', 'size' or both")
+    if dynamic and not kind.dynamic:
+        raise ValueError(f"{format} files have one batch and one size; leave --dynamic out, or choose onnx or openvino")
+    if "size" in dynamic and card.task == "detection":
+        raise ValueError("a detector's anchors belong to one input size; leave --dynamic size out and set --image-size")
+    if precision == "int8" and calibration is None:
+        raise ValueError(
+            "int8 must be calibrated on pictures of what the model will see; give --calibration with a folder of them"
+        )
+    if label_map and card.task != "segmentation":
+        raise ValueError(f"--label-map is for segmentation; this checkpoint does {card.task}")
+    if nms and (card.task != "detection" or format != "onnx"):
+        raise ValueError("--nms is for detection in onnx; elsewhere the predictor suppresses overlapping boxes itself")
+
+
+def _check_size(size: tuple[int, int], multiple: tuple[int, int]) -> None:
+    if any(side % step for side, step in zip(size, multiple, strict=True)):
+        near = [max(step, round(side / step) * step) for side, step in zip(size, multiple, strict=True)]
+        raise ValueError(
+            f"input size {size[0]} x {size[1]}: its patches do not divide the maps of this model, which exports need "
+            f"(no resizing inside); sides are multiples of {multiple[0]} and {multiple[1]}, the nearest are "
+            f"--image-size {near[0]} {near[1]}"
+        )
+
+
+def _as_input(graph: ExportGraph, card: ModelCard, pixels: Tensor) -> Tensor:
+    return pixels.permute(0, 2, 3, 1).contiguous() if graph.baked else card.preprocessing.normalize(pixels).contiguous()
+
+
+def _verify(
+    plan: Plan, path: Path, model: nn.Module, pictures: Pictures | None, *, evaluate: Evaluate | None, verify: bool
+) -> ExportReport:
+    artefact = plan.artefact
+    report = ExportReport(
+        path=path,
+        artefact=artefact,
+        num_bytes=sum(p.stat().st_size for p in _parts(path)),
+        parity=None,
+        verified="--no-verify was given: nobody has compared its answers with the model's",
+        latency_ms=None,
+        torch_latency_ms=None,
+        metrics={},
+        torch_metrics={},
+    )
+    if not verify:
+        return report
+    if not FORMATS[artefact.format].runs_here():
+        return dataclasses.replace(
+            report,
+            verified=f"{artefact.format} does not run on this system; on a Mac, run mobilevit verify {path.name} "
+            "CHECKPOINT",
+        )
+    pixels, source = parity_pixels(pictures, artefact.card.preprocessing)
+    session = ArtefactSession(path)
+    parity = check(plan.graph, session, pixels, source)
+    theirs = TorchSession(model, artefact.card.preprocessing, device=torch.device("cpu"))
+    one = pixels[: artefact.batch_size or 1]
+    latency, torch_latency = _latencies_ms([lambda: session(one), lambda: theirs(one)])
+    metrics: dict[str, float] = {}
+    torch_metrics: dict[str, float] = {}
+    if evaluate is not None:
+        torch_metrics = dict(evaluate(theirs, artefact.card, "PyTorch"))
+        metrics = dict(evaluate(session, artefact.card, artefact.format))
+    return dataclasses.replace(
+        report,
+        parity=parity,
+        verified="yes" if parity.good else parity.reason,
+        latency_ms=round(latency / len(one), 3),
+        torch_latency_ms=round(torch_latency / len(one), 3),
+        metrics=metrics,
+        torch_metrics=torch_metrics,
+    )
+
+
+def _latencies_ms(sides: Sequence[Callable[[], object]], rounds: int = 15) -> list[float]:
+    """Median time of each, in turns."""
+    times: list[list[float]] = [[] for _ in sides]
+    for number in range(rounds + 2):
+        for side, kept in zip(sides, times, strict=True):
+            start = time.perf_counter()
+            side()
+            if number >= 2:
+                kept.append((time.perf_counter() - start) * 1e3)
+    return [statistics.median(kept) for kept in times]
+
+
+def _parts(path: Path) -> list[Path]:
+    """Files of an artefact, without its sidecar."""
+    if path.is_dir():
+        return [p for p in path.rglob("*") if p.is_file()]
+    return [path, path.with_suffix(".bin")] if path.suffix == ".xml" else [path]
+
+
+def _add_to(path: Path, report: ExportReport) -> None:
+    """Keep the entries of other artefacts in the folder."""
+    entries: dict[str, Any] = {}
+    if path.is_file():
+        try:
+            entries = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            log.warning("%s: damaged; it is written anew", path)
+    write_json(path, {**entries, report.path.name: report.to_dict()})
+
+
+def _move(part: Path, final: Path) -> None:
+    if final.is_dir():
+        shutil.rmtree(final)
+    part.replace(final)

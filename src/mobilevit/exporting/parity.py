@@ -1,0 +1,149 @@
+"""Whether an artefact gives the answers of the model it was made of, on real pictures."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mobilevit.exporting.graph import ExportGraph
+from mobilevit.inference.artefact import Precision
+from mobilevit.inference.session import ArtefactSession
+from mobilevit.models.card import Task
+from mobilevit.preprocessing import Preprocessing
+from mobilevit.progress import Progress
+from mobilevit.tasks.detection import DecodedOutput, Detections, postprocess
+
+MAX_DIFFERENCE = 1e-4
+"""Of float32 outputs: logits, probabilities, and boxes in 0..1."""
+
+_LEAST_AGREEMENT: dict[Precision, float] = {
+    "fp32": 0.995, "fp16": 0.995, "bf16": 0.995, "int8": 0.95, "palettized": 0.95
+}  # fmt: skip
+"""Share of pictures with the same class, of boxes found by both, or mean IoU of masks. That of int8 is a floor for what
+is not broken; what int8 costs in accuracy is measured on labelled pictures."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parity:
+    """The artefact beside PyTorch in float32, on the same pixels."""
+
+    pictures: int
+    source: str
+    """Where the pictures come from."""
+    max_difference: float | None
+    """Largest absolute difference of any output value; None where outputs are classes."""
+    agreement: float
+    """Classification: share of pictures with the same best class. Detection: share of the boxes of each that the other
+    has too (same class, IoU above 0.9; 0.5 for int8). Segmentation: mean IoU of the label maps."""
+    measure: str
+    """What agreement counts, in words."""
+    good: bool
+    """Whether both are within what the precision allows."""
+    reason: str = ""
+    """Why it is not good."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+
+@torch.inference_mode()
+def check(reference: ExportGraph, session: ArtefactSession, pixels: Tensor, source: str) -> Parity:
+    """Run both on the same pixels and compare.
+
+    Args:
+        reference: the graph in PyTorch, in float32.
+        session: the artefact.
+        pixels: uint8 (n, 3, H, W).
+        source: what to call them.
+    """
+    artefact = session.artefact
+    task, precision = artefact.card.task, artefact.precision
+    size = artefact.batch_size or 4
+    difference, scores, finite = 0.0, [], True
+    with Progress("compare", len(pixels)) as progress:
+        for start in range(0, len(pixels), size):
+            batch = pixels[start : start + size]
+            expected, found = _answers(reference, batch, artefact.card.preprocessing), session.raw(batch)
+            for ours, theirs in zip(expected, found, strict=False):  # without what NMS inside has selected
+                if ours.is_floating_point():
+                    finite &= bool(theirs.float().isfinite().all())
+                    difference = max(difference, float((ours.double() - theirs.double()).abs().max()))
+            scores += _agreements(
+                task, expected, session.output(found), 0.5 if precision in ("int8", "palettized") else 0.9
+            )
+            progress.advance(len(batch))
+    measure = {
+        "classification": "pictures with the same class",
+        "detection": "boxes found by both",
+        "segmentation": "mean IoU of the masks",
+    }[task]
+    agreement = sum(scores) / len(scores)
+    allowed = _LEAST_AGREEMENT[precision]
+    reason = ""
+    if not finite:
+        reason = "its answers are not finite numbers"
+    elif precision == "fp32" and difference > MAX_DIFFERENCE:
+        reason = f"its answers differ by up to {difference:.1e}, where {MAX_DIFFERENCE:.0e} is allowed"
+    # Of few pictures, one may stand on the edge between two classes.
+    elif sum(1 - score for score in scores) > max(1.0 if precision != "fp32" else 0.0, (1 - allowed) * len(scores)):
+        reason = f"{measure}: {agreement:.1%}, where {allowed:.1%} is needed"
+    return Parity(
+        pictures=len(pixels),
+        source=source,
+        max_difference=None if "label_map" in artefact.outputs else difference,
+        agreement=agreement,
+        measure=measure,
+        good=not reason,
+        reason=reason,
+    )
+
+
+def _answers(graph: ExportGraph, pixels: Tensor, preprocessing: Preprocessing) -> tuple[Tensor, ...]:
+    outputs: tuple[Tensor, ...] = graph(pixels.permute(0, 2, 3, 1) if graph.baked else preprocessing.normalize(pixels))
+    return outputs
+
+
+def _agreements(task: Task, expected: tuple[Tensor, ...], found: Any, iou_threshold: float) -> list[float]:
+    """Of each picture, 0..1; `found` is the task's output."""
+    if task == "classification":
+        return [float(same) for same in expected[0].argmax(1) == found.argmax(1)]
+    if task == "segmentation":
+        return [_mean_iou(_labels(a), _labels(b)) for a, b in zip(expected[0], found.logits, strict=True)]
+    ours = postprocess(DecodedOutput(expected[0], expected[1]))
+    return [_both_find(a, b, iou_threshold) for a, b in zip(ours, postprocess(found), strict=True)]
+
+
+def _labels(answer: Tensor) -> Tensor:
+    return answer if answer.ndim == 2 else answer.argmax(0)
+
+
+def _mean_iou(a: Tensor, b: Tensor) -> float:
+    """Over the classes that either has."""
+    ious = []
+    for label in torch.cat([a.flatten(), b.flatten()]).bincount().nonzero():
+        here, there = a == label, b == label
+        ious.append(float((here & there).sum() / (here | there).sum()))
+    return sum(ious) / len(ious)
+
+
+def _both_find(a: Detections, b: Detections, iou_threshold: float) -> float:
+    """Share of the boxes of each that have their like in the other, of those not near the end of the list."""
+    from torchvision.ops import box_iou
+
+    # The improbable come and go with rounding: count what is clearly there, or, if nothing is, the ten surest.
+    least = min(0.1, float(a.scores[:10].min()) if len(a.scores) else 1.0)
+    sure_a, sure_b = a.scores >= least, b.scores >= least
+    if not sure_a.any() and not sure_b.any():
+        return 1.0
+    shares = []
+    for first, others, sure in ((a, b, sure_a), (b, a, sure_b)):
+        if sure.any():
+            same = (box_iou(first.boxes_xyxy[sure], others.boxes_xyxy) > iou_threshold) & (
+                first.class_ids[sure][:, None] == others.class_ids[None]
+            )
+            shares.append(float(same.any(dim=1).float().mean()) if same.numel() else 0.0)
+    return sum(shares) / len(shares)
