@@ -26,7 +26,7 @@ $(BIN)/python:
 
 $(VENV)/.for-use: pyproject.toml | $(BIN)/python
 	@echo "installing PyTorch and mobilevit into $(VENV): some minutes, once"
-	$(PIP) install -e ".[train]"
+	$(PIP) install -e ".[train,onnx,openvino]"
 	@touch $@
 
 $(VENV)/.for-development: pyproject.toml | $(BIN)/python

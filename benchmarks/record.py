@@ -15,11 +15,15 @@ import torch
 from mobilevit.files import write_json
 
 RESULTS = Path(__file__).parent / "results"
+PACKAGES = (
+    "torch", "torchvision", "timm", "transformers", "pillow", "numpy",
+    "litert-torch", "ai-edge-litert", "ai-edge-quantizer",
+)  # fmt: skip
 
 
 def write(name: str, figures: dict[str, Any]) -> Path:
     """Write `results/NAME.json` and say so."""
-    packages = {p: metadata.version(p) for p in ("torch", "torchvision", "timm", "transformers", "pillow", "numpy")}
+    packages = {package: version for package in PACKAGES if (version := version_of(package))}
     record = {
         "command": command(),
         "date": datetime.now(UTC).date().isoformat(),
@@ -30,6 +34,14 @@ def write(name: str, figures: dict[str, Any]) -> Path:
     path = write_json(RESULTS / f"{name}.json", record)
     print(f"wrote {path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}")
     return path
+
+
+def version_of(package: str) -> str | None:
+    """None where it is not installed."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def command() -> str:

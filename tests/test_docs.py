@@ -41,7 +41,7 @@ def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     write_streets(tmp_path / "streets")
     for name in ("smear.jpg", "street.jpg"):
         render_scene(40, size=96, num_objects=3).image.save(tmp_path / name)
-    for number in range(15):
+    for number in range(36):  # as many as int8 is calibrated on
         picture = render_scene(number % 3, size=64).image
         for path in (
             f"flowers/{FLOWERS[number % 3]}/{number}.jpg",

@@ -66,6 +66,10 @@ class ExportGraph(nn.Module):
         x = images
         if self.baked:
             x = x.permute(0, 3, 1, 2).float() * self.scale + self.shift  # (B, 3, H, W)
+        return self.answer(x)
+
+    def answer(self, x: Tensor) -> tuple[Tensor, ...]:
+        """The outputs for scaled pictures. Shape: (B, 3, H, W) -> see the class."""
         if self.task == "detection":
             decoded = decode(self.model(x))
             return decoded.boxes_xyxy, decoded.scores

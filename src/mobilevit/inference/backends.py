@@ -7,18 +7,23 @@ cache is then still there for the next, which is faster than one large batch thr
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
-from collections.abc import Callable, Iterable, Sequence
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mobilevit.inference.artefact import Artefact, Format
+from mobilevit.inference.litert import LitertSession
 
 Array = NDArray[Any]
 
@@ -58,7 +63,10 @@ class OnnxBackend:
             options = self._runtime.SessionOptions()
             options.intra_op_num_threads = threads
             options.log_severity_level = 3
-            self._sessions[threads] = self._runtime.InferenceSession(self._path, options, providers=self._providers)
+            # Its fused LayerNorm with a skip is slower than the two apart: 2 to 3 % of S and XXS.
+            self._sessions[threads] = self._runtime.InferenceSession(
+                self._path, options, providers=self._providers, disabled_optimizers=["SkipLayerNormFusion"]
+            )
         return self._sessions[threads]
 
     def run(self, images: Array) -> list[Array]:
@@ -113,6 +121,93 @@ class OpenvinoBackend:
         return _join(results)
 
 
+class LitertBackend:
+    """LiteRT."""
+
+    def __init__(self, path: Path, artefact: Artefact, threads: int, device: str) -> None:
+        if device not in ("auto", "cpu"):
+            raise ValueError(f"--device {device}: LiteRT is used on the cpu here")
+        self._path, self._artefact, self._threads = path, artefact, threads
+        self._whole = LitertSession(path, threads=threads)
+        self._streams: list[LitertSession] = []
+        """Of one thread each; a session is not to be shared."""
+
+    def run(self, images: Array) -> list[Array]:
+        chunks = _chunks(images, self._artefact.batch_size or 1)
+        if len(chunks) == 1 or self._threads == 1:
+            return _join(self._whole.run(chunk) for chunk in chunks)
+        while len(self._streams) < min(self._threads, len(chunks)):
+            self._streams.append(LitertSession(self._path, threads=1))
+        count = len(self._streams)
+        results: list[list[Array]] = [[] for _ in chunks]
+
+        def work(stream: int) -> None:
+            for place in range(stream, len(chunks), count):
+                results[place] = self._streams[stream].run(chunks[place])
+
+        with ThreadPoolExecutor(count) as pool:
+            list(pool.map(work, range(count)))
+        return _join(results)
+
+
+class ExecutorchBackend:
+    """ExecuTorch, which in Python computes on the processor.
+
+    Its threads are one pool for the whole process, and replacing that takes it away from under programs loaded before:
+    a backend that finds another pool than its own loads its program anew.
+    """
+
+    _turn: ClassVar[threading.Lock] = threading.Lock()
+    """A program has one set of buffers, and all have one pool."""
+    _pool: ClassVar[object] = None
+    """Stands for the pool that is there."""
+
+    def __init__(self, path: Path, artefact: Artefact, threads: int, device: str) -> None:
+        _import("executorch", "executorch")
+        if device not in ("auto", "cpu"):
+            raise ValueError(f"--device {device}: ExecuTorch files are made for the cpu")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of being experimental
+            self._library = _import("executorch.extension.pybindings.portable_lib", "executorch")
+            self._runtime = _import("executorch.runtime", "executorch").Runtime.get()
+        self._path, self._artefact, self._threads = path, artefact, threads
+        with self._turn:
+            self._load()
+
+    def _load(self) -> None:
+        with _silent_stderr():  # its C++ tells which files describe a phone's processor, wherever it runs
+            if self._pool is None or self._library._threadpool_get_thread_count() != self._threads:
+                self._library._unsafe_reset_threadpool(self._threads)
+                ExecutorchBackend._pool = object()
+            self._my_pool = self._pool
+            self._program = self._runtime.load_program(self._path)
+            self._method = self._program.load_method("forward")
+
+    def run(self, images: Array) -> list[Array]:
+        import torch
+
+        with self._turn:
+            if self._my_pool is not self._pool:
+                self._load()
+            chunks = _chunks(images, self._artefact.batch_size or 1)
+            found = [self._method.execute([torch.from_numpy(chunk)]) for chunk in chunks]
+        return _join([part.numpy() for part in parts] for parts in found)
+
+
+@contextlib.contextmanager
+def _silent_stderr() -> Iterator[None]:
+    """Without what libraries write to the process's standard error past Python."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    try:
+        with Path(os.devnull).open("w") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
 class Pt2Backend:
     """`torch.export`, run by PyTorch."""
 
@@ -141,6 +236,8 @@ class Pt2Backend:
 _BACKENDS: dict[Format, Callable[[Path, Artefact, int, str], Backend]] = {
     "onnx": OnnxBackend,
     "openvino": OpenvinoBackend,
+    "executorch": ExecutorchBackend,
+    "litert": LitertBackend,
     "pt2": Pt2Backend,
 }
 

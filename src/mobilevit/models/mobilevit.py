@@ -158,16 +158,17 @@ class Attention(nn.Module):
     def __init__(self, embed_dim: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.scale: float = (embed_dim // num_heads) ** -0.5
+        self.head_dim = embed_dim // num_heads
+        self.scale: float = self.head_dim**-0.5
         self.qkv = nn.Linear(embed_dim, 3 * embed_dim)
         self.out = nn.Linear(embed_dim, embed_dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        batch, num_tokens, embed_dim = x.shape
-        qkv = self.qkv(x).view(batch, num_tokens, 3 * self.num_heads, embed_dim // self.num_heads)
+        batch, num_tokens, _ = x.shape
+        qkv = self.qkv(x).view(batch, num_tokens, 3 * self.num_heads, self.head_dim)
         q, k, v = qkv.transpose(1, 2).chunk(3, dim=1)  # each (batch, h, N, D / h)
         x = F.scaled_dot_product_attention(q, k, v, scale=self.scale)
-        x = self.out(x.transpose(1, 2).reshape(batch, num_tokens, embed_dim))
+        x = self.out(x.transpose(1, 2).reshape(batch, num_tokens, self.num_heads * self.head_dim))
         return x
 
 

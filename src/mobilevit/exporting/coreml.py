@@ -1,0 +1,123 @@
+"""Core ML, for iPhone, iPad and Mac. Packages are written on any system and run on Apple's only."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import logging
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from torch import Tensor, nn
+
+from mobilevit import __version__
+from mobilevit.exporting.graph import ExportGraph
+from mobilevit.exporting.plan import Plan
+
+PALETTE_BITS = 6
+"""Weights are indices into tables of 64 values, one table a layer."""
+
+
+class _FromPixels(nn.Module):
+    """The graph for values of 0..255 as Core ML hands pictures over. Shape: (B, 3, H, W) -> outputs of the graph."""
+
+    def __init__(self, graph: ExportGraph) -> None:
+        super().__init__()
+        self.whole = graph  # not `graph`, a name that traced modules need themselves
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        return self.whole.answer(images * self.whole.scale + self.whole.shift)
+
+
+def convert(plan: Plan, path: Path) -> None:
+    """Write `path`, a package for iOS 16, macOS 13 and newer, with the artefact's description in its metadata.
+
+    With preprocessing inside, the input is an image, which Vision and Xcode's preview understand; otherwise an array.
+
+    Raises:
+        ValueError: coremltools is not installed.
+    """
+    with _quiet():
+        coremltools = _import()
+        shape = tuple(plan.example.shape)
+        if plan.artefact.baked:
+            batch, height, width, _ = shape
+            example = plan.example.permute(0, 3, 1, 2).float().contiguous()
+            program = Plan(graph=plan.graph, artefact=plan.artefact, example=example).program(_FromPixels(plan.graph))
+            source = coremltools.ImageType(
+                name=plan.graph.input_name, shape=(batch, 3, height, width), color_layout=coremltools.colorlayout.RGB
+            )
+        else:
+            program = plan.program()
+            source = coremltools.TensorType(name=plan.graph.input_name, shape=shape)
+        model = coremltools.convert(
+            program.run_decompositions({}),
+            inputs=[source],
+            outputs=[coremltools.TensorType(name=name) for name in plan.graph.output_names],
+            convert_to="mlprogram",
+            minimum_deployment_target=coremltools.target.iOS16,
+            compute_precision=getattr(
+                coremltools.precision, "FLOAT32" if plan.artefact.precision == "fp32" else "FLOAT16"
+            ),
+            skip_model_load=True,
+        )
+        if plan.artefact.precision == "palettized":
+            optimize = coremltools.optimize.coreml
+            how = optimize.OpPalettizerConfig(mode="kmeans", nbits=PALETTE_BITS)
+            model = optimize.palettize_weights(model, optimize.OptimizationConfig(global_config=how))
+        _describe(model, plan)
+        model.save(str(path))
+
+
+def _describe(model: Any, plan: Plan) -> None:
+    """What Xcode shows, and what a program reads."""
+    card = plan.artefact.card
+    model.short_description = f"{card.name}, {card.task}, {len(card.classes)} classes"
+    model.author = card.provenance.get("author", "")
+    model.license = card.provenance.get("licence", "")
+    model.version = card.provenance.get("version", __version__)
+    model.user_defined_metadata["mobilevit"] = plan.artefact.to_json()
+    model.user_defined_metadata["classes"] = json.dumps(card.classes, ensure_ascii=False)
+    height, width = card.preprocessing.size
+    if plan.artefact.baked:
+        told = f"RGB picture, {height} x {width} pixels"
+    else:
+        told = f"RGB, scaled to 0..1, minus {card.preprocessing.mean}, over {card.preprocessing.std}"
+    model.input_description[plan.graph.input_name] = told
+    for name in plan.graph.output_names:
+        model.output_description[name] = _OUTPUTS[name]
+
+
+_OUTPUTS = {
+    "logits": "Before softmax: of each class, or of each class at each pixel",
+    "label_map": "Class of each pixel",
+    "boxes_xyxy": "Left, top, right, bottom of the box at each anchor, in 0..1 of the input",
+    "scores": "Probability of each class at each anchor",
+}
+
+
+def _import() -> ModuleType:
+    try:
+        import coremltools
+        import coremltools.optimize.coreml
+    except ImportError:
+        raise ValueError("coremltools is not installed; pip install 'mobilevit[coreml]'") from None
+    module: ModuleType = coremltools
+    return module
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without progress bars, and without warnings that this system cannot run what it writes."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)
