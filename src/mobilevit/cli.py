@@ -424,8 +424,10 @@ def _measure_on(path: Path, card: ModelCard) -> Evaluate:
 
 def _print_export(report: ExportReport) -> None:
     print(f"\n{report.path}  ({report.num_bytes / 1e6:.1f} MB)")
-    for name, value in report.lines():
-        print(f"  {name:<22}  {value}")
+    lines = report.lines()
+    width = max(len(name) for name, _ in lines)
+    for name, value in lines:
+        print(f"  {name:<{width}}  {value}")
 
 
 # -- info -------------------------------------------------------------------------------------------------------------

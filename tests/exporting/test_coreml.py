@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from test_export import SIZE, TASKS, make
 
 from mobilevit.exporting import export as exporting
 from mobilevit.exporting.export import FORMATS, export
 from mobilevit.inference.artefact import read_sidecar
-from test_export import SIZE, TASKS, make
 
 coremltools = pytest.importorskip("coremltools", reason="coremltools is not installed")
 

@@ -1,19 +1,117 @@
-"""OpenVINO IR: Intel and ARM processors, Intel GPUs and NPUs."""
+"""OpenVINO IR: Intel and ARM processors, Intel GPUs and NPUs.
+
+Operators are named after the modules they come from, as in "model.layer3.1.fusion.conv/Convolution"; what belongs to no
+module of the model, such as decoding boxes or enlarging logits, starts with "/".
+"""
 
 from __future__ import annotations
 
+import io
+import logging
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
+from typing import Any
 
 from mobilevit.exporting.plan import Plan
+from mobilevit.exporting.quantization import float_modules, is_below
+
+_NO_COMPUTATION = ("Constant", "Convert", "Parameter", "Result")
 
 
 def convert(plan: Plan, path: Path) -> None:
-    """Write `path` (.xml) and the weights beside it (.bin), with the artefact's description in rt_info."""
+    """Write `path` (.xml) and the weights beside it (.bin), with the artefact's description in rt_info.
+
+    Raises:
+        ValueError: `plan.keep_float` names what is not in the graph.
+    """
     import openvino
 
-    model = openvino.convert_model(plan.program())
+    floats = float_modules(plan)
+    model = _convert(plan)
+    if plan.artefact.precision == "int8":
+        model = _quantize(model, floats, plan)
     for port, name in zip(model.outputs, plan.graph.output_names, strict=True):
         port.get_tensor().set_names({name})
     model.inputs[0].get_tensor().set_names({plan.graph.input_name})
     model.set_rt_info(plan.artefact.to_json(), ["mobilevit"])
     openvino.save_model(model, path, compress_to_fp16=plan.artefact.precision in ("fp16", "bf16"))
+
+
+def _convert(plan: Plan) -> Any:
+    """The graph as `openvino.Model`, its operators named MODULE/OPERATOR."""
+    import openvino
+    from openvino.frontend.pytorch.fx_decoder import TorchFXPythonDecoder
+
+    with _quiet():
+        # What `convert_model` makes of a program first; here its nodes still know their modules.
+        decoder = TorchFXPythonDecoder.from_exported_program(plan.program())
+        model = openvino.convert_model(decoder)
+    modules = {
+        node.name: next((path for path, _ in reversed(node.meta.get("nn_module_stack", {}).values())), "")
+        for node in decoder.fx_gm.graph.nodes
+    }
+    seen: Counter[str] = Counter()
+    for operator in model.get_ordered_ops():
+        module = modules.get(operator.get_friendly_name().partition("/")[0])
+        if module is None or operator.get_type_name() in _NO_COMPUTATION:
+            continue
+        name = f"{module}/{operator.get_type_name()}"
+        seen[name] += 1
+        operator.set_friendly_name(name if seen[name] == 1 else f"{name}_{seen[name]}")
+    return model
+
+
+def _quantize(model: Any, floats: Sequence[str], plan: Plan) -> Any:
+    """Convolutions, linear layers and attention in int8 by NNCF; how was chosen on flowers (864 held out).
+
+    Share of pictures that keep their class, and the signal of the logits over their noise:
+
+        ranges        smallest and largest value of all pictures; NNCF's own, their means over pictures, cut off what
+                      is rare: 21 instead of 27 dB, all in int8
+        SmoothQuant   off: 40 instead of 30 dB (it stretches the classifier's input, which has a few large channels)
+        model type    transformer leaves sums and LayerNorm in float: 99.5 %, 40 dB instead of 39
+        preset        mixed, activations with a zero point, as SiLU's outputs want: 99.2 instead of 98.4 % (symmetric)
+        bias          corrected, which makes 98.8 % into 99.2
+        overflow      7 of 8 bits in weights, for processors without VNNI: costs nothing (99.8 instead of 99.5 %)
+    """
+    import nncf
+    from nncf.quantization.range_estimator import RangeEstimatorParametersSet
+
+    left = [
+        operator.get_friendly_name()
+        for operator in model.get_ops()
+        if operator.get_type_name() not in _NO_COMPUTATION
+        and (
+            operator.get_friendly_name().startswith("/")
+            or is_below(operator.get_friendly_name().partition("/")[0], floats)
+        )
+    ]
+    pictures = [batch.numpy() for batch in plan.batches()]
+    with _quiet():
+        return nncf.quantize(
+            model,
+            nncf.Dataset(pictures),
+            preset=nncf.QuantizationPreset.MIXED,
+            model_type=nncf.ModelType.TRANSFORMER,
+            subset_size=len(pictures),
+            ignored_scope=nncf.IgnoredScope(names=left, validate=False),
+            advanced_parameters=nncf.AdvancedQuantizationParameters(
+                overflow_fix=nncf.OverflowFix.ENABLE,
+                activations_range_estimator_params=RangeEstimatorParametersSet.MINMAX,
+                smooth_quant_alphas=nncf.AdvancedSmoothQuantParameters(convolution=-1, matmul=-1),
+            ),
+        )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep both packages' chatter off the screen: operators this model lacks, and progress, printed among results."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logging.disable(before)

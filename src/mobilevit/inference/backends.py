@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import logging
 import os
 import sys
 import threading
@@ -24,6 +25,8 @@ from numpy.typing import NDArray
 
 from mobilevit.inference.artefact import Artefact, Format
 from mobilevit.inference.litert import LitertSession
+
+log = logging.getLogger("mobilevit")
 
 Array = NDArray[Any]
 
@@ -96,10 +99,16 @@ class OpenvinoBackend:
     def _compile(self, streams: int) -> Any:
         if streams not in self._compiled:
             settings = dict(self._artefact.settings)
+            if settings.get("INFERENCE_PRECISION_HINT") == "bf16" and not self._has_bfloat16():
+                log.warning("this processor has no bfloat16; OpenVINO computes in float32 instead")
+                settings["INFERENCE_PRECISION_HINT"] = "f32"
             if self._device == "CPU":
                 settings |= {"INFERENCE_NUM_THREADS": str(self._threads), "NUM_STREAMS": str(streams)}
             self._compiled[streams] = self._core.compile_model(self._model, self._device, settings)
         return self._compiled[streams]
+
+    def _has_bfloat16(self) -> bool:
+        return "BF16" in self._core.get_property(self._device, "OPTIMIZATION_CAPABILITIES")
 
     def run(self, images: Array) -> list[Array]:
         chunks = _chunks(images, self._artefact.batch_size or 1)

@@ -18,7 +18,7 @@ class LitertSession:
 
     Args:
         path: of the file.
-        threads: to compute one run with; None: what LiteRT does by itself, which is one.
+        threads: to compute one run with; None: as many as LiteRT chooses.
 
     Raises:
         ValueError: no runtime is installed, or it cannot read the file.

@@ -76,7 +76,8 @@ def pad_heads(model: Model, multiple: int = 8) -> Model:
 
 def _widen(tensor: Tensor, heads: int, missing: int, *, axis: int) -> Tensor:
     """Zeros behind each of the `heads` equal parts of an axis."""
-    parts = tensor.unflatten(axis, (heads, -1))
+    shape = list(tensor.shape)
+    parts = tensor.reshape(*shape[:axis], heads, -1, *shape[axis + 1 :])
     shape = list(parts.shape)
     shape[axis + 1] = missing
     return torch.cat([parts, parts.new_zeros(shape)], dim=axis + 1).flatten(axis, axis + 1)

@@ -212,7 +212,7 @@ class TransformerLayer(nn.Module):
 def unfold(x: Tensor, patch_size: tuple[int, int]) -> Tensor:
     """Gather the pixels at the same place inside their patches into one sequence each (arXiv:2110.02178, figure 4).
 
-    Sequences are ordered by place inside the patch, then by picture. Two copies, of whole rows and of runs of D numbers;
+    Sequences are ordered by place inside the patch, then by picture. Two copies, of whole rows and runs of D numbers;
     no tensor above rank 4, so that exported graphs suit compilers for small devices.
 
     Shape: (B, D, H, W) -> (P * B, N, D); H and W are multiples of the patch.
