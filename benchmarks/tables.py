@@ -35,7 +35,7 @@ FROM_SCRATCH = {"detection": "bccd-mobilevit_xxs", "segmentation": "camvid-mobil
 SHORT_NAMES = {"mobilevit_xxs": "XXS", "mobilevit_xs": "XS", "mobilevit_s": "S"}
 DEMOS = ("demo-classification", "demo-detection", "demo-segmentation")
 MEASUREMENTS = (
-    "inference", "training_speed", *FLOWERS.values(), *FROM_SCRATCH.values(), "postprocessing", *DEMOS, "resume",
+    "inference", "engines", "quantization", "executorch", "litert", "training_speed", *FLOWERS.values(), *FROM_SCRATCH.values(), "postprocessing", *DEMOS, "resume",
     "startup",
 )  # fmt: skip
 
@@ -219,6 +219,61 @@ def inference_tables(results: Results) -> str:
     return "\n\n".join(parts)
 
 
+def engines_tables(results: Results) -> str:
+    """What each engine makes of ours and of timm's, and the machine's own limits."""
+    result = results["engines"]
+    rows = []
+    for case, figures in result["figures"].items():
+        model, rest = case.split(" batch ")
+        batch, engine = rest.split(" ", 1)
+        best = min((s for s in figures["milliseconds"] if s.startswith("mobilevit")), key=figures["milliseconds"].get)
+        for side, milliseconds in figures["milliseconds"].items():
+            ratio = figures["best of ours is"].get(f"faster than {side}")
+            rows.append(
+                [
+                    f"{engine}, {SHORT_NAMES[model]}, batch {batch}",
+                    f"**{side}**" if side == best else side,
+                    number(milliseconds),
+                    " to ".join(map(number, figures["spread"][side])),
+                    number(ratio) if ratio else "",
+                ]
+            )
+    limits = ", ".join(f"{name} {number(value)}" for name, value in result["limits"].items())
+    left = f" Time ran out for: {', '.join(result['left_out'])}." if result["left_out"] else ""
+    head = ("", "", "median, ms", "fastest to slowest round, ms", "time over best of ours")
+    return f"{table(head, rows)}\n\nLimits of the machine, measured in the same run: {limits}.{left}"
+
+
+def quantization_tables(results: Results) -> str:
+    """Accuracy before and after, then size and time."""
+    result = results["quantization"]
+    parts = []
+    for task, entry in result["tasks"].items():
+        shown = [key for key in ("top1", "ap50", "ap", "miou") if key in entry["float"]]
+        rows = [["PyTorch, float32", *(f"{entry['float'][key]:.4f}" for key in shown), "", ""]]
+        for name, after in entry["formats"].items():
+            if "failed" in after:
+                rows.append([name, *["failed" for _ in shown], "", ""])
+                continue
+            values = [f"{after[key]:.4f}" for key in shown]
+            rows.append([name, *values, percent(after["agreement"], 2), number(after["megabytes"])])
+        told = f"{entry['measured on']}; calibrated on {entry['calibrated on']}. Agreement {entry['agreement']}."
+        parts.append(f"### {task.capitalize()}\n\n{told}\n\n{table(('', *shown, 'agreement', 'MB'), rows)}")
+    for model, entry in result["latency"].items():
+        rows = [
+            [
+                name,
+                number(milliseconds),
+                " to ".join(map(number, entry["spread"][name])),
+                number(entry["megabytes"][name]) if name in entry["megabytes"] else "",
+            ]
+            for name, milliseconds in entry["milliseconds"].items()
+        ]
+        head = ("", "median, ms", "fastest to slowest round, ms", "MB")
+        parts.append(f"### {SHORT_NAMES[model]}: {entry['unit']}\n\n{table(head, rows)}")
+    return "\n\n".join(parts)
+
+
 def training_table(results: Results) -> str:
     speed = results["training_speed"]
     rows = []
@@ -366,6 +421,26 @@ SECTIONS = (
             "is timm's with model and pictures in that layout."
         ),
         body=inference_tables,
+    ),
+    Section(
+        title="Engines on the CPU",
+        names=("engines",),
+        what=(
+            "The same networks in ONNX Runtime, OpenVINO and PyTorch, 256 x 256, random weights. timm's model runs as "
+            "its users run it, one batch through all threads, and, for honesty, also in streams of small chunks, one "
+            "thread each, as this package's sessions run several pictures. The fastest of ours is in bold."
+        ),
+        body=engines_tables,
+    ),
+    Section(
+        title="Smaller numbers",
+        names=("quantization",),
+        what=(
+            "XXS trained on small public sets, calibrated on training pictures, measured on others. Which layers stay "
+            "in floating point was chosen on the flowers held out, so that their figures flatter it a little. Times "
+            "are of random weights."
+        ),
+        body=quantization_tables,
     ),
     Section(
         title="Training speed",

@@ -23,6 +23,7 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from mobilevit.inference import pt2
 from mobilevit.inference.artefact import Artefact, Format
 from mobilevit.inference.litert import LitertSession
 
@@ -100,7 +101,8 @@ class OpenvinoBackend:
         if streams not in self._compiled:
             settings = dict(self._artefact.settings)
             if settings.get("INFERENCE_PRECISION_HINT") == "bf16" and not self._has_bfloat16():
-                log.warning("this processor has no bfloat16; OpenVINO computes in float32 instead")
+                if self._artefact.precision == "bf16":  # of int8, it is only what stays in floating point
+                    log.warning("this processor has no bfloat16; OpenVINO computes in float32 instead")
                 settings["INFERENCE_PRECISION_HINT"] = "f32"
             if self._device == "CPU":
                 settings |= {"INFERENCE_NUM_THREADS": str(self._threads), "NUM_STREAMS": str(streams)}
@@ -218,7 +220,7 @@ def _silent_stderr() -> Iterator[None]:
 
 
 class Pt2Backend:
-    """`torch.export`, run by PyTorch."""
+    """`torch.export`, run by PyTorch; a file that could run code of its own when it is loaded is refused."""
 
     def __init__(self, path: Path, artefact: Artefact, threads: int, device: str) -> None:
         import torch
@@ -228,7 +230,7 @@ class Pt2Backend:
         self._torch, self._artefact = torch, artefact
         self._device = pick_device("cpu" if device == "auto" else device)
         torch.set_num_threads(threads)
-        program = torch.export.load(path)
+        program = torch.export.load(pt2.read(path))
         if self._device.type != "cpu":
             from torch.export.passes import move_to_device_pass
 
