@@ -35,8 +35,8 @@ FROM_SCRATCH = {"detection": "bccd-mobilevit_xxs", "segmentation": "camvid-mobil
 SHORT_NAMES = {"mobilevit_xxs": "XXS", "mobilevit_xs": "XS", "mobilevit_s": "S"}
 DEMOS = ("demo-classification", "demo-detection", "demo-segmentation")
 MEASUREMENTS = (
-    "inference", "engines", "quantization", "executorch", "litert", "training_speed", *FLOWERS.values(), *FROM_SCRATCH.values(), "postprocessing", *DEMOS, "resume",
-    "startup",
+    "inference", "engines", "quantization", "training_speed", *FLOWERS.values(), *FROM_SCRATCH.values(),
+    "postprocessing", *DEMOS, "resume", "startup",
 )  # fmt: skip
 
 

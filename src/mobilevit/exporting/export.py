@@ -57,7 +57,7 @@ def _on_a_mac() -> bool:
 FORMATS: dict[Format, Kind] = {
     "onnx": Kind(precisions=("fp32", "fp16", "int8"), dynamic=True),
     "openvino": Kind(precisions=("fp32", "fp16", "bf16", "int8"), dynamic=True),
-    "executorch": Kind(precisions=("fp32", "fp16", "int8"), dynamic=False),
+    "executorch": Kind(precisions=("fp32", "int8"), dynamic=False),
     "litert": Kind(precisions=("fp32", "fp16", "int8"), dynamic=False),
     "coreml": Kind(precisions=("fp32", "fp16", "palettized"), dynamic=False, runs_here=_on_a_mac),
     "pt2": Kind(precisions=("fp32", "bf16"), dynamic=True),

@@ -1,0 +1,283 @@
+"""ExecuTorch: phones and boards, computing on their processors through XNNPACK.
+
+XNNPACK has no LayerNorm, no attention and no broadcasting of maps. What it does not have, ExecuTorch computes by
+plain loops, and copies everything to and fro; so the graph is first rewritten to compute the same by what it has. XXS
+at 256 x 256 then takes 13 ms on one core instead of 53, and a single call does it all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import importlib
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+from torch.nn import functional as F
+
+from mobilevit.exporting.graph import ExportGraph
+from mobilevit.exporting.plan import Plan
+from mobilevit.exporting.quantization import float_modules, is_below
+from mobilevit.models.deeplabv3 import ASPP, DeepLabv3
+from mobilevit.models.mobilevit import Attention, ConvNormAct, MobileViTBlock
+
+DESCRIPTION = "mobilevit"
+"""Name of the method that returns what the file says of itself."""
+
+_aten: Any = torch.ops.aten
+
+
+def convert(plan: Plan, path: Path) -> None:
+    """Write `path`, one file with its weights, and the artefact's description as a method.
+
+    Raises:
+        ValueError: executorch is not installed, or `plan.keep_float` names what is not in the graph.
+    """
+    with _quiet():
+        path.write_bytes(lower(plan).to_executorch().buffer)
+
+
+def lower(plan: Plan) -> Any:
+    """The graph for ExecuTorch, an `EdgeProgramManager`, with what XNNPACK takes of it handed over."""
+    exir = _import("executorch.exir")
+    partitioner = _import("executorch.backends.xnnpack.partition.xnnpack_partitioner")
+    module = plan.program(suited(plan.graph)).module(check_guards=False)
+    simplify(module)
+    if plan.artefact.precision == "int8":
+        module = _quantize(module, plan)
+    with torch.no_grad():
+        program = torch.export.export(module, (plan.example,), strict=False)
+    return exir.to_edge_transform_and_lower(
+        program,
+        partitioner=[partitioner.XnnpackPartitioner()],
+        compile_config=exir.EdgeCompileConfig(_check_ir_validity=False),
+        constant_methods={DESCRIPTION: plan.artefact.to_json()},
+    )
+
+
+class SuitedGraph(nn.Module):
+    """The whole graph, for the same input and outputs."""
+
+    def __init__(self, graph: ExportGraph) -> None:
+        super().__init__()
+        self.whole = graph
+        self.columns: Tensor | None
+        self.register_buffer("columns", None if graph.columns is None else graph.columns.T.contiguous())  # (W, w)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        graph, x = self.whole, images
+        if graph.baked:
+            # First into float, which XNNPACK can transpose.
+            x = x.float().permute(0, 3, 1, 2) * graph.scale + graph.shift
+        if graph.task != "segmentation":
+            return graph.answer(x)
+        # As linear layers, whose second factor is constant, and rows before columns: then only small maps are turned.
+        rows, columns = graph.rows, self.columns
+        assert rows is not None, "files for ExecuTorch have one size"
+        assert columns is not None
+        coarse = cast(DeepLabv3, graph.model).coarse_logits(x)  # (B, K, h, w)
+        batch, classes, height, width = coarse.shape
+        lines = coarse.transpose(2, 3).reshape(batch * classes * width, height)
+        lines = F.linear(lines, rows).view(batch, classes, width, -1).transpose(2, 3).reshape(-1, width)
+        logits = F.linear(lines, columns).view(batch, classes, len(rows), -1)  # (B, K, H, W)
+        return (logits.argmax(dim=1).to(torch.uint8) if graph.label_map else logits,)
+
+
+class RootMeanSquareNorm(nn.Module):
+    """LayerNorm without gain and shift, of numbers whose mean is zero. Shape: (batch, N, D) -> (batch, N, D).
+
+    The mean of squares is a linear layer with one output, as XNNPACK averages maps only.
+    """
+
+    def __init__(self, norm: nn.LayerNorm) -> None:
+        super().__init__()
+        assert not norm.elementwise_affine, "fuse the model first"
+        (width,) = norm.normalized_shape
+        self.eps = norm.eps
+        self.average: Tensor
+        self.register_buffer("average", torch.full((1, width), 1 / width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.rsqrt(F.linear(x * x, self.average) + self.eps)
+
+
+class SplitAttention(nn.Module):
+    """Attention in single steps, with queries, keys and values from three linear layers.
+
+    The steps that PyTorch would take it apart into also scale both factors, and cut the fused projection in copies.
+    Shape: (batch, N, D) -> (batch, N, D).
+    """
+
+    def __init__(self, attention: Attention) -> None:
+        super().__init__()
+        assert attention.scale == 1, "fuse the model first"
+        self.num_heads, self.head_dim = attention.num_heads, attention.head_dim
+        self.qkv = nn.ModuleDict()
+        weights, biases = attention.qkv.weight.chunk(3), attention.qkv.bias.chunk(3)
+        for name, weight, bias in zip("qkv", weights, biases, strict=True):
+            self.qkv[name] = _with(nn.Linear(weight.shape[1], weight.shape[0]), weight, bias)
+        self.out = attention.out
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, tokens, _ = x.shape
+        heads, width = self.num_heads, self.head_dim
+        q, k, v = (linear(x).view(batch, tokens, heads, width) for linear in self.qkv.values())
+        q = q.permute(0, 2, 1, 3).reshape(batch * heads, tokens, width)
+        k = k.permute(0, 2, 3, 1).reshape(batch * heads, width, tokens)
+        v = v.permute(0, 2, 1, 3).reshape(batch * heads, tokens, width)
+        x = torch.bmm(torch.bmm(q, k).softmax(dim=-1), v)
+        x = x.view(batch, heads, tokens, width).permute(0, 2, 1, 3).reshape(batch, tokens, heads * width)
+        x = self.out(x)
+        return x
+
+
+class SplitASPP(nn.Module):
+    """ASPP whose last convolution is divided in two, so that the pooled branch need not be copied to every pixel.
+
+    Shape: (B, C, h, w) -> (B, aspp_channels, h, w).
+    """
+
+    def __init__(self, aspp: ASPP) -> None:
+        super().__init__()
+        self.near, self.atrous, self.pool = aspp.near, aspp.atrous, aspp.pool
+        conv, width = aspp.project.conv, aspp.pool.conv.out_channels
+        assert conv.bias is not None, "fuse the model first"
+        self.project = _with(
+            nn.Conv2d(conv.in_channels - width, conv.out_channels, 1), conv.weight[:, :-width], conv.bias
+        )
+        self.project_whole = _with(nn.Conv2d(width, conv.out_channels, 1, bias=False), conv.weight[:, -width:], None)
+        self.act = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        branches = [self.near(x), *(branch(x) for branch in self.atrous)]
+        whole = self.project_whole(self.pool(x.mean((2, 3), keepdim=True)))  # (B, aspp_channels, 1, 1)
+        x = self.act(self.project(torch.cat(branches, dim=1)) + whole)
+        return x
+
+
+@torch.no_grad()
+def suited(graph: ExportGraph) -> SuitedGraph:
+    """A copy that computes the same by what XNNPACK has; modules keep their names.
+
+    What a transformer passes on from layer to layer is only ever read by LayerNorm, which takes the mean off. So
+    whatever writes to it may leave out the mean at once, in its weights, and LayerNorm need not compute it.
+    """
+    graph = copy.deepcopy(graph).to(memory_format=torch.contiguous_format)  # other weights are refused
+    for module in list(graph.modules()):
+        if isinstance(module, ConvNormAct) and isinstance(module.act, nn.SiLU | nn.ReLU):
+            module.act.inplace = False
+        elif isinstance(module, MobileViTBlock):
+            _leave_out_mean(module.project_in.conv)
+            module.norm = RootMeanSquareNorm(module.norm)  # type: ignore[assignment]
+            for layer in cast(Any, module.transformer):
+                _leave_out_mean(layer.attention.out)
+                _leave_out_mean(layer.ffn_out)
+                layer.attention_norm = RootMeanSquareNorm(layer.attention_norm)
+                layer.ffn_norm = RootMeanSquareNorm(layer.ffn_norm)
+                layer.attention = SplitAttention(layer.attention)
+                layer.ffn_act.inplace = False
+        elif isinstance(module, DeepLabv3):
+            module.aspp = SplitASPP(module.aspp)  # type: ignore[assignment]
+    return SuitedGraph(graph).eval()
+
+
+def _leave_out_mean(layer: nn.Linear | nn.Conv2d) -> None:
+    weight, bias = layer.weight.double(), layer.bias
+    _with(layer, weight - weight.mean(dim=0), None if bias is None else bias.double() - bias.double().mean())
+
+
+def _with(layer: Any, weight: Tensor, bias: Tensor | None) -> Any:
+    """The layer, with these numbers."""
+    layer.weight = nn.Parameter(weight.detach().float().contiguous().clone(), requires_grad=False)
+    layer.bias = None if bias is None else nn.Parameter(bias.detach().float().clone(), requires_grad=False)
+    return layer
+
+
+def simplify(module: GraphModule) -> None:
+    """Take out what does nothing, but would be computed outside XNNPACK: in place."""
+    graph = module.graph
+    for node in list(graph.nodes):
+        if node.target is _aten.contiguous.default or _changes_no_type(node):
+            node.replace_all_uses_with(node.args[0])
+        elif node.target is _aten.mean.dim and len(node.args) == 2:
+            # It averages maps to maps of one pixel.
+            with graph.inserting_after(node):
+                flat = graph.call_function(_aten.view.default, (node, list(node.meta["val"].shape)))
+            flat.meta = dict(node.meta)
+            for user in [user for user in node.users if user is not flat]:
+                user.replace_input_with(node, flat)
+            node.args = (*node.args, True)
+    graph.eliminate_dead_code()
+    module.recompile()
+
+
+def _changes_no_type(node: Node) -> bool:
+    if node.op != "call_function" or not str(node.target).startswith("aten.to."):
+        return False
+    source = node.args[0]
+    assert isinstance(source, Node)
+    return bool(node.meta["val"].dtype == source.meta["val"].dtype)
+
+
+def _quantize(module: GraphModule, plan: Plan) -> GraphModule:
+    """Convolutions and linear layers in int8, per channel, all else in float32.
+
+    With the stem and the inverted residuals in float, 99.8 % of 864 flowers held out keep their class; with the stem
+    and the first two layers alone, 99.1 %.
+    """
+    pt2e = _import("torchao.quantization.pt2e.quantize_pt2e")
+    xnnpack = _import("executorch.backends.xnnpack.quantizer.xnnpack_quantizer")
+    floats = float_modules(plan)
+    config = xnnpack.get_symmetric_quantization_config(is_per_channel=True)
+    quantizer = xnnpack.XNNPACKQuantizer()
+    quantizer.set_operator_type(_aten.conv2d.default, config)
+    quantizer.set_operator_type(_aten.linear.default, config)
+    quantizer.set_operator_type(_aten.cat.default, config)
+    quantizer.set_filter_function(lambda node: _is_quantized(node, floats))
+    prepared = pt2e.prepare_pt2e(module, quantizer)
+    with torch.no_grad():
+        for batch in plan.batches():
+            prepared(batch)
+    return cast(GraphModule, pt2e.convert_pt2e(prepared))
+
+
+def _module_of(node: Node) -> str:
+    """Name in the plan's graph of the module that a node comes from."""
+    stack = list(node.meta.get("nn_module_stack", {}).values())
+    return str(stack[-1][0]).removeprefix("whole").removeprefix(".") if stack else ""
+
+
+def _is_quantized(node: Node, floats: Sequence[str]) -> bool:
+    if node.op != "call_function":
+        return True  # a weight; the layer that uses it decides
+    kind = next((kind for _, kind in reversed(node.meta.get("nn_module_stack", {}).values())), "").rpartition(".")[2]
+    if node.target is _aten.cat.default:
+        return kind in ("SplitASPP", "MobileViTBlock")  # between convolutions; elsewhere it would only convert
+    return kind not in ("RootMeanSquareNorm", "SuitedGraph", "") and not is_below(_module_of(node), floats)
+
+
+def _import(module: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ValueError(f"{error.name} is not installed; pip install 'mobilevit[executorch]'") from None
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without warnings of what is deprecated within, and without the log handler that a module of it installs."""
+    level, handlers = logging.root.manager.disable, list(logging.root.handlers)
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)
+        logging.root.handlers[:] = handlers
