@@ -209,11 +209,15 @@ def export(
         outputs=(*graph.output_names, "selected") if nms else graph.output_names,
         settings=_SETTINGS.get((format_, precision_), {}),
     )
+    traced = size
+    if "size" in dynamic:  # a map of a single patch would be taken for a constant
+        height, width = (max(side, 2 * step) for side, step in zip(size, graph.size_multiple, strict=True))
+        traced = (height, width)
     plan = Plan(
         graph=graph,
         artefact=artefact,
         # PyTorch takes a traced size of 1 for a constant.
-        example=graph.example(2 if "batch" in dynamic else batch_size, size),
+        example=graph.example(2 if "batch" in dynamic else batch_size, traced),
         calibration=[_as_input(graph, card, pixels[None]) for pixels in calibrating],
         keep_float=tuple(keep_float),
     )
