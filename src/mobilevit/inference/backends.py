@@ -14,6 +14,7 @@ import os
 import sys
 import threading
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -92,7 +93,6 @@ class OpenvinoBackend:
         self._device = "CPU" if device in ("auto", "cpu") else device.upper()
         if self._device not in self._core.available_devices:
             raise ValueError(f"--device {device}: OpenVINO sees {', '.join(self._core.available_devices).lower()} here")
-        self._openvino = openvino
         self._model = self._core.read_model(path)
         self._compiled: dict[int, Any] = {}
         self._compile(1)
@@ -119,16 +119,24 @@ class OpenvinoBackend:
         if len(chunks) == 1:
             found = compiled(chunks[0])
             return [np.array(found[port]) for port in compiled.outputs]
-        results: list[list[Array]] = [[] for _ in chunks]
+        # Not by AsyncInferQueue: its threads want the GIL once more when they are done, and so hang a program that lets
+        # go of the model right after.
+        free = [compiled.create_infer_request() for _ in range(streams)]
+        computing: deque[Any] = deque()
+        results: list[list[Array]] = []
 
-        def keep(request: Any, place: int) -> None:
-            results[place] = [np.array(tensor.data) for tensor in request.output_tensors]
+        def finish() -> Any:
+            request = computing.popleft()
+            request.wait()
+            results.append([np.array(tensor.data) for tensor in request.output_tensors])
+            return request
 
-        queue = self._openvino.AsyncInferQueue(compiled, streams)
-        queue.set_callback(keep)
-        for place, chunk in enumerate(chunks):
-            queue.start_async({0: chunk}, place)
-        queue.wait_all()
+        for chunk in chunks:
+            request = free.pop() if free else finish()
+            request.start_async({0: chunk})
+            computing.append(request)
+        while computing:
+            finish()
         return _join(results)
 
 
