@@ -10,7 +10,7 @@ demo: $(VENV)/.for-use
 	$(BIN)/mobilevit demo
 
 test: $(VENV)/.for-development
-	$(BIN)/python -m pytest --cov --cov-report=term --cov-fail-under=90
+	$(BIN)/python -m pytest --cov --cov-report=term --cov-fail-under=85
 
 lint: $(VENV)/.for-development
 	$(BIN)/ruff check .
