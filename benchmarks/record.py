@@ -16,8 +16,8 @@ from mobilevit.files import write_json
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = (
-    "torch", "torchvision", "timm", "transformers", "pillow", "numpy",
-    "litert-torch", "ai-edge-litert", "ai-edge-quantizer",
+    "torch", "torchvision", "timm", "transformers", "pillow", "numpy", "onnx", "onnxruntime", "openvino", "nncf",
+    "executorch", "torchao", "litert-torch", "ai-edge-litert", "ai-edge-quantizer", "triton",
 )  # fmt: skip
 
 

@@ -25,7 +25,8 @@ from mobilevit.exporting.graph import ExportGraph
 from mobilevit.exporting.parity import Parity, check
 from mobilevit.exporting.pictures import Pictures, calibration_pixels, parity_pixels
 from mobilevit.exporting.plan import Plan
-from mobilevit.exporting.sensitivity import LayerSensitivity, save_plot
+from mobilevit.exporting.quantization import float_modules, is_below
+from mobilevit.exporting.sensitivity import LayerSensitivity, choose_float, save_plot
 from mobilevit.exporting.sensitivity import sensitivity as measure_sensitivity
 from mobilevit.files import write_json
 from mobilevit.inference.artefact import SUFFIXES, Artefact, Format, Precision, write_sidecar
@@ -87,6 +88,8 @@ class ExportReport:
     """Of the model it was made of."""
     sensitivity: tuple[LayerSensitivity, ...] = ()
     """int8, on request: what quantising each layer alone costs, the most sensitive first."""
+    worth_keeping_float: tuple[str, ...] = ()
+    """Of those that are in int8, the layers to give to `keep_float` for 30 dB of signal over noise; often none."""
 
     def lines(self) -> list[tuple[str, str]]:
         """What people want to know, as pairs of words."""
@@ -102,6 +105,8 @@ class ExportReport:
             lines.append(("one picture", f"{self.latency_ms:.1f} ms here, in PyTorch {self.torch_latency_ms:.1f} ms"))
         lines += [(name, f"{value:.4f}, before {self.torch_metrics[name]:.4f}") for name, value in self.metrics.items()]
         lines += [(f"sensitive {row.kind}", f"{row.name}, {row.sqnr_db:.1f} dB alone") for row in self.sensitivity[:5]]
+        if self.worth_keeping_float:
+            lines.append(("worth a try", f"--keep-float {' '.join(self.worth_keeping_float)}"))
         return lines
 
     def to_dict(self) -> dict[str, Any]:
@@ -119,6 +124,7 @@ class ExportReport:
             "metrics": self.metrics,
             "torch_metrics": self.torch_metrics,
             "sensitivity": [row.to_dict() for row in self.sensitivity],
+            "worth_keeping_float": list(self.worth_keeping_float),
         }
 
 
@@ -232,7 +238,10 @@ def export(
         write_sidecar(path, artefact)
         report = _verify(plan, path, loaded, pictures or calibration, evaluate=evaluate, verify=verify)
         rows = measure_sensitivity(graph, plan.calibration) if sensitivity else []
-        report = dataclasses.replace(report, path=final, sensitivity=tuple(rows))
+        in_int8 = [row for row in rows if not is_below(row.name, float_modules(plan))]
+        report = dataclasses.replace(
+            report, path=final, sensitivity=tuple(rows), worth_keeping_float=choose_float(in_int8)
+        )
         if rows:
             save_plot(rows, folder / "sensitivity.png")
         _add_to(folder / "report.json", report)
@@ -336,8 +345,8 @@ def _verify(
     if not FORMATS[artefact.format].runs_here():
         return dataclasses.replace(
             report,
-            verified=f"{artefact.format} does not run on this system; on a Mac, run mobilevit verify {path.name} "
-            "CHECKPOINT",
+            verified=f"{artefact.format} does not run on this system, so nobody has compared its answers with the "
+            "model's; export on a Mac to have that done",
         )
     pixels, source = parity_pixels(pictures, artefact.card.preprocessing)
     session = ArtefactSession(path)

@@ -252,11 +252,35 @@ class Pt2Backend:
         return _join([part.numpy(force=True) for part in parts] for parts in outputs)
 
 
+class CoremlBackend:
+    """Core ML, on a Mac; written after its documentation and never run, for want of a Mac."""
+
+    def __init__(self, path: Path, artefact: Artefact, threads: int, device: str) -> None:
+        if sys.platform != "darwin":
+            raise ValueError(f"{path}: Core ML runs on macOS and iOS only; copy the package to a Mac")
+        coremltools = _import("coremltools", "coreml")
+        units = "CPU_ONLY" if device == "cpu" else "ALL"
+        self._model = coremltools.models.MLModel(str(path), compute_units=coremltools.ComputeUnit[units])
+        self._artefact = artefact
+        self._input = self._model.get_spec().description.input[0].name
+
+    def run(self, images: Array) -> list[Array]:
+        return _join(self._one(chunk) for chunk in _chunks(images, self._artefact.batch_size or 1))
+
+    def _one(self, chunk: Array) -> list[Array]:
+        from PIL import Image
+
+        # With preprocessing inside, the package takes a picture.
+        found = self._model.predict({self._input: Image.fromarray(chunk[0]) if self._artefact.baked else chunk})
+        return [np.asarray(found[name]) for name in self._artefact.outputs]
+
+
 _BACKENDS: dict[Format, Callable[[Path, Artefact, int, str], Backend]] = {
     "onnx": OnnxBackend,
     "openvino": OpenvinoBackend,
     "executorch": ExecutorchBackend,
     "litert": LitertBackend,
+    "coreml": CoremlBackend,
     "pt2": Pt2Backend,
 }
 
@@ -269,8 +293,6 @@ def open_backend(path: Path, artefact: Artefact, *, threads: int | None, device:
     """
     if threads is not None and threads < 1:
         raise ValueError(f"threads is {threads}; give 1 or more")
-    if artefact.format not in _BACKENDS:
-        raise ValueError(f"{path}: Core ML runs on macOS and iOS only; copy the package to a Mac")
     try:
         return _BACKENDS[artefact.format](path, artefact, threads or available_cores(), device)
     except (ValueError, KeyboardInterrupt):
