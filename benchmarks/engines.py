@@ -1,25 +1,27 @@
-"""Inference on the CPU in each engine, ours against timm in the same engine and precision: interleaved, medians.
+"""Inference on the CPU in each engine, ours against timm in the same engine and precision: in turns, medians.
 
 python benchmarks/engines.py
 
-Ours is run as the package's sessions can run it: several pictures go a few at a time (`CHUNKS`) through as many
-streams as there are threads, one thread each. timm is run as its users run it, one batch through all threads, and
-for honesty also in streams of the same chunks. What `--seconds` leaves no time for is named in the result.
+Each side has a process of its own, as a user's program has: what one engine's threads do while they wait slows others.
+Ours is run as the package's sessions can run it: several pictures go a few at a time (`CHUNKS`) through as many streams
+as there are threads, one thread each. timm is run as its users run it, one batch through all threads, and for honesty
+also in streams of the same chunks, and in OpenVINO by way of ONNX as well.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
-import signal
+import json
+import multiprocessing
 import statistics
-import tempfile
 import time
+import traceback
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from types import FrameType
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from typing import Any
 
 import numpy as np
@@ -32,9 +34,16 @@ from torch import nn
 import mobilevit
 import record
 from mobilevit.benchmark import peers
+from mobilevit.exporting.graph import ExportGraph
+from mobilevit.exporting.onnx import to_proto
+from mobilevit.exporting.plan import Plan
+from mobilevit.inference.artefact import Artefact
+from mobilevit.models.card import card_of
 
 Array = NDArray[Any]
 Run = Callable[[], Array]
+
+ENGINES = ("eager", "onnx", "openvino f32", "openvino bf16", "compile bf16")
 
 CHUNKS = {"onnx": (1,), "openvino f32": (1,), "openvino bf16": (1, 4)}
 """Pictures in one run of a stream, all that are tried. What one layer leaves in the cache is then still there for the
@@ -43,6 +52,8 @@ next; where little has to move (XXS in bf16), what each call costs weighs more."
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05}
 """Largest difference from eager float32 that we allow ourselves, as a share of the largest logit where that is > 1."""
 
+TURN_SECONDS = 0.1
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -50,40 +61,20 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--models", nargs="+", default=["mobilevit_xxs", "mobilevit_s"])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 16])
-    parser.add_argument("--engines", nargs="+", default=list(ENGINES), choices=list(ENGINES))
-    parser.add_argument("--seconds", type=int, default=520, help="stop after this long, with what there is by then")
+    parser.add_argument("--engines", nargs="+", default=list(ENGINES), choices=ENGINES)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    warnings.simplefilter("ignore")
-    result: dict[str, Any] = {"unit": "milliseconds for the batch, median of rounds"}
-    figures: dict[str, Any] = result.setdefault("figures", {})
-    left_out = [
-        (engine, name, batch)
-        for engine in arguments.engines
-        for name in arguments.models
-        for batch in arguments.batches
-    ]
-    signal.signal(signal.SIGALRM, _stop)
-    signal.alarm(arguments.seconds)
-    try:
-        result["limits"] = limits()
-        print(result["limits"], flush=True)
-        while left_out:  # the slowest to prepare comes last
-            engine, name, batch = left_out[0]
-            figures[f"{name} batch {batch} {engine}"] = compare(
-                engine, name, batch, arguments.rounds, arguments.threads
-            )
-            left_out.pop(0)
-    except TimeoutError:
-        print("out of time", flush=True)
-    finally:
-        signal.alarm(0)
-    result["left_out"] = [f"{name} batch {batch} {engine}" for engine, name, batch in left_out]
-    record.write("engines", result)
-
-
-def _stop(_number: int, _frame: FrameType | None) -> None:
-    raise TimeoutError
+    path = record.RESULTS / "engines.json"
+    figures = json.loads(path.read_text())["figures"] if path.is_file() else {}
+    measured = limits()
+    print(measured, flush=True)
+    for engine in arguments.engines:
+        for name in arguments.models:
+            for batch in arguments.batches:
+                case = Case(engine=engine, model=name, batch=batch, threads=arguments.threads)
+                figures[f"{name} batch {batch} {engine}"] = compare(case, arguments.rounds)
+    unit = "milliseconds for the batch, median of rounds"
+    record.write("engines", {"unit": unit, "figures": figures, "limits": measured})
 
 
 def limits() -> dict[str, float]:
@@ -106,66 +97,120 @@ def _seconds(function: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def compare(engine: str, name: str, batch: int, rounds: int, threads: int) -> dict[str, Any]:
-    precision = "bfloat16" if engine.endswith("bf16") else "float32"
-    model = mobilevit.fuse(mobilevit.create_model(name))
-    timm = peers.timm_model(name).eval()
-    x = torch.rand(batch, 3, 256, 256)
-    with torch.inference_mode():
-        expected = model(x).numpy()
-    sides = ENGINES[engine](model, timm, x, threads)
-    for side, run in sides.items():
-        if side.startswith("mobilevit"):
-            error = float(abs(run() - expected).max())
-            assert error <= TOLERANCE[precision] * max(1, abs(expected).max()), (engine, name, side, error)
-    times = interleaved(sides, rounds)
+# -- sides in turns ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One table of the result."""
+
+    engine: str
+    model: str
+    batch: int
+    threads: int
+
+    def sides(self) -> list[str]:
+        """What is compared: an origin, and perhaps how it is run."""
+        if self.engine == "eager":
+            slow = ["transformers"] if self.batch == 1 else []
+            return ["timm", "timm channels_last", "mobilevit", *slow]
+        if self.engine.startswith("compile"):
+            return ["timm", "mobilevit"]
+        sides = ["timm", "mobilevit"]
+        if self.engine.startswith("openvino"):
+            sides.insert(1, "timm by ONNX")
+        if self.batch > 1:
+            sides += [f"{who} in streams of {n}" for n in CHUNKS[self.engine] for who in ("timm", "mobilevit")]
+        return sides
+
+
+def compare(case: Case, rounds: int) -> dict[str, Any]:
+    context = multiprocessing.get_context("spawn")
+    times: dict[str, list[float]] = {side: [] for side in case.sides()}
+    with ExitStack() as stack:
+        pipes: dict[str, Connection] = {}
+        for side in times:
+            pipe, its_pipe = context.Pipe()
+            process = context.Process(target=serve, args=(case, side, its_pipe), daemon=True)
+            process.start()
+            stack.callback(process.join)
+            stack.enter_context(closing(pipe))
+            stack.callback(pipe.send, 0)
+            pipes[side] = pipe
+            if pipe.recv() != "ready":
+                process.terminate()
+                raise SystemExit(f"{case}, {side}: could not be measured")
+        for _ in range(rounds):
+            for side, pipe in pipes.items():
+                pipe.send(1)
+                times[side].append(pipe.recv())
     median = {side: round(statistics.median(t), 2) for side, t in times.items()}
     ours = min(value for side, value in median.items() if side.startswith("mobilevit"))
     ratios = {f"faster than {side}": round(value / ours, 2) for side, value in median.items() if side.startswith("t")}
-    print(name, "batch", batch, engine, median, ratios, flush=True)
+    print(case.model, "batch", case.batch, case.engine, median, ratios, flush=True)
     spread = {side: [round(min(t), 2), round(max(t), 2)] for side, t in times.items()}
     return {"milliseconds": median, "spread": spread, "best of ours is": ratios}
 
 
-def interleaved(sides: dict[str, Run], rounds: int) -> dict[str, list[float]]:
-    """Milliseconds of each side in each round; a turn lasts a tenth of a second, or one run."""
-    repeats = {}
-    for side, run in sides.items():
-        run()
-        repeats[side] = max(1, int(0.1 / min(_seconds(run) for _ in range(2))))
-    times: dict[str, list[float]] = {side: [] for side in sides}
-    for _ in range(rounds):
-        for side, run in sides.items():
-            start = time.perf_counter()
-            for _ in range(repeats[side]):
-                run()
-            times[side].append((time.perf_counter() - start) / repeats[side] * 1e3)
-    return times
+def serve(case: Case, side: str, pipe: Connection) -> None:
+    """The life of a side: get ready, and take a turn whenever asked for one."""
+    try:
+        warnings.simplefilter("ignore")
+        torch.set_num_threads(case.threads)
+        torch.manual_seed(0)
+        x = torch.rand(case.batch, 3, 256, 256)
+        run = prepare(case, side, x)
+        found = run()
+        if side.startswith("mobilevit"):
+            with torch.inference_mode():
+                expected = ours(case.model)(x).numpy()
+            allowed = TOLERANCE["bfloat16" if case.engine.endswith("bf16") else "float32"]
+            error = float(abs(found - expected).max())
+            assert error <= allowed * max(1, abs(expected).max()), (case, side, error)
+        repeats = max(1, int(TURN_SECONDS / min(_seconds(run) for _ in range(4))))
+        pipe.send("ready")
+    except Exception:
+        traceback.print_exc()
+        pipe.send("failed")
+        return
+    while pipe.recv():
+        start = time.perf_counter()
+        for _ in range(repeats):
+            run()
+        pipe.send((time.perf_counter() - start) / repeats * 1e3)
 
 
-def eager(model: nn.Module, timm: nn.Module, x: torch.Tensor, _threads: int) -> dict[str, Run]:
-    channels_last = x.contiguous(memory_format=torch.channels_last)
-    other = peers.timm_model(timm.default_cfg["architecture"]).eval().to(memory_format=torch.channels_last)
-    sides = {
-        "timm": _torch(timm, x),
-        "timm channels_last": _torch(other, channels_last),
-        "mobilevit": _torch(model, channels_last),
-    }
-    if len(x) == 1:  # ten times slower
-        sides["transformers"] = _torch(peers.transformers_model(timm.default_cfg["architecture"]).eval(), x)
-    return sides
+# -- what a side runs -------------------------------------------------------------------------------------------------
 
 
-def compiled(model: nn.Module, timm: nn.Module, x: torch.Tensor, _threads: int) -> dict[str, Run]:
-    torch.compiler.reset()
-    channels_last = x.contiguous(memory_format=torch.channels_last)
-    return {
-        "timm": _torch(torch.compile(timm), x, amp=True),
-        "mobilevit": _torch(torch.compile(model), channels_last, amp=True),
-    }
+def ours(name: str) -> nn.Module:
+    torch.manual_seed(1)
+    return mobilevit.fuse(mobilevit.create_model(name))
 
 
-def _torch(network: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, *, amp: bool = False) -> Run:
+def prepare(case: Case, side: str, x: torch.Tensor) -> Run:
+    who = side.split(" ")[0]
+    if case.engine == "eager" or case.engine.startswith("compile"):
+        return in_pytorch(case, who, x, channels_last="channels_last" in side)
+    chunk = int(side.rpartition(" ")[2]) if "streams" in side else case.batch
+    if case.engine == "onnx":
+        return in_onnx_runtime(case, who, x.numpy(), chunk)
+    return in_openvino(case, who, x.numpy(), chunk, direct=side == "timm")
+
+
+def in_pytorch(case: Case, who: str, x: torch.Tensor, *, channels_last: bool) -> Run:
+    amp = case.engine.endswith("bf16")
+    if who == "mobilevit":
+        model, channels_last = ours(case.model), True
+    elif who == "timm":
+        model = peers.timm_model(case.model).eval()
+    else:
+        model = peers.transformers_model(case.model).eval()
+    if channels_last:
+        model = model.to(memory_format=torch.channels_last)
+        x = x.contiguous(memory_format=torch.channels_last)
+    network: Any = torch.compile(model) if case.engine.startswith("compile") else model
+
     def run() -> Array:
         with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=amp):
             return network(x).float().numpy()
@@ -173,120 +218,87 @@ def _torch(network: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, *, 
     return run
 
 
-def onnx(model: nn.Module, timm: nn.Module, x: torch.Tensor, threads: int) -> dict[str, Run]:
-    pictures = x.numpy()
-    sides = {
-        "timm": _onnx_run(_onnx_session(onnx_file(timm, len(x)), threads), pictures),
-        "mobilevit": _onnx_run(_onnx_session(onnx_file(model, len(x)), threads, plain_norms=True), pictures),
-    }
-    if len(x) > 1:
-        for chunk in CHUNKS["onnx"]:
-            parts = _chunks(pictures, chunk)
-            theirs = _onnx_session(onnx_file(timm, chunk), 1)
-            ours = _onnx_session(onnx_file(model, chunk), 1, plain_norms=True)
-            sides[f"timm in streams of {chunk}"] = _onnx_streams(theirs, parts, threads)
-            sides[f"mobilevit in streams of {chunk}"] = _onnx_streams(ours, parts, threads)
-    return sides
-
-
-def onnx_file(model: nn.Module, batch: int) -> bytes:
-    exported = torch.onnx.export(model, (torch.rand(batch, 3, 256, 256),), dynamo=True, opset_version=18, verbose=False)
+def onnx_file(name: str, who: str, batch: int) -> bytes:
+    """Ours as the package exports it, timm's as PyTorch does."""
+    if who == "mobilevit":
+        model = ours(name)
+        graph = ExportGraph(model, image_size=(256, 256)).eval()
+        artefact = Artefact(
+            format="onnx",
+            precision="fp32",
+            card=card_of(model),
+            batch_size=batch,
+            image_size=(256, 256),
+            baked=False,
+            outputs=graph.output_names,
+        )
+        return to_proto(
+            Plan(graph=graph, artefact=artefact, example=graph.example(batch, (256, 256)))
+        ).SerializeToString()
+    example = (torch.rand(batch, 3, 256, 256),)
+    exported = torch.onnx.export(peers.timm_model(name).eval(), example, dynamo=True, opset_version=18, verbose=False)
     assert exported is not None
     return exported.model_proto.SerializeToString()
 
 
-def _onnx_session(file: bytes, threads: int, *, plain_norms: bool = False) -> onnxruntime.InferenceSession:
-    """`plain_norms`: leave additions apart from the LayerNorms after them, which ONNX Runtime does faster in turn."""
+def in_onnx_runtime(case: Case, who: str, pictures: Array, chunk: int) -> Run:
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
+    options.intra_op_num_threads = case.threads if chunk == case.batch else 1
     options.log_severity_level = 3
-    disabled = ["SkipLayerNormFusion"] if plain_norms else []
-    return onnxruntime.InferenceSession(file, options, ["CPUExecutionProvider"], disabled_optimizers=disabled)
-
-
-def _onnx_run(session: onnxruntime.InferenceSession, pictures: Array) -> Run:
+    # As in the package: LayerNorm apart from the sum before it is faster than both as one.
+    disabled = ["SkipLayerNormFusion"] if who == "mobilevit" else []
+    file = onnx_file(case.model, who, chunk)
+    session = onnxruntime.InferenceSession(file, options, ["CPUExecutionProvider"], disabled_optimizers=disabled)
     name = session.get_inputs()[0].name
-    return lambda: session.run(None, {name: pictures})[0]
-
-
-def _chunks(pictures: Array, size: int) -> list[Array]:
-    return [pictures[start : start + size] for start in range(0, len(pictures), size)]
-
-
-def _onnx_streams(session: onnxruntime.InferenceSession, parts: list[Array], streams: int) -> Run:
-    name = session.get_inputs()[0].name
-    pool = ThreadPoolExecutor(streams)
+    if chunk == case.batch:
+        return lambda: session.run(None, {name: pictures})[0]
+    pool = ThreadPoolExecutor(case.threads)
+    parts = _parts(pictures, chunk)
     return lambda: np.concatenate(list(pool.map(lambda part: session.run(None, {name: part})[0], parts)))
 
 
-def openvino_f32(model: nn.Module, timm: nn.Module, x: torch.Tensor, threads: int) -> dict[str, Run]:
-    return _openvino(model, timm, x, threads, "f32")
+def _parts(pictures: Array, size: int) -> list[Array]:
+    return [pictures[start : start + size] for start in range(0, len(pictures), size)]
 
 
-def openvino_bf16(model: nn.Module, timm: nn.Module, x: torch.Tensor, threads: int) -> dict[str, Run]:
-    return _openvino(model, timm, x, threads, "bf16")
+def in_openvino(case: Case, who: str, pictures: Array, chunk: int, *, direct: bool) -> Run:
+    core = openvino.Core()
+    if direct:
+        with torch.no_grad():
+            program = torch.export.export(peers.timm_model(case.model).eval(), (torch.from_numpy(pictures),))
+            model = openvino.convert_model(program)
+    else:
+        model = core.read_model(onnx_file(case.model, who, chunk))
+    settings = {
+        "INFERENCE_PRECISION_HINT": case.engine.split(" ")[1],
+        "INFERENCE_NUM_THREADS": case.threads,
+        "NUM_STREAMS": 1 if chunk == case.batch else case.threads,
+    }
+    engine = core.compile_model(model, "CPU", settings)
+    if chunk == case.batch:
+        request = engine.create_infer_request()
 
+        def run() -> Array:
+            request.infer({0: pictures}, share_inputs=True)
+            return np.array(request.output_tensors[0].data)
 
-def _openvino(model: nn.Module, timm: nn.Module, x: torch.Tensor, threads: int, precision: str) -> dict[str, Run]:
-    pictures, core = x.numpy(), openvino.Core()
-    with torch.no_grad():
-        direct = openvino.convert_model(torch.export.export(timm, (x,), strict=False))
-    files = {"timm": direct, "timm by ONNX": _read(core, timm, len(x)), "mobilevit": _read(core, model, len(x))}
-    settings = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1}
-    sides = {side: _openvino_run(core.compile_model(f, "CPU", settings), pictures) for side, f in files.items()}
-    if len(x) > 1:
-        settings["NUM_STREAMS"] = threads
-        for chunk, (origin, network) in itertools.product(
-            CHUNKS[f"openvino {precision}"], (("timm", timm), ("mobilevit", model))
-        ):
-            engine = core.compile_model(_read(core, network, chunk), "CPU", settings)
-            sides[f"{origin} in streams of {chunk}"] = _openvino_streams(engine, _chunks(pictures, chunk), threads)
-    return sides
-
-
-def _read(core: openvino.Core, model: nn.Module, batch: int) -> openvino.Model:
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "model.onnx")
-        path.write_bytes(onnx_file(model, batch))
-        return core.read_model(path)
-
-
-def _openvino_run(engine: openvino.CompiledModel, pictures: Array) -> Run:
-    request = engine.create_infer_request()
-
-    def run() -> Array:
-        request.infer({0: pictures}, share_inputs=True)
-        return np.array(request.output_tensors[0].data)
-
-    return run
-
-
-def _openvino_streams(engine: openvino.CompiledModel, parts: list[Array], streams: int) -> Run:
-    queue = openvino.AsyncInferQueue(engine, streams)
+        return run
+    queue = openvino.AsyncInferQueue(engine, case.threads)
     found: dict[int, Array] = {}
 
     def keep(request: Any, place: int) -> None:
         found[place] = np.array(request.output_tensors[0].data)
 
     queue.set_callback(keep)
+    parts = _parts(pictures, chunk)
 
-    def run() -> Array:
+    def run_all() -> Array:
         for place, part in enumerate(parts):
             queue.start_async({0: part}, place, share_inputs=True)
         queue.wait_all()
         return np.concatenate([found[place] for place in range(len(parts))])
 
-    return run
-
-
-ENGINES: dict[str, Callable[[nn.Module, nn.Module, torch.Tensor, int], dict[str, Run]]] = {
-    "eager": eager,
-    "onnx": onnx,
-    "openvino f32": openvino_f32,
-    "openvino bf16": openvino_bf16,
-    "compile bf16": compiled,
-}
-"""By name, in the order of measuring; "timm" with every engine is what its user gets."""
+    return run_all
 
 
 if __name__ == "__main__":

@@ -239,9 +239,8 @@ def engines_tables(results: Results) -> str:
                 ]
             )
     limits = ", ".join(f"{name} {number(value)}" for name, value in result["limits"].items())
-    left = f" Time ran out for: {', '.join(result['left_out'])}." if result["left_out"] else ""
     head = ("", "", "median, ms", "fastest to slowest round, ms", "time over best of ours")
-    return f"{table(head, rows)}\n\nLimits of the machine, measured in the same run: {limits}.{left}"
+    return f"{table(head, rows)}\n\nLimits of the machine, measured in the same run: {limits}."
 
 
 def quantization_tables(results: Results) -> str:

@@ -17,6 +17,7 @@ from PIL import Image
 from mobilevit import factory
 from mobilevit.data import shapes
 from mobilevit.drawing import GREEN, RED, contact_sheet, save_image
+from mobilevit.exporting.export import ExportReport, export
 from mobilevit.files import write_text
 from mobilevit.inference.predictor import Predictor, Result
 from mobilevit.models.card import Task
@@ -79,7 +80,7 @@ _SHOWS: dict[Task, _Show] = {
 def run_demo(
     out: Path, task: Task = "classification", *, epochs: int | None, num_images: int | None, seed: int
 ) -> Path:
-    """Draw pictures, train mobilevit_xxs on them, reload it, predict pictures it never saw, write `report.html`.
+    """Draw pictures, train mobilevit_xxs on them, export it, predict pictures it never saw, write `report.html`.
 
     Every step but the drawing is what a user's own command would do, and the command is shown.
 
@@ -116,8 +117,11 @@ def run_demo(
     headline = "\n".join(f"{name}  {value}" for name, value in result.report.headline())
     log.info("\n$ mobilevit eval %s --data %s\n%s", result.best, data, headline)
 
-    log.info("\n$ mobilevit predict %s %s", result.best, unseen)
-    predictions = Predictor(result.best)([str(path) for path in find_images(unseen) if path.parent.name != "masks"])
+    pictures = [str(path) for path in find_images(unseen) if path.parent.name != "masks"]
+    exported = _export(result.best, pictures)
+    to_use = exported.path if exported else result.best
+    log.info("\n$ mobilevit predict %s %s", to_use, unseen)
+    predictions = Predictor(to_use)(pictures)
     for prediction in predictions[:6]:
         log.info("%s  %s", prediction.source, _in_words(prediction))
     save_image(_sheet(predictions), out / "unseen.png")
@@ -128,10 +132,35 @@ def run_demo(
         "model": f"mobilevit_xxs, {task}, {sum(p.numel() for p in model.parameters()):,} parameters, "
         f"{len(shapes.CLASSES)} shapes, {show.size} x {show.size} pixels",
         "training": f"{epochs} epochs at {result.images_per_second:,.0f} pictures a second",
+        **({"exported": _exported_in_words(exported)} if exported else {}),
         "time in all": f"{time.monotonic() - begun:,.0f} s",
         "checkpoint": f"{result.best} ({result.best.stat().st_size / 1e6:.1f} MB)",
     }
     return write_text(out / "report.html", _page(out, facts, result.report, command))
+
+
+def _export(checkpoint: Path, pictures: list[str]) -> ExportReport | None:
+    """To ONNX, compared on these pictures; None where the packages for it are not installed."""
+    folder = checkpoint.parent / "exported"
+    log.info("\n$ mobilevit export %s --format onnx --out %s", checkpoint, folder)
+    try:
+        report = export(checkpoint, folder, pictures=pictures)
+    except ValueError as error:
+        if "not installed" not in str(error):
+            raise
+        log.info("left out: %s", error)
+        return None
+    for name, value in report.lines():
+        log.info("%s  %s", name, value)
+    return report
+
+
+def _exported_in_words(report: ExportReport) -> str:
+    assert report.parity is not None
+    return (
+        f"{report.path} ({report.num_bytes / 1e6:.1f} MB), {report.parity.measure}: {report.parity.agreement:.1%}, "
+        f"{report.latency_ms:.1f} ms a picture, in PyTorch {report.torch_latency_ms:.1f} ms"
+    )
 
 
 def _flag(name: str, value: object) -> str:

@@ -234,7 +234,10 @@ def export(
     with tempfile.TemporaryDirectory(dir=folder, prefix=".export-") as aside:
         path = Path(aside) / final.name
         log.info("converting to %s, %s", format_, precision_)
-        convert(plan, path)
+        try:
+            convert(plan, path)
+        except ModuleNotFoundError as error:
+            raise ValueError(f"{error.name} is not installed; pip install 'mobilevit[{format_}]'") from None
         write_sidecar(path, artefact)
         report = _verify(plan, path, loaded, pictures or calibration, evaluate=evaluate, verify=verify)
         rows = measure_sensitivity(graph, plan.calibration) if sensitivity else []

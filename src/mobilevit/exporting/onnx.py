@@ -20,6 +20,7 @@ from torch import Tensor
 from mobilevit.exporting.onnx_nms import append_nms
 from mobilevit.exporting.plan import Plan
 from mobilevit.exporting.quantization import float_modules, is_below
+from mobilevit.exporting.steps import in_steps
 
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto
@@ -41,19 +42,7 @@ def convert(plan: Plan, path: Path) -> None:
     import onnx
 
     floats = float_modules(plan)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        exported = torch.onnx.export(
-            plan.program(),
-            input_names=[plan.graph.input_name],
-            output_names=list(plan.graph.output_names),
-            opset_version=OPSET,
-            dynamo=True,
-            verbose=False,
-        )
-    assert exported is not None
-    model = exported.model_proto
-    _name_nodes(model)
+    model = to_proto(plan)
     if plan.artefact.precision == "int8":
         model = _quantize(model, floats, plan)
     elif plan.artefact.precision == "fp16":
@@ -65,6 +54,28 @@ def convert(plan: Plan, path: Path) -> None:
     entry.key, entry.value = "mobilevit", plan.artefact.to_json()
     onnx.checker.check_model(model)
     path.write_bytes(model.SerializeToString())
+
+
+def to_proto(plan: Plan) -> ModelProto:
+    """The graph in float32, its nodes named after modules.
+
+    Raises:
+        ValueError: onnx or onnxscript is not installed.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        exported = torch.onnx.export(
+            plan.program(in_steps(plan.graph)),
+            input_names=[plan.graph.input_name],
+            output_names=list(plan.graph.output_names),
+            opset_version=OPSET,
+            dynamo=True,
+            verbose=False,
+        )
+    assert exported is not None
+    model: ModelProto = exported.model_proto  # made anew whenever it is asked for
+    _name_nodes(model)
+    return model
 
 
 def _name_nodes(model: ModelProto) -> None:

@@ -11,6 +11,7 @@ import contextlib
 import importlib
 import logging
 import os
+import platform
 import sys
 import threading
 import warnings
@@ -256,9 +257,10 @@ class CoremlBackend:
     """Core ML, on a Mac; written after its documentation and never run, for want of a Mac."""
 
     def __init__(self, path: Path, artefact: Artefact, threads: int, device: str) -> None:
-        if sys.platform != "darwin":
+        if platform.system() != "Darwin":
             raise ValueError(f"{path}: Core ML runs on macOS and iOS only; copy the package to a Mac")
         coremltools = _import("coremltools", "coreml")
+        del threads  # Core ML decides
         units = "CPU_ONLY" if device == "cpu" else "ALL"
         self._model = coremltools.models.MLModel(str(path), compute_units=coremltools.ComputeUnit[units])
         self._artefact = artefact
