@@ -218,7 +218,7 @@ def in_pytorch(case: Case, who: str, x: torch.Tensor, *, channels_last: bool) ->
     return run
 
 
-def onnx_file(name: str, who: str, batch: int) -> bytes:
+def onnx_file(name: str, who: str, batch: int, *, stepwise: bool = True) -> bytes:
     """Ours as the package exports it, timm's as PyTorch does."""
     if who == "mobilevit":
         model = ours(name)
@@ -232,9 +232,8 @@ def onnx_file(name: str, who: str, batch: int) -> bytes:
             baked=False,
             outputs=graph.output_names,
         )
-        return to_proto(
-            Plan(graph=graph, artefact=artefact, example=graph.example(batch, (256, 256)))
-        ).SerializeToString()
+        plan = Plan(graph=graph, artefact=artefact, example=graph.example(batch, (256, 256)))
+        return to_proto(plan, stepwise=stepwise).SerializeToString()
     example = (torch.rand(batch, 3, 256, 256),)
     exported = torch.onnx.export(peers.timm_model(name).eval(), example, dynamo=True, opset_version=18, verbose=False)
     assert exported is not None
@@ -268,7 +267,7 @@ def in_openvino(case: Case, who: str, pictures: Array, chunk: int, *, direct: bo
             program = torch.export.export(peers.timm_model(case.model).eval(), (torch.from_numpy(pictures),))
             model = openvino.convert_model(program)
     else:
-        model = core.read_model(onnx_file(case.model, who, chunk))
+        model = core.read_model(onnx_file(case.model, who, chunk, stepwise=not case.engine.endswith("bf16")))
     settings = {
         "INFERENCE_PRECISION_HINT": case.engine.split(" ")[1],
         "INFERENCE_NUM_THREADS": case.threads,

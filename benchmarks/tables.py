@@ -33,10 +33,11 @@ FLOWERS = {
 }
 FROM_SCRATCH = {"detection": "bccd-mobilevit_xxs", "segmentation": "camvid-mobilevit_xxs"}
 SHORT_NAMES = {"mobilevit_xxs": "XXS", "mobilevit_xs": "XS", "mobilevit_s": "S"}
+IN_README = {"onnx": "ONNX Runtime, float32", "openvino bf16": "OpenVINO, bfloat16"}
 DEMOS = ("demo-classification", "demo-detection", "demo-segmentation")
 MEASUREMENTS = (
-    "inference", "engines", "quantization", "training_speed", *FLOWERS.values(), *FROM_SCRATCH.values(),
-    "postprocessing", *DEMOS, "resume", "startup",
+    "inference", "engines", "quantization", "mobile_runtimes", "training_speed", *FLOWERS.values(),
+    *FROM_SCRATCH.values(), "postprocessing", *DEMOS, "resume", "startup",
 )  # fmt: skip
 
 
@@ -81,6 +82,7 @@ class Words:
     head: tuple[str, ...] = ("", "mobilevit", "timm", "timm, channels_last", "transformers")
     nothing: str = "Not measured yet: `python benchmarks/inference.py` and the scripts beside it fill this table."
     inference: str = "inference, {model}, batch {batch}"
+    engine: str = "the same in {engine}"
     training: str = "training, XXS, {size} px, images/s"
     top1: str = "XXS from scratch, {epochs} epochs: top-1 on {pictures:,} held-out flower photographs"
     minutes: str = "the same, minutes for training and validation on {threads} thread(s)"
@@ -89,7 +91,8 @@ class Words:
     times: str = "{value} ({ratio} x)"
     where: str = (
         "In brackets: this package's speed over the other's. Inference is the median time of eager float32 forward "
-        "passes at 256 x 256, this package's after `fuse`. Measured on {processor}, {threads} threads; "
+        "passes at 256 x 256, this package's after `fuse`; below each, of both exported to the same engine, as their "
+        "users run them. Measured on {processor}, {threads} threads; "
         "PyTorch {torch}, timm {timm}, transformers {transformers}; {date}. [Spread, commands and all figures]"
         "(docs/benchmarks.md)."
     )
@@ -104,6 +107,7 @@ ENGLISH = Words()
 CHINESE = Words(
     nothing="尚未测量：运行 `python benchmarks/inference.py` 及同目录下的其他脚本后，此表自动填写。",
     inference="推理，{model}，batch {batch}",
+    engine="同上，{engine}",
     training="训练，XXS，{size} px，张/秒",
     top1="XXS 从零训练 {epochs} 个 epoch：{pictures:,} 张留出花卉照片上的 top-1",
     minutes="同上，{threads} 个线程上训练加验证用时（分钟）",
@@ -112,7 +116,8 @@ CHINESE = Words(
     times="{value}（{ratio} 倍）",
     where=(
         "括号内为本项目的速度是对方的几倍。推理行是 eager 模式、float32、256 x 256 输入下单次前向的耗时中位数，"
-        "本项目取 `fuse` 之后的模型。测试环境：{processor}，{threads} 线程；PyTorch {torch}，timm {timm}，"
+        "本项目取 `fuse` 之后的模型；其下各行是双方导出到同一引擎、按各自用户的用法运行的结果。"
+        "测试环境：{processor}，{threads} 线程；PyTorch {torch}，timm {timm}，"
         "transformers {transformers}；{date}。[波动范围、命令与全部数据](docs/benchmarks.md)。"
     ),
     resume="训练中随机时刻 SIGKILL {kills} 次并逐次恢复：权重{identical}，损坏文件 {corrupt} 个。",
@@ -134,6 +139,10 @@ def short_table(results: Results, words: Words) -> str:
             ratio = number(ratios[f"faster than {peer}"])
             row.append(words.times.format(value=f"{number(milliseconds[peer])} ms", ratio=ratio))
         rows.append(row)
+        engines = results.get("engines", {"figures": {}})["figures"]
+        for engine, engine_name in IN_README.items():
+            if measured := engines.get(f"{case} {engine}"):
+                rows.append(_engine_row(words.engine.format(engine=engine_name), measured["milliseconds"]))
     if speed := results.get("training_speed"):
         row = [words.training.format(size=speed["image_size"]), number(speed["figures"]["mobilevit"])]
         for peer in ("timm", "timm channels_last"):
@@ -170,6 +179,13 @@ def short_table(results: Results, words: Words) -> str:
         above, help_s = max(startup["import_mobilevit_above_torch_s"], 0), startup["help_s"]
         notes.append(words.startup.format(above=above, help=help_s))
     return "\n".join([table(words.head, rows), "", *(f"- {note}" for note in notes)])
+
+
+def _engine_row(what: str, milliseconds: dict[str, float]) -> list[str]:
+    """The best of ours, and of what timm's users get without streams of their own."""
+    ours = min(value for side, value in milliseconds.items() if side.startswith("mobilevit"))
+    timm = min(value for side, value in milliseconds.items() if side in ("timm", "timm by ONNX"))
+    return [what, f"{number(ours)} ms", f"{number(timm)} ms ({number(round(timm / ours, 2))} x)", "", ""]
 
 
 # -- the full tables of docs/benchmarks.md ----------------------------------------------------------------------------
@@ -271,6 +287,24 @@ def quantization_tables(results: Results) -> str:
         head = ("", "median, ms", "fastest to slowest round, ms", "MB")
         parts.append(f"### {SHORT_NAMES[model]}: {entry['unit']}\n\n{table(head, rows)}")
     return "\n\n".join(parts)
+
+
+def mobile_table(results: Results) -> str:
+    """Time and size in each runtime for phones."""
+    rows = []
+    for case, found in results["mobile_runtimes"]["figures"].items():
+        format_, model = case.split(" ")
+        threads = [key for key in found if key != "megabytes"]
+        for side in found[threads[0]]["milliseconds"]:
+            precision = "float32" if side == format_ else side.removeprefix(f"{format_}-")
+            rows.append(
+                [
+                    f"{SHORT_NAMES[model]}, {side if side == 'PyTorch' else f'{format_} {precision}'}",
+                    *(number(found[key]["milliseconds"][side]) for key in threads),
+                    number(found["megabytes"][side]) if side in found["megabytes"] else "",
+                ]
+            )
+    return table(("", "1 thread, ms", "2 threads, ms", "MB"), rows)
 
 
 def training_table(results: Results) -> str:
@@ -440,6 +474,16 @@ SECTIONS = (
             "are of random weights."
         ),
         body=quantization_tables,
+    ),
+    Section(
+        title="Runtimes for phones",
+        names=("mobile_runtimes",),
+        what=(
+            "ExecuTorch and LiteRT, both through XNNPACK, beside fused PyTorch in the same process; 256 x 256, one "
+            "picture, random weights. Measured on a server's processor: what a phone makes of these files is another "
+            "matter, but they run the same kernels there."
+        ),
+        body=mobile_table,
     ),
     Section(
         title="Training speed",

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from mobilevit.exporting.export import Evaluate, ExportReport
     from mobilevit.inference.predictor import Result
     from mobilevit.inference.session import Session
-    from mobilevit.models.card import ModelCard
+    from mobilevit.models.card import ModelCard, Task
     from mobilevit.models.summary import Summary
     from mobilevit.preprocessing import Source
     from mobilevit.tasks.report import Report
@@ -69,9 +69,12 @@ class Train:
 
     def run(self) -> int:
         """Train, then say what came of it."""
+        from mobilevit.training.distributed import speaks
         from mobilevit.training.loop import train
 
         result = train(self.settings, resume=self.resume, overwrite=self.overwrite)
+        if not speaks():
+            return 0
         if self.json:
             _print_json({"best": str(result.best), "epochs": result.epochs, **result.report.to_dict()})
             return 0
@@ -89,7 +92,7 @@ class Eval:
 
     checkpoint: Positional[Path]
     """A .safetensors of this package, a file of ml-cvnets, timm or transformers, or an exported file."""
-    data: Path
+    data: str
     """Labelled pictures, as for training."""
     split: Literal["auto", "train", "val", "test", "all"] = "auto"
     """auto: the val part if there is one; of the data it was trained on, what was held out; of other data, all."""
@@ -150,7 +153,7 @@ def _evaluate(
     return evaluate(session, loader, card.preprocessing, label=label)
 
 
-def _data_to_evaluate(path: Path, split: str, card: ModelCard) -> tuple[ImageSet[Any], str]:
+def _data_to_evaluate(path: str, split: str, card: ModelCard) -> tuple[ImageSet[Any], str]:
     """The pictures to measure on, and in words which they are."""
     from mobilevit.data.datasets import find_splits
     from mobilevit.data.imageset import split as divide
@@ -361,7 +364,7 @@ class Export:
     """Detection to onnx: suppress overlapping boxes inside, too."""
     pictures: Path | None = None
     """Folder of pictures to compare on; built-in photographs, or those of --calibration, if not given."""
-    data: Path | None = None
+    data: str | None = None
     """Labelled pictures, as for training: report accuracy before and after."""
     verify: bool = True
     """Compare the file with the model. Without it, nobody knows whether it is right."""
@@ -410,7 +413,7 @@ class Export:
         return 0
 
 
-def _measure_on(path: Path, card: ModelCard) -> Evaluate:
+def _measure_on(path: str, card: ModelCard) -> Evaluate:
     """A function that measures any session of a model on labelled pictures."""
     data, which = _data_to_evaluate(path, "auto", card)
     data = data.relabel(card.classes)
@@ -565,7 +568,7 @@ class Benchmark:
     """Also the same model with the paper's patch configuration B (8, 4, 2)."""
     calibration: Path | None = None
     """int8: a folder of pictures of what the model will see."""
-    data: Path | None = None
+    data: str | None = None
     """Labelled pictures, as for training: also accuracy, of our model in each engine."""
     rounds: int = 15
     """Turns of each contender."""
@@ -646,7 +649,7 @@ class Tune:
     """Folder of pictures to compare answers on; built-in photographs, or those of --calibration, if not given."""
     calibration: Path | None = None
     """int8: a folder of pictures of what the model will see."""
-    data: Path | None = None
+    data: str | None = None
     """Labelled pictures, as for training: --max-loss is then of accuracy."""
     rounds: int = 10
     """Turns of each engine."""
@@ -717,31 +720,70 @@ class Demo:
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """Look at labelled data before training: `data check DIR` finds what is wrong in them and draws a sheet of them."""
+    """Labelled data before training: `data check DIR` finds what is wrong, `data shard DIR --out DIR` packs tar files.
 
-    action: Positional[Literal["check"]]
+    Check draws a sheet of labelled pictures. Shard writes tar files as WebDataset has them, with an index: few large
+    files instead of many small ones, for network file systems, object stores and spinning disks.
+    """
+
+    action: Positional[Literal["check", "shard"]]
     """What to do."""
-    path: Positional[Path]
+    path: Positional[str]
     """Labelled pictures, as for training."""
     task: Literal["auto", "classification", "detection", "segmentation"] = "auto"
-    """auto: what the data are labelled for."""
-    out: Path = Path("data-check.png")
-    """The sheet of labelled pictures to draw."""
+    """auto: what the data are labelled for; shards are for classification."""
+    out: Path | None = None
+    """check: the sheet to draw; data-check.png if not given. shard: the folder to write."""
+    max_mb: float = 256.0
+    """shard: size of a tar file in megabytes."""
+    shorter_side: int | None = None
+    """shard: make larger pictures this small on their shorter side, as JPEG of quality 95. Without it, as they are."""
+    val_fraction: float | None = None
+    """shard: share of every class for a val part, where the data are not divided. Without it, all is one part."""
+    seed: int = 0
+    """shard: decides the order of the pictures, and with --val-fraction the parts, as it does in training."""
+    overwrite: bool = False
+    """shard: replace the shards in --out."""
     json: bool = False
     """Print JSON."""
 
     def run(self) -> int:
-        """Check, print, draw."""
+        """Check or pack, print."""
+        task = None if self.task == "auto" else self.task
+        if self.action == "shard":
+            return self._shard(task)
         from mobilevit.data.check import check, contact_sheet
         from mobilevit.drawing import save_image
 
-        report = check(self.path, None if self.task == "auto" else self.task)
-        save_image(contact_sheet(report.splits), self.out)
+        out = self.out or Path("data-check.png")
+        report = check(self.path, task)
+        save_image(contact_sheet(report.splits), out)
         if self.json:
             _print_json(report.to_dict())
         else:
             print(*report.lines(), sep="\n")
-            print(f"\nlabelled pictures: {self.out}")
+            print(f"\nlabelled pictures: {out}")
+        return 0
+
+    def _shard(self, task: Task | None) -> int:
+        from mobilevit.data.shard_writing import write_shards
+
+        if self.out is None:
+            raise UsageError("--out names the folder to write the shards into; give it")
+        report = write_shards(
+            self.path,
+            self.out,
+            task=task,
+            max_bytes=round(self.max_mb * 1e6),
+            shorter_side=self.shorter_side,
+            val_fraction=self.val_fraction,
+            seed=self.seed,
+            overwrite=self.overwrite,
+        )
+        if self.json:
+            _print_json(report.to_dict())
+        else:
+            print(*report.lines(), sep="\n")
         return 0
 
 
@@ -865,6 +907,9 @@ def _explain(error: Exception) -> int:
         return _mistake(f"{error.filename}: {error.strerror}")
     if type(error).__name__ == "OutOfMemoryError":
         return _mistake("the GPU has too little memory; lower --batch-size or --image-size")
+    if type(error).__name__ == "ShardError":
+        # A worker process's is told with its traceback in the text, the message at the end.
+        return _mistake(str(error).rstrip().rpartition("\n")[2].rpartition("ShardError: ")[2])
     if isinstance(error, ValueError) and _raised_by_us(error):
         return _mistake(str(error))
     traceback.print_exception(error)

@@ -21,7 +21,7 @@ from mobilevit.exporting.export import ExportReport, export
 from mobilevit.files import write_text
 from mobilevit.inference.predictor import Predictor, Result
 from mobilevit.models.card import Task
-from mobilevit.preprocessing import find_images
+from mobilevit.preprocessing import Source, find_images
 from mobilevit.tasks.classification import ClassificationResult
 from mobilevit.tasks.report import Report
 from mobilevit.training.config import TrainConfig
@@ -117,7 +117,7 @@ def run_demo(
     headline = "\n".join(f"{name}  {value}" for name, value in result.report.headline())
     log.info("\n$ mobilevit eval %s --data %s\n%s", result.best, data, headline)
 
-    pictures = [str(path) for path in find_images(unseen) if path.parent.name != "masks"]
+    pictures: list[Source] = [path for path in find_images(unseen) if path.parent.name != "masks"]
     exported = _export(result.best, pictures)
     to_use = exported.path if exported else result.best
     log.info("\n$ mobilevit predict %s %s", to_use, unseen)
@@ -139,7 +139,7 @@ def run_demo(
     return write_text(out / "report.html", _page(out, facts, result.report, command))
 
 
-def _export(checkpoint: Path, pictures: list[str]) -> ExportReport | None:
+def _export(checkpoint: Path, pictures: list[Source]) -> ExportReport | None:
     """To ONNX, compared on these pictures; None where the packages for it are not installed."""
     folder = checkpoint.parent / "exported"
     log.info("\n$ mobilevit export %s --format onnx --out %s", checkpoint, folder)

@@ -18,17 +18,18 @@ class Progress:
         total: how many there will be.
         unit: what is counted, in the plural.
         done: how many were done before (a resumed run).
+        silent: count, but show nothing.
     """
 
-    def __init__(self, label: str, total: int, unit: str = "images", done: int = 0) -> None:
+    def __init__(self, label: str, total: int, unit: str = "images", done: int = 0, *, silent: bool = False) -> None:
         self.label, self.total, self.unit, self.done = label, total, unit, done
-        self._first = done
+        self._first, self._silent = done, silent
         self._start = self._last_line = time.monotonic()
         self._bar: Any = None
         self._task: Any = None
 
     def __enter__(self) -> Progress:
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and not self._silent:
             from rich.console import Console
             from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
             from rich.progress import Progress as Bar
@@ -62,7 +63,7 @@ class Progress:
             self._bar.update(self._task, completed=self.done, speed=speed, note=note)
             return
         now = time.monotonic()
-        if now - self._last_line >= _SECONDS_BETWEEN_LINES:
+        if not self._silent and now - self._last_line >= _SECONDS_BETWEEN_LINES:
             self._last_line = now
             left = (self.total - self.done) / max(per_second, 1e-9)
             line = f"{self.label}: {self.done}/{self.total}, {speed}, {left:.0f} s left  {note}"

@@ -1,7 +1,7 @@
 import os
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from PIL import Image
 
 from mobilevit.data.imageset import Boxes, ImageSet, Mask
 from mobilevit.data.loaders import Batch, BatchLoader, map_tensors
+from mobilevit.data.samplers import level_batches
 from mobilevit.data.transforms import (
     BoxTargets,
     ClassificationTransform,
@@ -64,6 +65,11 @@ def assert_same(first: list[Batch], second: list[Batch]) -> None:
             assert torch.equal(a.targets, b.targets)
 
 
+def epoch_of(loader: BatchLoader, epoch: int, first_step: int = 0) -> Iterator[Batch]:
+    loader.start(epoch, (), first_step)
+    return loader.epoch()
+
+
 def order(batches: Iterable[Batch]) -> list[int]:
     return [index for batch in batches for index in batch.indices]
 
@@ -94,18 +100,18 @@ def test_batches_are_uint8_and_channels_last(num_workers: int) -> None:
 def test_order_depends_on_seed_and_epoch_alone() -> None:
     data = noise(40)
     loader = augmented(data)
-    first = list(loader.epoch(3))
-    list(loader.epoch(0))
+    first = list(epoch_of(loader, 3))
+    list(epoch_of(loader, 0))
     torch.manual_seed(99)
-    assert_same(list(loader.epoch(3)), first)
-    assert_same(list(augmented(data).epoch(3)), first)
-    orders = {tuple(order(augmented(data, seed=seed).epoch(epoch))) for seed in range(3) for epoch in range(4)}
+    assert_same(list(epoch_of(loader, 3)), first)
+    assert_same(list(epoch_of(augmented(data), 3)), first)
+    orders = {tuple(order(epoch_of(augmented(data, seed=seed), epoch))) for seed in range(3) for epoch in range(4)}
     assert len(orders) == 12
 
 
 def test_a_picture_changes_from_epoch_to_epoch() -> None:
     loader = augmented(noise(4))
-    epochs = [next(loader.epoch(epoch)) for epoch in range(5)]
+    epochs = [next(epoch_of(loader, epoch)) for epoch in range(5)]
     seen = {bytes(batch.images[batch.indices.index(2)].numpy()) for batch in epochs}
     assert len(seen) == 5
 
@@ -114,14 +120,14 @@ def test_a_picture_changes_from_epoch_to_epoch() -> None:
 @pytest.mark.parametrize("first_batch", [1, 3, 4, 5])
 def test_resuming_gives_exactly_the_remaining_batches(num_workers: int, first_batch: int) -> None:
     data = noise(21)
-    whole = list(augmented(data).epoch(2))
-    assert len(whole) == 5
-    assert_same(list(augmented(data, num_workers=num_workers).epoch(2, first_batch)), whole[first_batch:])
+    whole = list(epoch_of(augmented(data), 2))
+    assert [len(batch) for batch in whole] == [4, 4, 4, 4, 5]  # one picture alone would have no statistics
+    assert_same(list(epoch_of(augmented(data, num_workers=num_workers), 2, first_batch)), whole[first_batch:])
 
 
 def test_workers_change_nothing() -> None:
     data = noise(18, bad=(3, 11))
-    assert_same(list(augmented(data, num_workers=2).epoch(1)), list(augmented(data).epoch(1)))
+    assert_same(list(epoch_of(augmented(data, num_workers=2), 1)), list(epoch_of(augmented(data), 1)))
     assert_same(list(in_order(data, num_workers=2).epoch()), list(in_order(data).epoch()))
 
 
@@ -130,7 +136,7 @@ def test_the_callers_random_numbers_are_left_alone(num_workers: int) -> None:
     loader = augmented(noise(12), num_workers=num_workers)
     before = torch.get_rng_state()
     for epoch in range(2):
-        for _ in loader.epoch(epoch):
+        for _ in epoch_of(loader, epoch):
             assert torch.equal(torch.get_rng_state(), before)
     assert torch.equal(torch.get_rng_state(), before)
 
@@ -139,10 +145,10 @@ def test_the_callers_random_numbers_are_left_alone(num_workers: int) -> None:
 def test_an_epoch_left_early_does_not_leak_into_the_next(num_workers: int) -> None:
     data = noise(32)
     loader = augmented(data, num_workers=num_workers)
-    begun = loader.epoch(0)
+    begun = epoch_of(loader, 0)
     next(begun)
     next(begun)
-    assert_same(list(loader.epoch(1)), list(augmented(data).epoch(1)))
+    assert_same(list(epoch_of(loader, 1)), list(epoch_of(augmented(data), 1)))
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -162,20 +168,29 @@ def test_a_batch_without_a_readable_picture() -> None:
     assert len(batch.errors) == 3
 
 
-@pytest.mark.parametrize(("count", "batch_size", "batches"), [(8, 4, 2), (11, 4, 2), (4, 4, 1), (3, 4, 1), (1, 4, 1)])
-def test_shuffled_epochs_show_a_picture_at_most_once(count: int, batch_size: int, batches: int) -> None:
-    loader = augmented(noise(count), batch_size=batch_size)
+@pytest.mark.parametrize(
+    ("count", "sizes"), [(8, [4, 4]), (9, [4, 5]), (11, [4, 4, 3]), (4, [4]), (3, [3]), (1, [1])], ids=str
+)
+def test_shuffled_epochs_show_every_picture_once(count: int, sizes: list[int]) -> None:
+    loader = augmented(noise(count))
     for epoch in range(3):
-        sizes = [len(batch.indices) for batch in loader.epoch(epoch)]
-        assert sizes == [min(batch_size, count)] * batches
-        seen = order(loader.epoch(epoch))
-        assert len(set(seen)) == len(seen)
-    assert (len(loader), loader.num_images) == (batches, sum(sizes))
+        assert [len(batch.indices) for batch in epoch_of(loader, epoch)] == sizes
+        assert sorted(order(epoch_of(loader, epoch))) == list(range(count))
+    loader.start(0)
+    assert (len(loader), loader.num_images) == (len(sizes), count)
 
 
-def test_every_picture_comes_up_over_the_epochs() -> None:
-    loader = augmented(noise(11))  # 3 of 11 are left out of each epoch
-    assert {index for epoch in range(12) for index in order(loader.epoch(epoch))} == set(range(11))
+def test_sizes_change_from_step_to_step() -> None:
+    sizes = level_batches((64, 64), 4, [(32, 32), (64, 32), (64, 64)])
+    transform = ClassificationTransform(preprocessing=SMALL, min_crop_area=0.3)
+    loader = BatchLoader(noise(120), transform, batch_size=4, num_workers=0, shuffle_seed=1, sizes=sizes)
+    steps = loader.start(0)
+    batches = list(loader.epoch())
+    assert [tuple(batch.images.shape[2:]) for batch in batches] == [step.size for step in steps]
+    assert {step.size for step in steps} == {(32, 32), (64, 32), (64, 64)}
+    batch_size = {size.size: size.batch_size for size in sizes}
+    assert [len(batch) for batch in batches[:-1]] == [batch_size[step.size] for step in steps[:-1]]
+    assert sorted(order(batches)) == list(range(120))
 
 
 SCRIPT = """
@@ -244,9 +259,9 @@ def test_shuffled_shards_have_nothing_in_common() -> None:
         BatchLoader(noise(16), resized, batch_size=4, num_workers=0, shuffle_seed=3, shard=(shard, 2))
         for shard in range(2)
     ]
-    first, second = (order(loader.epoch(1)) for loader in loaders)
-    assert (sorted(first), sorted(second)) == (list(range(0, 16, 2)), list(range(1, 16, 2)))
-    assert first != sorted(first)
+    first, second = (order(epoch_of(loader, 1)) for loader in loaders)
+    assert sorted(first + second) == list(range(16))
+    assert (len(first), first != sorted(first)) == (8, True)
 
 
 # -- boxes and masks --------------------------------------------------------------------------------------------------
@@ -271,14 +286,14 @@ def test_batches_of_boxes(num_workers: int) -> None:
         num_workers=num_workers,
         shuffle_seed=1,
     )
-    batches = list(loader.epoch(0))
+    batches = list(epoch_of(loader, 0))
     for batch in batches:
         assert isinstance(batch.targets, BoxTargets)
         assert batch.targets.boxes_cxcywh.shape == (*batch.targets.labels.shape, 4)
         assert len(batch.images) == len(batch.targets.labels) == len(batch) == 3
         for index, labels in zip(batch.indices, batch.targets.labels.tolist(), strict=True):
             assert set(labels) <= {-1, *range(index)}
-    again = list(loader.epoch(0))
+    again = list(epoch_of(loader, 0))
     assert all(torch.equal(a.targets.boxes_cxcywh, b.targets.boxes_cxcywh) for a, b in zip(batches, again, strict=True))
 
 

@@ -19,7 +19,7 @@ def config(**settings: object) -> TrainConfig:
 
 def test_schedule() -> None:
     told = config(learning_rate=1.0, warmup_fraction=0.1, final_lr_fraction=0.1)
-    rates = [learning_rate(update, 1000, told) for update in range(1000)]
+    rates = [learning_rate(update / 1000, told) for update in range(1000)]
     assert rates[0] == pytest.approx(0.1)
     assert rates[50] == pytest.approx(0.55)
     assert rates[100] == max(rates) == 1.0
@@ -30,7 +30,7 @@ def test_schedule() -> None:
 
 
 def test_schedule_without_warmup_starts_at_the_peak() -> None:
-    assert learning_rate(0, 10, config(learning_rate=2.0, warmup_fraction=0.0)) == 2.0
+    assert learning_rate(0.0, config(learning_rate=2.0, warmup_fraction=0.0)) == 2.0
 
 
 def test_groups_cover_every_trainable_parameter_once() -> None:

@@ -20,8 +20,10 @@ def test_published_recipes() -> None:
     assert (coco.peak_learning_rate, coco.epochs, coco.batch_size, coco.input_size) == (9e-4, 200, 128, (320, 320))
     voc = TrainConfig(data=Path("voc"), **find_recipe("voc-segmentation").settings).resolve("segmentation")
     assert (voc.peak_learning_rate, voc.epochs, voc.head_lr_factor, voc.input_size) == (9e-4, 50, 10, (512, 512))
-    imagenet = TrainConfig(data=Path("imagenet"), **find_recipe("imagenet").settings)
-    assert imagenet.batch_size * imagenet.grad_accum_steps == 1024
+    imagenet = TrainConfig(data=Path("imagenet"), **find_recipe("imagenet_mobilevit_s").settings)
+    assert (imagenet.model, imagenet.batch_size * 8, imagenet.grad_accum_steps) == ("mobilevit_s", 1024, 1)
+    sizes = imagenet.resolve("classification", 8).step_sizes()
+    assert [size.batch_size for size in sizes] == [327, 227, 128, 101, 81]
     assert (imagenet.epochs, imagenet.weight_decay, imagenet.ema_momentum) == (300, 0.01, 5e-4)
 
 
@@ -38,12 +40,12 @@ def test_list_of_recipes(capsys: pytest.CaptureFixture[str]) -> None:
 def test_flags_change_a_recipe(shapes: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     arguments = ["--data", str(shapes), "--out", str(out), "--image-size", "32", "--epochs", "1", "--batch-size", "20"]
-    assert main(["train", "--recipe", "imagenet", *arguments, "--model", "mobilevit_xxs"]) == 0
+    assert main(["train", "--recipe", "imagenet_mobilevit_xxs", *arguments]) == 0
     config = TrainConfig.from_json(out / "config.json")
     assert (config.epochs, config.batch_size, config.learning_rate) == (1, 20, 2e-3)
 
 
 def test_recipe_and_config_exclude_each_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "config.json").write_text(TrainConfig(data=Path("x")).to_json())
-    assert main(["train", "--config", str(tmp_path / "config.json"), "--recipe", "imagenet"]) == 2
+    assert main(["train", "--config", str(tmp_path / "config.json"), "--recipe", "imagenet_mobilevit_xxs"]) == 2
     assert "leave one of them out" in capsys.readouterr().err

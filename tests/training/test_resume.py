@@ -56,7 +56,7 @@ def test_ctrl_c_and_sigterm_to_the_group_save_and_exit(shapes: Path, tmp_path: P
     assert f"stopped and saved; go on with: mobilevit train --config {out / 'config.json'} --resume" in told
     assert "Traceback" not in told
     position = torch.load(out / "last.pt", weights_only=True)["position"]
-    assert (position["epoch"], position["batch"]) > (0, 0)
+    assert (position["epoch"], position["step"]) > (0, 0)
 
 
 def test_sigkill_and_resume_end_with_identical_weights(shapes: Path, tmp_path: Path) -> None:

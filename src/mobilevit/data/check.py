@@ -19,6 +19,7 @@ from mobilevit.data.boxes import size_problem
 from mobilevit.data.datasets import find_splits
 from mobilevit.data.imageset import Boxes, ImageSet, Mask, Problem, read_label_map
 from mobilevit.data.segmentation import unusable_mask, values_without_class
+from mobilevit.data.shards import holds_shards
 from mobilevit.models.card import Task
 from mobilevit.models.deeplabv3 import IGNORE
 from mobilevit.preprocessing import IMAGE_SUFFIXES, ImageError, read_image
@@ -165,7 +166,6 @@ def check(path: str | os.PathLike[str], task: Task | None = None) -> CheckReport
     Raises:
         ValueError: nothing usable there.
     """
-    path = Path(path)
     splits = find_splits(path, task)
     first = next(iter(splits.values()))
     problems = [problem for data in splits.values() for problem in data.problems]
@@ -185,8 +185,8 @@ def check(path: str | os.PathLike[str], task: Task | None = None) -> CheckReport
         values = {value for found in looks.values() for look in found for value in look.nameless}
         sort = "value without a class"
         problems = [p for p in problems if p.kind != sort] + values_without_class(values, str(path))
-    if first.task == "classification" and path.is_dir():
-        problems += _odd_files(path)
+    if first.task == "classification" and Path(path).is_dir() and not holds_shards(Path(path)):
+        problems += _odd_files(Path(path))
     for part, data in splits.items() if first.task != "detection" else ():
         for name, count in statistics[part].pictures_of.items():
             if not count:

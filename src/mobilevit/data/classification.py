@@ -1,4 +1,4 @@
-"""Pictures of one class each: a folder per class, a CSV file, a parquet file."""
+"""Pictures of one class each: a folder per class, a CSV file, a parquet file, or shards (see `shards.py`)."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mobilevit.data.imageset import ImageSet, some
+from mobilevit.data.shards import holds_shards, shard_splits
 from mobilevit.preprocessing import IMAGE_SUFFIXES, Source, find_images
 
 TRAIN_NAMES = ("train", "training")
@@ -20,6 +21,7 @@ def classification_splits(path: Path) -> dict[str, ImageSet[int]]:
 
     Folders hold one sub-folder per class. CSV files have columns `path` (relative to the file), `label` and, if you
     like, `split` (train or val). Parquet files have columns `image` (encoded bytes, or a struct with them) and `label`.
+    Shards are tar files as WebDataset has them.
 
     Returns:
         {"train": ..., "val": ...} where the data are divided, else {"all": ...}.
@@ -27,6 +29,8 @@ def classification_splits(path: Path) -> dict[str, ImageSet[int]]:
     Raises:
         ValueError: nothing there, or nothing usable.
     """
+    if holds_shards(path):
+        return shard_splits(path)
     if path.is_file():
         return _from_file(path)
     train, val = _find_part(path, TRAIN_NAMES), _find_part(path, VAL_NAMES)

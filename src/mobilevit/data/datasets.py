@@ -11,6 +11,7 @@ from mobilevit.data.classification import classification_splits
 from mobilevit.data.detection import detection_splits, has_boxes
 from mobilevit.data.imageset import ImageSet, check_classes, split
 from mobilevit.data.segmentation import has_masks, segmentation_splits
+from mobilevit.data.shards import holds_shards, is_elsewhere_or_pattern, shard_splits
 from mobilevit.models.card import Task
 
 _READERS: dict[Task, Callable[[Path], dict[str, ImageSet[Any]]]] = {
@@ -26,7 +27,7 @@ def find_splits(path: str | os.PathLike[str], task: Task | None = None) -> dict[
     The layouts of each task are those of `classification_splits`, `detection_splits` and `segmentation_splits`.
 
     Args:
-        path: a folder or file.
+        path: a folder or file; of shards, also a pattern or URL.
         task: None recognises it by the layout.
 
     Returns:
@@ -35,6 +36,10 @@ def find_splits(path: str | os.PathLike[str], task: Task | None = None) -> dict[
     Raises:
         ValueError: nothing there, nothing usable, or boxes and masks alike and no `task` to choose by.
     """
+    if is_elsewhere_or_pattern(path):
+        if task not in (None, "classification"):
+            raise ValueError(f"{path}: shards are for classification; --task {task} takes local folders")
+        return shard_splits(path)
     path = Path(path)
     if not path.exists():
         raise ValueError(f"{path}: no such file or folder; --data takes a folder per class, or boxes or masks")
@@ -47,6 +52,8 @@ def recognise_task(path: Path) -> Task:
     Raises:
         ValueError: boxes and masks alike.
     """
+    if holds_shards(path):
+        return "classification"
     boxes, masks = has_boxes(path), has_masks(path)
     if boxes and masks:
         raise ValueError(f"{path}: has both boxes and masks; choose with --task detection or --task segmentation")

@@ -134,6 +134,9 @@ class ImageSet(Generic[Target]):
     """What was found wrong in the annotations while reading them."""
     sizes: Sequence[tuple[int, int]] | None = field(default=None, repr=False)
     """(width, height) of each picture, where the annotations or the reader know it; to be compared with the file."""
+    shards: Sequence[range] | None = field(default=None, repr=False)
+    """Consecutive numbers of pictures that lie in one file, where reading one makes the others cheap; samplers shuffle
+    with that in mind. Every picture is in one of them."""
 
     def __len__(self) -> int:
         return len(self.names)
@@ -146,6 +149,7 @@ class ImageSet(Generic[Target]):
             targets=[self.targets[i] for i in indices],
             open=partial(_open_at, self.open, indices),
             sizes=None if self.sizes is None else [self.sizes[i] for i in indices],
+            shards=None,
         )
 
     def fingerprint(self) -> str:

@@ -9,15 +9,16 @@ from functools import partial
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
 from mobilevit.data.imageset import ImageSet
+from mobilevit.data.samplers import EpochSampler, Key, OrderedSampler, Segment, SizedBatch, Step
 from mobilevit.preprocessing import ImageError, read_image
 
-Transform = Callable[[Image.Image, Any], tuple[Tensor, Any]]
-"""RGB picture and its target -> uint8 (3, H, W) and what the batch is to hold of the target."""
+Transform = Callable[..., tuple[Tensor, Any]]
+"""RGB picture, its target and, where steps differ in size, (H, W) -> uint8 (3, H, W) and what the batch is to hold of
+the target."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,43 +53,21 @@ def map_tensors(targets: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 
 class _Pictures(Dataset[tuple[int, Tensor | str, Any]]):
-    """Items are asked for by (index, seed), so that a worker process has no random state worth keeping."""
+    """Items are asked for with their seed, so that a worker process has no random state worth keeping."""
 
     def __init__(self, data: ImageSet[Any], transform: Transform) -> None:
         self.data, self.transform = data, transform
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[int, Tensor | str, Any]:
-        index, seed = key
+    def __getitem__(self, key: Key) -> tuple[int, Tensor | str, Any]:
+        index, seed, size = key
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)  # not torch.manual_seed, which also sets those of GPUs
             try:
                 image = read_image(self.data.open(index), self.data.names[index])
-                return index, *self.transform(image, self.data.targets[index])
+                sized = () if size is None else (size,)
+                return index, *self.transform(image, self.data.targets[index], *sized)
             except ImageError as error:
                 return index, str(error), None
-
-
-class _Order(Sampler[list[tuple[int, int]]]):
-    """Batches of (index, seed) for one epoch."""
-
-    def __init__(self, numbers: Sequence[int], batch_size: int, *, shuffle_seed: int | None, drop_last: bool) -> None:
-        self.numbers, self.batch_size, self.shuffle_seed, self.drop_last = numbers, batch_size, shuffle_seed, drop_last
-        self.epoch = self.first_batch = 0
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        count = len(self.numbers)
-        order, seeds = list(self.numbers), [0] * count
-        if self.shuffle_seed is not None:
-            generator = torch.Generator().manual_seed((self.shuffle_seed << 20) + self.epoch)
-            order = [order[place] for place in torch.randperm(count, generator=generator).tolist()]
-            seeds = torch.randint(2**62, (count,), generator=generator).tolist()
-        keys = list(zip(order, seeds, strict=True))
-        for batch in range(self.first_batch, len(self)):
-            yield keys[batch * self.batch_size : (batch + 1) * self.batch_size]
-
-    def __len__(self) -> int:
-        count = len(self.numbers)
-        return count // self.batch_size if self.drop_last else -(-count // self.batch_size)
 
 
 class BatchLoader:
@@ -100,10 +79,11 @@ class BatchLoader:
         collate: makes one thing of the targets of a batch.
         batch_size: pictures in a batch.
         num_workers: processes that read and transform; 0 does it in this one.
-        shuffle_seed: None keeps the order; a number shuffles, differently each epoch, and leaves out the last pictures
-            if they do not fill a batch.
+        shuffle_seed: None keeps the order; a number shuffles, differently each epoch.
+        sizes: where steps differ in picture size, these with their batches instead of `batch_size`; the transform is
+            then given the size as a third argument. For a shuffled order.
         pin_memory: for a GPU.
-        shard: (i, n) takes every nth picture from the ith on.
+        shard: (i, n): the share of the ith of n processes.
     """
 
     def __init__(
@@ -115,18 +95,28 @@ class BatchLoader:
         batch_size: int,
         num_workers: int,
         shuffle_seed: int | None = None,
+        sizes: Sequence[SizedBatch] = (),
         pin_memory: bool = False,
         shard: tuple[int, int] = (0, 1),
     ) -> None:
         self.data = data
-        shuffled = shuffle_seed is not None
-        numbers = range(shard[0], len(data), shard[1])
-        batch_size = max(1, min(batch_size, len(numbers)))
-        self._order = _Order(numbers, batch_size, shuffle_seed=shuffle_seed, drop_last=shuffled)
-        num_workers = min(num_workers, len(self._order))  # 0 also for a shard without pictures
+        rank, world_size = shard
+        self._sampler: EpochSampler | OrderedSampler
+        if shuffle_seed is None:
+            self._sampler = OrderedSampler(len(data), batch_size, rank=rank, world_size=world_size)
+        else:
+            self._sampler = EpochSampler(
+                len(data),
+                sizes or (SizedBatch(size=None, batch_size=batch_size),),
+                seed=shuffle_seed,
+                shards=data.shards,
+                rank=rank,
+                world_size=world_size,
+            )
+        num_workers = min(num_workers, len(self._sampler))  # 0 also for a share without pictures
         self._loader = DataLoader(
             _Pictures(data, transform),
-            batch_sampler=self._order,
+            batch_sampler=self._sampler,
             collate_fn=partial(_collate, collate),
             num_workers=num_workers,
             pin_memory=pin_memory,
@@ -136,21 +126,26 @@ class BatchLoader:
         )
 
     def __len__(self) -> int:
-        return len(self._order)
+        """Batches that `epoch` gives."""
+        return len(self._sampler)
 
     @property
     def num_images(self) -> int:
-        """Pictures in one epoch."""
-        return min(len(self._order) * self._order.batch_size, len(self._order.numbers))
+        """Pictures in one epoch, of all processes where the order is shuffled."""
+        return len(self._sampler.numbers) if isinstance(self._sampler, OrderedSampler) else self._sampler.count
 
-    def epoch(self, epoch: int = 0, first_batch: int = 0) -> Iterator[Batch]:
-        """The batches of one epoch from `first_batch` on: always the same for the same numbers."""
-        self._order.epoch, self._order.first_batch = epoch, first_batch
+    def epoch(self) -> Iterator[Batch]:
+        """All pictures in their order, or, shuffled, those of the epoch that was started last."""
         # A loader draws a base seed for its workers from the global generator; ours have no use for it, and the
         # caller's random numbers must not depend on how often loaders were started.
         with torch.random.fork_rng(devices=[]):
             iterator = iter(self._loader)
         yield from iterator
+
+    def start(self, epoch: int, segments: Sequence[Segment] = (), first_step: int = 0) -> list[Step]:
+        """Choose what `epoch` gives, always the same for the same numbers; see `EpochSampler.start`."""
+        assert isinstance(self._sampler, EpochSampler), "an order that is kept has no epochs"
+        return self._sampler.start(epoch, segments, first_step)
 
 
 def _collate(collate: Callable[[Sequence[Any]], Any], items: Sequence[tuple[int, Tensor | str, Any]]) -> Batch:

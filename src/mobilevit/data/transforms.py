@@ -39,10 +39,11 @@ class ClassificationTransform:
     random_erasing: float = 0.0
     """Probability that a rectangle is blanked (arXiv:1708.04896)."""
 
-    def __call__(self, image: Image.Image, label: int) -> tuple[Tensor, int]:
+    def __call__(self, image: Image.Image, label: int, size: tuple[int, int] | None = None) -> tuple[Tensor, int]:
+        """`size` is (height, width), where it is not that of the preprocessing."""
         interpolation = InterpolationMode(self.preprocessing.interpolation)
         crop = v2.RandomResizedCrop(
-            self.preprocessing.size, scale=(self.min_crop_area, 1.0), interpolation=interpolation
+            size or self.preprocessing.size, scale=(self.min_crop_area, 1.0), interpolation=interpolation
         )
         steps: list[Callable[..., object]] = [crop]
         if self.flip:

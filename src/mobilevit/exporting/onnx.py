@@ -56,8 +56,12 @@ def convert(plan: Plan, path: Path) -> None:
     path.write_bytes(model.SerializeToString())
 
 
-def to_proto(plan: Plan) -> ModelProto:
+def to_proto(plan: Plan, *, stepwise: bool = True) -> ModelProto:
     """The graph in float32, its nodes named after modules.
+
+    Args:
+        plan: gives graph and input.
+        stepwise: write out attention, see `in_steps`.
 
     Raises:
         ValueError: onnx or onnxscript is not installed.
@@ -65,7 +69,7 @@ def to_proto(plan: Plan) -> ModelProto:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         exported = torch.onnx.export(
-            plan.program(in_steps(plan.graph)),
+            plan.program(in_steps(plan.graph) if stepwise else None),
             input_names=[plan.graph.input_name],
             output_names=list(plan.graph.output_names),
             opset_version=OPSET,

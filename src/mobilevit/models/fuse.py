@@ -84,7 +84,7 @@ def _widen(tensor: Tensor, heads: int, missing: int, *, axis: int) -> Tensor:
 
 
 def _fold_batch_norm(block: ConvNormAct) -> None:
-    if isinstance(block.norm, nn.BatchNorm2d):
+    if isinstance(block.norm, nn.BatchNorm2d | nn.SyncBatchNorm):
         conv, norm = block.conv, block.norm
         assert norm.running_mean is not None
         assert norm.running_var is not None

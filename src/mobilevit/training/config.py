@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
+    from mobilevit.data.samplers import SizedBatch
     from mobilevit.models.card import Task
 
 ResizeMode = Literal["auto", "crop", "stretch", "pad"]
@@ -27,6 +28,7 @@ _INPUTS: dict[Task, tuple[int, ResizeMode]] = {
 _ONLY_FOR: dict[str, tuple[Task, ...]] = {
     **dict.fromkeys(("min_crop_area", "randaugment", "mixup", "cutmix", "random_erasing"), ("classification",)),
     **dict.fromkeys(("label_smoothing", "class_weights"), ("classification",)),
+    **dict.fromkeys(("multi_scale", "train_sizes", "max_batch_size"), ("classification",)),
     **dict.fromkeys(("zoom_out", "iou_crop"), ("detection",)),
     **dict.fromkeys(("crop_size", "scale_range", "rotation"), ("segmentation",)),
     **dict.fromkeys(("output_stride", "aspp_channels", "aux_head", "aux_weight"), ("segmentation",)),
@@ -39,13 +41,13 @@ _ONLY_FOR: dict[str, tuple[Task, ...]] = {
 class TrainConfig:
     """Settings of one run. Defaults suit a few thousand photographs; the paper's values are named where they differ."""
 
-    data: Path
-    """Folder with one sub-folder per class, or .csv or .parquet; VOC, COCO or YOLO boxes; pictures and masks."""
+    data: str | Path
+    """Folder with one sub-folder per class, .csv, .parquet or shards, also by URL; VOC, COCO or YOLO boxes; masks."""
     task: Literal["auto", "classification", "detection", "segmentation"] = "auto"
     """What to learn. auto: what the data are labelled for."""
     out: Path = Path("runs/train")
     """Run folder: configuration, metrics, curves, checkpoints, model card."""
-    val_data: Path | None = None
+    val_data: str | Path | None = None
     """Data to validate on, in any of the forms of --data. Without it, val/ beside train/, else a split of the data."""
     val_fraction: float = 0.2
     """Share of every class held out for validation where the data are not divided."""
@@ -102,6 +104,14 @@ class TrainConfig:
     """Passes over the training data; 300 in the paper."""
     batch_size: int = 32
     """Pictures in a step of one process; 128 on each of 8 GPUs in the paper."""
+    multi_scale: Literal["off", "paper", "never_below_base"] = "off"
+    """Classification: draw the input size of each step anew, with a batch to match. paper: fewer pictures above the
+    image size; never_below_base: as many, as the code published with the paper."""
+    train_sizes: tuple[tuple[int, int], ...] | None = None
+    """The heights and widths that --multi-scale draws from. Without it, the paper's 160 160, 192 192, 256 256, 288 288
+    and 320 320, relative to its 256."""
+    max_batch_size: int | None = None
+    """With --multi-scale: pictures in a step of one process, however small they are."""
     grad_accum_steps: int = 1
     """Batches whose gradients are added up for one update."""
     learning_rate: float | None = None
@@ -139,6 +149,8 @@ class TrainConfig:
     """auto, cpu, cuda, cuda:1 or mps."""
     amp: Literal["auto", "off", "bf16", "fp16"] = "auto"
     """Mixed precision. auto: bf16 on GPUs that have it, off elsewhere."""
+    sync_batch_norm: bool = False
+    """Several GPUs: statistics over the batches of all of them, as published for boxes and masks."""
     compile: bool = False
     """Compile the model with torch.compile: minutes at first, faster after."""
     num_workers: int | None = None
@@ -147,6 +159,18 @@ class TrainConfig:
     """Decides initial weights, split, order, augmentation and dropout."""
     checkpoint_minutes: float = 5.0
     """Save for --resume at least this often (and after every epoch); 0 saves after every step."""
+
+    def __post_init__(self) -> None:
+        # As a `Path`, a URL would lose one of its slashes.
+        for name in ("data", "val_data"):
+            place = getattr(self, name)
+            if isinstance(place, str) and "://" not in place:
+                object.__setattr__(self, name, Path(place))
+
+    @property
+    def data_name(self) -> str:
+        """What to call the data: the last part of their path or URL."""
+        return Path(self.data).name
 
     @property
     def peak_learning_rate(self) -> float:
@@ -159,8 +183,8 @@ class TrainConfig:
         peak, batch = (2e-3, 1024) if self.task in ("auto", "classification") else (9e-4, 128)
         return peak * math.sqrt(self.batch_size * self.grad_accum_steps / batch)
 
-    def resolve(self, task: Task) -> TrainConfig:
-        """The same settings with everything decided that depends on the task.
+    def resolve(self, task: Task, num_processes: int = 1) -> TrainConfig:
+        """The same settings with everything decided that depends on the task and on who else trains.
 
         Raises:
             ValueError: something is set that this task does not have.
@@ -175,9 +199,13 @@ class TrainConfig:
         head_lr_factor = self.head_lr_factor
         if head_lr_factor is None:
             head_lr_factor = 10.0 if task == "segmentation" and self.weights is not None else 1.0
+        learning_rate = self.learning_rate
+        if learning_rate is None and num_processes > 1:
+            learning_rate = self.peak_learning_rate * math.sqrt(num_processes)
         return dataclasses.replace(
             self,
             task=task,
+            learning_rate=learning_rate,
             image_size=image_size,
             resize_mode=mode if self.resize_mode == "auto" else self.resize_mode,
             head_lr_factor=head_lr_factor,
@@ -193,6 +221,21 @@ class TrainConfig:
     def training_crop(self) -> tuple[int, int]:
         """(height, width) of segmentation's training crops, once the task is known."""
         return self.input_size if self.crop_size is None else _height_width(self.crop_size)
+
+    def step_sizes(self) -> tuple[SizedBatch, ...]:
+        """What --multi-scale draws from, once the task is known; nothing if it is off."""
+        if self.multi_scale == "off":
+            return ()
+        from mobilevit.data.samplers import level_batches, multi_scale_sizes
+
+        sizes = self.train_sizes or multi_scale_sizes(self.input_size)
+        return level_batches(
+            self.input_size,
+            self.batch_size,
+            sizes,
+            never_below=self.multi_scale == "never_below_base",
+            most=self.max_batch_size,
+        )
 
     def validate(self) -> None:
         """Check every value that can be checked without looking at data or devices.
@@ -231,6 +274,12 @@ class TrainConfig:
             self._require(name, value is None or value > 0, "above 0")
         self._require("val_fraction", 0 < self.val_fraction < 1, "between 0 and 1")
         self._require("batch_size", self.batch_size >= 2, "2 or more, for the statistics of BatchNorm")
+        for name in ("train_sizes", "max_batch_size"):
+            told = getattr(self, name) is None or self.multi_scale != "off"
+            self._require(name, told, "left out without --multi-scale")
+        self._require("max_batch_size", self.max_batch_size is None or self.max_batch_size >= 2, "2 or more")
+        for side in (side for size in self.train_sizes or () for side in size):
+            self._require("train_sizes", side >= 32 and side % 32 == 0, "multiples of 32, height and width in turn")
         for name in ("image_size", "crop_size"):
             size = getattr(self, name)
             self._require(name, size is None or min(_height_width(size)) >= 32, "32 or more")
@@ -285,8 +334,12 @@ def _as_type(name: str, value: Any, hint: Any) -> Any:
             return Path(value)
         if kind is float and isinstance(value, int) and not isinstance(value, bool):
             return float(value)
-        if typing.get_origin(kind) is tuple and isinstance(value, list) and len(value) == len(typing.get_args(kind)):
-            return tuple(value)
+        if typing.get_origin(kind) is tuple and isinstance(value, list):
+            inner = typing.get_args(kind)
+            if inner[-1] is Ellipsis:
+                return tuple(_as_type(name, item, inner[0]) for item in value)
+            if len(value) == len(inner):
+                return tuple(value)
         if typing.get_origin(kind) is Literal and value in typing.get_args(kind):
             return value
         if isinstance(kind, type) and type(value) is kind:

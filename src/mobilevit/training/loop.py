@@ -9,7 +9,8 @@ import math
 import random
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from mobilevit import factory
 from mobilevit.data.datasets import load_train_val
 from mobilevit.data.imageset import ImageSet
 from mobilevit.data.loaders import Batch, BatchLoader, map_tensors
-from mobilevit.devices import pick_device
+from mobilevit.data.samplers import Segment
 from mobilevit.inference.session import TorchSession
 from mobilevit.models import Model
 from mobilevit.models.card import Task, card_of
@@ -29,7 +30,9 @@ from mobilevit.models.deeplabv3 import DeepLabv3Config
 from mobilevit.preprocessing import Preprocessing
 from mobilevit.progress import Progress
 from mobilevit.tasks.report import Report
+from mobilevit.training import distributed
 from mobilevit.training.config import TrainConfig
+from mobilevit.training.distributed import World
 from mobilevit.training.evaluate import (
     default_num_workers,
     evaluate,
@@ -86,7 +89,20 @@ def train(
         TrainingInterrupted: Ctrl-C or SIGTERM; the state is saved.
     """
     config.validate()
-    device = pick_device(config.device)
+    with distributed.joined(config.device) as (world, device):
+        again = distributed.is_restart() and (config.out / "config.json").exists()
+        return _train(config, world, device, resume=resume or again, overwrite=overwrite and not again, network=network)
+
+
+def _train(
+    config: TrainConfig,
+    world: World,
+    device: torch.device,
+    *,
+    resume: bool,
+    overwrite: bool,
+    network: Callable[[int], nn.Module] | None,
+) -> TrainResult:
     amp_dtype = _amp_dtype(config.amp, device)
     train_set, val_set = load_train_val(
         config.data,
@@ -95,11 +111,14 @@ def train(
         val_fraction=config.val_fraction,
         seed=config.seed,
     )
-    config = config.resolve(train_set.task)
+    config = config.resolve(train_set.task, world.size)
     config.validate()
     fingerprint = train_set.fingerprint()
+    if world.size > 1:
+        told = {f"--{name.replace('_', '-')}": value for name, value in dataclasses.asdict(config).items()}
+        distributed.require_same(world, "a setting", {**told, "the data": fingerprint})
     run = RunFolder(config.out)
-    state = run.reopen(config) if resume else None
+    state = distributed.on_first(world, lambda: run.reopen(config) if resume else None)
     if state is not None and state["data"] != fingerprint:
         raise ValueError(f"{config.data}: not the pictures this run began with; resume with the same data")
 
@@ -116,13 +135,21 @@ def train(
     if config.freeze_backbone:
         for name, parameter in model.named_parameters():
             parameter.requires_grad = is_head(name)
+    if config.sync_batch_norm and world.size > 1:
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
     optimizer = make_optimizer(model, config, device)
     average = WeightAverage(model, copy.deepcopy(model), config.ema_momentum) if config.ema else None
     scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype is torch.float16)
-    forward = torch.compile(model) if config.compile else model
+    forward = distributed.wrap(
+        world, torch.compile(model) if config.compile else model, device, accumulates=config.grad_accum_steps > 1
+    )
+    if not world.is_first:
+        torch.manual_seed(config.seed + (world.rank << 32))  # dropout, and mixing of pictures
 
     # -- data ---------------------------------------------------------------------------------------------------------
     num_workers = default_num_workers(device) if config.num_workers is None else config.num_workers
+    if config.num_workers is None:
+        num_workers //= distributed.local_size()
     objective = make_objective(config, train_set, preprocessing, device)
     loader = BatchLoader(
         train_set,
@@ -131,13 +158,16 @@ def train(
         batch_size=config.batch_size,
         num_workers=num_workers,
         shuffle_seed=config.seed,
+        sizes=config.step_sizes(),
         pin_memory=device.type == "cuda",
+        shard=(world.rank, world.size),
     )
     val_loader = evaluation_loader(
         val_set, preprocessing, batch_size=2 * config.batch_size, num_workers=num_workers, device=device
     )
 
     def loss_of(batch: Batch) -> Tensor:
+        """Mean over the batch's pictures."""
         images = preprocessing.normalize(batch.images.to(device, non_blocking=True))
         targets = map_tensors(batch.targets, lambda tensor: tensor.to(device, non_blocking=True))
         if objective.mix is not None:
@@ -154,59 +184,80 @@ def train(
         scaler.load_state_dict(state["scaler"])
         if average is not None:
             average.load_state_dict(state["average"])
-        _set_random_state(state["random"])
         position = _Position(**state["position"])
-        run.forget_from(position.epoch)
+        if len(state["ranks"]) == world.size:
+            own = state["ranks"][world.rank]
+            _set_random_state(own["random"])
+            position.loss_sum, position.loss_count = own["loss"]
+        else:
+            log.info("begun by %d processes, goes on with %d", len(state["ranks"]), world.size)
+            position.end_segment(len(state["ranks"]))
+        if world.is_first:
+            run.forget_from(position.epoch)
     else:
         if not resume:
-            run.create(config, overwrite=overwrite)
-        _say_what_is_trained(config, model, train_set, val_set, device)
-    writer = _tensorboard(run.path, position.epoch)
+            distributed.on_first(world, lambda: run.create(config, overwrite=overwrite))
+        _say_what_is_trained(config, model, train_set, val_set, device, world)
+    writer = _tensorboard(run.path, position.epoch) if world.is_first else None
 
     def save_state() -> None:
-        run.save_last(
-            {
-                "model": model.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "scaler": scaler.state_dict(),
-                "average": average.state_dict() if average else None,
-                "random": _random_state(),
-                "position": dataclasses.asdict(position),
-                "data": fingerprint,
-            }
-        )
+        own = {"random": _random_state(), "loss": (position.loss_sum, position.loss_count)}
+        ranks = distributed.gathered(world, own)
+        if world.is_first:
+            run.save_last(
+                {
+                    "model": model.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "scaler": scaler.state_dict(),
+                    "average": average.state_dict() if average else None,
+                    "position": dataclasses.asdict(position),
+                    "ranks": ranks,
+                    "data": fingerprint,
+                }
+            )
 
     # -- epochs -------------------------------------------------------------------------------------------------------
-    num_batches, accumulate = len(loader), config.grad_accum_steps
-    updates_per_epoch = math.ceil(num_batches / accumulate)
-    num_updates = config.epochs * updates_per_epoch
+    accumulate = config.grad_accum_steps
     images_per_second = 0.0
     unreadable: set[str] = set()
     reported: set[str] = set()
     last_saved = time.monotonic()
-    with StopSignals() as stop:
+    with StopSignals(then=distributed.end_soon if world.size > 1 else None) as stop:
         while position.epoch < config.epochs and not _is_stuck(position, config):
             epoch = position.epoch
+            steps = loader.start(epoch, position.segments, position.step)
             model.train()
             if config.freeze_backbone:
                 _freeze(model)
             unseen: list[tuple[Tensor, list[int]]] = []  # losses the host has not looked at yet, and their pictures
             label = f"epoch {epoch + 1}/{config.epochs}"
-            images_done = position.batch * config.batch_size
-            with Progress(label, loader.num_images, done=images_done) as progress:
-                for index, batch in enumerate(loader.epoch(epoch, position.batch), start=position.batch):
+            to_learn: Batch | None = None
+            before = loader.num_images - (steps[-1].stop if steps else 0)  # in segments that have ended
+            first_of_update = [before + steps[n // accumulate * accumulate].start for n in range(len(steps))]
+            rates = [
+                learning_rate((epoch + done / loader.num_images) / config.epochs, config) for done in first_of_update
+            ]
+            with _progress(world, label, loader.num_images, position.pictures) as progress:
+                for index, batch in enumerate(loader.epoch(), start=position.step):
+                    step = steps[index]
                     unreadable.update(batch.errors)
-                    last_of_update = (index + 1) % accumulate == 0 or index + 1 == num_batches
-                    update = epoch * updates_per_epoch + index // accumulate
-                    rate = learning_rate(update, num_updates, config)
-                    if len(batch) > 1:  # statistics of one picture are none
-                        group_size = min(accumulate, num_batches - index // accumulate * accumulate)
-                        loss = loss_of(batch)
-                        scaler.scale(loss / group_size).backward()  # type: ignore[no-untyped-call]
-                        unseen.append((loss.detach(), batch.indices))
+                    last_of_update = (index + 1) % accumulate == 0 or index + 1 == len(steps)
+                    # The mean over all processes is that over all pictures, also where one has a picture more.
+                    weight = (len(batch) + len(batch.errors)) * world.size / (step.stop - step.start)
+                    if len(batch) > 1:
+                        to_learn = batch
+                    else:  # statistics of one picture are none; but other processes wait for this one's gradients
+                        weight = 0.0
+                    if to_learn is not None and (weight or world.size > 1):
+                        group_size = min(accumulate, len(steps) - index // accumulate * accumulate)
+                        with forward.no_sync() if world.size > 1 and not last_of_update else nullcontext():
+                            loss = loss_of(to_learn)
+                            scaler.scale(loss * (weight / group_size)).backward()  # type: ignore[no-untyped-call]
+                        if weight:
+                            unseen.append((loss.detach(), to_learn.indices))
                     if last_of_update:
                         for group in optimizer.param_groups:
-                            group["lr"] = rate * group["lr_factor"]
+                            group["lr"] = rates[index] * group["lr_factor"]
                         if config.clip_grad_norm is not None:
                             scaler.unscale_(optimizer)
                             torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad_norm)
@@ -215,43 +266,56 @@ def train(
                         optimizer.zero_grad(set_to_none=True)
                         if average is not None:
                             average.update()
-                    save_now = last_of_update and (
-                        stop.requested or time.monotonic() - last_saved >= config.checkpoint_minutes * 60
+                    position.step, position.pictures = index + 1, before + step.stop
+                    look = (
+                        device.type == "cpu"
+                        or (index + 1) % _STEPS_BETWEEN_LOOKS == 0
+                        or index + 1 == len(steps)
+                        or (world.size == 1 and stop.requested)
                     )
-                    look = device.type == "cpu" or len(unseen) >= _STEPS_BETWEEN_LOOKS or index + 1 == num_batches
-                    if look or save_now:
+                    stop_now = save_now = False
+                    if look:
                         position.add_losses(unseen, train_set)
                         unseen.clear()
-                    progress.advance(len(batch) + len(batch.errors), f"loss {position.loss:.4f}  lr {rate:.2e}")
-                    position.batch = index + 1
-                    if save_now:
+                        if last_of_update:
+                            is_due = time.monotonic() - last_saved >= config.checkpoint_minutes * 60
+                            stop_now, save_now = distributed.any_of(world, stop.requested, is_due)
+                    progress.advance(
+                        position.pictures - progress.done, f"loss {position.loss:.4f}  lr {rates[index]:.2e}"
+                    )
+                    if save_now or stop_now:
                         save_state()
                         last_saved = time.monotonic()
-                    if stop.requested and last_of_update:
-                        raise TrainingInterrupted(run.config)
-                if progress.done > images_done:
+                    if stop_now:
+                        raise TrainingInterrupted(run.config) if world.is_first else SystemExit(1)
+                if progress.per_second:
                     images_per_second = progress.per_second
+            unreadable = set().union(*distributed.gathered(world, unreadable))
+            position.sum_losses(world)
             if position.loss_count == 0:
                 raise ValueError(f"{train_set.origin}: no picture to train on can be read; {min(unreadable)}")
 
             # -- evaluation, record -----------------------------------------------------------------------------------
             evaluated = average.model if average is not None else model.eval()
+            distributed.spread(world, evaluated)  # statistics of BatchNorm are each process's own
             session = TorchSession(evaluated, preprocessing, device=device, amp_dtype=amp_dtype)
             report = evaluate(session, val_loader, preprocessing, label=f"{label}, validation").report
             row = {
                 "epoch": epoch,
                 "train_loss": round(position.loss, 6),
                 **report.summary,
-                "learning_rate": learning_rate((epoch + 1) * updates_per_epoch - 1, num_updates, config),
+                "learning_rate": rates[-1] if rates else optimizer.param_groups[0]["lr"],
                 "images_per_second": round(images_per_second, 2),
             }
             if report.score > position.best_score:
                 position.best_score, position.best_epoch = report.score, epoch
-                run.save_best(evaluated, report, _provenance(config, fingerprint, epoch))
-            run.append(row)
-            for name, value in row.items():
-                writer.add_scalar(name, value, epoch)
-            writer.flush()
+                if world.is_first:
+                    run.save_best(evaluated, report, _provenance(config, fingerprint, epoch))
+            if writer is not None:
+                run.append(row)
+                for name, value in row.items():
+                    writer.add_scalar(name, value, epoch)
+                writer.flush()
             log.info(
                 "%s  loss %.4f  validation %s %.2f %%%s  %.1f images/s",
                 label, position.loss, report.score_name, 100 * report.score,
@@ -262,21 +326,23 @@ def train(
             position = _Position(epoch=epoch + 1, best_score=position.best_score, best_epoch=position.best_epoch)
             save_state()
             last_saved = time.monotonic()
-            if epoch % 10 == 9:
+            if epoch % 10 == 9 and world.is_first:
                 run.draw_curves()
-            if stop.requested and position.epoch < config.epochs:
-                raise TrainingInterrupted(run.config)
+            if distributed.any_of(world, stop.requested)[0] and position.epoch < config.epochs:
+                raise TrainingInterrupted(run.config) if world.is_first else SystemExit(1)
 
     # -- end ----------------------------------------------------------------------------------------------------------
-    writer.close()
-    run.draw_curves()
-    best = _load_best(run, model)
+    best = _load_best(run, model) if world.is_first else copy.deepcopy(model).eval()
+    distributed.spread(world, best.to(device))
     session = TorchSession(best, preprocessing, device=device, amp_dtype=amp_dtype)
     evaluation = evaluate(session, val_loader, preprocessing)
-    write_evaluation(evaluation, val_set, run.path)
-    report_unreadable(evaluation.errors, "validation", len(val_set))
-    if isinstance(best, Model):
-        run.write_model_card(best, config, {"train": len(train_set), "val": len(val_set)})
+    if writer is not None:
+        writer.close()
+        run.draw_curves()
+        write_evaluation(evaluation, val_set, run.path)
+        report_unreadable(evaluation.errors, "validation", len(val_set))
+        if isinstance(best, Model):
+            run.write_model_card(best, config, {"train": len(train_set), "val": len(val_set)})
     return TrainResult(
         task=train_set.task,
         report=evaluation.report,
@@ -291,8 +357,12 @@ class _Position:
     """Where a run stands."""
 
     epoch: int = 0
-    batch: int = 0
-    """Batches of this epoch that are done."""
+    step: int = 0
+    """Steps of this epoch that are done, or of its last segment."""
+    pictures: int = 0
+    """Pictures of this epoch that are done, by all processes."""
+    segments: list[Segment] = field(default_factory=list)
+    """What other numbers of processes have done of this epoch."""
     loss_sum: float = 0.0
     loss_count: int = 0
     best_score: float = -1.0
@@ -320,10 +390,26 @@ class _Position:
             self.loss_sum += value
             self.loss_count += 1
 
+    def end_segment(self, world_size: int) -> None:
+        """Go on with another number of processes than that which has come so far."""
+        if self.step:
+            done = self.pictures - sum(pictures for _, pictures in self.segments)
+            self.segments.append((world_size, done))
+            self.step = 0
+
+    def sum_losses(self, world: World) -> None:
+        """Take in those of other processes."""
+        sums = distributed.gathered(world, (self.loss_sum, self.loss_count))
+        self.loss_sum, self.loss_count = sum(one for one, _ in sums), sum(count for _, count in sums)
+
+
+def _progress(world: World, label: str, total: int, done: int) -> Progress:
+    return Progress(label, total, done=done, silent=not world.is_first)
+
 
 def _is_stuck(position: _Position, config: TrainConfig) -> bool:
     patience = config.early_stopping
-    if patience is None or position.batch or position.epoch - 1 - position.best_epoch < patience:
+    if patience is None or position.step or position.epoch - 1 - position.best_epoch < patience:
         return False
     log.info("no better result for %d epochs: stopping early", patience)
     return True
@@ -398,17 +484,23 @@ def _provenance(config: TrainConfig, fingerprint: str, epoch: int) -> dict[str, 
         "val_fraction": str(config.val_fraction),
         "seed": str(config.seed),
         "epoch": str(epoch + 1),
-        "trained_on": config.data.name,
+        "trained_on": config.data_name,
     }
 
 
 def _say_what_is_trained(
-    config: TrainConfig, model: nn.Module, train_set: ImageSet[Any], val_set: ImageSet[Any], device: torch.device
+    config: TrainConfig,
+    model: nn.Module,
+    train_set: ImageSet[Any],
+    val_set: ImageSet[Any],
+    device: torch.device,
+    world: World,
 ) -> None:
     count = sum(p.numel() for p in model.parameters() if p.requires_grad)
     log.info(
         "%s: %d pictures of %d classes to train on, %d to validate on; %s trainable parameters; %s; run folder %s",
-        config.data, len(train_set), len(train_set.classes), len(val_set), f"{count:,}", device, config.out,
+        config.data, len(train_set), len(train_set.classes), len(val_set), f"{count:,}",
+        device if world.size == 1 else f"{world.size} processes on {device.type}", config.out,
     )  # fmt: skip
     for data in (train_set, val_set):
         report_problems(data)

@@ -44,19 +44,20 @@ def make_optimizer(model: nn.Module, config: TrainConfig, device: torch.device) 
     return torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=device.type in ("cpu", "cuda"))
 
 
-def learning_rate(update: int, num_updates: int, config: TrainConfig) -> float:
+def learning_rate(progress: float, config: TrainConfig) -> float:
     """Linear warm-up from a tenth of the peak, then half a cosine down to `final_lr_fraction` of it.
 
+    By pictures rather than updates, as updates take more or fewer pictures where their size varies.
+
     Args:
-        update: 0 for the first.
-        num_updates: in the whole run.
+        progress: share of all pictures of the run, each counted once an epoch, that were seen before the update.
         config: gives peak, warm-up and end.
     """
     peak = config.peak_learning_rate
-    warmup = round(num_updates * config.warmup_fraction)
-    if update < warmup:
-        return peak * (0.1 + 0.9 * update / warmup)
-    progress = (update - warmup) / max(num_updates - warmup, 1)
+    warmup = config.warmup_fraction
+    if progress < warmup:
+        return peak * (0.1 + 0.9 * progress / warmup)
+    progress = (progress - warmup) / max(1 - warmup, 1e-9)
     return peak * (config.final_lr_fraction + (1 - config.final_lr_fraction) * (1 + math.cos(math.pi * progress)) / 2)
 
 

@@ -9,6 +9,7 @@ import platform
 import signal
 import sys
 import threading
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -95,9 +96,12 @@ class RunFolder:
         if not self.last.exists():
             return None
         try:
-            return torch.load(self.last, map_location="cpu", weights_only=True)  # type: ignore[no-any-return]
+            state: dict[str, Any] = torch.load(self.last, map_location="cpu", weights_only=True)
         except Exception as error:
             raise ValueError(f"{self.last}: damaged ({type(error).__name__}); start again with --overwrite") from None
+        if "ranks" not in state:
+            raise ValueError(f"{self.last}: written by an older version; start again with --overwrite")
+        return state
 
     def append(self, row: dict[str, Any]) -> None:
         """Add a line to `metrics.jsonl`."""
@@ -203,17 +207,22 @@ The figures hold for pictures like the ones it was trained on. {_LIMITS[card.tas
 ## Where it comes from
 
 {origin}
-- data: {config.data.name}
+- data: {config.data_name}
 - settings: [config.json](config.json), versions: [environment.json](environment.json)
 """,
         )
 
 
 class StopSignals:
-    """While open, Ctrl-C and SIGTERM set `requested` instead of ending the process; a second Ctrl-C ends it."""
+    """While open, Ctrl-C and SIGTERM set `requested` instead of ending the process; a second Ctrl-C ends it.
 
-    def __init__(self) -> None:
+    Args:
+        then: called at the first signal, too.
+    """
+
+    def __init__(self, then: Callable[[], None] | None = None) -> None:
         self.requested = False
+        self._then = then
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignals:
@@ -231,6 +240,8 @@ class StopSignals:
     def _request(self, number: int, _: FrameType | None) -> None:
         if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
+        if self._then is not None and not self.requested:
+            self._then()
         self.requested = True
         print("\nstopping after this step; press Ctrl-C again to stop without saving", file=sys.stderr, flush=True)
 

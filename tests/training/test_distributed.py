@@ -1,0 +1,259 @@
+"""Several processes, as torchrun starts them, on the CPU through gloo."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+import mobilevit
+from mobilevit.data.datasets import load_train_val
+from mobilevit.data.loaders import BatchLoader
+from mobilevit.models.card import card_of
+from mobilevit.training.config import TrainConfig
+from mobilevit.training.loop import _build_model, train
+from mobilevit.training.objectives import make_objective
+from mobilevit.training.optim import learning_rate, make_optimizer
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture
+def settings(shapes: Path, tmp_path: Path) -> TrainConfig:
+    """Three steps an epoch of two processes."""
+    return TrainConfig(
+        data=shapes, out=tmp_path / "run", image_size=32, epochs=2, batch_size=8, num_workers=0, learning_rate=1e-3
+    )
+
+
+def flags(config: TrainConfig, out: Path, **changes: object) -> list[str]:
+    told = {
+        "data": config.data, "out": out, "image_size": 32, "epochs": config.epochs, "batch_size": config.batch_size,
+        "num_workers": 0, "learning_rate": config.learning_rate, "device": "cpu", **changes,
+    }  # fmt: skip
+    return [part for name, value in told.items() for part in (f"--{name.replace('_', '-')}", *str(value).split())]
+
+
+def run(arguments: list[str], *, launcher: list[str] = TORCHRUN) -> subprocess.CompletedProcess[str]:
+    command = [*launcher, "-m", "mobilevit", "train", *arguments]
+    return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=240)
+
+
+@pytest.fixture
+def started() -> Iterator[list[subprocess.Popen[str]]]:
+    """Processes that are ended after the test, whatever happens."""
+    processes: list[subprocess.Popen[str]] = []
+    yield processes
+    for process in processes:
+        if process.poll() is None:
+            for child in psutil.Process(process.pid).children(recursive=True):
+                child.kill()
+            process.kill()
+            process.wait()
+
+
+def last(folder: Path) -> dict[str, torch.Tensor]:
+    state: dict[str, torch.Tensor] = torch.load(folder / "last.pt", weights_only=True)["model"]
+    return state
+
+
+def by_hand(config: TrainConfig) -> dict[str, torch.Tensor]:
+    """What two processes compute, in one: the mean of the gradients of both halves of every step."""
+    config = config.resolve("classification", 2)
+    train_set, _ = load_train_val(config.data, val_path=None, val_fraction=config.val_fraction, seed=config.seed)
+    torch.manual_seed(config.seed)
+    model = _build_model(config, train_set).train()
+    preprocessing = card_of(model).preprocessing
+    optimizer = make_optimizer(model, config, torch.device("cpu"))
+    objective = make_objective(config, train_set, preprocessing, torch.device("cpu"))
+    random = [torch.get_rng_state()]
+    torch.manual_seed(config.seed + (1 << 32))
+    random.append(torch.get_rng_state())
+    loaders = [
+        BatchLoader(
+            train_set, objective.transform, batch_size=config.batch_size, num_workers=0, shuffle_seed=config.seed,
+            sizes=config.step_sizes(), shard=(rank, 2),
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    for epoch in range(config.epochs):
+        steps, _ = (loader.start(epoch) for loader in loaders)
+        for step, *batches in zip(steps, *(loader.epoch() for loader in loaders), strict=True):
+            count = step.stop - step.start
+            buffers = copy.deepcopy(dict(model.named_buffers()))
+            for rank, batch in enumerate(batches):
+                torch.set_rng_state(random[rank])
+                for name, buffer in model.named_buffers():  # each process has its own, and begins with the first's
+                    buffer.copy_(buffers[name])
+                loss = objective.loss(model(preprocessing.normalize(batch.images)), batch.targets)
+                (loss * len(batch) / count).backward()
+                random[rank] = torch.get_rng_state()
+                if rank == 0:
+                    kept = copy.deepcopy(dict(model.named_buffers()))
+            for name, buffer in model.named_buffers():
+                buffer.copy_(kept[name])
+            rate = learning_rate((epoch + step.start / len(train_set)) / config.epochs, config)
+            for group in optimizer.param_groups:
+                group["lr"] = rate * group["lr_factor"]
+            optimizer.step()
+            optimizer.zero_grad()
+    return model.state_dict()
+
+
+@pytest.mark.parametrize("changes", [{}, {"multi_scale": "paper", "train_sizes": "32 32 32 64 64 64"}], ids=str)
+def test_two_processes_are_one(settings: TrainConfig, tmp_path: Path, changes: dict[str, str]) -> None:
+    done = run([*flags(settings, tmp_path / "two", **changes), "--json"])
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)  # of one process
+    rows = [json.loads(line) for line in (tmp_path / "two" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["epoch"] for row in rows] == [0, 1]
+    assert told["num_images"] == 12
+    config = TrainConfig.from_json(tmp_path / "two" / "config.json")
+    expected = by_hand(config)
+    found = last(tmp_path / "two")
+    torch.manual_seed(config.seed)
+    begun = mobilevit.create_model("mobilevit_xxs", num_classes=6).state_dict()
+    for name, wanted in expected.items():
+        if wanted.ndim > 1:  # gradients of some biases are nothing but rounding, of which Adam makes whole steps
+            moved = (wanted - begun[name]).norm()
+            assert moved > 0
+            assert (found[name] - wanted).norm() < 0.05 * moved, name
+    for name in ("stem.norm.running_mean", "stem.norm.running_var"):
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-3, atol=1e-4)
+    model = mobilevit.load(tmp_path / "two" / "best.safetensors")
+    assert card_of(model).metrics["top1"] == pytest.approx(max(row["top1"] for row in rows), abs=1e-6)
+
+
+def test_accumulated_gradients_and_another_number_of_processes(settings: TrainConfig, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    changes = {"grad_accum_steps": 2, "checkpoint_minutes": 0, "batch_size": 4}
+    done = run(flags(settings, out, **changes))
+    assert done.returncode == 0, done.stderr
+    state = torch.load(out / "last.pt", weights_only=True)
+    assert len(state["ranks"]) == 2
+    # As if it had been stopped after the second step of the second epoch.
+    state["position"] |= {"epoch": 1, "step": 2, "pictures": 16}
+    torch.save(state, out / "last.pt")
+    result = train(TrainConfig.from_json(out / "config.json"), resume=True)
+    assert result.epochs == 2
+    ended = torch.load(out / "last.pt", weights_only=True)
+    assert (ended["position"]["epoch"], len(ended["ranks"])) == (2, 1)
+
+
+def test_a_killed_process_ends_the_run_and_a_restart_is_exact(
+    settings: TrainConfig, tmp_path: Path, started: list[subprocess.Popen[str]]
+) -> None:
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    changes = {"epochs": 6, "checkpoint_minutes": 0}
+    assert run(flags(settings, whole, **changes)).returncode == 0
+    for restarts in (0, 1):
+        command = [*TORCHRUN, "--max-restarts", str(restarts), "-m", "mobilevit", "train"]
+        process = subprocess.Popen(
+            [*command, *flags(settings, broken, **changes), *(["--overwrite"] if restarts else [])],
+            env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        started.append(process)
+        victim = _second_process(process, broken / "metrics.jsonl")
+        begun = time.monotonic()
+        victim.kill()
+        _, told = process.communicate(timeout=240)
+        if restarts:
+            assert process.returncode == 0, told
+        else:
+            assert process.returncode != 0
+            assert time.monotonic() - begun < 30
+            assert "another process has ended" in told or "SIGKILL" in told
+            assert 'Traceback (most recent call last):\n  File "' + str(Path(mobilevit.__file__).parent) not in told
+    ours, theirs = last(broken), last(whole)
+    assert [name for name in theirs if not torch.equal(ours[name], theirs[name])] == []
+
+
+def _second_process(launcher: subprocess.Popen[str], metrics: Path) -> psutil.Process:
+    """Of the two that train, once an epoch is done."""
+    end = time.monotonic() + 120
+    while time.monotonic() < end:
+        assert launcher.poll() is None, launcher.communicate()
+        children = psutil.Process(launcher.pid).children()
+        if len(children) == 2 and metrics.exists() and metrics.read_text().count("\n") in (1, 2):
+            return max(children, key=lambda child: child.environ()["RANK"])
+        time.sleep(0.02)
+    raise AssertionError("it never came to its second epoch")
+
+
+def test_sigterm_stops_all_and_saves(
+    settings: TrainConfig, tmp_path: Path, started: list[subprocess.Popen[str]]
+) -> None:
+    process = subprocess.Popen(
+        [*TORCHRUN, "-m", "mobilevit", "train", *flags(settings, tmp_path / "run", epochs=200)],
+        env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    started.append(process)
+    _second_process(process, tmp_path / "run" / "metrics.jsonl")
+    process.send_signal(signal.SIGTERM)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert told.count("stopped and saved; go on with") == 1, told
+    state = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
+    assert 0 < state["position"]["epoch"] < 200
+
+
+def _two_by_hand(first: list[str], second: list[str]) -> list[subprocess.CompletedProcess[str]]:
+    """Two processes that know of each other, with a command line each."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    processes = []
+    for rank, arguments in enumerate((first, second)):
+        place = {
+            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+        }  # fmt: skip
+        command = [sys.executable, "-m", "mobilevit", "train", *arguments]
+        processes.append(
+            subprocess.Popen(
+                command, env=ENVIRONMENT | place, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            )
+        )
+    ended = []
+    for process in processes:
+        out, told = process.communicate(timeout=120)
+        ended.append(subprocess.CompletedProcess(process.args, process.returncode, out, told))
+    return ended
+
+
+def test_mistakes_are_told_once(settings: TrainConfig, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    first, second = _two_by_hand(flags(settings, out), flags(settings, out, batch_size=4))
+    assert (first.returncode, second.returncode) == (2, 2)
+    assert "process 1 has a setting --batch-size = 4, process 0 has 8" in first.stderr
+    assert second.stderr.strip() == ""
+    assert not (out / "config.json").exists()
+
+    (tmp_path / "run").mkdir(exist_ok=True)
+    (tmp_path / "run" / "config.json").write_text("{}")
+    first, second = _two_by_hand(flags(settings, out), flags(settings, out))
+    assert (first.returncode, second.returncode) == (2, 2)
+    assert "holds another run" in first.stderr
+    assert second.stderr.strip() == ""
+
+
+def test_a_mistake_of_one_process_ends_the_others(settings: TrainConfig, tmp_path: Path) -> None:
+    first, second = _two_by_hand(
+        flags(settings, tmp_path / "run"), flags(settings, tmp_path / "run", data=tmp_path / "nothing")
+    )
+    assert second.returncode == 2
+    assert "nothing: no such file or folder" in second.stderr
+    assert first.returncode == 1
+    assert first.stderr.strip().splitlines()[-1] == "process 0: stopped, as another process has ended"
