@@ -88,6 +88,8 @@ class ExportReport:
     """Of the model it was made of."""
     sensitivity: tuple[LayerSensitivity, ...] = ()
     """int8, on request: what quantising each layer alone costs, the most sensitive first."""
+    in_float: tuple[str, ...] = ()
+    """int8: modules that compute in floating point, with all below them."""
     worth_keeping_float: tuple[str, ...] = ()
     """Of those that are in int8, the layers to give to `keep_float` for 30 dB of signal over noise; often none."""
 
@@ -104,7 +106,9 @@ class ExportReport:
         if self.latency_ms is not None:
             lines.append(("one picture", f"{self.latency_ms:.1f} ms here, in PyTorch {self.torch_latency_ms:.1f} ms"))
         lines += [(name, f"{value:.4f}, before {self.torch_metrics[name]:.4f}") for name, value in self.metrics.items()]
-        lines += [(f"sensitive {row.kind}", f"{row.name}, {row.sqnr_db:.1f} dB alone") for row in self.sensitivity[:5]]
+        for row in self.sensitivity[:5]:
+            is_float = ", stays in float" if is_below(row.name, self.in_float) else ""
+            lines.append((f"sensitive {row.kind}", f"{row.name}, {row.sqnr_db:.1f} dB alone{is_float}"))
         if self.worth_keeping_float:
             lines.append(("worth a try", f"--keep-float {' '.join(self.worth_keeping_float)}"))
         return lines
@@ -124,6 +128,7 @@ class ExportReport:
             "metrics": self.metrics,
             "torch_metrics": self.torch_metrics,
             "sensitivity": [row.to_dict() for row in self.sensitivity],
+            "in_float": list(self.in_float),
             "worth_keeping_float": list(self.worth_keeping_float),
         }
 
@@ -241,9 +246,14 @@ def export(
         write_sidecar(path, artefact)
         report = _verify(plan, path, loaded, pictures or calibration, evaluate=evaluate, verify=verify)
         rows = measure_sensitivity(graph, plan.calibration) if sensitivity else []
-        in_int8 = [row for row in rows if not is_below(row.name, float_modules(plan))]
+        in_float = float_modules(plan) if precision_ == "int8" else ()
+        in_int8 = [row for row in rows if not is_below(row.name, in_float)]
         report = dataclasses.replace(
-            report, path=final, sensitivity=tuple(rows), worth_keeping_float=choose_float(in_int8)
+            report,
+            path=final,
+            sensitivity=tuple(rows),
+            in_float=in_float,
+            worth_keeping_float=choose_float(in_int8),
         )
         if rows:
             save_plot(rows, folder / "sensitivity.png")

@@ -142,7 +142,7 @@ def save_plot(rows: Sequence[LayerSensitivity], path: Path, most: int = 40) -> N
     axes.set_yticks(range(len(shown)), [row.name for row in shown], fontsize=7)
     title = "Signal over noise with one layer in int8, the most sensitive first"
     axes.set(ylim=(max(len(shown), 1) - 0.4, -0.6), xlabel="dB; 6 more are half the noise", title=title)
-    axes.legend(handles=[Patch(color=colours[kind], label=kind) for kind in kinds], loc="lower right", fontsize=8)
+    axes.legend(handles=[Patch(color=colours[kind], label=kind) for kind in kinds], loc="upper right", fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
     write_atomically(path, lambda aside: figure.savefig(aside, dpi=120))
 
