@@ -64,6 +64,8 @@ class Train:
     """Go on with the run in --out from its last checkpoint."""
     overwrite: bool = False
     """Replace another run in --out."""
+    dry_run: bool = False
+    """Write nothing: take a few steps, then say what the run would be: all settings, steps, memory and time."""
     json: bool = False
     """Print the result as JSON."""
 
@@ -72,6 +74,13 @@ class Train:
         from mobilevit.training.distributed import speaks
         from mobilevit.training.loop import train
 
+        if self.dry_run:
+            from mobilevit.training.dry_run import dry_run
+
+            plan = dry_run(self.settings)
+            if speaks():
+                print(jsonlib.dumps(plan.to_dict(), indent=2, default=str) if self.json else "\n".join(plan.lines()))
+            return 0
         result = train(self.settings, resume=self.resume, overwrite=self.overwrite)
         if not speaks():
             return 0

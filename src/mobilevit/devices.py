@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import torch
 
 
@@ -27,3 +29,18 @@ def pick_device(name: str) -> torch.device:
     if device.type not in ("cpu", "cuda", "mps"):
         raise ValueError(f"--device {name}: unknown; it can be auto, cpu, cuda, cuda:1 or mps")
     return device
+
+
+def peak_memory_mb(device: torch.device) -> float | None:
+    """The most that this process has taken so far of a GPU's memory, or, on a CPU, of the machine's, in megabytes.
+
+    None where the system does not say.
+    """
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_reserved(device) / 1e6, 1)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6, 1)

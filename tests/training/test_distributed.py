@@ -22,7 +22,8 @@ from mobilevit.data.datasets import load_train_val
 from mobilevit.data.loaders import BatchLoader
 from mobilevit.models.card import card_of
 from mobilevit.training.config import TrainConfig
-from mobilevit.training.loop import _build_model, train
+from mobilevit.training.learner import build_model
+from mobilevit.training.loop import train
 from mobilevit.training.objectives import make_objective
 from mobilevit.training.optim import learning_rate, make_optimizer
 
@@ -74,7 +75,7 @@ def by_hand(config: TrainConfig) -> dict[str, torch.Tensor]:
     config = config.resolve("classification", 2)
     train_set, _ = load_train_val(config.data, val_path=None, val_fraction=config.val_fraction, seed=config.seed)
     torch.manual_seed(config.seed)
-    model = _build_model(config, train_set).train()
+    model = build_model(config, train_set).train()
     preprocessing = card_of(model).preprocessing
     optimizer = make_optimizer(model, config, torch.device("cpu"))
     objective = make_objective(config, train_set, preprocessing, torch.device("cpu"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -39,17 +39,54 @@ class Batch:
 
     def pin_memory(self) -> Batch:
         """Called by the data loader, for copies to a GPU that do not wait."""
-        targets = map_tensors(self.targets, Tensor.pin_memory)
-        return Batch(images=self.images.pin_memory(), targets=targets, indices=self.indices, errors=self.errors)
+        return self.map(Tensor.pin_memory)
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch on a device; the copy from pinned memory is not waited for."""
+        return self.map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        """The batch with every tensor changed: moved to a device, for one."""
+        targets = _map_tensors(self.targets, change)
+        return Batch(images=change(self.images), targets=targets, indices=self.indices, errors=self.errors)
 
 
-def map_tensors(targets: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """Targets with every tensor changed: moved to a device, for one."""
+def _map_tensors(targets: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Targets, whatever a loader's `collate` made of them, with every tensor changed."""
     if isinstance(targets, Tensor):
         return change(targets)
     if isinstance(targets, tuple):  # a named one
         return type(targets)(*map(change, targets))
     return targets
+
+
+def ahead_on(device: torch.device, batches: Iterable[Batch]) -> Iterator[Batch]:
+    """The batches on a device; on a GPU, each is copied while the one before is learnt from."""
+    if device.type != "cuda":
+        for batch in batches:
+            yield batch.to(device)
+        return
+    stream: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    ahead: tuple[Batch, torch.cuda.Event] | None = None
+    for batch in batches:
+        with torch.cuda.stream(stream):
+            copied = (batch.to(device), stream.record_event())
+        if ahead is not None:
+            yield _arrived(*ahead)
+        ahead = copied
+    if ahead is not None:
+        yield _arrived(*ahead)
+
+
+def _arrived(batch: Batch, copied: torch.cuda.Event) -> Batch:
+    stream = torch.cuda.current_stream()
+    stream.wait_event(copied)
+
+    def keep(tensor: Tensor) -> Tensor:
+        tensor.record_stream(stream)  # its memory, until this stream has used it
+        return tensor
+
+    return batch.map(keep)
 
 
 class _Pictures(Dataset[tuple[int, Tensor | str, Any]]):

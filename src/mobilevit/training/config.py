@@ -29,6 +29,8 @@ _ONLY_FOR: dict[str, tuple[Task, ...]] = {
     **dict.fromkeys(("min_crop_area", "randaugment", "mixup", "cutmix", "random_erasing"), ("classification",)),
     **dict.fromkeys(("label_smoothing", "class_weights"), ("classification",)),
     **dict.fromkeys(("multi_scale", "train_sizes", "max_batch_size"), ("classification",)),
+    **dict.fromkeys(("teacher", "teacher_weights"), ("classification",)),
+    **dict.fromkeys(("distillation_share", "distillation_temperature"), ("classification",)),
     **dict.fromkeys(("zoom_out", "iou_crop"), ("detection",)),
     **dict.fromkeys(("crop_size", "scale_range", "rotation"), ("segmentation",)),
     **dict.fromkeys(("output_stride", "aspp_channels", "aux_head", "aux_weight"), ("segmentation",)),
@@ -136,6 +138,15 @@ class TrainConfig:
     """Classification: share of the target spread over all classes; the paper's value."""
     class_weights: Literal["none", "balanced"] = "none"
     """Classification. "balanced": classes count alike in the loss, however many pictures each has."""
+    teacher: str | None = None
+    """Classification: learn from this model, too: timm/NAME, torchvision/NAME, or a checkpoint; of the same classes."""
+    teacher_weights: Path | None = None
+    """A .safetensors or .pth of the timm or torchvision teacher, fine-tuned on these classes. Without it, the
+    published ones."""
+    distillation_share: float = 0.5
+    """With --teacher: its part in the loss; the labels have the rest."""
+    distillation_temperature: float = 2.0
+    """With --teacher: how much the answers of both are softened before they are compared; 1 to 4 is usual."""
     ema: bool = True
     """Evaluate and keep an exponential moving average of the weights, as the paper does."""
     ema_momentum: float = 5e-4
@@ -259,6 +270,7 @@ class TrainConfig:
             "final_lr_fraction",
             "random_erasing",
             "label_smoothing",
+            "distillation_share",
             "ema_momentum",
         )
         for name in positive:
@@ -274,6 +286,10 @@ class TrainConfig:
             self._require(name, value is None or value > 0, "above 0")
         self._require("val_fraction", 0 < self.val_fraction < 1, "between 0 and 1")
         self._require("batch_size", self.batch_size >= 2, "2 or more, for the statistics of BatchNorm")
+        for name in ("teacher_weights", "distillation_share", "distillation_temperature"):
+            told = getattr(self, name) == getattr(type(self), name) or self.teacher is not None
+            self._require(name, told, "left out without --teacher")
+        self._require("distillation_temperature", self.distillation_temperature > 0, "above 0")
         for name in ("train_sizes", "max_batch_size"):
             told = getattr(self, name) is None or self.multi_scale != "off"
             self._require(name, told, "left out without --multi-scale")

@@ -8,8 +8,6 @@ import logging
 import math
 import random
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,13 +19,12 @@ from torch import Tensor, nn
 from mobilevit import factory
 from mobilevit.data.datasets import load_train_val
 from mobilevit.data.imageset import ImageSet
-from mobilevit.data.loaders import Batch, BatchLoader, map_tensors
+from mobilevit.data.loaders import BatchLoader, ahead_on
 from mobilevit.data.samplers import Segment
+from mobilevit.devices import peak_memory_mb
 from mobilevit.inference.session import TorchSession
 from mobilevit.models import Model
-from mobilevit.models.card import Task, card_of
-from mobilevit.models.deeplabv3 import DeepLabv3Config
-from mobilevit.preprocessing import Preprocessing
+from mobilevit.models.card import Task
 from mobilevit.progress import Progress
 from mobilevit.tasks.report import Report
 from mobilevit.training import distributed
@@ -41,8 +38,8 @@ from mobilevit.training.evaluate import (
     report_unreadable,
     write_evaluation,
 )
-from mobilevit.training.objectives import make_objective
-from mobilevit.training.optim import WeightAverage, is_head, learning_rate, make_optimizer
+from mobilevit.training.learner import Learner, Network, make_learner
+from mobilevit.training.optim import learning_rate
 from mobilevit.training.run import RunFolder, StopSignals, TrainingInterrupted
 
 log = logging.getLogger("mobilevit")
@@ -71,7 +68,7 @@ def train(
     *,
     resume: bool = False,
     overwrite: bool = False,
-    network: Callable[[int], nn.Module] | None = None,
+    network: Network | None = None,
 ) -> TrainResult:
     """Train, evaluate after every epoch, keep the best weights, and write the run folder.
 
@@ -101,9 +98,8 @@ def _train(
     *,
     resume: bool,
     overwrite: bool,
-    network: Callable[[int], nn.Module] | None,
+    network: Network | None,
 ) -> TrainResult:
-    amp_dtype = _amp_dtype(config.amp, device)
     train_set, val_set = load_train_val(
         config.data,
         task=None if config.task == "auto" else config.task,
@@ -126,64 +122,22 @@ def _train(
     torch.manual_seed(config.seed)
     random.seed(config.seed)
     np.random.seed(config.seed)
-    if network is None:
-        model: nn.Module = _build_model(config, train_set)
-        preprocessing = card_of(model).preprocessing
-    else:
-        model, preprocessing = network(len(train_set.classes)), _preprocessing(config)
-    model = model.to(device)
-    if config.freeze_backbone:
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad = is_head(name)
-    if config.sync_batch_norm and world.size > 1:
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
-    optimizer = make_optimizer(model, config, device)
-    average = WeightAverage(model, copy.deepcopy(model), config.ema_momentum) if config.ema else None
-    scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype is torch.float16)
-    forward = distributed.wrap(
-        world, torch.compile(model) if config.compile else model, device, accumulates=config.grad_accum_steps > 1
-    )
+    learner = make_learner(config, train_set, world=world, device=device, network=network)
+    model, preprocessing = learner.model, learner.preprocessing
     if not world.is_first:
         torch.manual_seed(config.seed + (world.rank << 32))  # dropout, and mixing of pictures
 
     # -- data ---------------------------------------------------------------------------------------------------------
-    num_workers = default_num_workers(device) if config.num_workers is None else config.num_workers
-    if config.num_workers is None:
-        num_workers //= distributed.local_size()
-    objective = make_objective(config, train_set, preprocessing, device)
-    loader = BatchLoader(
-        train_set,
-        objective.transform,
-        collate=objective.collate,
-        batch_size=config.batch_size,
-        num_workers=num_workers,
-        shuffle_seed=config.seed,
-        sizes=config.step_sizes(),
-        pin_memory=device.type == "cuda",
-        shard=(world.rank, world.size),
-    )
+    num_workers = num_reading_processes(config, device)
+    loader = training_loader(config, train_set, learner, world)
     val_loader = evaluation_loader(
         val_set, preprocessing, batch_size=2 * config.batch_size, num_workers=num_workers, device=device
     )
 
-    def loss_of(batch: Batch) -> Tensor:
-        """Mean over the batch's pictures."""
-        images = preprocessing.normalize(batch.images.to(device, non_blocking=True))
-        targets = map_tensors(batch.targets, lambda tensor: tensor.to(device, non_blocking=True))
-        if objective.mix is not None:
-            images, targets = objective.mix(images, targets)
-        with torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype is not None):
-            outputs = forward(images)
-        return objective.loss(outputs, targets)
-
     # -- state --------------------------------------------------------------------------------------------------------
     position = _Position()
     if state is not None:
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
-        if average is not None:
-            average.load_state_dict(state["average"])
+        learner.load_state_dict(state)
         position = _Position(**state["position"])
         if len(state["ranks"]) == world.size:
             own = state["ranks"][world.rank]
@@ -206,10 +160,7 @@ def _train(
         if world.is_first:
             run.save_last(
                 {
-                    "model": model.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                    "scaler": scaler.state_dict(),
-                    "average": average.state_dict() if average else None,
+                    **learner.state_dict(),
                     "position": dataclasses.asdict(position),
                     "ranks": ranks,
                     "data": fingerprint,
@@ -226,46 +177,28 @@ def _train(
         while position.epoch < config.epochs and not _is_stuck(position, config):
             epoch = position.epoch
             steps = loader.start(epoch, position.segments, position.step)
-            model.train()
-            if config.freeze_backbone:
-                _freeze(model)
+            learner.train_mode()
             unseen: list[tuple[Tensor, list[int]]] = []  # losses the host has not looked at yet, and their pictures
             label = f"epoch {epoch + 1}/{config.epochs}"
-            to_learn: Batch | None = None
             before = loader.num_images - (steps[-1].stop if steps else 0)  # in segments that have ended
             first_of_update = [before + steps[n // accumulate * accumulate].start for n in range(len(steps))]
             rates = [
                 learning_rate((epoch + done / loader.num_images) / config.epochs, config) for done in first_of_update
             ]
             with _progress(world, label, loader.num_images, position.pictures) as progress:
-                for index, batch in enumerate(loader.epoch(), start=position.step):
+                batches = ahead_on(device, loader.epoch())
+                for index, batch in enumerate(batches, start=position.step):
                     step = steps[index]
                     unreadable.update(batch.errors)
                     last_of_update = (index + 1) % accumulate == 0 or index + 1 == len(steps)
                     # The mean over all processes is that over all pictures, also where one has a picture more.
-                    weight = (len(batch) + len(batch.errors)) * world.size / (step.stop - step.start)
-                    if len(batch) > 1:
-                        to_learn = batch
-                    else:  # statistics of one picture are none; but other processes wait for this one's gradients
-                        weight = 0.0
-                    if to_learn is not None and (weight or world.size > 1):
-                        group_size = min(accumulate, len(steps) - index // accumulate * accumulate)
-                        with forward.no_sync() if world.size > 1 and not last_of_update else nullcontext():
-                            loss = loss_of(to_learn)
-                            scaler.scale(loss * (weight / group_size)).backward()  # type: ignore[no-untyped-call]
-                        if weight:
-                            unseen.append((loss.detach(), to_learn.indices))
-                    if last_of_update:
-                        for group in optimizer.param_groups:
-                            group["lr"] = rates[index] * group["lr_factor"]
-                        if config.clip_grad_norm is not None:
-                            scaler.unscale_(optimizer)
-                            torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad_norm)
-                        scaler.step(optimizer)
-                        scaler.update()
-                        optimizer.zero_grad(set_to_none=True)
-                        if average is not None:
-                            average.update()
+                    share = (len(batch) + len(batch.errors)) * world.size / (step.stop - step.start)
+                    group_size = min(accumulate, len(steps) - index // accumulate * accumulate)
+                    loss = learner.step(
+                        batch, share=share / group_size, learning_rate=rates[index] if last_of_update else None
+                    )
+                    if loss is not None:
+                        unseen.append((loss, batch.indices))
                     position.step, position.pictures = index + 1, before + step.stop
                     look = (
                         device.type == "cpu"
@@ -296,16 +229,17 @@ def _train(
                 raise ValueError(f"{train_set.origin}: no picture to train on can be read; {min(unreadable)}")
 
             # -- evaluation, record -----------------------------------------------------------------------------------
-            evaluated = average.model if average is not None else model.eval()
+            evaluated = learner.evaluated
             distributed.spread(world, evaluated)  # statistics of BatchNorm are each process's own
-            session = TorchSession(evaluated, preprocessing, device=device, amp_dtype=amp_dtype)
+            session = TorchSession(evaluated, preprocessing, device=device, amp_dtype=learner.amp_dtype)
             report = evaluate(session, val_loader, preprocessing, label=f"{label}, validation").report
             row = {
                 "epoch": epoch,
                 "train_loss": round(position.loss, 6),
                 **report.summary,
-                "learning_rate": rates[-1] if rates else optimizer.param_groups[0]["lr"],
+                "learning_rate": rates[-1] if rates else learner.optimizer.param_groups[0]["lr"],
                 "images_per_second": round(images_per_second, 2),
+                "peak_memory_mb": peak_memory_mb(device),
             }
             if report.score > position.best_score:
                 position.best_score, position.best_epoch = report.score, epoch
@@ -334,7 +268,7 @@ def _train(
     # -- end ----------------------------------------------------------------------------------------------------------
     best = _load_best(run, model) if world.is_first else copy.deepcopy(model).eval()
     distributed.spread(world, best.to(device))
-    session = TorchSession(best, preprocessing, device=device, amp_dtype=amp_dtype)
+    session = TorchSession(best, preprocessing, device=device, amp_dtype=learner.amp_dtype)
     evaluation = evaluate(session, val_loader, preprocessing)
     if writer is not None:
         writer.close()
@@ -350,6 +284,28 @@ def _train(
         epochs=position.epoch,
         images_per_second=images_per_second,
     )
+
+
+def training_loader(config: TrainConfig, data: ImageSet[Any], learner: Learner, world: World) -> BatchLoader:
+    """The pictures to train on, in an order and at sizes that depend on nothing but the seed."""
+    return BatchLoader(
+        data,
+        learner.objective.transform,
+        collate=learner.objective.collate,
+        batch_size=config.batch_size,
+        num_workers=num_reading_processes(config, learner.device),
+        shuffle_seed=config.seed,
+        sizes=config.step_sizes(),
+        pin_memory=learner.device.type == "cuda",
+        shard=(world.rank, world.size),
+    )
+
+
+def num_reading_processes(config: TrainConfig, device: torch.device) -> int:
+    """As the settings say, or by the cores that this process has to itself."""
+    if config.num_workers is not None:
+        return config.num_workers
+    return default_num_workers(device) // distributed.local_size()
 
 
 @dataclass(kw_only=True)
@@ -413,59 +369,6 @@ def _is_stuck(position: _Position, config: TrainConfig) -> bool:
         return False
     log.info("no better result for %d epochs: stopping early", patience)
     return True
-
-
-def _amp_dtype(amp: str, device: torch.device) -> torch.dtype | None:
-    if amp == "auto":
-        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else None
-    if amp == "fp16" and device.type == "cpu":
-        raise ValueError("--amp fp16 needs a GPU; on a CPU use --amp bf16 or off")
-    return {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
-
-
-def _preprocessing(config: TrainConfig) -> Preprocessing:
-    assert config.resize_mode != "auto"
-    return Preprocessing(size=config.input_size, resize_mode=config.resize_mode, crop_fraction=config.crop_fraction)
-
-
-def _build_model(config: TrainConfig, data: ImageSet[Any]) -> Model:
-    weights = f"{config.model}.cvnets_in1k" if config.weights == "pretrained" else config.weights
-    model = factory.create_model(
-        config.model,
-        task=data.task,
-        classes=data.classes,
-        weights=weights,
-        patch_size=config.patch_size,
-        output_stride=config.output_stride,
-        head=_head(config),
-    )
-    card = card_of(model)
-    assert config.resize_mode != "auto"
-    # The weights' own normalisation stays; size and crop are this run's.
-    preprocessing = dataclasses.replace(
-        card.preprocessing,
-        size=config.input_size,
-        resize_mode=config.resize_mode,
-        crop_fraction=config.crop_fraction,
-    )
-    model.card = dataclasses.replace(card, preprocessing=preprocessing, metrics={})
-    return model
-
-
-def _head(config: TrainConfig) -> DeepLabv3Config | None:
-    """What the settings say of a segmentation head; None leaves it to the weights, or the paper."""
-    if config.task != "segmentation" or (config.aspp_channels is None and not config.aux_head):
-        return None
-    head = DeepLabv3Config.for_output_stride(config.output_stride or 16)
-    width = config.aspp_channels or head.aspp_channels
-    return dataclasses.replace(head, aspp_channels=width, aux_head=config.aux_head)
-
-
-def _freeze(model: nn.Module) -> None:
-    """Statistics and dropout of the backbone as in evaluation."""
-    for name, child in getattr(model, "backbone", model).named_children():
-        if not is_head(f"{name}."):
-            child.eval()
 
 
 def _load_best(run: RunFolder, model: nn.Module) -> nn.Module:

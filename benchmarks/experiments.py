@@ -1,0 +1,278 @@
+"""The paper's choices, each changed alone, on a few thousand photographs: what they do to accuracy, updates and time.
+
+    python benchmarks/experiments.py train --data FOLDER            # goes on where it was stopped; an hour and a half
+    python benchmarks/experiments.py train --data FOLDER --seed 1
+    python benchmarks/experiments.py time --data FOLDER             # steps of each kind in turns; ten minutes
+    python benchmarks/experiments.py draw                           # docs/images/experiments.png
+
+FOLDER holds one sub-folder per class. mobilevit_xxs from scratch at 128 pixels; every model is measured at five sizes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import mobilevit
+import record
+from mobilevit.data.datasets import load_train_val
+from mobilevit.inference.session import TorchSession
+from mobilevit.models.mobilevit import ConvNormAct, MobileViTBlock, fold, initialize, unfold
+from mobilevit.preprocessing import Preprocessing
+from mobilevit.training.config import TrainConfig
+from mobilevit.training.evaluate import evaluate, evaluation_loader
+from mobilevit.training.loop import train
+
+SIDES = (64, 96, 128, 160, 192)
+"""Of the multi-scale sampler, and of the pictures that every model is measured on."""
+SIZES = tuple((side, side) for side in SIDES)
+
+EXPERIMENTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "standard sampler": ("sampler", {}),
+    "multi-scale, as in the paper": ("sampler", {"multi_scale": "paper", "train_sizes": SIZES}),
+    "multi-scale, as in its code v0.1": ("sampler", {"multi_scale": "never_below_base", "train_sizes": SIZES}),
+    "patches 8, 4, 2": ("patches", {"patch_size": (8, 4, 2)}),
+    "no concat skip": ("skip", {}),
+    "no EMA": ("regularisation", {"ema": False}),
+    "no label smoothing": ("regularisation", {"label_smoothing": 0.0}),
+    "no weight decay": ("regularisation", {"weight_decay": 0.0}),
+    "weight decay 0.1": ("regularisation", {"weight_decay": 0.1}),
+}
+"""What is changed, and the settings that change; everything else is the standard sampler's."""
+
+RESULT = record.RESULTS / "experiments.json"
+TIMES = record.RESULTS / "experiments_time.json"
+
+
+class WithoutSkip(MobileViTBlock):
+    """The block without the concatenation of its input: what the transformer makes is all that goes on."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        (height, width), (ph, pw) = x.shape[-2:], self.patch_size
+        padded = (-(-height // ph) * ph, -(-width // pw) * pw)
+        y = self.project_in(self.local_conv(x))
+        y = F.interpolate(y, size=padded, mode="bilinear", align_corners=False)
+        y = fold(self.norm(self.transformer(unfold(y, self.patch_size))), padded, self.patch_size)
+        y = F.interpolate(y, size=(height, width), mode="bilinear", align_corners=False)
+        return self.fusion(self.project_out(y))
+
+
+def without_skip(num_classes: int) -> nn.Module:
+    model = mobilevit.create_model("mobilevit_xxs", num_classes=num_classes)
+    for block in [module for module in model.modules() if isinstance(module, MobileViTBlock)]:
+        block.__class__ = WithoutSkip
+        channels = block.local_conv.conv.in_channels
+        block.fusion = ConvNormAct(channels, channels, 3)
+        initialize(block.fusion)
+    return model
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("action", choices=["train", "time", "draw"])
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--out", type=Path, default=Path("runs/experiments"))
+    arguments = parser.parse_args()
+    {"train": train_all, "time": time_all, "draw": draw}[arguments.action](arguments)
+
+
+def config_of(name: str, arguments: argparse.Namespace) -> TrainConfig:
+    return TrainConfig(
+        data=arguments.data,
+        out=arguments.out / f"{name} {arguments.seed}",
+        image_size=128,
+        epochs=arguments.epochs,
+        batch_size=32,
+        learning_rate=1e-3,
+        clip_grad_norm=1.0,
+        num_workers=0,
+        seed=arguments.seed,
+        device="cpu",
+        **EXPERIMENTS[name][1],
+    )
+
+
+# -- accuracy ---------------------------------------------------------------------------------------------------------
+
+
+def train_all(arguments: argparse.Namespace) -> None:
+    found: dict[str, Any] = json.loads(RESULT.read_text())["figures"] if RESULT.exists() else {}
+    for name in EXPERIMENTS:
+        seeds = found.setdefault(name, {})
+        if str(arguments.seed) in seeds:
+            continue
+        seeds[str(arguments.seed)] = figures = run(name, arguments)
+        print(name, arguments.seed, figures, flush=True)
+        told = {"epochs": arguments.epochs, "image_size": 128, "test_sizes": SIDES}
+        record.write("experiments", {"unit": "top-1 on held-out pictures", **told, "figures": found})
+
+
+def run(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    config = config_of(name, arguments)
+    network = without_skip if name == "no concat skip" else None
+    result = train(config, overwrite=True, network=network)
+    train_set, val_set = parts(config)
+    if network is None:
+        model = mobilevit.load(result.best)
+    else:
+        model = network(len(train_set.classes))
+        model.load_state_dict(load_file(result.best))
+    top1 = {}
+    for side in SIDES:
+        preprocessing = Preprocessing(size=(side, side), crop_fraction=config.crop_fraction)
+        session = TorchSession(model.eval(), preprocessing, device=torch.device("cpu"))
+        loader = evaluation_loader(val_set, preprocessing, batch_size=64, num_workers=0, device=torch.device("cpu"))
+        top1[side] = round(evaluate(session, loader, preprocessing).report.score, 4)
+    updates = sum(len(steps_of_epoch(config, len(train_set), epoch)) for epoch in range(config.epochs))
+    return {
+        "top1": top1,
+        "validation_pictures": len(val_set),
+        "updates": updates,
+        "parameters": sum(p.numel() for p in model.parameters()),
+    }
+
+
+def parts(config: TrainConfig) -> tuple[Any, Any]:
+    return load_train_val(
+        config.data, task="classification", val_path=None, val_fraction=config.val_fraction, seed=config.seed
+    )
+
+
+def steps_of_epoch(config: TrainConfig, count: int, epoch: int) -> list[Any]:
+    from mobilevit.data.samplers import EpochSampler, SizedBatch
+
+    sizes = config.resolve("classification").step_sizes()
+    sampler = EpochSampler(count, sizes or (SizedBatch(size=None, batch_size=config.batch_size),), seed=config.seed)
+    return sampler.start(epoch)
+
+
+# -- time -------------------------------------------------------------------------------------------------------------
+
+
+def time_all(arguments: argparse.Namespace) -> None:
+    """Steps of every experiment that changes their cost, in turns; sizes weigh as often as the sampler draws them."""
+    from mobilevit.tasks.classification import classification_loss
+    from mobilevit.training.optim import WeightAverage, make_optimizer
+
+    train_set, _ = parts(config_of("standard sampler", arguments))
+    num_classes = len(train_set.classes)
+    kinds = [name for name, (what, _) in EXPERIMENTS.items() if what in ("sampler", "patches", "skip")]
+    plans: dict[str, dict[tuple[int, int], int]] = {}
+    spent: dict[tuple[str, tuple[int, int]], list[float]] = {}
+    models: dict[str, Any] = {}
+    latency: dict[str, list[float]] = {"patches 2, 2, 2": [], "patches 8, 4, 2": [], "no concat skip": []}
+    for name in kinds:
+        config = config_of(name, arguments).resolve("classification")
+        steps = steps_of_epoch(config, len(train_set), 0)
+        plans[name] = {}
+        for step in steps:
+            key = (step.size[0] if step.size else 128, step.stop - step.start)
+            plans[name][key] = plans[name].get(key, 0) + 1
+        if name == "no concat skip":
+            model = without_skip(num_classes)
+        else:
+            model = mobilevit.create_model("mobilevit_xxs", num_classes=num_classes, patch_size=config.patch_size)
+        model.train()
+        average = WeightAverage(model, copy.deepcopy(model), config.ema_momentum)
+        models[name] = (model, make_optimizer(model, config, torch.device("cpu")), average)
+    usual = {name: max(plan, key=plan.__getitem__) for name, plan in plans.items()}
+    for number in range(arguments.rounds + 1):
+        for name in kinds:
+            model, optimizer, average = models[name]
+            # Odd last batches of an epoch are priced by the picture.
+            for side, count in {key for key, times in plans[name].items() if times > 1} | {usual[name]}:
+                pixels, labels = torch.rand(count, 3, side, side), torch.randint(0, num_classes, (count,))
+                start = time.perf_counter()
+                classification_loss(model(pixels), labels, label_smoothing=0.1).backward()
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                average.update()
+                if number:
+                    spent.setdefault((name, (side, count)), []).append(time.perf_counter() - start)
+        picture = torch.rand(1, 3, 256, 256)
+        for label, name in zip(latency, ("standard sampler", "patches 8, 4, 2", "no concat skip"), strict=True):
+            fast = mobilevit.fuse(models[name][0])
+            with torch.inference_mode():
+                for _ in range(3):
+                    fast(picture)
+                start = time.perf_counter()
+                for _ in range(5):
+                    fast(picture)
+            latency[label].append((time.perf_counter() - start) / 5)
+    figures = {}
+    for name in kinds:
+        prices = {key: statistics.median(times) for (who, key), times in spent.items() if who == name}
+        per_picture = {side: price / count for (side, count), price in prices.items()}
+        seconds = sum(
+            times * prices.get(key, per_picture.get(key[0], 0.0) * key[1]) for key, times in plans[name].items()
+        )
+        figures[name] = {
+            "updates_per_epoch": sum(plans[name].values()),
+            "seconds_per_epoch": round(seconds, 1),
+            "ms_per_step": {f"{side} x {count}": round(price * 1e3, 1) for (side, count), price in prices.items()},
+        }
+        print(name, figures[name])
+    latencies = {label: round(statistics.median(times) * 1e3, 2) for label, times in latency.items()}
+    print(latencies)
+    record.write(
+        "experiments_time",
+        {"image_size": 128, "figures": figures, "latency_ms_eager_256": latencies, "pictures": len(train_set)},
+    )
+
+
+# -- picture ----------------------------------------------------------------------------------------------------------
+
+
+def draw(_: argparse.Namespace) -> None:
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import PercentFormatter
+
+    found = json.loads(RESULT.read_text())["figures"]
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    by_size, by_change = figure.subplots(1, 2)
+    colors = ("#555555", "#0072b2", "#d55e00")
+    samplers = [name for name, (what, _) in EXPERIMENTS.items() if what == "sampler" and found.get(name)]
+    for name, color in zip(samplers, colors, strict=False):
+        curves = [[seed["top1"][str(side)] for side in SIDES] for seed in found[name].values()]
+        means = [statistics.mean(values) for values in zip(*curves, strict=True)]
+        by_size.plot(SIDES, means, marker="o", color=color, label=name)
+        for curve in curves:
+            by_size.plot(SIDES, curve, ls="", marker=".", ms=4, color=color, alpha=0.5)
+    by_size.set(title="trained at 128 or at 64 to 192 pixels", xlabel="side of test pictures", ylabel="top-1")
+    by_size.set_xticks(SIDES)
+    by_size.legend(frameon=False)
+    names = [name for name in EXPERIMENTS if found.get(name)]
+    for place, name in enumerate(reversed(names)):
+        values = [seed["top1"]["128"] for seed in found[name].values()]
+        by_change.plot([statistics.mean(values)], [place], marker="o", color="#0072b2", ls="")
+        by_change.plot(values, [place] * len(values), marker=".", ms=4, color="#0072b2", alpha=0.5, ls="")
+    base = statistics.mean(seed["top1"]["128"] for seed in found["standard sampler"].values())
+    pictures = next(iter(found["standard sampler"].values()))["validation_pictures"]
+    noise = (base * (1 - base) / pictures) ** 0.5
+    by_change.axvspan(base - noise, base + noise, color="#000000", alpha=0.07, lw=0)
+    by_change.set_yticks(range(len(names)), list(reversed(names)))
+    by_change.set(title="one thing changed; grey: one standard error", xlabel="top-1 at 128 pixels")
+    for axes, axis in ((by_size, by_size.yaxis), (by_change, by_change.xaxis)):
+        axis.set_major_formatter(PercentFormatter(1, decimals=0))
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    path = Path(__file__).parent.parent / "docs" / "images" / "experiments.png"
+    figure.savefig(path, dpi=110)
+    print(f"wrote {path.name}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,268 @@
+"""What a run would be, without running it: settings, steps, memory and time, from a few real steps."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mobilevit.data.datasets import load_train_val
+from mobilevit.data.loaders import Batch, ahead_on
+from mobilevit.data.samplers import Size, Step
+from mobilevit.devices import peak_memory_mb
+from mobilevit.inference.session import TorchSession
+from mobilevit.progress import Progress
+from mobilevit.training import distributed
+from mobilevit.training.config import TrainConfig
+from mobilevit.training.distributed import World
+from mobilevit.training.evaluate import evaluation_loader
+from mobilevit.training.learner import Learner, make_learner
+from mobilevit.training.loop import num_reading_processes, training_loader
+
+WARM_UP_STEPS = 2
+SECONDS_TO_MEASURE = 60.0
+STEPS_TO_MEASURE = 5
+"""Of each size; fewer if the time is over."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SizePlan:
+    """Steps of one picture size."""
+
+    size: Size
+    """(height, width) in pixels."""
+    batch_size: int
+    """Pictures of one process."""
+    steps_per_epoch: int
+    """In the first epoch; where sizes are drawn, others differ a little."""
+    seconds_per_step: float
+    """Reading included; measured, or, if the time did not suffice, by the pixels of what was measured."""
+    measured: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class DryRun:
+    """What a run would be."""
+
+    config: TrainConfig
+    """With everything decided."""
+    device: str
+    num_processes: int
+    num_train: int
+    num_val: int
+    num_classes: int
+    parameters: int
+    """All, and"""
+    trainable_parameters: int
+    """those that change."""
+    sizes: tuple[SizePlan, ...]
+    updates: int
+    """Of the weights, in the whole run."""
+    weights_mb: float
+    """Weights, gradients, optimiser and average, on each process's device."""
+    activations_mb: float
+    """What a step of the largest batch keeps for its backward pass."""
+    peak_memory_mb: float | None
+    """Taken while measuring: of the GPU, or all of a process's on a CPU."""
+    validation_seconds: float
+    """After each epoch."""
+
+    @property
+    def seconds_per_epoch(self) -> float:
+        """Steps and validation."""
+        return sum(plan.steps_per_epoch * plan.seconds_per_step for plan in self.sizes) + self.validation_seconds
+
+    @property
+    def hours(self) -> float:
+        """Of the whole run."""
+        return self.config.epochs * self.seconds_per_epoch / 3600
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        told = {"seconds_per_epoch": round(self.seconds_per_epoch, 1), "hours": round(self.hours, 3)}
+        return dataclasses.asdict(self) | told
+
+    def lines(self) -> list[str]:
+        """For people."""
+        changed = {f.name for f in dataclasses.fields(self.config) if getattr(self.config, f.name) != f.default}
+        told = [f"{'*' if name in changed else ' '} {name:<24} {value}" for name, value in self._settings()]
+        steps = [
+            f"  {plan.size[0]} x {plan.size[1]}, {plan.batch_size} pictures: {plan.steps_per_epoch:,} steps an epoch, "
+            f"{plan.seconds_per_step * 1e3:,.0f} ms each{'' if plan.measured else ' (by pixels)'}"
+            for plan in self.sizes
+        ]
+        processes = "" if self.num_processes == 1 else f" in each of {self.num_processes} processes"
+        peak = "" if self.peak_memory_mb is None else f"; {self.peak_memory_mb:,.0f} MB were taken while measuring"
+        return [
+            "settings (* not the default)",
+            *told,
+            "",
+            f"{self.num_train:,} pictures of {self.num_classes} classes to train on, {self.num_val:,} to validate on",
+            f"{self.parameters:,} parameters, {self.trainable_parameters:,} of them trained; on {self.device}",
+            f"steps{processes}",
+            *steps,
+            f"updates: {self.updates:,} in {self.config.epochs} epochs",
+            f"memory: {self.weights_mb:,.0f} MB for weights, gradients, optimiser and average, "
+            f"{self.activations_mb:,.0f} MB for the largest step{peak}",
+            f"time: {_duration(self.seconds_per_epoch)} an epoch, {_duration(self.validation_seconds)} of them to "
+            f"validate; {_duration(3600 * self.hours)} in all",
+        ]
+
+    def _settings(self) -> list[tuple[str, Any]]:
+        return [(field.name, getattr(self.config, field.name)) for field in dataclasses.fields(self.config)]
+
+
+def dry_run(config: TrainConfig) -> DryRun:
+    """Take a few steps of a run, on its own data and device, and work out the rest; nothing is written.
+
+    Raises:
+        ValueError: whatever `train` would refuse, but for the state of the run folder.
+    """
+    config.validate()
+    with distributed.joined(config.device) as (world, device):
+        return _dry_run(config, world, device)
+
+
+def _dry_run(config: TrainConfig, world: World, device: torch.device) -> DryRun:
+    train_set, val_set = load_train_val(
+        config.data,
+        task=None if config.task == "auto" else config.task,
+        val_path=config.val_data,
+        val_fraction=config.val_fraction,
+        seed=config.seed,
+    )
+    config = config.resolve(train_set.task, world.size)
+    config.validate()
+    learner = make_learner(config, train_set, world=world, device=device)
+    loader = training_loader(config, train_set, learner, world)
+    steps = loader.start(0)
+    seconds, largest = _measure(learner, loader.epoch(), steps)
+    validation = _validation_seconds(learner, val_set, world)
+    trained = [p for p in learner.model.parameters() if p.requires_grad]
+    bytes_of_state = sum(t.nbytes for t in (*learner.model.parameters(), *learner.model.buffers()))
+    copies = 1 + (learner.average is not None)
+    updates_per_epoch = -(-len(steps) // config.grad_accum_steps)
+    return DryRun(
+        config=config,
+        device=str(device),
+        num_processes=world.size,
+        num_train=len(train_set),
+        num_val=len(val_set),
+        num_classes=len(train_set.classes),
+        parameters=sum(p.numel() for p in learner.model.parameters()),
+        trainable_parameters=sum(p.numel() for p in trained),
+        sizes=_plans(config, steps, seconds, world),
+        updates=updates_per_epoch * config.epochs,
+        weights_mb=round((copies * bytes_of_state + 3 * sum(p.nbytes for p in trained)) / 1e6, 1),
+        activations_mb=round(_saved_bytes(learner, largest) / 1e6, 1) if largest is not None else 0.0,
+        peak_memory_mb=peak_memory_mb(device),
+        validation_seconds=round(validation, 3),
+    )
+
+
+def _measure(learner: Learner, batches: Any, steps: list[Step]) -> tuple[dict[Size | None, list[float]], Batch | None]:
+    """Seconds of the steps of each size, from when the step before was done; and the batch with most pixels."""
+    seconds: dict[Size | None, list[float]] = {step.size: [] for step in steps}
+    largest: Batch | None = None
+    learner.train_mode()
+    begun = time.monotonic()
+    enough = STEPS_TO_MEASURE * len(seconds)
+    with Progress("measuring", enough, "steps", silent=not learner.world.is_first) as progress:
+        before = time.monotonic()
+        for number, (batch, step) in enumerate(zip(ahead_on(learner.device, batches), steps, strict=False)):
+            learner.step(batch, share=1.0, learning_rate=1e-12)
+            if learner.device.type == "cuda":
+                torch.cuda.synchronize(learner.device)
+            now = time.monotonic()
+            if number >= WARM_UP_STEPS or len(steps) <= WARM_UP_STEPS:
+                seconds[step.size].append(now - before)
+                progress.advance(1)
+            before = now
+            if largest is None or batch.images.numel() > largest.images.numel():
+                largest = batch
+            done = all(len(found) >= STEPS_TO_MEASURE for found in seconds.values())
+            if distributed.any_of(learner.world, done or now - begun > SECONDS_TO_MEASURE)[0]:
+                break
+    return seconds, largest
+
+
+def _plans(
+    config: TrainConfig, steps: list[Step], seconds: dict[Size | None, list[float]], world: World
+) -> tuple[SizePlan, ...]:
+    usual = config.training_crop if config.task == "segmentation" else config.input_size
+    batch_sizes = {batch.size: batch.batch_size for batch in config.step_sizes()} or {None: config.batch_size}
+    counts = Counter(step.size for step in steps)
+    pixels = {size: batch * (size or usual)[0] * (size or usual)[1] for size, batch in batch_sizes.items()}
+    rates = [statistics.median(found) / pixels[size] for size, found in seconds.items() if found]
+    plans = []
+    for size, batch_size in batch_sizes.items():
+        found = seconds.get(size)
+        one = statistics.median(found) if found else statistics.median(rates) * pixels[size]
+        plans.append(
+            SizePlan(
+                size=size or usual,
+                batch_size=min(batch_size, -(-max(step.stop for step in steps) // world.size)),
+                steps_per_epoch=counts[size],
+                seconds_per_step=round(one, 4),
+                measured=bool(found),
+            )
+        )
+    return tuple(plans)
+
+
+def _validation_seconds(learner: Learner, val_set: Any, world: World) -> float:
+    """Of one validation by all processes, from two batches."""
+    loader = evaluation_loader(
+        val_set,
+        learner.preprocessing,
+        batch_size=2 * learner.config.batch_size,
+        num_workers=0,
+        device=learner.device,
+    )
+    session = TorchSession(learner.evaluated, learner.preprocessing, device=learner.device, amp_dtype=learner.amp_dtype)
+    spent, pictures, before = 0.0, 0, time.monotonic()
+    for number, batch in enumerate(loader.epoch()):
+        session(batch.images)
+        if learner.device.type == "cuda":
+            torch.cuda.synchronize(learner.device)
+        now = time.monotonic()
+        if number or len(loader) == 1:
+            spent, pictures = spent + now - before, pictures + len(batch)
+        before = now
+        if number == 2:
+            break
+    workers = max(1, num_reading_processes(learner.config, learner.device))
+    return spent / max(pictures, 1) * len(val_set) / world.size / (workers if learner.device.type == "cuda" else 1)
+
+
+def _saved_bytes(learner: Learner, batch: Batch) -> int:
+    """What a forward pass keeps for the backward pass, each piece of memory once, without the weights."""
+    weights = {p.untyped_storage().data_ptr() for p in learner.model.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    images = learner.preprocessing.normalize(batch.images)
+    learner.train_mode()
+    with (
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+        torch.autocast(learner.device.type, dtype=learner.amp_dtype, enabled=learner.amp_dtype is not None),
+    ):
+        learner.model(images)
+    return sum(kept.values())
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,262 @@
+"""What learns: a model with its optimiser and its average, and one training step."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Collection
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mobilevit import factory
+from mobilevit.data.imageset import ImageSet
+from mobilevit.data.loaders import Batch
+from mobilevit.models import Model
+from mobilevit.models.card import card_of
+from mobilevit.models.deeplabv3 import DeepLabv3Config
+from mobilevit.preprocessing import Preprocessing
+from mobilevit.training import distributed
+from mobilevit.training.config import TrainConfig
+from mobilevit.training.distillation import distillation_loss, open_teacher
+from mobilevit.training.distributed import World
+from mobilevit.training.objectives import Objective, make_objective
+from mobilevit.training.optim import WeightAverage, is_head, make_optimizer
+
+Network = Callable[[int], nn.Module]
+"""Makes another network than this package's from the number of classes: (B, 3, H, W) -> (B, K)."""
+
+
+@dataclass(kw_only=True)
+class Learner:
+    """A model on its device with everything that changes it."""
+
+    config: TrainConfig
+    world: World
+    device: torch.device
+    model: nn.Module
+    preprocessing: Preprocessing
+    objective: Objective
+    optimizer: torch.optim.AdamW
+    average: WeightAverage | None
+    """Exponential moving average of the weights; None if it is off."""
+    scaler: torch.amp.GradScaler
+    """Of the loss, for fp16; does nothing otherwise."""
+    amp_dtype: torch.dtype | None
+    """What autocast computes in; None: float32."""
+    forward: Any
+    """The model, perhaps compiled, perhaps averaging gradients with other processes."""
+    teacher: nn.Module | None
+    """Normalised as the model's pictures are, (B, 3, H, W) -> logits (B, K)."""
+    _last_batch: Batch | None = field(default=None, init=False)
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """What validation measures and `best.safetensors` keeps: the average, if there is one."""
+        return self.average.model if self.average is not None else self.model.eval()
+
+    def train_mode(self) -> None:
+        """Statistics and dropout as in training; those of a frozen backbone as in evaluation."""
+        self.model.train()
+        if self.config.freeze_backbone:
+            for name, child in getattr(self.model, "backbone", self.model).named_children():
+                if not is_head(f"{name}."):
+                    child.eval()
+
+    def step(self, batch: Batch, *, share: float, learning_rate: float | None) -> Tensor | None:
+        """Learn from one batch; nothing in here waits for the device.
+
+        Args:
+            batch: of pictures and targets, on the device.
+            share: of the batch's mean loss in the update's; 1 where an update takes one batch.
+            learning_rate: None: gradients are only added up, and a later call updates.
+
+        Returns:
+            The batch's mean loss, a scalar; None if it had too few pictures to learn from.
+        """
+        learns = len(batch) > 1  # statistics of one picture are none
+        if learns:
+            self._last_batch = batch
+        loss = None
+        # Other processes wait for this one's gradients, even if there are none.
+        if self._last_batch is not None and (learns or self.world.size > 1):
+            alone = self.world.size == 1 or learning_rate is not None
+            with nullcontext() if alone else self.forward.no_sync():
+                loss = self._loss(self._last_batch)
+                weighted = loss * (share if learns else 0.0)
+                self.scaler.scale(weighted).backward()  # type: ignore[no-untyped-call]
+        if learning_rate is not None:
+            for group in self.optimizer.param_groups:
+                group["lr"] = learning_rate * group["lr_factor"]
+            if self.config.clip_grad_norm is not None:
+                self.scaler.unscale_(self.optimizer)
+                nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_grad_norm)
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            self.optimizer.zero_grad(set_to_none=True)
+            if self.average is not None:
+                self.average.update()
+        return loss.detach() if loss is not None and learns else None
+
+    def _loss(self, batch: Batch) -> Tensor:
+        """Mean over the batch's pictures."""
+        images, targets = self.preprocessing.normalize(batch.images), batch.targets
+        if self.objective.mix is not None:
+            images, targets = self.objective.mix(images, targets)
+        with torch.autocast(self.device.type, dtype=self.amp_dtype, enabled=self.amp_dtype is not None):
+            outputs = self.forward(images)
+            told = None
+            if self.teacher is not None:
+                with torch.no_grad():
+                    told = self.teacher(images)
+        loss = self.objective.loss(outputs, targets)
+        if told is None:
+            return loss
+        share, temperature = self.config.distillation_share, self.config.distillation_temperature
+        return (1 - share) * loss + share * distillation_loss(outputs, told, temperature=temperature)
+
+    def state_dict(self) -> dict[str, Any]:
+        """For resuming."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "average": self.average.state_dict() if self.average else None,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The inverse of `state_dict`."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
+
+
+def make_learner(
+    config: TrainConfig,
+    data: ImageSet[Any],
+    *,
+    world: World,
+    device: torch.device,
+    network: Network | None = None,
+) -> Learner:
+    """Everything that the settings ask for, with initial weights, on the device.
+
+    Raises:
+        ValueError: weights or teacher cannot be had or do not fit; a number format that the device does not have.
+    """
+    amp_dtype = _amp_dtype(config.amp, device)
+    if network is None:
+        model: nn.Module = build_model(config, data)
+        preprocessing = card_of(model).preprocessing
+    else:
+        assert config.resize_mode != "auto"
+        model = network(len(data.classes))
+        preprocessing = Preprocessing(
+            size=config.input_size, resize_mode=config.resize_mode, crop_fraction=config.crop_fraction
+        )
+    model = model.to(device)
+    if config.freeze_backbone:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad = is_head(name)
+    if config.sync_batch_norm and world.size > 1:
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
+    teacher = None
+    if config.teacher is not None:
+        with torch.random.fork_rng(devices=[]):  # a student starts from the same weights, whoever teaches it
+            teacher = open_teacher(config.teacher, data.classes, preprocessing, weights=config.teacher_weights)
+        teacher = teacher.to(device)
+    return Learner(
+        config=config,
+        world=world,
+        device=device,
+        model=model,
+        preprocessing=preprocessing,
+        objective=make_objective(config, data, preprocessing, device),
+        optimizer=make_optimizer(model, config, device),
+        average=WeightAverage(model, copy.deepcopy(model), config.ema_momentum) if config.ema else None,
+        scaler=torch.amp.GradScaler(device.type, enabled=amp_dtype is torch.float16),
+        amp_dtype=amp_dtype,
+        forward=distributed.wrap(
+            world,
+            CompiledForSizes(model, _usual_shapes(config)) if config.compile else model,
+            device,
+            accumulates=config.grad_accum_steps > 1,
+        ),
+        teacher=teacher,
+    )
+
+
+class CompiledForSizes(nn.Module):
+    """A model with one compiled graph for each of some input shapes; others, such as a last batch, run as they are.
+
+    Left to itself, the compiler makes one slower graph for all sizes, or gives up after a few.
+
+    Args:
+        model: whose parameters these are, too.
+        shapes: (B, H, W) of each.
+    """
+
+    def __init__(self, model: nn.Module, shapes: Collection[tuple[int, int, int]]) -> None:
+        super().__init__()
+        self.model, self._shapes = model, frozenset(shapes)
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 2 * len(shapes) + 2)
+        self._compiled = torch.compile(model, dynamic=False)
+
+    def forward(self, x: Tensor) -> Any:
+        batch, _, height, width = x.shape
+        return (self._compiled if (batch, height, width) in self._shapes else self.model)(x)
+
+
+def _usual_shapes(config: TrainConfig) -> set[tuple[int, int, int]]:
+    """(B, H, W) of all batches but an epoch's last."""
+    sizes = config.step_sizes()
+    if sizes:
+        return {(batch.batch_size, *batch.size) for batch in sizes if batch.size is not None}
+    return {(config.batch_size, *(config.training_crop if config.task == "segmentation" else config.input_size))}
+
+
+def _amp_dtype(amp: str, device: torch.device) -> torch.dtype | None:
+    if amp == "auto":
+        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else None
+    if amp == "fp16" and device.type == "cpu":
+        raise ValueError("--amp fp16 needs a GPU; on a CPU use --amp bf16 or off")
+    return {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
+
+
+def build_model(config: TrainConfig, data: ImageSet[Any]) -> Model:
+    """The model of the settings, its card made out for this run."""
+    weights = f"{config.model}.cvnets_in1k" if config.weights == "pretrained" else config.weights
+    model = factory.create_model(
+        config.model,
+        task=data.task,
+        classes=data.classes,
+        weights=weights,
+        patch_size=config.patch_size,
+        output_stride=config.output_stride,
+        head=_head(config),
+    )
+    card = card_of(model)
+    assert config.resize_mode != "auto"
+    # The weights' own normalisation stays; size and crop are this run's.
+    preprocessing = dataclasses.replace(
+        card.preprocessing,
+        size=config.input_size,
+        resize_mode=config.resize_mode,
+        crop_fraction=config.crop_fraction,
+    )
+    model.card = dataclasses.replace(card, preprocessing=preprocessing, metrics={})
+    return model
+
+
+def _head(config: TrainConfig) -> DeepLabv3Config | None:
+    """What the settings say of a segmentation head; None leaves it to the weights, or the paper."""
+    if config.task != "segmentation" or (config.aspp_channels is None and not config.aux_head):
+        return None
+    head = DeepLabv3Config.for_output_stride(config.output_stride or 16)
+    width = config.aspp_channels or head.aspp_channels
+    return dataclasses.replace(head, aspp_channels=width, aux_head=config.aux_head)
