@@ -18,7 +18,7 @@ from PIL import Image, features
 from torchvision.transforms import InterpolationMode, v2
 
 from mobilevit.data.shapes import render_scene
-from mobilevit.preprocessing import MAX_PIXELS, ImageError, Preprocessing, read_image
+from mobilevit.preprocessing import MAX_PIXELS, ImageError, Preprocessing, open_image, read_image
 
 RED, GREEN, BLUE, YELLOW = (220, 20, 40), (30, 180, 60), (10, 40, 200), (230, 210, 30)
 
@@ -236,6 +236,30 @@ def test_broken_exif_does_not_cost_the_picture(exif: bytes) -> None:
 def noise_jpeg() -> bytes:
     noise = np.random.default_rng(0).integers(0, 256, (100, 100, 3), np.uint8)
     return encoded(Image.fromarray(noise), "JPEG")
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+@pytest.mark.parametrize(("reduction", "factor"), [(1.0, 1), (1.99, 1), (2.0, 2), (3.9, 2), (4.5, 4), (100.0, 8)])
+def test_jpegs_can_be_decoded_smaller(reduction: float, factor: int, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(smooth(400, 240), "JPEG", quality=95, exif=exif.tobytes())
+    whole, opened = read_image(data), open_image(data)
+    assert opened.size == whole.size == ((400, 240) if orientation == 1 else (240, 400))
+    image = opened.decode(reduction)
+    assert image.size == (whole.width // factor, whole.height // factor)
+    assert difference(image, whole.resize(image.size, Image.Resampling.BOX)) <= 4
+
+
+def test_other_formats_are_decoded_whole() -> None:
+    assert open_image(encoded(smooth(64, 48), "PNG")).decode(8.0).size == (64, 48)
+    assert open_image(np.zeros((48, 64, 3), np.uint8)).decode(8.0).size == (64, 48)
+
+
+def test_a_header_alone_tells_nothing_of_damage_behind_it() -> None:
+    opened = open_image(noise_jpeg()[:1500], "short.jpg")
+    with pytest.raises(ImageError, match=r"short\.jpg"):
+        opened.decode(4.0)
 
 
 @pytest.mark.parametrize(

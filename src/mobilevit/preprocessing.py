@@ -9,6 +9,8 @@ from __future__ import annotations
 import io
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -18,6 +20,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.JpegImagePlugin import JpegImageFile
 from torch import Tensor
 
 Source = str | os.PathLike[str] | bytes | Image.Image | np.ndarray
@@ -31,7 +34,7 @@ MAX_PIXELS = 178_956_970
 # Formats with a decoder in Pillow itself. Others (EPS, for one) start outside programs on files from strangers.
 _SAFE_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF")
 
-_INTERPOLATION = {
+RESAMPLING = {
     "nearest": Image.Resampling.NEAREST,
     "bilinear": Image.Resampling.BILINEAR,
     "bicubic": Image.Resampling.BICUBIC,
@@ -52,30 +55,37 @@ class ImageError(ValueError):
     """A picture that cannot be read; the message names it and says why."""
 
 
-def read_image(source: Source, name: str | None = None) -> Image.Image:
+def read_image(source: Source | EncodedImage, name: str | None = None) -> Image.Image:
     """Decode a picture to upright 8-bit RGB.
 
     Takes JPEG, PNG, WebP, BMP, GIF, TIFF, PPM and AVIF in any colour mode: the first frame of animations, the high
     byte of 16-bit samples, CMYK and palettes converted, transparency laid over white, EXIF orientation applied.
 
     Args:
-        source: see `Source`.
+        source: see `Source`; or what `open_image` has opened.
         name: what to call the picture in errors; a path is its own name.
 
     Raises:
         ImageError: empty, truncated, not a picture, or more than `MAX_PIXELS`.
     """
+    return open_image(source, name).decode()
+
+
+def open_image(source: Source | EncodedImage, name: str | None = None) -> EncodedImage:
+    """Read a picture's header, not yet its pixels; arguments and errors are those of `read_image`."""
+    if isinstance(source, EncodedImage):
+        return source
     name = name or (os.fspath(source) if isinstance(source, str | os.PathLike) else "picture")
     if isinstance(source, np.ndarray):
         if source.dtype != np.uint8 or source.ndim != 3 or source.shape[2] != 3 or not source.size:
             wanted = "a picture is uint8 (height, width, 3), RGB"
             raise ImageError(f"{name}: array is {source.dtype} {source.shape}; {wanted}")
-        return Image.fromarray(source)
-    try:
+        return EncodedImage(Image.fromarray(source), name)
+    with _named(name):
         if isinstance(source, Image.Image):  # perhaps not decoded yet
             if 0 in source.size:
                 raise ImageError(f"{name}: {source.width} x {source.height} pixels are no picture")
-            return _to_rgb(source)
+            return EncodedImage(source.copy(), name)  # the caller's stays the caller's
         data = source if isinstance(source, bytes) else Path(source).read_bytes()
         if not data:
             raise ImageError(f"{name}: the file is empty")
@@ -84,7 +94,44 @@ def read_image(source: Source, name: str | None = None) -> Image.Image:
             image = Image.open(io.BytesIO(data), formats=_formats())
         if image.width * image.height > MAX_PIXELS:
             raise ImageError(f"{name}: {image.width} x {image.height} pixels are more than the limit of {MAX_PIXELS}")
-        return _to_rgb(image)
+        return EncodedImage(image, name)
+
+
+class EncodedImage:
+    """A picture of which the size is known, and the pixels can be had, once."""
+
+    def __init__(self, image: Image.Image, name: str) -> None:
+        self._image, self._name = image, name
+        with _named(name):
+            turned = image.getexif().get(_ORIENTATION) in (5, 6, 7, 8)
+        self.size: tuple[int, int] = image.size[::-1] if turned else image.size
+        """(width, height) of the upright picture."""
+
+    def decode(self, reduction: float = 1.0) -> Image.Image:
+        """The upright RGB picture; a JPEG perhaps smaller.
+
+        Args:
+            reduction: how many times smaller it may be. A JPEG is then decoded at a half, a quarter or an eighth,
+                which leaves out most of the work; other formats stay as they are.
+
+        Raises:
+            ImageError: the pixels cannot be read.
+        """
+        with _named(self._name):
+            if reduction >= 2 and isinstance(self._image, JpegImageFile):
+                width, height = self._image.size
+                self._image.draft(None, (max(1, int(width / reduction)), max(1, int(height / reduction))))
+            return _to_rgb(self._image)
+
+
+_ORIENTATION = 0x0112  # the EXIF tag
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Whatever goes wrong in reading a picture, as an `ImageError` with its name."""
+    try:
+        yield
     except ImageError:
         raise
     except Image.DecompressionBombError:
@@ -105,7 +152,9 @@ def _formats() -> tuple[str, ...]:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    image = ImageOps.exif_transpose(image)
+    image.load()
+    if image.getexif().get(_ORIENTATION, 1) != 1:  # otherwise Pillow would copy the picture
+        image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # 16-bit greys, also those that Pillow keeps in 32 bits
         image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
     elif image.mode == "F":
@@ -114,7 +163,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,8 +231,8 @@ class Preprocessing:
             raise ValueError(f"crop_fraction is {self.crop_fraction}; it must be above 0 and at most 1")
         if self.resize_mode not in ("crop", "stretch", "pad"):
             raise ValueError(f"resize_mode is {self.resize_mode!r}; it can be 'crop', 'stretch' or 'pad'")
-        if self.interpolation not in _INTERPOLATION:
-            raise ValueError(f"interpolation is {self.interpolation!r}; choose from {', '.join(_INTERPOLATION)}")
+        if self.interpolation not in RESAMPLING:
+            raise ValueError(f"interpolation is {self.interpolation!r}; choose from {', '.join(RESAMPLING)}")
         if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
             raise ValueError(f"mean is {self.mean}, std {self.std}; each has three numbers, std's above 0")
 
@@ -208,7 +257,7 @@ class Preprocessing:
         Shape: RGB picture of any size -> uint8 (3, height, width), channels-last in memory.
         """
         placement = self.placement((image.height, image.width))
-        resample = _INTERPOLATION[self.interpolation]
+        resample = RESAMPLING[self.interpolation]
         resized = np.array(image.resize(placement.filled[::-1], resample, placement.region))
         if placement.filled != placement.size:
             whole = np.zeros((*placement.size, 3), np.uint8)

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from mobilevit.data.imageset import Boxes, ImageSet, Mask
-from mobilevit.data.loaders import Batch, BatchLoader, map_tensors
+from mobilevit.data.loaders import Batch, BatchLoader, _map_tensors
 from mobilevit.data.samplers import level_batches
 from mobilevit.data.transforms import (
     BoxTargets,
@@ -20,7 +20,7 @@ from mobilevit.data.transforms import (
     SegmentationTransform,
     collate_boxes,
 )
-from mobilevit.preprocessing import Preprocessing
+from mobilevit.preprocessing import EncodedImage, Preprocessing
 
 SMALL = Preprocessing(size=(32, 32), crop_fraction=1.0)
 
@@ -42,8 +42,8 @@ def noise(count: int, *, bad: tuple[int, ...] = ()) -> ImageSet[int]:
     )
 
 
-def resized(image: Image.Image, label: int) -> tuple[torch.Tensor, int]:
-    return SMALL.resize(image), label
+def resized(picture: EncodedImage, label: int) -> tuple[torch.Tensor, int]:
+    return SMALL.resize(picture.decode()), label
 
 
 def augmented(data: ImageSet[int], *, batch_size: int = 4, num_workers: int = 0, seed: int = 5) -> BatchLoader:
@@ -205,7 +205,7 @@ resize = Preprocessing(size=(32, 32)).resize
 data = ImageSet(
     task="classification", origin="", names=["x"] * 40, targets=[0] * 40, classes=("a",), open=pictures.__getitem__
 )
-loader = BatchLoader(data, lambda image, label: (resize(image), label), batch_size=2, num_workers=2)
+loader = BatchLoader(data, lambda picture, label: (resize(picture.decode()), label), batch_size=2, num_workers=2)
 epoch = loader.epoch()
 done = [*next(epoch).indices, *next(epoch).indices]  # one from each worker: both are up
 for number in (signal.SIGINT, signal.SIGTERM):
@@ -317,11 +317,11 @@ def test_batches_of_masks_and_a_mask_that_does_not_fit(tmp_path: Path) -> None:
     assert batch.errors == [f"{tmp_path / '1.png'}: 40 x 36 pixels, its picture has 36 x 40; they must agree"]
 
 
-def test_map_tensors() -> None:
+def test__map_tensors() -> None:
     one, two = torch.ones(2), torch.zeros(1)
-    assert torch.equal(map_tensors(one, torch.neg), -one)
-    mapped = map_tensors(BoxTargets(one, two), torch.neg)
+    assert torch.equal(_map_tensors(one, torch.neg), -one)
+    mapped = _map_tensors(BoxTargets(one, two), torch.neg)
     assert isinstance(mapped, BoxTargets)
     assert torch.equal(mapped.boxes_cxcywh, -one)
-    assert map_tensors([one], torch.neg)[0] is one
-    assert map_tensors(None, torch.neg) is None
+    assert _map_tensors([one], torch.neg)[0] is one
+    assert _map_tensors(None, torch.neg) is None

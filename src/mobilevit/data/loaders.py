@@ -10,15 +10,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from mobilevit.data.imageset import ImageSet
 from mobilevit.data.samplers import EpochSampler, Key, OrderedSampler, Segment, SizedBatch, Step
-from mobilevit.preprocessing import ImageError, read_image
+from mobilevit.preprocessing import ImageError, open_image
 
 Transform = Callable[..., tuple[Tensor, Any]]
-"""RGB picture, its target and, where steps differ in size, (H, W) -> uint8 (3, H, W) and what the batch is to hold of
-the target."""
+"""What `open_image` has opened, its target and, where steps differ in size, (H, W) -> uint8 (3, H, W) and what the
+batch is to hold of the target."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +100,7 @@ class _Pictures(Dataset[tuple[int, Tensor | str, Any]]):
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)  # not torch.manual_seed, which also sets those of GPUs
             try:
-                image = read_image(self.data.open(index), self.data.names[index])
+                image = open_image(self.data.open(index), self.data.names[index])
                 sized = () if size is None else (size,)
                 return index, *self.transform(image, self.data.targets[index], *sized)
             except ImageError as error:
@@ -187,15 +187,28 @@ class BatchLoader:
 
 def _collate(collate: Callable[[Sequence[Any]], Any], items: Sequence[tuple[int, Tensor | str, Any]]) -> Batch:
     good = [(index, pixels, target) for index, pixels, target in items if isinstance(pixels, Tensor)]
-    # Stacked as (B, H, W, 3) and seen as (B, 3, H, W): the pixels are copied once, in the order they lie.
-    nothing = torch.empty(0, 1, 1, 3, dtype=torch.uint8)
-    images = torch.stack([pixels.permute(1, 2, 0) for _, pixels, _ in good]) if good else nothing
+    images = _stacked([pixels for _, pixels, _ in good]) if good else torch.empty(0, 1, 1, 3, dtype=torch.uint8)
     return Batch(
         images=images.permute(0, 3, 1, 2),
         targets=collate([target for _, _, target in good]) if good else None,
         indices=[index for index, _, _ in good],
         errors=[pixels for _, pixels, _ in items if isinstance(pixels, str)],
     )
+
+
+def _stacked(pictures: Sequence[Tensor]) -> Tensor:
+    """uint8 (3, H, W) each -> (B, H, W, 3): pixels are copied once, in the order they lie.
+
+    In a reading process, straight into the memory that it shares with the training process.
+    """
+    _, height, width = pictures[0].shape
+    shape = (len(pictures), height, width, 3)
+    if get_worker_info() is None:
+        images = torch.empty(shape, dtype=torch.uint8)
+    else:
+        storage = torch.UntypedStorage._new_shared(len(pictures) * height * width * 3)
+        images = torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)
+    return torch.stack([pixels.permute(1, 2, 0) for pixels in pictures], out=images)
 
 
 def _start_worker(_: int) -> None:

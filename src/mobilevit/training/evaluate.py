@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, distributed
 
 from mobilevit.data.imageset import ImageSet
@@ -22,7 +21,7 @@ from mobilevit.drawing import save_image
 from mobilevit.files import write_json
 from mobilevit.inference.session import Session
 from mobilevit.models.card import Task
-from mobilevit.preprocessing import Preprocessing, read_image
+from mobilevit.preprocessing import EncodedImage, Preprocessing, read_image
 from mobilevit.progress import Progress
 from mobilevit.tasks.classification_report import ClassificationMeter
 from mobilevit.tasks.classification_report import prediction_sheet as classification_sheet
@@ -89,15 +88,17 @@ def evaluation_loader(
     )
 
 
-def _with_label(preprocessing: Preprocessing, image: Image.Image, label: int) -> tuple[Tensor, int]:
-    return preprocessing.resize(image), label
+def _with_label(preprocessing: Preprocessing, picture: EncodedImage, label: int) -> tuple[Tensor, int]:
+    return preprocessing.resize(picture.decode()), label
 
 
-def _with_size(preprocessing: Preprocessing, image: Image.Image, _: object) -> tuple[Tensor, tuple[int, int]]:
-    return preprocessing.resize(image), (image.height, image.width)
+def _with_size(preprocessing: Preprocessing, picture: EncodedImage, _: object) -> tuple[Tensor, tuple[int, int]]:
+    width, height = picture.size
+    return preprocessing.resize(picture.decode()), (height, width)
 
 
-def _with_mask(preprocessing: Preprocessing, image: Image.Image, target: Any) -> tuple[Tensor, np.ndarray]:
+def _with_mask(preprocessing: Preprocessing, picture: EncodedImage, target: Any) -> tuple[Tensor, np.ndarray]:
+    image = picture.decode()
     return preprocessing.resize(image), read_mask(image, target)
 
 
