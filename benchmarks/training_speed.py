@@ -1,6 +1,10 @@
-"""Training steps of mobilevit_xxs against timm's, in the package's own loss, optimiser and average, interleaved.
+"""Training steps against timm's model, in the package's own loss, optimiser and average, interleaved.
 
-python benchmarks/training_speed.py
+    python benchmarks/training_speed.py             # a CPU, float32: two minutes
+    python benchmarks/training_speed.py --amp       # the same in bf16, by autocast
+    python benchmarks/training_speed.py --device cuda --amp --compile --image-size 256 --batch-size 256
+
+The last wants a GPU and takes three minutes; --model chooses another size than XXS.
 """
 
 from __future__ import annotations
@@ -23,29 +27,36 @@ from mobilevit.training.optim import WeightAverage, make_optimizer
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="mobilevit_xxs")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--amp", action="store_true", help="bf16 by autocast")
+    parser.add_argument("--compile", action="store_true", help="both sides")
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--image-size", type=int, default=128)
     parser.add_argument("--batch-size", type=int, default=32)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    name, num_classes = "mobilevit_xxs", 5
+    device = torch.device(arguments.device)
+    name, num_classes = arguments.model, 5
     timm = peers.timm_model(name, num_classes)
     sides = {
         "timm": timm,
         "timm channels_last": copy.deepcopy(timm).to(memory_format=torch.channels_last),
         "mobilevit": mobilevit.create_model(name, num_classes=num_classes),
     }
-    steps = {side: Step(network, side) for side, network in sides.items()}
+    steps = {side: Step(network.to(device), side, arguments) for side, network in sides.items()}
     shape = (arguments.batch_size, arguments.image_size, arguments.image_size, 3)
-    pixels = torch.randint(0, 256, shape, dtype=torch.uint8).permute(0, 3, 1, 2)
-    labels = torch.randint(0, num_classes, (arguments.batch_size,))
+    pixels = torch.randint(0, 256, shape, dtype=torch.uint8, device=device).permute(0, 3, 1, 2)
+    labels = torch.randint(0, num_classes, (arguments.batch_size,), device=device)
     times: dict[str, list[float]] = {side: [] for side in sides}
     for number in range(arguments.rounds + 2):
         for side, step in steps.items():
             start = time.perf_counter()
             step(pixels, labels)
+            if device.type == "cuda":
+                torch.cuda.synchronize()
             if number >= 2:
                 times[side].append(time.perf_counter() - start)
     speed = {side: round(arguments.batch_size / statistics.median(t), 1) for side, t in times.items()}
@@ -53,26 +64,32 @@ def main() -> None:
     pairs = {s: [a / b for a, b in zip(times[s], times["mobilevit"], strict=True)] for s in sides if s != "mobilevit"}
     ratios = {f"faster than {side}": round(statistics.median(values), 3) for side, values in pairs.items()}
     print(speed, ratios)
+    told = {"model": name, "image_size": arguments.image_size, "batch_size": arguments.batch_size}
+    what = ["training_speed", device.type, name] if device.type != "cpu" else ["training_speed"]
     record.write(
-        "training_speed",
-        {"unit": "images/s, median of rounds", "image_size": arguments.image_size, "figures": speed, "ratios": ratios},
+        "_".join([*what, *(["bf16"] if arguments.amp else []), *(["compiled"] if arguments.compile else [])]),
+        {"unit": "images/s, median of rounds", **told, "figures": speed, "ratios": ratios},
     )
 
 
 class Step:
     """One training step as the loop does it."""
 
-    def __init__(self, network: nn.Module, side: str) -> None:
+    def __init__(self, network: nn.Module, side: str, arguments: argparse.Namespace) -> None:
         config = TrainConfig(data=Path())
-        self.network = network.train()
+        self.device, self.amp = torch.device(arguments.device), arguments.amp
+        network.train()
         self.average = WeightAverage(network, copy.deepcopy(network), config.ema_momentum)
-        self.optimizer = make_optimizer(network, config, torch.device("cpu"))
+        self.optimizer = make_optimizer(network, config, self.device)
+        self.network = torch.compile(network) if arguments.compile else network
         plain = side == "timm"
         self.memory_format = torch.contiguous_format if plain else torch.channels_last
 
     def __call__(self, pixels: torch.Tensor, labels: torch.Tensor) -> None:
         images = (pixels.float() / 255).contiguous(memory_format=self.memory_format)
-        classification_loss(self.network(images), labels, label_smoothing=0.1).backward()
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.amp):
+            logits = self.network(images)
+        classification_loss(logits, labels, label_smoothing=0.1).backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.average.update()

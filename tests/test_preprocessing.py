@@ -251,6 +251,33 @@ def test_jpegs_can_be_decoded_smaller(reduction: float, factor: int, orientation
     assert difference(image, whole.resize(image.size, Image.Resampling.BOX)) <= 4
 
 
+@pytest.mark.parametrize("kind", ["JPEG", "grey JPEG", "CMYK JPEG", "turned JPEG", "4:4:4 JPEG", "PNG"])
+def test_pixels_are_those_of_decode(kind: str) -> None:
+    image, options = smooth(123, 77), {}
+    if kind == "grey JPEG":
+        image = image.convert("L")
+    elif kind == "CMYK JPEG":
+        image = image.convert("CMYK")
+    elif kind == "turned JPEG":
+        options["exif"] = Image.Exif()
+        options["exif"][0x0112] = 6
+    elif kind == "4:4:4 JPEG":
+        options["subsampling"] = 0
+    data = encoded(image, kind.split()[-1], **options)
+    for reduction in (1.0, 2.5):
+        pixels = open_image(data).pixels(reduction)
+        assert np.array_equal(pixels.permute(1, 2, 0).numpy(), np.asarray(open_image(data).decode(reduction)))
+        assert pixels.permute(1, 2, 0).is_contiguous()
+
+
+@pytest.mark.parametrize("reduction", [1.0, 4.0])
+def test_truncated_jpegs_have_no_pixels(reduction: float) -> None:
+    data = noise_jpeg()
+    for length in (len(data) // 2, len(data) - 40):
+        with pytest.raises(ImageError, match=r"^half\.jpg: cannot be read \(image file is truncated"):
+            open_image(data[:length], "half.jpg").pixels(reduction)
+
+
 def test_other_formats_are_decoded_whole() -> None:
     assert open_image(encoded(smooth(64, 48), "PNG")).decode(8.0).size == (64, 48)
     assert open_image(np.zeros((48, 64, 3), np.uint8)).decode(8.0).size == (64, 48)

@@ -1,10 +1,11 @@
+import re
 from pathlib import Path
 
 import pytest
 
 from mobilevit.cli import main
 from mobilevit.training.config import TrainConfig
-from mobilevit.training.recipes import RECIPES, find_recipe
+from mobilevit.training.recipes import RECIPES, describe_recipes, find_recipe
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -16,9 +17,9 @@ def test_recipes_are_settings_that_hold(name: str) -> None:
 
 
 def test_published_recipes() -> None:
-    coco = TrainConfig(data=Path("coco"), **find_recipe("coco-detection").settings).resolve("detection")
-    assert (coco.peak_learning_rate, coco.epochs, coco.batch_size, coco.input_size) == (9e-4, 200, 128, (320, 320))
-    voc = TrainConfig(data=Path("voc"), **find_recipe("voc-segmentation").settings).resolve("segmentation")
+    coco = TrainConfig(data=Path("coco"), **find_recipe("coco_mobilevit_s").settings).resolve("detection", 4)
+    assert (coco.peak_learning_rate, coco.epochs, 4 * coco.batch_size, coco.input_size) == (9e-4, 200, 128, (320, 320))
+    voc = TrainConfig(data=Path("voc"), **find_recipe("voc_mobilevit_s").settings).resolve("segmentation", 4)
     assert (voc.peak_learning_rate, voc.epochs, voc.head_lr_factor, voc.input_size) == (9e-4, 50, 10, (512, 512))
     imagenet = TrainConfig(data=Path("imagenet"), **find_recipe("imagenet_mobilevit_s").settings)
     assert (imagenet.model, imagenet.batch_size * 8, imagenet.grad_accum_steps) == ("mobilevit_s", 1024, 1)
@@ -28,13 +29,16 @@ def test_published_recipes() -> None:
 
 
 def test_unknown_recipe(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["train", "--recipe", "coco-detecton", "--data", "x"]) == 2
-    assert "did you mean coco-detection?" in capsys.readouterr().err
+    assert main(["train", "--recipe", "small_detecton", "--data", "x"]) == 2
+    assert "did you mean small_detection?" in capsys.readouterr().err
 
 
 def test_list_of_recipes(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "--recipe", "list"]) == 0
-    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == list(RECIPES)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition(":")[0] for line in lines if line and not line.startswith(" ")] == list(RECIPES)
+    commands = [line.split(None, 1)[1] for line in lines if line.startswith("    command")]
+    assert [re.search(r"--recipe (\S+)", command)[1] for command in commands] == list(RECIPES)
 
 
 def test_flags_change_a_recipe(shapes: Path, tmp_path: Path) -> None:
@@ -49,3 +53,8 @@ def test_recipe_and_config_exclude_each_other(tmp_path: Path, capsys: pytest.Cap
     (tmp_path / "config.json").write_text(TrainConfig(data=Path("x")).to_json())
     assert main(["train", "--config", str(tmp_path / "config.json"), "--recipe", "imagenet_mobilevit_xxs"]) == 2
     assert "leave one of them out" in capsys.readouterr().err
+
+
+def test_the_docs_show_all() -> None:
+    page = Path(__file__).parents[2] / "docs" / "recipes.md"
+    assert describe_recipes() in page.read_text(encoding="utf-8")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -12,13 +14,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from mobilevit.data.device_decoding import EncodedCrop, decode_crops
 from mobilevit.data.imageset import ImageSet
 from mobilevit.data.samplers import EpochSampler, Key, OrderedSampler, Segment, SizedBatch, Step
 from mobilevit.preprocessing import ImageError, open_image
 
-Transform = Callable[..., tuple[Tensor, Any]]
-"""What `open_image` has opened, its target and, where steps differ in size, (H, W) -> uint8 (3, H, W) and what the
-batch is to hold of the target."""
+Transform = Callable[..., tuple[Tensor | EncodedCrop, Any]]
+"""What `open_image` has opened, its target and, where steps differ in size, (H, W) -> uint8 (3, H, W) or what the
+device is to decode, and what the batch is to hold of the target."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +36,8 @@ class Batch:
     """Position of each picture in its `ImageSet`."""
     errors: list[str]
     """One line for each picture left out."""
+    crops: Sequence[EncodedCrop] = ()
+    """Instead of `images`, where the device decodes: pictures that `to` makes images of."""
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -42,13 +47,22 @@ class Batch:
         return self.map(Tensor.pin_memory)
 
     def to(self, device: torch.device) -> Batch:
-        """The batch on a device; the copy from pinned memory is not waited for."""
-        return self.map(lambda tensor: tensor.to(device, non_blocking=True))
+        """The batch on a device, decoded if need be; the copy from pinned memory is not waited for."""
+        if not self.crops:
+            return self.map(lambda tensor: tensor.to(device, non_blocking=True))
+        images, places, errors = decode_crops(self.crops, device)
+        kept = torch.tensor(places, dtype=torch.int64)
+        return Batch(
+            images=images,
+            targets=_map_tensors(self.targets, lambda tensor: tensor[kept].to(device, non_blocking=True)),
+            indices=[self.indices[place] for place in places],
+            errors=self.errors + errors,
+        )
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
         """The batch with every tensor changed: moved to a device, for one."""
         targets = _map_tensors(self.targets, change)
-        return Batch(images=change(self.images), targets=targets, indices=self.indices, errors=self.errors)
+        return dataclasses.replace(self, images=change(self.images), targets=targets)
 
 
 def _map_tensors(targets: Any, change: Callable[[Tensor], Tensor]) -> Any:
@@ -89,13 +103,17 @@ def _arrived(batch: Batch, copied: torch.cuda.Event) -> Batch:
     return batch.map(keep)
 
 
-class _Pictures(Dataset[tuple[int, Tensor | str, Any]]):
+_Item = tuple[int, Tensor | EncodedCrop | str, Any]
+"""Number of a picture; pixels, what is to be decoded, or why there is neither; target."""
+
+
+class _Pictures(Dataset[_Item]):
     """Items are asked for with their seed, so that a worker process has no random state worth keeping."""
 
     def __init__(self, data: ImageSet[Any], transform: Transform) -> None:
         self.data, self.transform = data, transform
 
-    def __getitem__(self, key: Key) -> tuple[int, Tensor | str, Any]:
+    def __getitem__(self, key: Key) -> _Item:
         index, seed, size = key
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)  # not torch.manual_seed, which also sets those of GPUs
@@ -185,14 +203,16 @@ class BatchLoader:
         return self._sampler.start(epoch, segments, first_step)
 
 
-def _collate(collate: Callable[[Sequence[Any]], Any], items: Sequence[tuple[int, Tensor | str, Any]]) -> Batch:
-    good = [(index, pixels, target) for index, pixels, target in items if isinstance(pixels, Tensor)]
-    images = _stacked([pixels for _, pixels, _ in good]) if good else torch.empty(0, 1, 1, 3, dtype=torch.uint8)
+def _collate(collate: Callable[[Sequence[Any]], Any], items: Sequence[_Item]) -> Batch:
+    good = [(index, picture, target) for index, picture, target in items if not isinstance(picture, str)]
+    pixels = [picture for _, picture, _ in good if isinstance(picture, Tensor)]
+    images = _stacked(pixels) if pixels else torch.empty(0, 1, 1, 3, dtype=torch.uint8)
     return Batch(
         images=images.permute(0, 3, 1, 2),
         targets=collate([target for _, _, target in good]) if good else None,
         indices=[index for index, _, _ in good],
-        errors=[pixels for _, pixels, _ in items if isinstance(pixels, str)],
+        errors=[picture for _, picture, _ in items if isinstance(picture, str)],
+        crops=[picture for _, picture, _ in good if not isinstance(picture, Tensor)],
     )
 
 
@@ -206,7 +226,7 @@ def _stacked(pictures: Sequence[Tensor]) -> Tensor:
     if get_worker_info() is None:
         images = torch.empty(shape, dtype=torch.uint8)
     else:
-        storage = torch.UntypedStorage._new_shared(len(pictures) * height * width * 3)
+        storage = torch.UntypedStorage._new_shared(math.prod(shape))  # type: ignore[no-untyped-call]
         images = torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)
     return torch.stack([pixels.permute(1, 2, 0) for pixels in pictures], out=images)
 

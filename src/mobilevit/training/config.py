@@ -27,7 +27,7 @@ _INPUTS: dict[Task, tuple[int, ResizeMode]] = {
 
 _ONLY_FOR: dict[str, tuple[Task, ...]] = {
     **dict.fromkeys(("min_crop_area", "randaugment", "mixup", "cutmix", "random_erasing"), ("classification",)),
-    **dict.fromkeys(("label_smoothing", "class_weights"), ("classification",)),
+    **dict.fromkeys(("label_smoothing", "class_weights", "decode"), ("classification",)),
     **dict.fromkeys(("multi_scale", "train_sizes", "max_batch_size"), ("classification",)),
     **dict.fromkeys(("teacher", "teacher_weights"), ("classification",)),
     **dict.fromkeys(("distillation_share", "distillation_temperature"), ("classification",)),
@@ -164,6 +164,8 @@ class TrainConfig:
     """Several GPUs: statistics over the batches of all of them, as published for boxes and masks."""
     compile: bool = False
     """Compile the model with torch.compile: minutes at first, faster after."""
+    decode: Literal["cpu", "device"] = "cpu"
+    """Classification: where JPEGs are decoded and cropped. device: on the GPU, if reading processes cannot keep up."""
     num_workers: int | None = None
     """Processes that read pictures; 0 reads in the main one. Without it, by the number of cores."""
     seed: int = 0
@@ -306,6 +308,8 @@ class TrainConfig:
             "resize_mode", self.task != "segmentation" or self.resize_mode != "crop", "stretch or pad for masks"
         )
         self._require("randaugment", self.randaugment <= 30, "at most 30")
+        for name in ("randaugment", "random_erasing"):
+            self._require(name, self.decode == "cpu" or getattr(self, name) == 0, "0 with --decode device")
         self._require("num_workers", self.num_workers is None or self.num_workers >= 0, "0 or more")
         self._require("patch_size", min(self.patch_size) >= 1, "three sizes of 1 or more")
 

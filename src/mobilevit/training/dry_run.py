@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mobilevit.data.datasets import load_train_val
 from mobilevit.data.loaders import Batch, ahead_on
@@ -160,7 +160,7 @@ def _dry_run(config: TrainConfig, world: World, device: torch.device) -> DryRun:
         sizes=_plans(config, steps, seconds, world),
         updates=updates_per_epoch * config.epochs,
         weights_mb=round((copies * bytes_of_state + 3 * sum(p.nbytes for p in trained)) / 1e6, 1),
-        activations_mb=round(_saved_bytes(learner, largest) / 1e6, 1) if largest is not None else 0.0,
+        activations_mb=_activations_mb(learner, largest),
         peak_memory_mb=peak_memory_mb(device),
         validation_seconds=round(validation, 3),
     )
@@ -241,24 +241,32 @@ def _validation_seconds(learner: Learner, val_set: Any, world: World) -> float:
     return spent / max(pictures, 1) * len(val_set) / world.size / (workers if learner.device.type == "cuda" else 1)
 
 
-def _saved_bytes(learner: Learner, batch: Batch) -> int:
+def _activations_mb(learner: Learner, batch: Batch | None) -> float:
+    if batch is None:
+        return 0.0
+    learner.train_mode()
+    images = learner.preprocessing.normalize(batch.images)
+    return round(saved_bytes(learner.model, images, amp_dtype=learner.amp_dtype) / 1e6, 1)
+
+
+def saved_bytes(model: nn.Module, images: Tensor, *, amp_dtype: torch.dtype | None = None) -> int:
     """What a forward pass keeps for the backward pass, each piece of memory once, without the weights."""
-    weights = {p.untyped_storage().data_ptr() for p in learner.model.parameters()}
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, int] = {}
+    held: list[Tensor] = []  # so that no address is used twice
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in weights:
             kept[storage.data_ptr()] = storage.nbytes()
+            held.append(tensor)
         return tensor
 
-    images = learner.preprocessing.normalize(batch.images)
-    learner.train_mode()
     with (
         torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
-        torch.autocast(learner.device.type, dtype=learner.amp_dtype, enabled=learner.amp_dtype is not None),
+        torch.autocast(images.device.type, dtype=amp_dtype, enabled=amp_dtype is not None),
     ):
-        learner.model(images)
+        model(images)
     return sum(kept.values())
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mobilevit.data.device_decoding import EncodedCropTransform
 from mobilevit.data.imageset import ImageSet
 from mobilevit.data.loaders import Transform
 from mobilevit.data.transforms import (
@@ -57,14 +58,21 @@ def _classification(
     class_weights = None
     if config.class_weights == "balanced":
         class_weights = balanced_class_weights(data.targets, len(data.classes)).to(device)
-    return Objective(
-        transform=ClassificationTransform(
+    transform: Transform
+    if config.decode == "device":
+        transform = EncodedCropTransform(
+            preprocessing=preprocessing, min_crop_area=config.min_crop_area, flip=config.flip
+        )
+    else:
+        transform = ClassificationTransform(
             preprocessing=preprocessing,
             min_crop_area=config.min_crop_area,
             flip=config.flip,
             randaugment=config.randaugment,
             random_erasing=config.random_erasing,
-        ),
+        )
+    return Objective(
+        transform=transform,
         collate=torch.tensor,
         loss=partial(classification_loss, label_smoothing=config.label_smoothing, class_weights=class_weights),
         mix=mix_transform(len(data.classes), mixup=config.mixup, cutmix=config.cutmix),

@@ -1,0 +1,98 @@
+"""JPEGs decoded, cropped and resized where the model is: for GPUs that few cores cannot feed.
+
+Reading processes then only read, and draw crop and flip; the compressed pictures travel to the training process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torchvision.io import decode_jpeg
+
+from mobilevit.data.transforms import random_crop
+from mobilevit.preprocessing import EncodedImage, ImageError, Preprocessing, Source, open_image
+
+
+class EncodedCrop(NamedTuple):
+    """A picture that is still to be decoded, and what is to be shown of it."""
+
+    name: str
+    """For errors."""
+    data: bytes | Tensor
+    """A JPEG that the device can decode; of others the pixels, uint8 (3, H, W)."""
+    crop: tuple[int, int, int, int]
+    """Left, top, right, bottom in pixels."""
+    size: tuple[int, int]
+    """(height, width) to be resized to."""
+    flip: bool
+    """Whether to mirror it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodedCropTransform:
+    """What `ClassificationTransform` draws, with the same random numbers, without doing it."""
+
+    preprocessing: Preprocessing
+    """Size."""
+    min_crop_area: float
+    """Smallest share of the picture's area a crop may have."""
+    flip: bool = True
+    """Mirror half of the pictures."""
+
+    def __call__(
+        self, picture: Source | EncodedImage, label: int, size: tuple[int, int] | None = None
+    ) -> tuple[EncodedCrop, int]:
+        """`size` is (height, width), where it is not that of the preprocessing."""
+        encoded = open_image(picture)
+        crop = random_crop(encoded.size, self.min_crop_area)
+        flip = self.flip and bool(torch.rand(()) < 0.5)
+        data: bytes | Tensor = encoded.plain_jpeg if encoded.plain_jpeg is not None else encoded.pixels()
+        return EncodedCrop(encoded.name, data, crop, size or self.preprocessing.size, flip), label
+
+
+def decode_crops(crops: Sequence[EncodedCrop], device: torch.device) -> tuple[Tensor, list[int], list[str]]:
+    """Decode, crop, resize (bicubic, antialiased) and mirror on a device; all crops have one size.
+
+    Returns:
+        uint8 (B, 3, height, width), channels-last in memory; the places in `crops` of those B; and a line for each
+        picture that cannot be decoded.
+    """
+    shown, places, errors = [], [], []
+    for place, (crop, pixels) in enumerate(zip(crops, _decoded(crops, device), strict=True)):
+        if isinstance(pixels, ImageError):
+            errors.append(str(pixels))
+            continue
+        left, top, right, bottom = crop.crop
+        part = pixels[None, :, top:bottom, left:right].to(device, torch.float32)
+        resized = nn.functional.interpolate(part, crop.size, mode="bicubic", antialias=True)
+        shown.append(resized[0].flip(-1) if crop.flip else resized[0])
+        places.append(place)
+    height, width = crops[0].size
+    images = torch.stack(shown) if shown else torch.empty(0, 3, height, width, device=device)
+    images = images.round().clamp(0, 255).to(torch.uint8)
+    return images.contiguous(memory_format=torch.channels_last), places, errors
+
+
+def _decoded(crops: Sequence[EncodedCrop], device: torch.device) -> list[Tensor | ImageError]:
+    """Pixels, uint8 (3, H, W), or why there are none."""
+    encoded = [place for place, crop in enumerate(crops) if isinstance(crop.data, bytes)]
+    found: dict[int, Tensor | ImageError] = {}
+    try:
+        buffers = [torch.frombuffer(bytearray(crops[place].data), dtype=torch.uint8) for place in encoded]
+        if buffers:
+            found = dict(zip(encoded, decode_jpeg(buffers, device=device), strict=True))
+    except RuntimeError:  # one of them is damaged, or of a kind that the device does not know
+        found = {place: _by_itself(crops[place]) for place in encoded}
+    return [crop.data if isinstance(crop.data, Tensor) else found[place] for place, crop in enumerate(crops)]
+
+
+def _by_itself(crop: EncodedCrop) -> Tensor | ImageError:
+    assert isinstance(crop.data, bytes)
+    try:
+        return open_image(crop.data, crop.name).pixels()
+    except ImageError as error:
+        return error

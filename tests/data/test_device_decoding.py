@@ -1,0 +1,106 @@
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mobilevit.data.device_decoding import EncodedCropTransform
+from mobilevit.data.imageset import ImageSet
+from mobilevit.data.loaders import Batch, BatchLoader, ahead_on
+from mobilevit.data.samplers import SizedBatch
+from mobilevit.data.shapes import render_scene
+from mobilevit.data.transforms import ClassificationTransform
+from mobilevit.preprocessing import Preprocessing
+
+CPU = torch.device("cpu")
+SMALL = Preprocessing(size=(48, 64))
+
+
+def encoded(kind: str, number: int) -> bytes:
+    image, data = render_scene(number, size=90).image, io.BytesIO()
+    image.convert("L" if kind == "grey" else "RGB").save(data, "PNG" if kind == "PNG" else "JPEG", quality=95)
+    return data.getvalue()
+
+
+def pictures(*files: bytes) -> ImageSet[int]:
+    return ImageSet(
+        task="classification",
+        origin="",
+        names=[f"{n}.jpg" for n in range(len(files))],
+        targets=list(range(len(files))),
+        classes=tuple(map(str, range(len(files)))),
+        open=files.__getitem__,
+    )
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_the_device_shows_what_the_cpu_would(num_workers: int) -> None:
+    data = pictures(*(encoded(kind, n) for n, kind in enumerate(["JPEG", "JPEG", "PNG", "grey", "JPEG", "JPEG"])))
+    batches: list[list[Batch]] = []
+    for transform in (
+        EncodedCropTransform(preprocessing=SMALL, min_crop_area=0.3),
+        ClassificationTransform(preprocessing=SMALL, min_crop_area=0.3),
+    ):
+        sizes = [SizedBatch(size=(32, 48), batch_size=3), SizedBatch(size=(64, 64), batch_size=2)]
+        loader = BatchLoader(data, transform, batch_size=3, num_workers=num_workers, shuffle_seed=4, sizes=sizes)
+        loader.start(1)
+        batches.append(list(ahead_on(CPU, loader.epoch())))
+    assert len(batches[0]) == len(batches[1]) > 1
+    for ours, theirs in zip(*batches, strict=True):
+        assert ours.indices == theirs.indices
+        assert torch.equal(ours.targets, theirs.targets)
+        difference = (ours.images.int() - theirs.images.int()).abs()  # bytes are rounded once more on the CPU
+        assert difference.max() <= 4
+        assert difference.float().mean() < 0.5
+        assert ours.images.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_damaged_pictures_are_named_and_left_out() -> None:
+    whole = encoded("JPEG", 1)
+    data = pictures(whole, whole[: len(whole) // 2], b"no picture", whole)
+    loader = BatchLoader(
+        data, EncodedCropTransform(preprocessing=SMALL, min_crop_area=1.0), batch_size=4, num_workers=0, shuffle_seed=0
+    )
+    loader.start(0)
+    (batch,) = ahead_on(CPU, loader.epoch())
+    assert sorted(batch.indices) == [0, 3]
+    assert batch.targets.tolist() == batch.indices
+    assert batch.images.shape == (2, 3, 48, 64)
+    assert sorted(error.split(":")[0] for error in batch.errors) == ["1.jpg", "2.jpg"]
+
+
+def test_a_batch_without_a_readable_picture() -> None:
+    half = encoded("JPEG", 1)[:600]
+    loader = BatchLoader(
+        pictures(half, half), EncodedCropTransform(preprocessing=SMALL, min_crop_area=1.0), batch_size=2,
+        num_workers=0, shuffle_seed=0,
+    )  # fmt: skip
+    loader.start(0)
+    (batch,) = ahead_on(CPU, loader.epoch())
+    assert (len(batch), len(batch.errors), batch.images.shape[0]) == (0, 2, 0)
+
+
+def test_training_reads_that_way(shapes: object, tmp_path: object) -> None:
+    from pathlib import Path
+
+    from mobilevit.training.config import TrainConfig
+    from mobilevit.training.loop import train
+
+    folder = Path(str(tmp_path)) / "jpegs"
+    for path in Path(str(shapes)).rglob("*.png"):
+        target = folder / path.parent.name / f"{path.stem}.jpg"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.asarray(Image.open(path).convert("RGB"))).save(target, quality=95)
+    losses = []
+    for decode in ("cpu", "device"):
+        config = TrainConfig(
+            data=folder, out=Path(str(tmp_path)) / decode, image_size=32, epochs=1, batch_size=8, num_workers=0,
+            learning_rate=1e-3, decode=decode,
+        )  # fmt: skip
+        losses.append(train(config).report.summary["loss"])
+    assert losses[0] == pytest.approx(losses[1], abs=0.01)
+    with pytest.raises(ValueError, match="--randaugment is 9; it must be 0 with --decode device"):
+        TrainConfig(data=folder, decode="device", randaugment=9).validate()
