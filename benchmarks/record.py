@@ -17,7 +17,7 @@ from mobilevit.files import write_json
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = (
     "torch", "torchvision", "timm", "transformers", "pillow", "numpy", "onnx", "onnxruntime", "openvino", "nncf",
-    "executorch", "torchao", "litert-torch", "ai-edge-litert", "ai-edge-quantizer", "triton",
+    "executorch", "torchao", "ray", "pyarrow", "litert-torch", "ai-edge-litert", "ai-edge-quantizer", "triton",
 )  # fmt: skip
 
 

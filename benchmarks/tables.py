@@ -1,4 +1,4 @@
-"""Fill the tables of the READMEs, docs/benchmarks.md and docs/training-at-scale.md from the result files.
+"""Fill the tables of the READMEs and of the pages in docs/ named in PAGES from the result files.
 
     python benchmarks/tables.py            # rewrite what stands between the marks `results` and `/results`
     python benchmarks/tables.py --check    # exit status 1 if a page is out of date
@@ -39,6 +39,7 @@ MEASUREMENTS = (
     "inference", "engines", "quantization", "mobile_runtimes", "training_speed", *FLOWERS.values(),
     *FROM_SCRATCH.values(), "postprocessing", *DEMOS, "resume", "startup",
     "data_pipeline", "processes", "experiments", "experiments_time", "imagenet_costs", "training_speed_bf16",
+    "browser", "serving", "bulk",
 )  # fmt: skip
 
 
@@ -678,6 +679,21 @@ def imagenet_tables(results: Results) -> str:
     return "\n\n".join([*parts, table(head, rows)])
 
 
+def browser_table(results: Results) -> str:
+    found = results["browser"]
+    columns = {
+        "Chromium, 1 thread": "browser, 1 threads",
+        "2 threads": "browser, 2 threads",
+        "2 threads, with decoding and resizing": "browser with picture, 2 threads",
+        "ONNX Runtime natively, 1 thread": "native, 1 threads",
+        "2 threads, natively": "native, 2 threads",
+    }
+    rows = [[name, *(number(sides[key]) for key in columns.values())] for name, sides in found["figures"].items()]
+    parts = [table(("", *columns), rows)]
+    parts.append(f"Chromium {found['chromium']}, ONNX Runtime Web {found['onnxruntime-web']}.")
+    return "\n\n".join([*parts, circumstances(results, ["browser"])])
+
+
 AT_SCALE = (
     Section(
         title="Measured: reading",
@@ -729,6 +745,98 @@ AT_SCALE = (
 )
 
 
+def serving_tables(results: Results) -> str:
+    if "serving" not in results:
+        return "No result file yet; the command above writes it."
+    parts = results["serving"]["parts"]
+    lines = []
+    if "throughput" in parts:
+        found = parts["throughput"]
+        names = [name for name in ("torch", "tuned") if name in found]
+        engines = {"torch": "PyTorch", "tuned": f"tuned ({found.get('tuned_engine', '')})"}
+        rows = [
+            ["served, pictures/s", *(number(found[name]["pictures_per_second"]["server"]) for name in names)],
+            ["engine alone, pictures/s", *(number(found[name]["pictures_per_second"]["engine"]) for name in names)],
+            [
+                "`Predictor.stream`, pictures/s",
+                *(number(found[name]["pictures_per_second"]["stream"]) for name in names),
+            ],
+            ["served, share of the engine", *(percent(found[name]["share_of_engine"], 0) for name in names)],
+            ["served, share of `stream`", *(percent(found[name]["share_of_stream"], 0) for name in names)],
+            ["latency p50, p95, p99, ms", *(_percentiles(found[name]) for name in names)],
+            ["the client's share of the cores", *(percent(found[name]["client_share_of_cpu"]) for name in names)],
+        ]
+        lines.append(table(("", *(engines[name] for name in names)), rows))
+    if "overload" in parts:
+        found = parts["overload"]
+        statuses, memory = found["statuses"], found["megabytes"]
+        lines.append(
+            f"Four times what it can answer, {number(found['offered_per_second'])} requests a second for "
+            f"{number(found['minutes'])} minutes: {statuses.get('200', 0):,} answered, {statuses.get('503', 0):,} "
+            f"refused with status 503, {found['lost']} lost; {_percentiles(found)} ms (p50, p95, p99) of these. "
+            f"Memory of all processes in the second minute {number(memory['second_minute'])} MB, in the last "
+            f"{number(memory['last_minute'])} MB ({100 * memory['growth']:+.1f} %)."
+        )
+    if "fuzz" in parts:
+        found = parts["fuzz"]
+        kinds = ", ".join(found["outcomes"])
+        lines.append(
+            f"{found['uploads']:,} mutated uploads ({kinds}): {len(found['server_errors'])} answered by 5xx other than "
+            f"503, {found['tracebacks_in_the_log']} tracebacks, the same processes afterwards: "
+            f"{'yes' if found['same_processes_afterwards'] else 'no'}."
+        )
+    if "sigterm" in parts:
+        runs = parts["sigterm"]["runs"]
+        lines.append(
+            f"SIGTERM under load, {len(runs)} times: {sum(run['answered'] for run in runs):,} requests answered, "
+            f"{sum(run['accepted_and_lost'] for run in runs)} accepted and lost, "
+            f"{sum(run['connections_reset_before_acceptance'] for run in runs)} reset before they were read; "
+            f"ended within {max(run['seconds_to_stop'] for run in runs):.1f} s."
+        )
+    if "kill" in parts:
+        runs = parts["kill"]["runs"]
+        lines.append(
+            f"SIGKILL of one of {parts['kill']['workers']} workers under load, {len(runs)} times: replaced within "
+            f"{max(run['seconds_until_replaced'] for run in runs):.1f} s, the other one answering meanwhile; "
+            f"connections that died with it: {', '.join(str(run['connections_that_died_with_it']) for run in runs)}."
+        )
+    commands = dict.fromkeys(public(part["command"]) for part in parts.values())
+    told = [f"- `benchmarks/results/serving.json`: {', '.join(f'`{command}`' for command in commands)}"]
+    return "\n\n".join([*lines, "\n".join([*told, f"- {machine(results['serving'])}"])])
+
+
+def _percentiles(found: dict[str, Any]) -> str:
+    return ", ".join(f"{found[name]:,.0f}" for name in ("p50_ms", "p95_ms", "p99_ms"))
+
+
+def bulk_tables(results: Results) -> str:
+    if "bulk" not in results:
+        return "No result file yet; the command above writes it."
+    figures = results["bulk"]["figures"]
+    runs = {name: run for name, run in figures.items() if isinstance(run, dict) and "pictures_per_second" in run}
+    rows = [
+        ["to parquet, pictures/s", *(number(run["pictures_per_second"]) for run in runs.values())],
+        ["engine alone, pictures/s", *(number(run["engine_per_second"]) for run in runs.values())],
+        ["to parquet, share of the engine", *(percent(run["share_of_engine"], 0) for run in runs.values())],
+        [
+            "engine alone, a batch on each core, pictures/s",
+            *(number(run["engine_side_by_side_per_second"]) for run in runs.values()),
+        ],
+        ["`Predictor.stream`, pictures/s", *(number(run["stream_per_second"]) for run in runs.values())],
+        ["seconds, with opening the model", *(number(run["seconds"]) for run in runs.values())],
+        *(
+            [f"memory, {when}, MB", *(number(run["memory_mb"][when]) for run in runs.values())]
+            for when in ("a third into the run", "near its end", "peak")
+        ),
+    ]
+    killed = figures["killed"]
+    told = (
+        f"Killed by SIGKILL and started again: {killed['rows kept']:,} rows were kept, "
+        f"{killed['rows made by the second run']:,} made, {killed['rows']:,} in all, each picture once."
+    )
+    return "\n\n".join([table(("", *runs), rows), told, circumstances(results, ["bulk"])])
+
+
 def circumstances(results: Results, names: list[str]) -> str:
     """Where and how the figures of some result files came about; said once where it is the same."""
     lines: list[str] = []
@@ -778,6 +886,9 @@ PAGES: dict[str, Callable[[Results], str]] = {
     "README.md": lambda results: short_table(results, ENGLISH),
     "README.zh-CN.md": lambda results: short_table(results, CHINESE),
     "docs/benchmarks.md": full_tables,
+    "docs/bulk.md": bulk_tables,
+    "docs/serving.md": serving_tables,
+    "docs/browser.md": lambda results: browser_table(results) if "browser" in results else "Not measured yet.",
     "docs/training-at-scale.md": lambda results: sections_of(results, AT_SCALE),
 }
 

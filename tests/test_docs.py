@@ -11,6 +11,7 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -114,9 +115,33 @@ def test_code_blocks_run(page: str, reader: Path) -> None:
                 run_line(line.partition(" #")[0].strip())
 
 
+_SERVERS: list[subprocess.Popen[str]] = []
+
+
+@pytest.fixture(autouse=True)
+def _servers_end_with_their_page() -> Iterator[None]:
+    yield
+    while _SERVERS:
+        server = _SERVERS.pop()
+        server.terminate()
+        assert server.wait(60) == 0
+
+
+def start_server(line: str) -> None:
+    """What a reader leaves running: a page's other blocks ask it."""
+    command = [sys.executable, "-m", *shlex.split(line.rstrip("& "))]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    _SERVERS.append(server)
+    assert server.stdout is not None
+    assert server.stdout.readline().startswith("serving at http"), line
+
+
 def run_line(line: str) -> None:
     """A plain `mobilevit` command in this process, which is quick; anything with a shell's signs in a shell."""
     if not line or line.startswith("#"):
+        return
+    if line.startswith("mobilevit serve "):
+        start_server(line)
         return
     if line.startswith("mobilevit train ") and "--resume" not in line and "--recipe list" not in line:
         line = re.sub(r" --epochs \d+", "", line) + " --epochs 1"

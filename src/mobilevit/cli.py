@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
-import glob
 import io
 import json as jsonlib
 import logging
@@ -21,8 +20,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 import tyro
 from tyro.conf import Positional, arg
 
+from mobilevit.serving.settings import ServeConfig
 from mobilevit.training.config import TrainConfig
-from mobilevit.training.recipes import RECIPES, find_recipe
+from mobilevit.training.recipes import describe_recipes, find_recipe
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -59,7 +59,7 @@ class Train:
     config: Path | None = None
     """Take settings from a run's config.json; flags change single ones."""
     recipe: str | None = None
-    """Take settings from a named recipe, such as coco-detection; flags change single ones. "list" shows all."""
+    """Take settings from a named recipe, such as small_detection; flags change single ones. "list" shows all."""
     resume: bool = False
     """Go on with the run in --out from its last checkpoint."""
     overwrite: bool = False
@@ -203,7 +203,7 @@ class Predict:
     checkpoint: Positional[Path]
     """A .safetensors of this package, a file of ml-cvnets, timm or transformers, or an exported file."""
     pictures: Positional[tuple[str, ...]]
-    """Files, folders (all pictures below), globs, or -."""
+    """Files, folders (all pictures below), globs, or -; with --out, places such as s3://bucket/folder, too."""
     save: Path | None = None
     """Write the pictures with their labels, boxes or colours into this folder."""
     top: int = 3
@@ -220,13 +220,31 @@ class Predict:
     """auto, cpu, cuda, cuda:1 or mps."""
     threads: int | None = None
     """To compute with on the CPU; all cores if not given."""
-    engine: Literal["torch", "compile", "auto"] = "torch"
-    """What runs a checkpoint; auto: what `mobilevit tune` found."""
+    engine: Literal["torch", "compile", "auto", "ray"] = "torch"
+    """What runs a checkpoint; auto: what `mobilevit tune` found. ray, with --out: PyTorch, or an exported file's own
+    runtime, in many processes of Ray Data, on this machine or a cluster."""
     json: bool = False
-    """One line of JSON a picture."""
+    """One line of JSON a picture; with --out, what was done."""
+    out: Path | None = None
+    """For many pictures: write rows into parquet files in this folder instead of printing. The same command goes on
+    where it was stopped; a picture that cannot be read gets a row with its error."""
+    overwrite: bool = False
+    """With --out: replace what is there."""
+    workers: int | None = None
+    """With --out: batches at work at once; with ray, processes with a model each. As many as cores, if not given."""
+    ray_address: str | None = None
+    """With ray: the cluster, such as auto or ray://head:10001. Without it, RAY_ADDRESS, or this machine alone."""
 
     def run(self) -> int:
         """Predict; 2 if a picture could not be read, after the others."""
+        if self.out is not None:
+            return self._run_in_bulk(self.out)
+        for flag, is_given in (
+            ("--engine ray", self.engine == "ray"), ("--overwrite", self.overwrite),
+            ("--workers", self.workers is not None), ("--ray-address", self.ray_address is not None),
+        ):  # fmt: skip
+            if is_given:
+                raise UsageError(f"{flag} is for parquet files; name a folder for them with --out")
         from mobilevit.files import write_json
         from mobilevit.inference.predictor import Predictor
         from mobilevit.preprocessing import ImageError
@@ -236,6 +254,7 @@ class Predict:
 
         if not self.pictures:
             raise UsageError("no pictures; name files, folders, globs, or - for standard input")
+        assert self.engine != "ray"
         predictor = Predictor(
             self.checkpoint,
             device=self.device,
@@ -287,28 +306,51 @@ class Predict:
             log.error("error: %d of the pictures cannot be read; the others are done", failed)
         return 2 if failed else 0
 
+    def _run_in_bulk(self, out: Path) -> int:
+        """Rows into parquet files; 2 if a picture could not be read, 1 if it was stopped."""
+        from mobilevit.inference.bulk import BulkJob, predict_in_bulk
+        from mobilevit.inference.sources import find_sources
+
+        for flag, given in (("--save", self.save), ("--coco", self.coco)):
+            if given is not None:
+                raise UsageError(f"{flag} and --out do not go together; leave one out")
+        if self.ray_address is not None and self.engine != "ray":
+            raise UsageError("--ray-address is for --engine ray")
+        if not self.pictures:
+            raise UsageError("no pictures; name files, folders, globs, places such as s3://bucket/folder, or -")
+        job = BulkJob(
+            model=self.checkpoint,
+            out=out,
+            top=self.top,
+            min_score=self.min_score,
+            masks=self.masks,
+            batch_size=self.batch_size,
+            device=self.device,
+            threads=self.threads,
+            engine=self.engine,
+            workers=self.workers,
+            ray_address=self.ray_address,
+            overwrite=self.overwrite,
+        )
+        named: Sequence[str] = self.pictures
+        if list(named) == ["-"]:
+            lines = (os.fsdecode(line).strip() for line in sys.stdin.buffer)
+            named = [line for line in lines if line]
+        report = predict_in_bulk(job, find_sources(named))
+        if self.json:
+            _print_json(report.to_dict())
+        else:
+            print(report.describe())
+        return 1 if report.stopped else 2 if report.num_errors else 0
+
 
 def _sources(arguments: Sequence[str]) -> tuple[Sequence[Source] | Iterator[Source], int]:
     """Pictures for what a user named, and how many (0: not known)."""
-    from mobilevit.preprocessing import find_images
+    from mobilevit.inference.sources import find_local
 
     if list(arguments) == ["-"]:
         return _from_standard_input(), 0
-    found: list[Source] = []
-    for argument in arguments:
-        path = Path(argument)
-        if path.is_dir():
-            inside = [str(p) for p in find_images(path)]
-            if not inside:
-                raise ValueError(f"{argument}: no pictures in this folder")
-            found += inside
-        elif not path.exists() and glob.has_magic(argument):
-            matches = sorted(m for m in glob.glob(argument, recursive=True) if Path(m).is_file())  # noqa: PTH207, absolute patterns too
-            if not matches:
-                raise ValueError(f"{argument}: matches no file")
-            found += matches
-        else:
-            found.append(argument)  # a missing file is reported by name, and the others go on
+    found: list[Source] = [name for argument in arguments for name in find_local(argument)]
     return found, len(found)
 
 
@@ -338,6 +380,55 @@ class _FreeNames:
         return name
 
 
+# -- explain ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Explain:
+    """Draw what a pixel attends to in every block, layer and head, and which parts of the picture decided."""
+
+    checkpoint: Positional[Path]
+    """A .safetensors of this package, or a file of ml-cvnets, timm or transformers."""
+    picture: Positional[Path]
+    """The picture."""
+    pixel: tuple[int, int] | None = None
+    """x and y of the pixel to look from, counted from 0 at the top left. Without it, where the most decided."""
+    figure: Literal["attention", "patches", "both"] = "attention"
+    """attention: what the pixel attends to. patches: how this picture is unfolded into sequences, for teaching."""
+    out: Path = Path("explanation.png")
+    """The picture to write; with both, the second gets "-patches" behind its name."""
+    json: bool = False
+    """Print figures as JSON, too."""
+
+    def run(self) -> int:
+        """Explain, draw, print."""
+        from mobilevit import factory
+        from mobilevit.inference.artefact import is_artefact
+        from mobilevit.inference.explain import explain
+
+        if is_artefact(self.checkpoint):
+            raise ValueError(f"{self.checkpoint}: explain looks inside; give it the checkpoint it was exported from")
+        explanation = explain(factory.load(self.checkpoint), self.picture, pixel=self.pixel)
+        patches = self.out if self.figure == "patches" else self.out.with_stem(f"{self.out.stem}-patches")
+        if self.figure != "patches":
+            explanation.draw(self.out)
+        if self.figure != "attention":
+            explanation.draw_patches(patches)
+        if self.json:
+            _print_json(explanation.to_dict())
+            return 0
+        x, y = explanation.pixel
+        print(f"{explanation.label}  {explanation.score:.1%}, looked at from pixel {x} {y}")
+        for block in explanation.blocks:
+            (ph, pw), spread = block.patch_size, block.attended().mean(axis=1)
+            told = ", ".join(f"{value:.1f}" for value in spread)
+            print(f"  {block.name}, patches of {ph} x {pw}: attends to {told} of {block.num_tokens} patches, by layer")
+        for path, drawn in ((self.out, self.figure != "patches"), (patches, self.figure != "attention")):
+            if drawn:
+                print(path)
+        return 0
+
+
 # -- export -----------------------------------------------------------------------------------------------------------
 
 
@@ -347,8 +438,9 @@ class Export:
 
     checkpoint: Positional[Path]
     """A .safetensors of this package, or a file of ml-cvnets, timm or transformers."""
-    format: tuple[Literal["onnx", "openvino", "executorch", "litert", "coreml", "pt2"], ...] = ("onnx",)
-    """One or more: onnx (servers, browsers), openvino (Intel, ARM), executorch and litert (phones), coreml, pt2."""
+    format: tuple[Literal["onnx", "openvino", "executorch", "litert", "coreml", "pt2", "web"], ...] = ("onnx",)
+    """One or more: onnx (servers), openvino (Intel, ARM), executorch and litert (phones), coreml, pt2; web: a folder
+    with a page that runs the model in the visitor's browser."""
     precision: Literal["fp32", "fp16", "bf16", "int8", "palettized"] = "fp32"
     """Numbers to compute with; int8 needs --calibration."""
     out: Path | None = None
@@ -389,7 +481,7 @@ class Export:
         if len(self.image_size) > 2:
             raise ValueError("--image-size takes one number, or height and width")
         if not self.format:
-            raise ValueError("--format names no format; choose onnx, openvino, executorch, litert, coreml or pt2")
+            raise ValueError("--format names no format; choose onnx, openvino, executorch, litert, coreml, pt2 or web")
         model = factory.load(self.checkpoint)
         measure = None if self.data is None else _measure_on(self.data, card_of(model))
         reports = [
@@ -697,6 +789,33 @@ class Tune:
         return 0
 
 
+# -- serve ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Serve:
+    """Answer over HTTP: predictions in batches, a web page, metrics; for one or more models."""
+
+    checkpoints: Positional[tuple[str, ...]]
+    """Checkpoints or exported files, each FILE or NAME=FILE; a request that names no model gets the first."""
+    settings: Annotated[ServeConfig, arg(name="")]
+
+    def run(self) -> int:
+        """Serve until told to stop."""
+        from mobilevit.serving.settings import name_models
+        from mobilevit.webpage import page_files
+
+        models = name_models(self.checkpoints)
+        # Threads that wait for each other while they spin take the cores from those that read pictures.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        try:
+            from mobilevit.serving.run import serve
+        except ImportError as error:
+            raise ValueError(f"{error.name} is not installed; pip install 'mobilevit[serve]'") from None
+        pages = page_files("server")
+        return serve(self.settings, models, pages, lambda address: print(f"serving at {address}", flush=True))
+
+
 # -- demo -------------------------------------------------------------------------------------------------------------
 
 
@@ -800,9 +919,11 @@ COMMANDS: dict[str, type[Command]] = {
     "train": Train,
     "eval": Eval,
     "predict": Predict,
+    "explain": Explain,
     "export": Export,
     "benchmark": Benchmark,
     "tune": Tune,
+    "serve": Serve,
     "info": Info,
     "convert": Convert,
     "data": Data,
@@ -848,7 +969,7 @@ def _parse(name: str, arguments: list[str]) -> Command | None:
         hint = f"did you mean {near[0]}? " if near else ""
         raise UsageError(f"unknown command {name!r}; {hint}Commands are {', '.join(COMMANDS)}")
     if name == "train" and _value_of("--recipe", arguments) == "list":
-        print(_list_of_recipes())
+        print(describe_recipes())
         return None
     defaults: dict[str, Any] = {"default": _train_defaults(arguments)} if name == "train" else {}
     said = io.StringIO()
@@ -891,11 +1012,6 @@ def _one_line(box: str) -> str:
     """The words of a tyro error without its frame."""
     lines = [line.strip("╭╮╰╯│─ ") for line in box.splitlines()]
     return " ".join(line for line in lines[1:] if line)
-
-
-def _list_of_recipes() -> str:
-    width = max(map(len, RECIPES))
-    return "\n".join(f"{name:<{width}}  {recipe.about}" for name, recipe in RECIPES.items())
 
 
 _WRONG_PATH = (errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENOENT)

@@ -6,10 +6,12 @@ import errno
 import json
 import os
 import tempfile
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+_ONE_AT_A_TIME = threading.Lock()
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -72,7 +74,8 @@ def write_json(path: str | os.PathLike[str], value: Any) -> Path:
 
 
 def _umask() -> int:
-    # The only portable way to read the umask is to set it.
-    mask = os.umask(0)
-    os.umask(mask)
+    # The only portable way to read the umask is to set it, which is the whole process's.
+    with _ONE_AT_A_TIME:
+        mask = os.umask(0)
+        os.umask(mask)
     return mask

@@ -55,6 +55,10 @@ class ImageError(ValueError):
     """A picture that cannot be read; the message names it and says why."""
 
 
+class TooManyPixelsError(ImageError):
+    """A picture that may be whole, but is too large to decode."""
+
+
 def read_image(source: Source | EncodedImage, name: str | None = None) -> Image.Image:
     """Decode a picture to upright 8-bit RGB.
 
@@ -71,8 +75,12 @@ def read_image(source: Source | EncodedImage, name: str | None = None) -> Image.
     return open_image(source, name).decode()
 
 
-def open_image(source: Source | EncodedImage, name: str | None = None) -> EncodedImage:
-    """Read a picture's header, not yet its pixels; arguments and errors are those of `read_image`."""
+def open_image(source: Source | EncodedImage, name: str | None = None, *, max_pixels: int = MAX_PIXELS) -> EncodedImage:
+    """Read a picture's header, not yet its pixels; arguments and errors are those of `read_image`.
+
+    Raises:
+        TooManyPixelsError: encoded bytes or a file have more than `max_pixels`, itself no more than `MAX_PIXELS`.
+    """
     if isinstance(source, EncodedImage):
         return source
     name = name or (os.fspath(source) if isinstance(source, str | os.PathLike) else "picture")
@@ -92,8 +100,9 @@ def open_image(source: Source | EncodedImage, name: str | None = None) -> Encode
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below decides
             image = Image.open(io.BytesIO(data), formats=_formats())
-        if image.width * image.height > MAX_PIXELS:
-            raise ImageError(f"{name}: {image.width} x {image.height} pixels are more than the limit of {MAX_PIXELS}")
+        if image.width * image.height > max_pixels:
+            told = f"{image.width} x {image.height} pixels are more than the limit of {max_pixels}"
+            raise TooManyPixelsError(f"{name}: {told}")
         return EncodedImage(image, name, data)
 
 
@@ -152,7 +161,7 @@ def _named(name: str) -> Iterator[None]:
     except ImageError:
         raise
     except Image.DecompressionBombError:
-        raise ImageError(f"{name}: more pixels than the limit of {MAX_PIXELS}") from None
+        raise TooManyPixelsError(f"{name}: more pixels than the limit of {MAX_PIXELS}") from None
     except FileNotFoundError:
         raise ImageError(f"{name}: no such file") from None
     except UnidentifiedImageError:

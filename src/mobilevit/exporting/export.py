@@ -165,7 +165,8 @@ def export(
     Args:
         model: from `create_model` or `load`, or a checkpoint file.
         out: folder to write to.
-        format: "onnx", "openvino", "executorch", "litert", "coreml" or "pt2".
+        format: "onnx", "openvino", "executorch", "litert", "coreml" or "pt2"; or "web", a folder with a page that runs
+            the model in the browser.
         precision: "fp32"; "fp16", "bf16", "int8" or "palettized" where the format has it.
         calibration: for int8: a folder of pictures of what the model will see, or 32 pictures and more.
         keep_float: int8: layers to leave in floating point, as `sensitivity` names them, with all below them.
@@ -188,6 +189,27 @@ def export(
     loaded = model if isinstance(model, nn.Module) else factory.load(model)
     card = card_of(loaded)
     stem = name or (card.name if isinstance(model, nn.Module) else Path(model).stem)
+    if format == "web":
+        from mobilevit.exporting.web import export_web
+
+        if batch_size != 1 or dynamic or label_map or sensitivity:
+            raise ValueError(
+                "a page takes one picture at a time, at one size; leave --batch-size, --dynamic, --label-map and "
+                "--sensitivity out"
+            )
+        return export_web(
+            loaded,
+            card,
+            Path(out),
+            name=stem,
+            precision=precision,
+            calibration=calibration,
+            keep_float=keep_float,
+            image_size=image_size,
+            pictures=pictures,
+            verify=verify,
+            evaluate=evaluate,
+        )
     kind, format_, precision_ = _known(format, precision)
     _check_wishes(
         card, format_, kind, dynamic, calibration, precision_, sensitivity=sensitivity, label_map=label_map, nms=nms
@@ -282,7 +304,7 @@ _SETTINGS: dict[tuple[Format, Precision], dict[str, str]] = {
 
 def _known(format: str, precision: str) -> tuple[Kind, Format, Precision]:  # noqa: A002
     if format not in FORMATS:
-        raise ValueError(f"format is {format!r}; it can be {', '.join(FORMATS)}")
+        raise ValueError(f"format is {format!r}; it can be {', '.join(FORMATS)} or web")
     kind = FORMATS[format]
     if precision not in kind.precisions:
         others = [name for name, other in FORMATS.items() if precision in other.precisions]

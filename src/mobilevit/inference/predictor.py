@@ -4,23 +4,41 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, overload
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import nn
 
-from mobilevit.inference.session import Engine, open_session
-from mobilevit.preprocessing import ImageError, Source, read_image
+from mobilevit.inference.session import ArtefactSession, Engine, open_session
+from mobilevit.models.card import ModelCard, Task
+from mobilevit.preprocessing import EncodedImage, ImageError, Source, read_image
 from mobilevit.tasks.classification import ClassificationResult
-from mobilevit.tasks.detection import DetectionResult, postprocess, to_pixels
+from mobilevit.tasks.detection import DetectionResult, Detections, postprocess, to_pixels
 from mobilevit.tasks.segmentation import SegmentationResult, most_at_once, to_label_map
 
 Result = ClassificationResult | DetectionResult | SegmentationResult
 
 DEFAULT_SCORE_THRESHOLD = 0.3
 """For detectors whose file names none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """A picture on its way through a `Predictor`: read, and resized for the model."""
+
+    source: str
+    """What the picture is called."""
+    size: tuple[int, int]
+    """(height, width) of the picture."""
+    image: Image.Image
+    """The upright RGB picture, which the result carries."""
+    pixels: torch.Tensor
+    """uint8 (3, H, W): the model's input before it is scaled."""
 
 
 class Predictor:
@@ -59,6 +77,13 @@ class Predictor:
         if self.card.task == "segmentation":
             self.batch_size = min(batch_size, most_at_once(len(self.card.classes), self.card.preprocessing.size))
 
+    @property
+    def engine(self) -> str:
+        """What runs the model: "torch", or format and precision of an exported file, such as "onnx fp32"."""
+        if isinstance(self._session, ArtefactSession):
+            return f"{self._session.artefact.format} {self._session.artefact.precision}"
+        return "torch"
+
     def warm_up(self) -> None:
         """Answer for a black picture, alone and in a full batch, so that the first real ones wait for nothing."""
         black = torch.zeros(3, *self.card.preprocessing.size, dtype=torch.uint8)
@@ -93,58 +118,73 @@ class Predictor:
         """Any number of pictures in bounded memory: for each, in order, a result or why there is none."""
         numbered = enumerate(sources, start=1)
         while chunk := list(itertools.islice(numbered, self.batch_size)):
-            read: list[tuple[str, Image.Image] | ImageError] = []
+            read: list[Prepared | ImageError] = []
             for number, source in chunk:
-                name = _name(source, number)
                 try:
-                    read.append((name, read_image(source, name)))
+                    read.append(self.prepare(source, _name(source, number)))
                 except ImageError as error:
                     read.append(error)
             good = [picture for picture in read if not isinstance(picture, ImageError)]
-            results = iter(self._results(good) if good else ())
+            answers = iter(self.compute(good) if good else ())
             for picture in read:
-                yield picture if isinstance(picture, ImageError) else next(results)
+                yield picture if isinstance(picture, ImageError) else self.finish(picture, next(answers))
+
+    # The three steps of a prediction, for who wants them apart, as the server does: each may have a thread of its own.
+
+    def prepare(self, source: Source | EncodedImage, name: str) -> Prepared:
+        """Read a picture and resize it for the model.
+
+        Raises:
+            ImageError: it cannot be read.
+        """
+        image = read_image(source, name)
+        pixels = self.card.preprocessing.resize(image)
+        return Prepared(source=name, size=(image.height, image.width), image=image, pixels=pixels)
 
     @torch.inference_mode()
-    def _results(self, pictures: list[tuple[str, Image.Image]]) -> list[Result]:
-        pixels = torch.stack([self.card.preprocessing.resize(image) for _, image in pictures])
-        outputs = self._session(pixels)
-        make = {"classification": self._classes, "detection": self._boxes, "segmentation": self._masks}[self.card.task]
-        return make(outputs, pictures)
+    def compute(self, pictures: Sequence[Prepared]) -> list[Any]:
+        """Run the model on some pictures together; what it says of each is for `finish`."""
+        output = self._session(torch.stack([picture.pixels for picture in pictures]))
+        if self.card.task == "classification":
+            return list(output.float().softmax(dim=1).numpy(force=True))
+        return postprocess(output) if self.card.task == "detection" else list(output.logits)
 
-    def _classes(self, logits: torch.Tensor, pictures: list[tuple[str, Image.Image]]) -> list[Result]:
-        rows = zip(pictures, logits.float().softmax(dim=1).numpy(force=True), strict=True)
-        return [
-            ClassificationResult(source=name, classes=self.card.classes, probabilities=probabilities, image=image)
-            for (name, image), probabilities in rows
-        ]
+    @torch.inference_mode()
+    def finish(self, picture: Prepared, answer: Any) -> Result:
+        """The result, in the picture's own pixels."""
+        return _RESULT[self.card.task](self.card, picture, answer)
 
-    def _boxes(self, output: Any, pictures: list[tuple[str, Image.Image]]) -> list[Result]:
-        threshold = self.card.score_threshold
-        results: list[Result] = []
-        for (name, image), found in zip(pictures, postprocess(output), strict=True):
-            placement = self.card.preprocessing.placement((image.height, image.width))
-            boxes, scores, class_ids = to_pixels(found, placement)
-            results.append(
-                DetectionResult(
-                    source=name,
-                    classes=self.card.classes,
-                    boxes_xyxy=boxes,
-                    scores=scores,
-                    class_ids=class_ids,
-                    score_threshold=DEFAULT_SCORE_THRESHOLD if threshold is None else threshold,
-                    image=image,
-                )
-            )
-        return results
 
-    def _masks(self, output: Any, pictures: list[tuple[str, Image.Image]]) -> list[Result]:
-        results: list[Result] = []
-        for (name, image), logits in zip(pictures, output.logits, strict=True):
-            placement = self.card.preprocessing.placement((image.height, image.width))
-            label_map = to_label_map(logits, placement)
-            results.append(SegmentationResult(source=name, classes=self.card.classes, label_map=label_map, image=image))
-        return results
+def _classes(card: ModelCard, picture: Prepared, probabilities: NDArray[np.float32]) -> Result:
+    return ClassificationResult(
+        source=picture.source, classes=card.classes, probabilities=probabilities, image=picture.image
+    )
+
+
+def _boxes(card: ModelCard, picture: Prepared, found: Detections) -> Result:
+    boxes, scores, class_ids = to_pixels(found, card.preprocessing.placement(picture.size))
+    threshold = card.score_threshold
+    return DetectionResult(
+        source=picture.source,
+        classes=card.classes,
+        boxes_xyxy=boxes,
+        scores=scores,
+        class_ids=class_ids,
+        score_threshold=DEFAULT_SCORE_THRESHOLD if threshold is None else threshold,
+        image=picture.image,
+    )
+
+
+def _mask(card: ModelCard, picture: Prepared, logits: torch.Tensor) -> Result:
+    label_map = to_label_map(logits, card.preprocessing.placement(picture.size))
+    return SegmentationResult(source=picture.source, classes=card.classes, label_map=label_map, image=picture.image)
+
+
+_RESULT: dict[Task, Callable[[ModelCard, Prepared, Any], Result]] = {
+    "classification": _classes,
+    "detection": _boxes,
+    "segmentation": _mask,
+}
 
 
 def _name(source: Source, number: int) -> str:

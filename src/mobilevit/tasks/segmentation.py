@@ -98,16 +98,21 @@ class SegmentationResult:
             save_image(picture, path)
         return picture
 
-    def save_mask(self, path: str | os.PathLike[str]) -> None:
-        """Write the label map as a palette PNG: values are class numbers, colours those of `draw`."""
+    def mask(self) -> Image.Image:
+        """The label map as a palette picture: values are class numbers, colours those of `draw`."""
         mask = Image.fromarray(self.label_map).convert("P")
         mask.putpalette([channel for colour in class_colours(len(self.classes)) for channel in colour])
-        save_image(mask, path)
+        return mask
+
+    def save_mask(self, path: str | os.PathLike[str]) -> None:
+        """Write `mask` as a PNG."""
+        save_image(self.mask(), path)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; the label map itself is what `save_mask` writes."""
         shares = {label: round(share, 6) for label, share in self.shares.items()}
-        return {"source": self.source, "width": self.image.width, "height": self.image.height, "shares": shares}
+        height, width = self.label_map.shape
+        return {"source": self.source, "width": width, "height": height, "shares": shares}
 
     def describe(self) -> str:
         """One line for people: what covers how much."""

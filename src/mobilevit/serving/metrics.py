@@ -1,0 +1,76 @@
+"""What the service counts, for Prometheus; with several workers, over all of them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
+from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
+
+DIRECTORY_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
+"""Where workers keep their counts; prometheus_client reads it when it is imported."""
+
+_LATENCIES = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1, 2, 5, 10, 30)
+_BATCHES = (1, 2, 4, 8, 12, 16, 24, 32, 64)
+
+
+disable_created_metrics()  # type: ignore[no-untyped-call]  # times at which counters were made: twice as much text, of no use
+
+
+class Metrics:
+    """The counts of one process."""
+
+    def __init__(self) -> None:
+        self._registry = registry = CollectorRegistry()
+        self._requests = Counter(
+            "mobilevit_requests", "Requests answered.", ("route", "method", "status"), registry=registry
+        )
+        self._seconds = Histogram(
+            "mobilevit_request_seconds", "Time to answer a request.", ("route",), buckets=_LATENCIES, registry=registry
+        )
+        self._pictures = Counter("mobilevit_pictures", "Pictures.", ("model", "outcome"), registry=registry)
+        self._batches = Histogram(
+            "mobilevit_batch_pictures", "Pictures in a batch.", ("model",), buckets=_BATCHES, registry=registry
+        )
+        self._compute = Histogram(
+            "mobilevit_compute_seconds", "Time a batch takes.", ("model",), buckets=_LATENCIES, registry=registry
+        )
+        self._queue = Gauge(
+            "mobilevit_queue_pictures",
+            "Pictures accepted and not yet answered.",
+            ("model",),
+            registry=registry,
+            multiprocess_mode="livesum",
+        )
+
+    def request(self, route: str, method: str, status: int, seconds: float) -> None:
+        """A request was answered."""
+        self._requests.labels(route, method, status).inc()
+        self._seconds.labels(route).observe(seconds)
+
+    def batch(self, model: str, count: int, seconds: float) -> None:
+        """A batch went through a model."""
+        self._batches.labels(model).observe(count)
+        self._compute.labels(model).observe(seconds)
+
+    def pictures(self, model: str, outcome: str, count: int) -> None:
+        """Pictures were answered: "ok" or "unreadable"."""
+        self._pictures.labels(model, outcome).inc(count)
+
+    def queue(self, model: str, length: int) -> None:
+        """How many pictures wait or are computed now."""
+        self._queue.labels(model).set(length)
+
+    def text(self) -> bytes:
+        """All of it as Prometheus reads it."""
+        if DIRECTORY_VARIABLE not in os.environ:
+            return generate_latest(self._registry)
+        together = CollectorRegistry()
+        MultiProcessCollector(together)  # type: ignore[no-untyped-call]
+        return generate_latest(together)
+
+
+def forget_worker(pid: int, directory: Path) -> None:
+    """Take what a dead worker had waiting out of the sums; what it has counted stays."""
+    mark_process_dead(pid, str(directory))  # type: ignore[no-untyped-call]

@@ -1,0 +1,166 @@
+"""Examples and schemas of requests and responses, for /openapi.json."""
+
+from __future__ import annotations
+
+from typing import Any
+
+DESCRIPTION = """Classification, detection and segmentation of pictures.
+
+Errors are `{"error": "one line", "request_id": "..."}`. Where an API key is set, send it as `Authorization: Bearer KEY`
+or `X-API-Key: KEY`. `X-Request-ID` is taken over, or made, and returned."""
+
+_ERROR = {
+    "type": "object",
+    "required": ["error", "request_id"],
+    "properties": {"error": {"type": "string"}, "request_id": {"type": "string"}},
+}
+
+Responses = dict[int | str, dict[str, Any]]
+
+
+def _error(description: str, example: str) -> dict[str, Any]:
+    value = {"error": example, "request_id": "6f1c0f1e9f0c4d0e8a3b5a7d9c2e4f60"}
+    return {"description": description, "content": {"application/json": {"schema": _ERROR, "example": value}}}
+
+
+_KEY: Responses = {401: _error("No API key, or a wrong one", "this service asks for an API key")}
+_BUSY = _error("The service is busy; Retry-After says for how many seconds", "the service is busy; try again in 2 s")
+_BUSY["headers"] = {"Retry-After": {"schema": {"type": "integer"}, "description": "Seconds."}}
+_REFUSED: Responses = _KEY | {
+    400: _error("No picture that can be read, or a malformed form", "picture 1: the file is empty"),
+    404: _error("No such model", "no model 'roses'; there are flowers"),
+    408: _error("The upload took too long", "the upload took longer than the limit of 30 s"),
+    413: _error("Too large: the body, the picture, or the number of pictures", "the body is larger than the limit"),
+    415: _error("Neither a picture nor a form", "content type text/plain; send a picture as image/jpeg"),
+    422: _error("A parameter has no meaning", "top: input should be greater than or equal to 1"),
+    503: _BUSY,
+    504: _error("No answer in time", "no answer within the limit of 30 s"),
+}
+
+_ITEM = {
+    "type": "object",
+    "required": ["source"],
+    "properties": {
+        "source": {"type": "string", "description": "The file's name in the form, or the picture's number."},
+        "error": {"type": "string", "description": "Why this picture of several cannot be read."},
+        "label": {"type": "string", "description": "Classification: the most probable class."},
+        "probability": {"type": "number"},
+        "top": {"type": "array", "items": {"type": "object"}},
+        "width": {"type": "integer", "description": "Of the upright picture, in pixels."},
+        "height": {"type": "integer"},
+        "detections": {"type": "array", "items": {"type": "object"}},
+        "shares": {"type": "object", "description": "Segmentation: share of the pixels of each class that occurs."},
+        "mask_png": {"type": "string", "description": "Segmentation: base64 of a palette PNG of class numbers."},
+    },
+}
+_EXAMPLES = {
+    "classification": {
+        "source": "a.jpg", "label": "rose", "probability": 0.91,
+        "top": [{"label": "rose", "probability": 0.91}, {"label": "tulip", "probability": 0.07}],
+    },
+    "detection": {
+        "source": "picture 1", "width": 640, "height": 480,
+        "detections": [{"label": "cell", "score": 0.88, "box_xyxy": [12.5, 40.0, 96.25, 130.0]}],
+    },
+    "segmentation": {
+        "source": "picture 1", "width": 480, "height": 360, "shares": {"road": 0.6, "sky": 0.4},
+        "mask_png": "iVBORw0KGgo...",
+    },
+}  # fmt: skip
+
+PREDICT: Responses = _REFUSED | {
+    200: {
+        "description": "A result for each picture, in their order",
+        "content": {
+            "application/json": {
+                "schema": {
+                    "type": "object",
+                    "required": ["model", "task", "results"],
+                    "properties": {
+                        "model": {"type": "string"},
+                        "task": {"type": "string", "enum": list(_EXAMPLES)},
+                        "results": {"type": "array", "items": _ITEM},
+                    },
+                },
+                "examples": {
+                    task: {"value": {"model": "mine", "task": task, "results": [item]}}
+                    for task, item in _EXAMPLES.items()
+                },
+            }
+        },
+    }
+}
+
+EXPLAIN: Responses = _REFUSED | {
+    200: {
+        "description": "A picture of what the model looks at, and figures",
+        "content": {
+            "application/json": {
+                "schema": {
+                    "type": "object",
+                    "required": ["model", "picture_png"],
+                    "properties": {
+                        "model": {"type": "string"},
+                        "picture_png": {"type": "string", "description": "base64 of a PNG"},
+                    },
+                }
+            }
+        },
+    }
+}
+
+_PICTURE = {"schema": {"type": "string", "format": "binary", "minLength": 1}}
+PICTURES: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "description": "One picture as it is, or one or more files in a form.",
+        "content": {
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "required": ["files"],
+                    "properties": {
+                        "files": {"type": "array", "minItems": 1, "items": {"type": "string", "format": "binary"}}
+                    },
+                }
+            },
+            "image/jpeg": _PICTURE,
+            "image/png": _PICTURE,
+            "application/octet-stream": _PICTURE,
+        },
+    }
+}
+
+MODELS: Responses = _KEY | {
+    200: {
+        "description": "Every model; the first one is asked if a request names none",
+        "content": {
+            "application/json": {
+                "schema": {
+                    "type": "object",
+                    "required": ["models"],
+                    "properties": {"models": {"type": "array", "items": {"type": "object"}}},
+                },
+                "example": {
+                    "models": [
+                        {
+                            "name": "flowers", "task": "classification", "architecture": "mobilevit_xxs",
+                            "classes": ["daisy", "rose", "tulip"], "input_size": [256, 256], "resize_mode": "crop",
+                            "metrics": {"top1": 0.91}, "score_threshold": None, "engine": "onnx fp32",
+                            "explain": True,
+                        }
+                    ]
+                },
+            }
+        },
+    }
+}  # fmt: skip
+
+HEALTH: Responses = {
+    200: {"description": "It does", "content": {"application/json": {"example": {"status": "ok"}}}},
+}
+READY: Responses = {
+    200: {"description": "It does", "content": {"application/json": {"example": {"status": "ready"}}}},
+    503: _BUSY,
+}
+METRICS: Responses = {200: {"description": "Text", "content": {"text/plain": {"schema": {"type": "string"}}}}}

@@ -1,0 +1,302 @@
+"""The processes of the service: one, or several on one listening socket, and how they start and stop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import logging
+import os
+import signal
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from multiprocessing import Pipe, connection, get_all_start_methods, get_context
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+
+from mobilevit.serving.logs import set_up_logs
+from mobilevit.serving.settings import ServeConfig, ServedModel
+
+log = logging.getLogger("mobilevit")
+
+_LAST_WORD_S = 1.0
+"""How long connections that are open but silent may still send a request when the service stops."""
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket on an address, bound and not yet listening.
+
+    Raises:
+        ValueError: the address is taken, not allowed, or not of this machine.
+    """
+    try:
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        sock = socket.socket(family, socket.SOCK_STREAM)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(address)
+        return sock
+    except socket.gaierror as error:
+        raise ValueError(f"--host {host}: {error.strerror}; give an address of this machine") from None
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise ValueError(f"port {port} of {host} is in use; stop what uses it, or give another --port") from None
+        if error.errno == errno.EACCES:
+            raise ValueError(f"port {port} of {host} is not allowed; give a --port from 1024 on") from None
+        raise ValueError(f"--host {host}: {error.strerror}; give an address of this machine") from None
+
+
+def address_of(sock: socket.socket) -> str:
+    """Where a browser finds it."""
+    host, port = sock.getsockname()[:2]
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _check_apart(models: Sequence[ServedModel]) -> None:
+    """`check_models` in a process of its own: the one that looks after workers then stays small."""
+    here, there = Pipe(duplex=False)
+    # A fork starts at once, and is safe while nothing with threads has been imported.
+    light = "fork" in get_all_start_methods() and "torch" not in sys.modules
+    make: type[BaseProcess] = get_context("fork").Process if light else get_context("spawn").Process
+    process = make(target=_check, args=(models, there))
+    process.start()
+    there.close()
+    with contextlib.suppress(EOFError):
+        raise ValueError(here.recv())
+    process.join()
+    if process.exitcode:
+        raise RuntimeError(f"reading the models ended with status {process.exitcode}")
+
+
+def _check(models: Sequence[ServedModel], problem: Connection) -> None:
+    from mobilevit.serving.check import check_models
+
+    try:
+        check_models(models)
+    except ValueError as error:
+        problem.send(str(error))
+
+
+def serve(
+    config: ServeConfig, models: Sequence[ServedModel], pages: Mapping[str, bytes], on_ready: Callable[[str], None]
+) -> int:
+    """Answer requests until SIGTERM or SIGINT, then finish what was accepted. Returns the exit status.
+
+    Args:
+        config: settings.
+        models: what to serve.
+        pages: files of the web page.
+        on_ready: called once with the address when requests are answered.
+
+    Raises:
+        ValueError: the address is not free, or a file is no model.
+    """
+    sock = listen(config.host, config.port)
+    if config.workers > 1:
+        _check_apart(models)
+        return _Workers(config, models, pages, sock, on_ready).run()
+    from mobilevit.serving.check import check_models
+
+    check_models(models)
+    _leave_quietly()
+    return _run_one(config, models, pages, sock, lambda: on_ready(address_of(sock)))
+
+
+class _Server(uvicorn.Server):
+    """Uvicorn's, with an end at which no request is lost.
+
+    By itself it closes connections that wait for their next request, which may be under way already. This one closes
+    the door, says on every answer that it is the connection's last, and gives silent connections a second.
+    """
+
+    def __init__(self, config: uvicorn.Config, app: Any, on_ready: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._app, self._on_ready, self._parent = app, on_ready, os.getppid()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets=sockets)
+        if self.started:
+            self._on_ready()
+
+    async def on_tick(self, counter: int) -> bool:
+        if os.getppid() != self._parent:  # nobody would stop this worker any more
+            self.should_exit = True
+        return await super().on_tick(counter)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        log.info("stopping; %d connections open", len(self.server_state.connections))
+        self._app.draining = True
+        for server in self.servers:
+            server.close()
+        for sock in sockets or []:
+            sock.close()
+        deadline = time.monotonic() + _LAST_WORD_S
+        while self.server_state.connections and time.monotonic() < deadline:
+            await asyncio.sleep(0.02)
+        await super().shutdown(sockets=sockets)
+
+
+def _run_one(
+    config: ServeConfig,
+    models: Sequence[ServedModel],
+    pages: Mapping[str, bytes],
+    sock: socket.socket,
+    on_ready: Callable[[], None],
+) -> int:
+    from mobilevit.serving.app import create_app  # after the environment is set up for it
+
+    set_up_logs(config.log_format)
+    # Threads that compute hold the interpreter for short moments only; the event loop need not wait for 5 ms.
+    sys.setswitchinterval(0.001)
+    app = create_app(config, models, pages)
+    settings = uvicorn.Config(
+        app,
+        log_config=None,
+        access_log=False,
+        lifespan="on",
+        server_header=False,
+        limit_concurrency=config.max_connections,
+        timeout_graceful_shutdown=max(1, round(config.shutdown_s)),
+    )
+    try:
+        _Server(settings, app, on_ready).run(sockets=[sock])
+    except SystemExit as stop:  # the log says why it could not start
+        return int(stop.code or 0)
+    return 0
+
+
+def _leave_quietly() -> None:
+    """For signals before uvicorn handles them, and for those that it raises again when it is done."""
+
+    def leave(*_: object) -> None:
+        sys.exit(0)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, leave)
+
+
+def _worker(
+    config: ServeConfig,
+    models: Sequence[ServedModel],
+    pages: Mapping[str, bytes],
+    sock: socket.socket,
+    ready: Connection,
+) -> None:
+    _leave_quietly()
+    sys.exit(_run_one(config, models, pages, sock, lambda: ready.send(True)))
+
+
+class _Workers:
+    """Several processes that accept from one socket; one that dies is replaced.
+
+    Uvicorn has such a supervisor, too. It keeps the socket open while its workers finish, so that connections are
+    accepted which nobody will answer, and looks only every half second whether a worker has died.
+    """
+
+    def __init__(
+        self,
+        config: ServeConfig,
+        models: Sequence[ServedModel],
+        pages: Mapping[str, bytes],
+        sock: socket.socket,
+        on_ready: Callable[[str], None],
+    ) -> None:
+        self._config, self._models, self._pages, self._sock = config, models, pages, sock
+        self._on_ready, self._address = on_ready, address_of(sock)
+        self._processes: dict[BaseProcess, Connection] = {}
+        self._told = False
+        self._ready: set[BaseProcess] = set()
+
+    def run(self) -> int:
+        set_up_logs(self._config.log_format)
+        with tempfile.TemporaryDirectory(prefix="mobilevit-metrics-") as folder, _signals() as signalled:
+            os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder
+            try:
+                for _ in range(self._config.workers):
+                    self._start()
+                return self._watch(signalled, Path(folder))
+            finally:
+                self._stop()
+
+    def _start(self) -> None:
+        context = get_context("spawn")
+        here, there = context.Pipe(duplex=False)
+        arguments = (self._config, self._models, self._pages, self._sock, there)
+        process = context.Process(target=_worker, args=arguments, name="worker")
+        process.start()
+        there.close()
+        self._processes[process] = here
+
+    def _watch(self, signalled: socket.socket, folder: Path) -> int:
+        """Until told to stop. Returns the exit status."""
+        while True:
+            sentinels = {process.sentinel: process for process in self._processes}
+            starting = [pipe for process, pipe in self._processes.items() if process not in self._ready]
+            happened = connection.wait([signalled, *sentinels, *starting])
+            if signalled in happened:
+                return 0
+            for process, pipe in list(self._processes.items()):
+                if pipe in happened and process not in self._ready:
+                    with contextlib.suppress(EOFError):  # it died instead
+                        pipe.recv()
+                        self._ready.add(process)
+                if process.sentinel not in happened:
+                    continue
+                process.join()
+                del self._processes[process]
+                self._forget(process, folder)
+                if not self._told:
+                    log.error("a worker could not start; stopping")
+                    return 1
+                log.error("worker %s died (%s); starting another", process.pid, process.exitcode)
+                if process not in self._ready:
+                    time.sleep(1)  # it did not live long; do not spin
+                self._start()
+            if not self._told and self._ready.issuperset(self._processes):
+                self._told = True
+                self._on_ready(self._address)
+
+    def _forget(self, process: BaseProcess, folder: Path) -> None:
+        from mobilevit.serving.metrics import forget_worker
+
+        if process.pid is not None:
+            forget_worker(process.pid, folder)
+
+    def _stop(self) -> None:
+        self._sock.close()
+        for process in self._processes:
+            process.terminate()
+        deadline = time.monotonic() + self._config.shutdown_s + 2 * _LAST_WORD_S + 5
+        for process in self._processes:
+            process.join(max(0.0, deadline - time.monotonic()))
+            if process.is_alive():
+                log.error("worker %s does not stop; killing it", process.pid)
+                process.kill()
+                process.join()
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[socket.socket]:
+    """A socket that can be read from as soon as SIGTERM or SIGINT has come."""
+    here, there = socket.socketpair()
+    there.setblocking(False)
+
+    def tell(*_: object) -> None:
+        with contextlib.suppress(OSError):
+            there.send(b"!")
+
+    before = {number: signal.signal(number, tell) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield here
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        here.close()
+        there.close()

@@ -1,0 +1,244 @@
+"""What one process of the service holds: models, threads, limits, counts."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import logging
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from PIL import Image
+from torch import nn
+
+from mobilevit import factory
+from mobilevit.inference.artefact import is_artefact
+from mobilevit.inference.backends import available_cores
+from mobilevit.inference.explain import explain
+from mobilevit.inference.predictor import Predictor
+from mobilevit.preprocessing import ImageError, TooManyPixelsError
+from mobilevit.serving.batching import Answer, Batcher, QueueFullError, Upload, in_loop
+from mobilevit.serving.metrics import Metrics
+from mobilevit.serving.refusal import RefusalError, busy
+from mobilevit.serving.settings import ServeConfig, ServedModel
+from mobilevit.serving.uploads import UploadBudget
+from mobilevit.tasks.classification import ClassificationResult
+from mobilevit.tasks.detection import DetectionResult
+from mobilevit.tasks.segmentation import SegmentationResult
+
+log = logging.getLogger("mobilevit")
+
+_MOST_EXPLANATIONS = 4
+"""Accepted at a time; they are slow."""
+
+
+class Service:
+    """Models by name, ready to answer.
+
+    Args:
+        config: settings.
+        models: what to serve.
+        metrics: told of everything.
+    """
+
+    def __init__(self, config: ServeConfig, models: Sequence[ServedModel], metrics: Metrics) -> None:
+        self.config, self.metrics = config, metrics
+        self.uploads = UploadBudget(int(config.max_uploads_mb * 1e6))
+        self.ready = False
+        self._files = {model.name: model for model in models}
+        self._batchers: dict[str, Batcher] = {}
+        self._networks: dict[str, nn.Module] = {}
+        self._explaining = 0
+        self._explainer = ThreadPoolExecutor(1, "explain")
+        threads = threads_of_a_worker(config)
+        self._readers = ThreadPoolExecutor(threads or available_cores(), "read")
+        self._turn = threading.Lock()
+
+    async def start(self) -> None:
+        """Load and warm up every model."""
+        for model in self._files.values():
+            start = time.perf_counter()
+            predictor = await asyncio.get_running_loop().run_in_executor(self._explainer, self._open, model)
+            batcher = Batcher(
+                predictor,
+                name=model.name,
+                readers=self._readers,
+                turn=self._turn,
+                max_batch=self.config.max_batch,
+                max_wait_s=self.config.max_wait_ms / 1e3,
+                max_queue=self.config.max_queue,
+                max_pixels=self.config.max_pixels,
+                metrics=self.metrics,
+            )
+            self._batchers[model.name] = batcher
+            took = time.perf_counter() - start
+            log.info("%s: %s, %s, ready in %.1f s", model.name, predictor.card.task, predictor.engine, took)
+        self.ready = True
+
+    def _open(self, model: ServedModel) -> Predictor:
+        predictor = Predictor(
+            model.path,
+            device=self.config.device,
+            batch_size=self.config.max_batch,
+            threads=threads_of_a_worker(self.config),
+            engine="torch" if is_artefact(model.path) else self.config.engine,
+        )
+        predictor.warm_up()
+        return predictor
+
+    def stop(self) -> None:
+        """Let the threads end."""
+        for batcher in self._batchers.values():
+            batcher.close()
+        self._readers.shutdown(wait=False, cancel_futures=True)
+        self._explainer.shutdown(wait=False, cancel_futures=True)
+
+    def batcher(self, name: str | None) -> Batcher:
+        """Of a model; of the first one, if none is named.
+
+        Raises:
+            RefusalError: 404, there is none of that name.
+        """
+        if name is None:
+            return next(iter(self._batchers.values()))
+        if name not in self._batchers:
+            raise RefusalError(404, f"no model {name!r}; there are {', '.join(self._batchers)}")
+        return self._batchers[name]
+
+    def describe(self) -> list[dict[str, Any]]:
+        """What `/v1/models` says."""
+        return [
+            {
+                "name": batcher.name,
+                "task": card.task,
+                "architecture": card.name,
+                "classes": list(card.classes),
+                "input_size": list(card.preprocessing.size),
+                "resize_mode": card.preprocessing.resize_mode,
+                "metrics": card.metrics,
+                "score_threshold": card.score_threshold,
+                "engine": batcher.predictor.engine,
+                "explain": self._can_explain(batcher.name),
+            }
+            for batcher in self._batchers.values()
+            for card in [batcher.predictor.card]
+        ]
+
+    def check_room(self, batcher: Batcher) -> None:
+        """Refuse a request before its upload is read.
+
+        Raises:
+            RefusalError: 503, the queue is full.
+        """
+        try:
+            batcher.check_room()
+        except QueueFullError as error:
+            raise busy(error.retry_after) from None
+
+    async def predict(
+        self, batcher: Batcher, uploads: Sequence[Upload], *, top: int, min_score: float | None
+    ) -> list[dict[str, Any]]:
+        """An item of the response for each picture.
+
+        Raises:
+            RefusalError: 400 or 413, no picture can be read; 503, the queue is full.
+        """
+        try:
+            futures = batcher.submit(uploads)
+        except QueueFullError as error:
+            raise busy(error.retry_after) from None
+        try:
+            answers = [await future for future in futures]
+        finally:
+            for future in futures:
+                future.cancel()
+        unreadable = [answer for answer in answers if isinstance(answer, ImageError)]
+        self.metrics.pictures(batcher.name, "unreadable", len(unreadable))
+        self.metrics.pictures(batcher.name, "ok", len(answers) - len(unreadable))
+        if len(unreadable) == len(answers):
+            raise RefusalError(413 if isinstance(unreadable[0], TooManyPixelsError) else 400, str(unreadable[0]))
+        items = []
+        for upload, answer in zip(uploads, answers, strict=True):
+            if isinstance(answer, ImageError):
+                items.append({"source": upload.name, "error": str(answer).removeprefix(f"{upload.name}: ")})
+            elif batcher.predictor.card.task == "segmentation":  # as much work as the model's
+                loop = asyncio.get_running_loop()
+                items.append(await loop.run_in_executor(self._readers, _item, batcher, answer, top, min_score))
+            else:
+                items.append(_item(batcher, answer, top, min_score))
+        return items
+
+    def _can_explain(self, name: str) -> bool:
+        return not is_artefact(self._files[name].path)
+
+    def check_explainable(self, batcher: Batcher) -> None:
+        """Refuse a request before its upload is read.
+
+        Raises:
+            RefusalError: 404, an exported file; 503, too many wait already.
+        """
+        if not self._can_explain(batcher.name):
+            raise RefusalError(404, f"{batcher.name}: exported files cannot be explained; serve the checkpoint")
+        if self._explaining >= _MOST_EXPLANATIONS:
+            raise busy(5)
+
+    async def explain(self, batcher: Batcher, upload: Upload, pixel: tuple[int, int] | None) -> dict[str, Any]:
+        """What `/v1/explain` says of one picture.
+
+        Raises:
+            RefusalError: 404, an exported file; 400 or 413, the picture cannot be read; 422, the pixel is not in what
+                the model sees; 503, too many wait already.
+        """
+        self.check_explainable(batcher)
+        self._explaining += 1
+        loop = asyncio.get_running_loop()
+        work = self._explainer.submit(self._explain, batcher, upload, pixel)
+        # Counted until it is done, even if nobody waits any more: a thread cannot be stopped.
+        work.add_done_callback(lambda _: in_loop(loop, self._explained))
+        return await asyncio.wrap_future(work)
+
+    def _explained(self) -> None:
+        self._explaining -= 1
+
+    def _explain(self, batcher: Batcher, upload: Upload, pixel: tuple[int, int] | None) -> dict[str, Any]:
+        name = batcher.name
+        try:
+            image = batcher.open(upload).decode()
+        except ImageError as error:
+            raise RefusalError(413 if isinstance(error, TooManyPixelsError) else 400, str(error)) from None
+        if name not in self._networks:
+            self._networks[name] = factory.load(self._files[name].path)
+        with self._turn:
+            try:
+                explanation = explain(self._networks[name], image, pixel=pixel)
+            except ValueError as error:
+                raise RefusalError(422, str(error)) from None
+        return {**explanation.to_dict(), "source": upload.name, "picture_png": _png(explanation.draw())}
+
+
+def threads_of_a_worker(config: ServeConfig) -> int | None:
+    """None leaves it to the engine, which then takes what was tuned, or all cores."""
+    if config.threads is not None or config.workers == 1:
+        return config.threads
+    return max(1, available_cores() // config.workers)
+
+
+def _item(batcher: Batcher, answer: Answer, top: int, min_score: float | None) -> dict[str, Any]:
+    result = batcher.predictor.finish(*answer)
+    if isinstance(result, ClassificationResult):
+        return result.to_dict(top)
+    if isinstance(result, SegmentationResult):
+        return {**result.to_dict(), "mask_png": _png(result.mask())}
+    assert isinstance(result, DetectionResult)
+    height, width = answer.picture.size  # the result has no picture to tell its size
+    return {**result.to_dict(min_score=min_score), "width": width, "height": height}
+
+
+def _png(image: Image.Image) -> str:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return base64.b64encode(buffer.getbuffer()).decode()

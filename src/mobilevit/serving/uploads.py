@@ -1,0 +1,135 @@
+"""From a request's body to pictures in memory, within limits and without waiting for what would be refused anyway."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import asynccontextmanager
+
+from starlette.datastructures import UploadFile
+from starlette.formparsers import MultiPartException, MultiPartParser
+from starlette.requests import Request
+
+from mobilevit.serving.batching import Upload
+from mobilevit.serving.refusal import RefusalError, busy
+
+_RAW = "application/octet-stream"
+_LONGEST_NAME = 200
+
+
+class UploadBudget:
+    """Bytes of bodies held at a time by one process.
+
+    Counted as they come, not as they are announced: a slow client holds what it has sent.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._held = 0
+
+    @asynccontextmanager
+    async def share(self) -> AsyncIterator[Share]:
+        """One request's part; given back at the end."""
+        share = Share(self)
+        try:
+            yield share
+        finally:
+            self._held -= share.held
+
+    def take(self, count: int) -> None:
+        """Count more bytes.
+
+        Raises:
+            RefusalError: 503, there is no room for them.
+        """
+        if self._held + count > self._most:
+            raise busy(1)
+        self._held += count
+
+
+class Share:
+    """What one request holds."""
+
+    def __init__(self, budget: UploadBudget) -> None:
+        self._budget = budget
+        self.held = 0
+
+    def take(self, count: int) -> None:
+        """Count more bytes; errors as in `UploadBudget.take`."""
+        self._budget.take(count)
+        self.held += count
+
+
+async def read_uploads(request: Request, share: Share, *, max_bytes: int, max_files: int) -> list[Upload]:
+    """The pictures of a request: its body, or the files of its form.
+
+    Raises:
+        RefusalError: 400, 413 or 415.
+        ClientDisconnect: the client is gone.
+    """
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if not (kind.startswith("image/") or kind in (_RAW, "multipart/form-data")):
+        wanted = f"send a picture as image/jpeg (or another image type, or {_RAW}), or files as multipart/form-data"
+        raise RefusalError(415, f"content type {kind[:100] or 'missing'}; {wanted}")
+    announced = request.headers.get("content-length", "")
+    if announced.isdecimal() and int(announced[:20]) > max_bytes:
+        if "expect" not in request.headers:  # who expects something waits to be asked for the body
+            await _discard(request.stream(), max_bytes)
+        raise _too_large(max_bytes)
+    body = _limited(request, share, max_bytes)
+    if kind != "multipart/form-data":
+        data = b"".join([chunk async for chunk in body])
+        if not data:
+            raise RefusalError(400, "the body is empty; send a picture")
+        return [Upload("picture 1", data)]
+    return await _read_form(request, body, max_files)
+
+
+async def _limited(request: Request, share: Share, max_bytes: int) -> AsyncGenerator[bytes, None]:
+    total, stream = 0, request.stream()
+    async for chunk in stream:
+        total += len(chunk)
+        if total > max_bytes:
+            await _discard(stream, max_bytes)
+            raise _too_large(max_bytes)
+        share.take(len(chunk))
+        yield chunk
+
+
+async def _discard(stream: AsyncIterator[bytes], max_bytes: int) -> None:
+    """Read on for a while: clients that are still sending when the connection ends never see why."""
+    left = 4 * max_bytes
+    async for chunk in stream:
+        left -= len(chunk)
+        if left < 0:
+            return
+
+
+def _too_large(max_bytes: int) -> RefusalError:
+    return RefusalError(413, f"the body is larger than the limit of {max_bytes / 1e6:g} MB")
+
+
+class _FormParser(MultiPartParser):
+    spool_max_size = 2**40  # the limit on bodies keeps it small; nothing is written to a disk
+
+
+async def _read_form(request: Request, body: AsyncGenerator[bytes, None], max_files: int) -> list[Upload]:
+    try:
+        form = await _FormParser(request.headers, body, max_files=max_files, max_fields=16).parse()
+    except MultiPartException as error:
+        if error.message.startswith("Too many files"):
+            raise RefusalError(413, f"more than {max_files} pictures in a request") from None
+        raise RefusalError(400, f"malformed form: {error.message}") from None
+    except (ValueError, KeyError, IndexError, LookupError, UnicodeError) as error:  # headers that no parser expects
+        raise RefusalError(400, f"malformed form: {error}") from None
+    try:
+        files = [file for _, file in form.multi_items() if isinstance(file, UploadFile)]
+        if not files:
+            raise RefusalError(400, "no picture in the form; send files under the name files")
+        named = enumerate(files, start=1)
+        return [Upload(_name(file.filename, number), file.file.read()) for number, file in named]
+    finally:
+        await form.close()
+
+
+def _name(given: str | None, number: int) -> str:
+    return (given or "")[:_LONGEST_NAME] or f"picture {number}"

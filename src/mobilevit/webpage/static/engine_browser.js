@@ -1,0 +1,112 @@
+// Answers computed in this browser, by ONNX Runtime: pictures do not leave the device.
+
+import { classify, detect, labelMap, shares } from "./postprocessing.js";
+import { prepare, rgbOf } from "./preprocessing.js";
+import { colourOf } from "./results.js";
+
+const HERE = new URL("./", import.meta.url);
+
+export const name = "browser";
+export const devices = [{ name: "wasm", label: "processor" }];
+
+let ort, session, model, weights, device;
+
+export async function open(say) {
+  if (navigator.gpu && (await navigator.gpu.requestAdapter().catch(() => null))) devices.push({ name: "webgpu", label: "graphics card" });
+  await keepForOffline();
+  const described = await fetch(new URL("model.json", HERE));
+  if (!described.ok) throw new Error("model.json is missing beside this page; copy the whole folder.");
+  model = await described.json();
+  weights = await download(new URL(model.file, HERE), say);
+  await useDevice("wasm");
+  return [{
+    name: model.name,
+    task: model.task,
+    classes: model.classes,
+    scoreThreshold: model.score_threshold ?? 0.3,
+    explains: false,
+    about: `${model.name}, ${model.task}, ${model.classes.length} classes, on this device`,
+  }];
+}
+
+export async function useDevice(wanted) {
+  ort = await import(`./runtime/ort.${wanted}.min.mjs`);
+  ort.env.wasm.wasmPaths = new URL("runtime/", HERE).href;
+  ort.env.wasm.numThreads = self.crossOriginIsolated ? Math.min(4, navigator.hardwareConcurrency || 1) : 1;
+  ort.env.logLevel = "error";
+  session = await ort.InferenceSession.create(weights, { executionProviders: [wanted] });
+  device = wanted;
+}
+
+export function footer() {
+  const threads = ort.env.wasm.numThreads;
+  const how = device === "webgpu" ? "on the graphics card" : `on ${threads} thread${threads === 1 ? "" : "s"}`;
+  return `Runs in this browser, ${how}; pictures do not leave this device.`;
+}
+
+export async function predict(_, file, bitmap) {
+  const options = { imageOrientation: "from-image", premultiplyAlpha: "none", colorSpaceConversion: "none" };
+  const picture = file ? await createImageBitmap(file, options) : bitmap;
+  const canvas = new OffscreenCanvas(picture.width, picture.height);
+  const pen = canvas.getContext("2d", { willReadFrequently: true });
+  pen.drawImage(picture, 0, 0);
+  const { data } = pen.getImageData(0, 0, picture.width, picture.height);
+  return answer(rgbOf(data), picture.height, picture.width);
+}
+
+// RGB bytes (rows x columns x 3) -> an answer.
+export async function answer(rgb, rows, columns) {
+  const { pixels, place } = prepare(model.preprocessing, rgb, rows, columns);
+  const [height, width] = place.size;
+  const found = await session.run({ [session.inputNames[0]]: new ort.Tensor("uint8", pixels, [1, height, width, 3]) });
+  const { task, classes } = model;
+  if (task === "classification") return { task, item: classify(found.logits.data, classes) };
+  if (task === "detection") {
+    return { task, item: detect(found.boxes_xyxy.data, found.scores.data, found.selected.data, classes, place) };
+  }
+  const labels = labelMap(found.logits.data, classes.length, place);
+  const item = { width: columns, height: rows, shares: shares(labels, classes) };
+  return { task, item, labels, mask: paint(labels, rows, columns, classes.length) };
+}
+
+function paint(labels, rows, columns, numClasses) {
+  const colours = Array.from({ length: numClasses }, (_, n) => model.colours?.[n] ?? colourOf(n));
+  const canvas = new OffscreenCanvas(columns, rows);
+  const pen = canvas.getContext("2d");
+  const image = pen.createImageData(columns, rows);
+  const parts = colours.map((colour) => colour.match(/\d+/g).map(Number));
+  labels.forEach((label, at) => image.data.set([...parts[label], 255], 4 * at));
+  pen.putImageData(image, 0, 0);
+  return { canvas, colours };
+}
+
+async function download(url, say) {
+  const response = await fetch(url);
+  if (!response.ok) throw new Error(`${model.file} is missing beside this page; copy the whole folder.`);
+  const parts = [];
+  let done = 0;
+  for (const reader = response.body.getReader(); ; ) {
+    const { done: ended, value } = await reader.read();
+    if (ended) break;
+    parts.push(value);
+    done += value.length;
+    say(`Loading the model ... ${Math.min(100, Math.round((100 * done) / model.bytes))} %`);
+  }
+  return new Uint8Array(await new Blob(parts).arrayBuffer());
+}
+
+// The service worker keeps the files for offline use, and adds the headers without which browsers give no threads.
+async function keepForOffline() {
+  if (!("serviceWorker" in navigator)) return;
+  try {
+    await navigator.serviceWorker.register(new URL("service_worker.js", HERE));
+    await navigator.serviceWorker.ready;
+  } catch {
+    return; // a private window, for one: all works, but not offline
+  }
+  if (!self.crossOriginIsolated && !sessionStorage.getItem("reloaded")) {
+    sessionStorage.setItem("reloaded", "true"); // once: now the worker answers, with its headers
+    location.reload();
+    await new Promise(() => {});
+  }
+}

@@ -1,0 +1,79 @@
+// Answers from the HTTP service that this page came from.
+
+import { KeyNeeded } from "./engine_errors.js";
+
+const ROOT = new URL("../v1/", import.meta.url);
+
+export const name = "server";
+
+export async function open() {
+  const { models } = await ask("models");
+  return models.map((model) => ({
+    name: model.name,
+    task: model.task,
+    classes: model.classes,
+    scoreThreshold: model.score_threshold ?? 0.3,
+    explains: model.explain,
+    about: `${model.architecture}, ${model.task}, ${model.classes.length} classes, by ${model.engine}`,
+  }));
+}
+
+export const devices = [];
+
+// A picture as a file or blob -> {task, item, mask?}; see results.js.
+export async function predict(model, file) {
+  const query = { model: model.name, top: 5, ...(model.task === "detection" ? { min_score: 0.05 } : {}) };
+  const { task, results } = await ask("predict", query, file);
+  const [item] = results;
+  return task === "segmentation" ? { task, item, mask: await readMask(item.mask_png) } : { task, item };
+}
+
+export async function explain(model, file, [x, y]) {
+  const told = await ask("explain", { model: model.name, x, y }, file);
+  return { url: `data:image/png;base64,${told.picture_png}`, label: told.label, score: told.score };
+}
+
+async function ask(path, query = {}, file = undefined) {
+  const url = new URL(path, ROOT);
+  for (const [key, value] of Object.entries(query)) url.searchParams.set(key, value);
+  const headers = {};
+  const key = sessionStorage.getItem("key");
+  if (key) headers["X-API-Key"] = key;
+  if (file) headers["Content-Type"] = file.type || "application/octet-stream";
+  for (let attempt = 0; ; attempt++) {
+    let response;
+    try {
+      response = await fetch(url, { method: file ? "POST" : "GET", headers, body: file });
+    } catch {
+      throw new Error("The service does not answer; is it still running?");
+    }
+    if (response.status === 503 && attempt < 4) {
+      const seconds = Math.min(10, Number(response.headers.get("Retry-After")) || 1);
+      await new Promise((resolve) => setTimeout(resolve, 1000 * seconds));
+      continue;
+    }
+    const told = await response.json().catch(() => ({ error: `The service answered with status ${response.status}.` }));
+    if (response.status === 401) throw new KeyNeeded(told.error);
+    if (!response.ok) throw new Error(told.error);
+    return told;
+  }
+}
+
+async function readMask(base64) {
+  const bytes = Uint8Array.from(atob(base64), (letter) => letter.charCodeAt(0));
+  const picture = await createImageBitmap(new Blob([bytes], { type: "image/png" }));
+  const canvas = new OffscreenCanvas(picture.width, picture.height);
+  canvas.getContext("2d").drawImage(picture, 0, 0);
+  return { canvas, colours: paletteOf(bytes) };
+}
+
+// The colours of a palette PNG by their numbers: its PLTE chunk.
+function paletteOf(bytes) {
+  const view = new DataView(bytes.buffer);
+  for (let at = 8; at < bytes.length; at += 12 + view.getUint32(at)) {
+    if (String.fromCharCode(...bytes.subarray(at + 4, at + 8)) !== "PLTE") continue;
+    const palette = bytes.subarray(at + 8, at + 8 + view.getUint32(at));
+    return Array.from({ length: palette.length / 3 }, (_, n) => `rgb(${palette.slice(3 * n, 3 * n + 3).join(" ")})`);
+  }
+  return [];
+}

@@ -1,0 +1,318 @@
+// The page: from a picture, however it comes, to an answer beside and over it.
+
+import * as engine from "./engine.js";
+import { KeyNeeded } from "./engine_errors.js";
+import { draw, showRows } from "./results.js";
+
+const at = (id) => document.getElementById(id);
+const GALLERY = ["cat", "coffee", "rocket", "astronaut"];
+
+const state = {
+  models: [], model: null,
+  pictures: [],          // {file, bitmap, thumb} of what was dropped, pasted or chosen
+  shown: null,           // {file, bitmap} of the picture in front
+  answer: null,
+  mark: null,            // [x, y] of the pixel that is explained
+  camera: null,          // {stream, facing} while it runs
+  turn: 0,               // counts pictures, so that a late answer is not shown for another one
+};
+
+// -- start -----------------------------------------------------------------------------------------------------------
+
+start();
+
+async function start() {
+  for (const name of GALLERY) {
+    at("gallery").append(thumbnail(`gallery/${name}.jpg`, `Use the picture ${name}`, async () => {
+      const response = await fetch(`gallery/${name}.jpg`);
+      take([new File([await response.blob()], `${name}.jpg`, { type: "image/jpeg" })]);
+    }));
+  }
+  listen();
+  await openEngine();
+}
+
+async function openEngine() {
+  try {
+    say("Loading the model ...");
+    state.models = await engine.open(say);
+    chooseModel(0);
+    at("model-choice").hidden = state.models.length < 2;
+    at("model").replaceChildren(...state.models.map((model, number) => new Option(model.name, number)));
+    at("device-choice").hidden = engine.devices.length < 2;
+    at("device").replaceChildren(...engine.devices.map((device) => new Option(device.label, device.name)));
+    if (engine.footer) at("footer").textContent = engine.footer();
+    say("");
+    document.documentElement.dataset.ready = "true";
+    if (state.shown) await answer();
+  } catch (error) {
+    fail(error);
+  }
+}
+
+function chooseModel(number) {
+  state.model = state.models[number];
+  at("about").textContent = state.model.about;
+  at("score").value = state.model.scoreThreshold;
+}
+
+function listen() {
+  at("file").addEventListener("change", (event) => { take([...event.target.files]); event.target.value = ""; });
+  at("model").addEventListener("change", async (event) => { chooseModel(Number(event.target.value)); await answer(); });
+  at("device").addEventListener("change", async (event) => {
+    try { say("Loading ..."); await engine.useDevice(event.target.value); await answer(); } catch (error) { fail(error); }
+  });
+  for (const id of ["score", "opacity"]) at(id).addEventListener("input", show);
+  at("camera").addEventListener("click", () => (state.camera ? stopCamera() : startCamera("environment")));
+  at("turn").addEventListener("click", () => startCamera(state.camera?.facing === "user" ? "environment" : "user"));
+  at("another").addEventListener("click", startOver);
+  at("save-picture").addEventListener("click", () => at("canvas").toBlob((blob) => save(blob, `${stem()}-answer.png`)));
+  at("save-json").addEventListener("click", () => {
+    const { mask_png: _, ...told } = state.answer.item;
+    save(new Blob([JSON.stringify({ model: state.model.name, task: state.answer.task, ...told }, null, 2)]), `${stem()}.json`);
+  });
+  at("key-form").addEventListener("submit", async (event) => {
+    event.preventDefault();
+    sessionStorage.setItem("key", at("key").value);
+    at("key-form").hidden = true;
+    await (state.model ? answer() : openEngine());
+  });
+  at("canvas").addEventListener("click", (event) => {
+    const box = at("canvas").getBoundingClientRect();
+    const { width, height } = at("canvas");
+    lookFrom([(event.clientX - box.left) * width / box.width, (event.clientY - box.top) * height / box.height], true);
+  });
+  at("canvas").addEventListener("keydown", moveByKey);
+  window.addEventListener("paste", (event) => take([...event.clipboardData.files]));
+  window.addEventListener("dragover", (event) => { event.preventDefault(); at("drop").classList.add("over"); });
+  window.addEventListener("dragleave", (event) => { if (!event.relatedTarget) at("drop").classList.remove("over"); });
+  window.addEventListener("drop", (event) => {
+    event.preventDefault();
+    at("drop").classList.remove("over");
+    take([...event.dataTransfer.files]);
+  });
+}
+
+// -- pictures --------------------------------------------------------------------------------------------------------
+
+async function take(files) {
+  if (!files.length) return;
+  stopCamera();
+  const read = [];
+  for (const file of files) {
+    try {
+      read.push({ file, bitmap: await createImageBitmap(file, { imageOrientation: "from-image" }) });
+    } catch {
+      complain(`${file.name || "That"} is not a picture that this browser can read.`);
+    }
+  }
+  if (!read.length) return;
+  state.pictures = read;
+  at("strip").hidden = read.length < 2;
+  at("strip").replaceChildren(...read.map((picture, number) => {
+    picture.thumb = thumbnail(URL.createObjectURL(picture.file), `Picture ${number + 1}: ${picture.file.name}`, () => look(picture));
+    return picture.thumb;
+  }));
+  await look(read[0]);
+}
+
+async function look(picture) {
+  state.shown = picture;
+  for (const { thumb } of state.pictures) thumb?.setAttribute("aria-pressed", String(thumb === picture.thumb));
+  state.answer = state.mark = null;
+  at("explanation").hidden = true;
+  at("invitation").hidden = true;
+  at("drop").classList.add("full");
+  at("canvas").hidden = false;
+  at("another").hidden = false;
+  show();
+  await answer();
+}
+
+function startOver() {
+  stopCamera();
+  Object.assign(state, { pictures: [], shown: null, answer: null, mark: null, turn: state.turn + 1 });
+  for (const id of ["canvas", "strip", "another", "controls", "downloads", "explanation", "hint"]) at(id).hidden = true;
+  at("invitation").hidden = at("waiting").hidden = false;
+  at("drop").classList.remove("full");
+  at("results").replaceChildren();
+  say("");
+  complain("");
+  at("gallery").querySelector("button")?.focus();
+}
+
+function thumbnail(url, label, choose) {
+  const button = document.createElement("button");
+  button.type = "button";
+  button.className = "thumb";
+  button.setAttribute("aria-label", label);
+  const image = document.createElement("img");
+  image.src = url;
+  image.alt = "";
+  button.append(image);
+  button.addEventListener("click", choose);
+  return button;
+}
+
+// -- answers ---------------------------------------------------------------------------------------------------------
+
+async function answer() {
+  if (!state.shown || !state.model) return;
+  const turn = ++state.turn;
+  say("Looking ...");
+  const begun = performance.now();
+  try {
+    const found = await engine.predict(state.model, state.shown.file, state.shown.bitmap);
+    if (turn !== state.turn) return;
+    state.answer = found;
+    complain("");
+    say(`${Math.round(performance.now() - begun)} ms`);
+    show();
+  } catch (error) {
+    if (turn === state.turn) fail(error);
+  }
+}
+
+function show() {
+  if (!state.shown) return;
+  const { answer: found, model } = state;
+  const minScore = Number(at("score").value), opacity = Number(at("opacity").value);
+  const { bitmap } = state.shown;
+  const classes = model?.classes ?? [];
+  draw(at("canvas"), bitmap, bitmap.width, bitmap.height, found, classes, { minScore, opacity, mark: state.mark });
+  at("controls").hidden = !found || found.task === "classification";
+  at("score-control").hidden = found?.task !== "detection";
+  at("opacity-control").hidden = found?.task !== "segmentation";
+  at("score-value").textContent = `${Math.round(100 * minScore)} %`;
+  at("opacity-value").textContent = `${Math.round(100 * opacity)} %`;
+  at("downloads").hidden = !found;
+  at("waiting").hidden = true;
+  const explains = Boolean(found && model.explains && !state.camera);
+  at("hint").hidden = !explains;
+  at("hint").textContent = "Click the picture to see what that pixel attends to; with the keyboard, go to the picture, move by arrow keys, press Enter.";
+  at("canvas").classList.toggle("clickable", explains);
+  at("canvas").tabIndex = explains ? 0 : -1;
+  at("canvas").setAttribute("role", "img");
+  at("canvas").setAttribute("aria-label", found ? "Your picture with the answer" : "Your picture");
+  if (found) showRows(at("results"), found, classes, minScore); else at("results").replaceChildren();
+}
+
+// -- explanations ----------------------------------------------------------------------------------------------------
+
+async function lookFrom(point, now) {
+  if (!state.answer || !state.model.explains || state.camera) return;
+  const { width, height } = at("canvas");
+  state.mark = [Math.min(width - 1, Math.max(0, Math.floor(point[0]))), Math.min(height - 1, Math.max(0, Math.floor(point[1])))];
+  show();
+  if (!now) return;
+  const { turn } = state;
+  say("Looking at what this pixel attends to ...");
+  try {
+    const told = await engine.explain(state.model, state.shown.file, state.mark);
+    if (turn !== state.turn) return;
+    at("explanation-picture").src = told.url;
+    at("explanation-picture").alt = `Attention of pixel ${state.mark.join(", ")} in every block, layer and head`;
+    at("explanation-caption").textContent = `What pixel ${state.mark.join(", ")} attends to, and what spoke for ${told.label}.`;
+    at("explanation").hidden = false;
+    complain("");
+    say("");
+  } catch (error) {
+    if (turn === state.turn) fail(error);
+  }
+}
+
+function moveByKey(event) {
+  const steps = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
+  const { width, height } = at("canvas");
+  const point = state.mark ?? [width / 2, height / 2];
+  if (event.key === "Enter") return void lookFrom(point, true);
+  const step = steps[event.key];
+  if (!step) return;
+  event.preventDefault();
+  lookFrom([point[0] + step[0] * width / 40, point[1] + step[1] * height / 40], false);
+}
+
+// -- camera ----------------------------------------------------------------------------------------------------------
+
+async function startCamera(facing) {
+  stopCamera();
+  complain("");
+  if (!navigator.mediaDevices?.getUserMedia) return complain("This browser gives no camera here; open the page by https or on localhost.");
+  try {
+    const stream = await navigator.mediaDevices.getUserMedia({ video: { facingMode: facing, width: { ideal: 640 } } });
+    const camera = { stream, facing };
+    state.camera = camera;
+    at("video").srcObject = stream;
+    await at("video").play();
+    at("camera").setAttribute("aria-pressed", "true");
+    at("turn").hidden = false;
+    at("strip").hidden = true;
+    at("explanation").hidden = true;
+    at("invitation").hidden = true;
+    at("drop").classList.add("full");
+    at("canvas").hidden = false;
+    at("another").hidden = false;
+    await watch(camera);
+  } catch (error) {
+    complain(error.name === "NotAllowedError" ? "The camera was not allowed." : `No camera: ${error.message}`);
+    stopCamera();
+  }
+}
+
+async function watch(camera) {
+  const video = at("video");
+  let smoothed = 0;
+  while (state.camera === camera) {
+    const begun = performance.now();
+    const frame = new OffscreenCanvas(video.videoWidth, video.videoHeight);
+    frame.getContext("2d").drawImage(video, 0, 0);
+    const bitmap = await createImageBitmap(frame);
+    const file = engine.name === "server" ? await frame.convertToBlob({ type: "image/jpeg", quality: 0.9 }) : null;
+    state.mark = null;
+    try {
+      const found = await engine.predict(state.model, file, bitmap);
+      if (state.camera !== camera) return;
+      Object.assign(state, { shown: { file, bitmap }, answer: found });
+      show();
+    } catch (error) {
+      stopCamera();
+      return fail(error);
+    }
+    const seconds = (performance.now() - begun) / 1000;
+    smoothed = smoothed ? 0.8 * smoothed + 0.2 * seconds : seconds;
+    say(`${(1 / smoothed).toFixed(1)} pictures a second`);
+    await new Promise(requestAnimationFrame);
+  }
+}
+
+function stopCamera() {
+  state.camera?.stream.getTracks().forEach((track) => track.stop());
+  state.camera = null;
+  at("camera").setAttribute("aria-pressed", "false");
+  at("turn").hidden = true;
+}
+
+// -- words -----------------------------------------------------------------------------------------------------------
+
+function say(text) { at("status").textContent = text; }
+
+function complain(text) { at("error").textContent = text; }
+
+function fail(error) {
+  say("");
+  if (error instanceof KeyNeeded) {
+    at("key-form").hidden = false;
+    at("key").focus();
+  }
+  complain(error.message || String(error));
+}
+
+function stem() { return (state.shown?.file?.name ?? "camera").replace(/\.[^.]*$/, ""); }
+
+function save(blob, name) {
+  const link = document.createElement("a");
+  link.href = URL.createObjectURL(blob);
+  link.download = name;
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(link.href), 10_000);
+}

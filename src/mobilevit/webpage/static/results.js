@@ -1,0 +1,119 @@
+// What a model says of a picture, as rows beside it and drawn over it.
+//
+// An answer is {task, item, mask?}: `item` as the service's JSON has it; `mask` is {canvas, colours} of a segmentation,
+// the picture's classes in colours, and the colour of each class by its number.
+
+// Colours that people with any sort of colour vision can tell apart (Okabe and Ito, 2008), then hues spread evenly.
+const FIRST = ["#d55e00", "#0072b2", "#009e73", "#e69f00", "#cc79a7", "#56b4e9", "#f0e442"];
+
+export function colourOf(number) {
+  return FIRST[number] ?? `hsl(${Math.round(number * 137.5) % 360} 65% 50%)`;
+}
+
+export function showRows(place, answer, classes, minScore) {
+  place.replaceChildren(...rowsOf(answer, classes, minScore));
+}
+
+function rowsOf(answer, classes, minScore) {
+  if (answer.task === "classification") {
+    return [list("ol", answer.item.top.map(({ label, probability }) => row(label, percent(probability), probability)))];
+  }
+  if (answer.task === "detection") {
+    const found = answer.item.detections.filter(({ score }) => score >= minScore);
+    if (!found.length) return [nothing("No object is sure enough; move the slider to see those that are less so.")];
+    return [list("ol", found.map(({ label, score }) => row(label, percent(score), score, colourOf(classes.indexOf(label)))))];
+  }
+  const shares = Object.entries(answer.item.shares);
+  return [list("ul", shares.map(([label, share]) => row(label, percent(share), share, answer.mask.colours[classes.indexOf(label)])))];
+}
+
+function list(kind, rows) {
+  const made = document.createElement(kind);
+  made.append(...rows);
+  return made;
+}
+
+function row(name, value, share, colour) {
+  const made = document.createElement("li");
+  made.className = "row";
+  const fill = document.createElement("div");
+  fill.className = "fill";
+  fill.style.width = `${Math.max(0, Math.min(100, 100 * share))}%`;
+  const words = document.createElement("span");
+  words.className = "name";
+  if (colour) {
+    const swatch = document.createElement("i");
+    swatch.className = "swatch";
+    swatch.style.background = colour;
+    words.append(swatch);
+  }
+  words.append(name);
+  const number = document.createElement("span");
+  number.className = "value";
+  number.textContent = value;
+  made.append(fill, words, number);
+  return made;
+}
+
+function nothing(text) {
+  const made = document.createElement("p");
+  made.className = "nothing";
+  made.textContent = text;
+  return made;
+}
+
+export function percent(share) {
+  return `${(100 * share).toFixed(share >= 0.1 ? 1 : 2)} %`;
+}
+
+// The picture with what was found in it. `picture` is anything a canvas draws, width by height pixels.
+export function draw(canvas, picture, width, height, answer, classes, { minScore, opacity, mark }) {
+  canvas.width = width;
+  canvas.height = height;
+  const pen = canvas.getContext("2d");
+  pen.drawImage(picture, 0, 0, width, height);
+  const unit = Math.max(width, height) / 500;
+  if (answer?.task === "segmentation") {
+    pen.globalAlpha = opacity;
+    pen.imageSmoothingEnabled = false;
+    pen.drawImage(answer.mask.canvas, 0, 0, width, height);
+    pen.globalAlpha = 1;
+  }
+  if (answer?.task === "detection") {
+    const found = answer.item.detections.filter(({ score }) => score >= minScore);
+    for (const one of found.reverse()) drawBox(pen, one, colourOf(classes.indexOf(one.label)), unit);
+  }
+  if (mark) drawMark(pen, mark, unit);
+}
+
+function drawBox(pen, { label, score, box_xyxy: [left, top, right, bottom] }, colour, unit) {
+  const size = Math.max(11, 13 * unit);
+  pen.lineWidth = Math.max(1.5, 2 * unit);
+  pen.strokeStyle = colour;
+  pen.strokeRect(left, top, right - left, bottom - top);
+  pen.font = `600 ${size}px system-ui, sans-serif`;
+  const text = `${label} ${percent(score)}`;
+  const width = pen.measureText(text).width + 0.8 * size;
+  const y = top >= 1.4 * size ? top - 1.4 * size : top;
+  const x = Math.max(0, Math.min(left, pen.canvas.width - width));
+  pen.fillStyle = colour;
+  pen.fillRect(x, y, width, 1.4 * size);
+  pen.fillStyle = isLight(pen, colour) ? "#111" : "#fff";
+  pen.fillText(text, x + 0.4 * size, y + 1.05 * size);
+}
+
+function drawMark(pen, [x, y], unit) {
+  for (const [width, colour] of [[5, "#000"], [2.5, "#00c8ff"]]) {
+    pen.lineWidth = width * Math.max(0.7, unit);
+    pen.strokeStyle = colour;
+    pen.beginPath();
+    pen.arc(x, y, 9 * Math.max(0.7, unit), 0, 2 * Math.PI);
+    pen.stroke();
+  }
+}
+
+function isLight(pen, colour) {
+  pen.fillStyle = colour;
+  const [red, green, blue] = [1, 3, 5].map((at) => parseInt(pen.fillStyle.slice(at, at + 2), 16));
+  return 0.299 * red + 0.587 * green + 0.114 * blue > 150;
+}

@@ -1,0 +1,255 @@
+"""The page in a real browser: with the model in it, and with the service behind it."""
+
+from __future__ import annotations
+
+import json
+import os
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from watched_page import ARTEFACTS, Site, Watched, serve_folder
+
+import mobilevit
+from golden_weights import fill_with_golden_weights
+from mobilevit.data.shapes import render_scene
+from mobilevit.exporting.web import find_runtime
+from mobilevit.inference.predictor import Predictor
+from mobilevit.preprocessing import Preprocessing
+
+TASKS = ("classification", "detection", "segmentation")
+CLASSES = ("circle", "cross", "ring", "square", "star", "triangle")
+MODES: dict[str, Any] = {"classification": "crop", "detection": "stretch", "segmentation": "pad"}
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A model of each task, whose answers are anything but even."""
+    folder = tmp_path_factory.mktemp("models")
+    found = {}
+    for task in TASKS:
+        model = mobilevit.create_model("mobilevit_xxs", task=task, classes=CLASSES)  # type: ignore[arg-type]
+        model = fill_with_golden_weights(model)
+        preprocessing = Preprocessing(size=(128, 192), resize_mode=MODES[task])
+        model.card = replace(model.card, preprocessing=preprocessing, score_threshold=0.02)  # type: ignore[arg-type]
+        found[task] = folder / f"{task}.safetensors"
+        mobilevit.save(model, found[task], classes=CLASSES, preprocessing=preprocessing)
+    return found
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """PNGs, which every decoder reads alike."""
+    folder = tmp_path_factory.mktemp("pictures")
+    paths = []
+    for number in range(3):
+        path = folder / f"scene{number}.png"
+        render_scene(number, size=240, num_objects=3).image.resize((300 - 40 * number, 200 + 30 * number)).save(path)
+        paths.append(path)
+    return paths
+
+
+@pytest.fixture(scope="module")
+def apps(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory, chromium: Any) -> dict[str, Path]:
+    """The folder of each task's page."""
+    try:
+        find_runtime()
+    except ValueError as error:
+        pytest.skip(f"the runtime for browsers cannot be had: {error}")
+    out = tmp_path_factory.mktemp("apps")
+    return {
+        task: mobilevit.export(path, out, format="web", name=task, verify=False).path
+        for task, path in checkpoints.items()
+    }
+
+
+@pytest.fixture
+def site(apps: dict[str, Path], request: pytest.FixtureRequest) -> Iterator[Site]:
+    served = serve_folder(apps[request.param])
+    yield served
+    served.stop()
+
+
+def engine_answer(watched: Watched, picture: Path) -> dict[str, Any]:
+    """What the page's engine says of a file, in full."""
+    script = """async (bytes) => {
+        const engine = await import(new URL("engine.js", location.href).href);
+        const { task, item, labels } = await engine.predict(null, new Blob([new Uint8Array(bytes)]));
+        return { task, item, labels: labels ? Array.from(labels) : null };
+    }"""
+    found: dict[str, Any] = watched.page.evaluate(script, list(picture.read_bytes()))
+    return found
+
+
+@pytest.mark.parametrize("site", TASKS, indirect=True)
+def test_the_model_in_the_browser_answers_as_the_predictor(
+    site: Site, watched: Watched, checkpoints: dict[str, Path], pictures: list[Path], request: pytest.FixtureRequest
+) -> None:
+    task = request.node.callspec.params["site"]
+    predictor = Predictor(checkpoints[task])
+    watched.open(site.address)
+    for picture in pictures:
+        watched.show(picture)
+        found, expected = engine_answer(watched, picture), predictor(str(picture))
+        if task == "classification":
+            for ours, theirs in zip(found["item"]["top"], expected.to_dict(5)["top"], strict=True):
+                assert ours["label"] == theirs["label"]
+                assert ours["probability"] == pytest.approx(theirs["probability"], abs=1e-3)
+            shown = [(label, round(share, 3)) for label, share in watched.rows()]
+            assert shown == [(label, pytest.approx(share, abs=1e-3)) for label, share in expected.top(5)]
+        elif task == "detection":
+            theirs = expected.to_dict(min_score=0.0)["detections"]
+            assert len(theirs) > 0
+            assert len(found["item"]["detections"]) == pytest.approx(len(theirs), abs=2)
+            for ours, other in zip(found["item"]["detections"][:20], theirs[:20], strict=True):
+                assert ours["score"] == pytest.approx(other["score"], abs=1e-3)
+                if ours["label"] == other["label"] and abs(ours["score"] - other["score"]) < 1e-6:
+                    assert ours["box_xyxy"] == pytest.approx(other["box_xyxy"], abs=0.5)
+        else:
+            labels = np.array(found["labels"], np.uint8).reshape(expected.label_map.shape)
+            assert (labels == expected.label_map).mean() > 0.999
+    watched.keep(f"app-{task}")
+
+
+def drawn_difference(watched: Watched) -> float:
+    """Share of the canvas that the answer has changed: with and without it."""
+    share: float = watched.page.evaluate("""async () => {
+        const canvas = document.querySelector("#canvas");
+        const read = (c) => c.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data;
+        const drawn = read(canvas), plain = new OffscreenCanvas(canvas.width, canvas.height);
+        const bitmap = await createImageBitmap(window.lastPicture);
+        plain.getContext("2d").drawImage(bitmap, 0, 0);
+        const before = read(plain);
+        let changed = 0;
+        for (let at = 0; at < drawn.length; at += 4) changed += Math.abs(drawn[at] - before[at]) > 8;
+        return changed / (drawn.length / 4);
+    }""")
+    return share
+
+
+@pytest.mark.parametrize("site", ["detection", "segmentation"], indirect=True)
+def test_boxes_and_masks_are_drawn(site: Site, watched: Watched, pictures: list[Path]) -> None:
+    watched.open(site.address)
+    data = pictures[0].read_bytes()
+    watched.page.evaluate("bytes => { window.lastPicture = new Blob([new Uint8Array(bytes)]); }", list(data))
+    watched.show(pictures[0])
+    if watched.page.locator("#score-control").is_visible():
+        set_slider(watched, "#score", 0.0)
+        assert drawn_difference(watched) > 0.01
+        set_slider(watched, "#score", 1.0)
+        assert drawn_difference(watched) < 0.001
+    else:
+        set_slider(watched, "#opacity", 0.9)
+        assert drawn_difference(watched) > 0.3
+        set_slider(watched, "#opacity", 0.0)
+        assert drawn_difference(watched) < 0.001
+
+
+def set_slider(watched: Watched, name: str, value: float) -> None:
+    watched.page.eval_on_selector(
+        name, "(slider, value) => { slider.value = value; slider.dispatchEvent(new Event('input')); }", value
+    )
+
+
+@pytest.mark.parametrize("site", ["classification"], indirect=True)
+def test_after_the_first_visit_it_works_without_a_network(site: Site, watched: Watched, pictures: list[Path]) -> None:
+    watched.open(site.address)
+    assert watched.page.evaluate("() => self.crossOriginIsolated"), "threads, on a server without special headers"
+    assert "thread" in watched.page.locator("#footer").text_content()
+    watched.show(pictures[0])
+    before = watched.rows()
+    site.stop()
+    watched.open(site.address)
+    watched.show(pictures[0])
+    assert watched.rows() == before
+
+
+@pytest.mark.parametrize("site", ["classification"], indirect=True)
+def test_the_keyboard_suffices(site: Site, watched: Watched) -> None:
+    watched.open(site.address)
+    for _ in range(12):
+        watched.page.keyboard.press("Tab")
+        if watched.page.evaluate("() => document.activeElement.getAttribute('aria-label')") == "Use the picture coffee":
+            break
+    else:
+        pytest.fail("Tab does not reach the gallery")
+    watched.page.keyboard.press("Enter")
+    watched.page.wait_for_selector("#results .row")
+    assert len(watched.rows()) == 5
+
+
+@pytest.mark.parametrize("site", ["classification"], indirect=True)
+def test_the_camera(site: Site, watched: Watched) -> None:
+    watched.open(site.address)
+    watched.page.click("#camera")
+    watched.page.wait_for_function("() => document.querySelector('#status').textContent.endsWith('pictures a second')")
+    assert len(watched.rows()) == 5
+    watched.page.click("#camera")
+    assert watched.page.get_attribute("#camera", "aria-pressed") == "false"
+
+
+@pytest.mark.parametrize("site", ["classification"], indirect=True)
+def test_what_is_no_picture(site: Site, watched: Watched, tmp_path: Path) -> None:
+    (tmp_path / "notes.jpg").write_text("no picture")
+    watched.open(site.address)
+    watched.page.set_input_files("#file", str(tmp_path / "notes.jpg"))
+    watched.page.wait_for_function("() => document.querySelector('#error').textContent.length > 0")
+    assert watched.page.locator("#error").text_content() == "notes.jpg is not a picture that this browser can read."
+
+
+@pytest.mark.parametrize("site", ["segmentation"], indirect=True)
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_small_screens_and_accessibility(site: Site, watched: Watched, pictures: list[Path], scheme: Any) -> None:
+    watched.page.set_viewport_size({"width": 390, "height": 800})
+    watched.page.emulate_media(color_scheme=scheme)
+    watched.open(site.address)
+    violations_of(watched)
+    watched.show(*pictures)
+    assert watched.page.evaluate("() => document.documentElement.scrollWidth") <= 390
+    watched.keep(f"app-390-{scheme}")
+    violations_of(watched)
+
+
+def violations_of(watched: Watched) -> None:
+    """None, says axe-core, if it is at hand."""
+    axe = Path(os.environ.get("AXE_CORE", ARTEFACTS / "node_modules" / "axe-core")) / "axe.min.js"
+    if not axe.exists():
+        return
+    # As text and not as a script tag, which the page's policy forbids.
+    watched.page.context.new_cdp_session(watched.page).send("Runtime.evaluate", {"expression": axe.read_text()})
+    watched.page.wait_for_timeout(300)  # for transitions of colour
+    found = watched.page.evaluate("axe.run().then(r => r.violations.map(v => v.id + ': ' + v.nodes[0].html))")
+    assert found == []
+
+
+def test_the_page_of_the_service(watched: Watched, checkpoints: dict[str, Path], pictures: list[Path]) -> None:
+    """All three tasks, and the attention of a pixel."""
+    running_server = pytest.importorskip("running_server", reason="needs the tests of the service beside it")
+    server = running_server.Server([*checkpoints.values(), "--threads", "1"])
+    try:
+        address = f"http://127.0.0.1:{server.port}/"
+        watched.open(address)
+        violations_of(watched)
+        for number, task in enumerate(TASKS):
+            watched.page.select_option("#model", str(number))
+            watched.show(pictures[0])
+            watched.page.wait_for_function(
+                "task => document.querySelector('#about').textContent.includes(task)", arg=task
+            )
+            watched.keep(f"service-{task}")
+            violations_of(watched)
+            if task == "classification":
+                expected = Predictor(checkpoints[task])(str(pictures[0])).top(5)
+                assert watched.rows() == [(label, pytest.approx(share, abs=1e-3)) for label, share in expected]
+                watched.page.click("#canvas", position={"x": 50, "y": 60})
+                watched.page.wait_for_selector("#explanation:not([hidden])", timeout=60_000)
+                assert watched.page.evaluate("() => document.querySelector('#explanation-picture').naturalWidth") > 500
+                watched.keep("service-explanation")
+        with urllib.request.urlopen(f"{address}v1/models") as told:
+            assert len(json.load(told)["models"]) == 3
+    finally:
+        assert server.stop() == 0
