@@ -99,7 +99,7 @@ def photographs(folder: Path, side: int) -> list[Image.Image]:
     return found
 
 
-def engine_speed(predictor: Predictor, photos: Path, seconds: float = 8.0) -> float:
+def engine_speed(predictor: Predictor, photos: Path, seconds: float = 5.0) -> float:
     """Pictures a second, of full batches of ready tensors."""
     paths = find_images(photos)[:BATCH]
     ready = [predictor.prepare(path, path.name) for path in paths]
@@ -112,7 +112,7 @@ def engine_speed(predictor: Predictor, photos: Path, seconds: float = 8.0) -> fl
     return batches * BATCH / (time.perf_counter() - start)
 
 
-def side_by_side_speed(predictor: Predictor, photos: Path, seconds: float = 8.0) -> float:
+def side_by_side_speed(predictor: Predictor, photos: Path, seconds: float = 5.0) -> float:
     """The same with a batch on each core, a thread each, instead of all cores on one batch."""
     cores = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -123,7 +123,7 @@ def side_by_side_speed(predictor: Predictor, photos: Path, seconds: float = 8.0)
     return found
 
 
-def stream_speed(predictor: Predictor, photos: Path, seconds: float = 8.0) -> float:
+def stream_speed(predictor: Predictor, photos: Path, seconds: float = 5.0) -> float:
     """Pictures a second, of `Predictor.stream` on files."""
     start, count = time.perf_counter(), 0
     for _ in predictor.stream(itertools.cycle(find_images(photos))):

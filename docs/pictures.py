@@ -65,12 +65,12 @@ def take(demo: Path, task: str) -> None:
     IMAGES.mkdir(exist_ok=True)
     for name, source in PICTURES[task].items():
         save(Image.open(demo / source), name, few_colours=source != SHEET)
-    if task == "classification":
-        picture = sorted((demo / "data").rglob("*.png"))[0]
+    if task == "detection":
+        picture = sorted((demo / "data").rglob("*.png"))[1]
         explanation = explain(mobilevit.load(demo / "run" / "best.safetensors"), picture)
         save(explanation.draw(), "explain-attention.png", few_colours=True)
         save(explanation.draw_patches(), "explain-patches.png", few_colours=True)
-    else:
+    if task != "classification":
         sheet = contact_sheet(find_splits(demo / "data"), num_images=6, cell=220)
         save(sheet, f"{task}-check.png", few_colours=False)
 

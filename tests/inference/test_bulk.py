@@ -126,10 +126,10 @@ def test_threads_bound_what_works_at_once(models: Path, tmp_path: Path, monkeypa
         seen.append((workers, torch.get_num_threads()))
         return iter(())
 
-    monkeypatch.setattr(bulk, "predict_tables", note)
+    monkeypatch.setattr(bulk, "predict_rows", note)
     before = torch.get_num_threads()
     for changes in ({"threads": 1}, {"threads": 3}, {"threads": 3, "workers": 2}):
-        list(bulk._local_tables(job(models, tmp_path, **changes), ["x"], lambda: False))
+        list(bulk._local_rows(job(models, tmp_path, **changes), ["x"], lambda: False))
     assert seen == [(1, 1), (3, 1), (2, 1)]
     assert torch.get_num_threads() == before
 
@@ -281,11 +281,11 @@ def test_few_pictures_wait_in_memory(photos: Path, models: Path, monkeypatch: py
     assert isinstance(prepared, bulk.Prepared)
     assert prepared.image.size == (1, 1)
     assert prepared.size == (48, 48)
-    tables = bulk.predict_tables(predictor, endless(), job(models, photos), workers=2)
+    batches = bulk.predict_rows(predictor, endless(), job(models, photos), workers=2)
     for number in range(1, 6):
-        assert len(next(tables)) == 4
+        assert len(next(batches)) == 4
         assert taken <= 4 * (number + 4)
-    tables.close()
+    batches.close()
 
 
 def test_missing_packages(photos: Path, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ from torch import nn
 import mobilevit
 from mobilevit.cli import main
 from mobilevit.data.shapes import render_scene
-from mobilevit.inference.explain import Explanation, attention_weights, explain
-from mobilevit.models.mobilevit import Attention, MobileViTBlock, unfold
+from mobilevit.inference.explain import Explanation, _answer, _strongest_place, attention_weights, explain
+from mobilevit.models.card import ModelCard
+from mobilevit.models.mobilevit import Attention, unfold
+from mobilevit.models.ssdlite import DetectionOutput
 from mobilevit.preprocessing import Preprocessing
 
 CLASSES = ("circle", "cross", "ring")
@@ -25,8 +28,6 @@ def model_of(task: str = "classification", side: int = 128, **options: Any) -> n
     torch.manual_seed(0)
     mode = "pad" if task == "segmentation" else "stretch"
     model = mobilevit.create_model("mobilevit_xxs", task=task, classes=CLASSES, **options)  # type: ignore[arg-type]
-    from dataclasses import replace
-
     model.card = replace(model.card, preprocessing=Preprocessing(size=(side, side), resize_mode=mode))  # type: ignore
     return model.eval()
 
@@ -76,11 +77,8 @@ def test_weights_and_rollout_are_shares() -> None:
 
 
 def test_class_activation_points_at_what_decides() -> None:
-    """A model whose score is the brightness of one place of its last map."""
+    """The same by the equation: channels weighed by the mean of their gradients."""
     model = model_of()
-    for module in model.modules():
-        if isinstance(module, MobileViTBlock):
-            module.requires_grad_(True)
     explanation = explain(model, PICTURE)
     stage: list[torch.Tensor] = []
     model.layer5.register_forward_hook(lambda _, __, output: stage.append(output))  # type: ignore[union-attr]
@@ -112,6 +110,64 @@ def test_all_tasks_are_drawn(task: str, tmp_path: Path) -> None:
         assert len(drawn.getcolors(1 << 24)) > 100
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     assert not [hook for module in model.modules() for hook in module._forward_hooks.values()]
+
+
+def test_the_most_attended_are_pixels_at_the_same_offset() -> None:
+    explanation = explain(model_of(), PICTURE, pixel=(130, 47))
+    for block, told in zip(explanation.blocks, explanation.to_dict()["blocks"], strict=True):
+        (height, width), (ph, pw), (row, column) = block.map_size, block.patch_size, block.pixel
+        own = (row // ph, column // pw)
+        found = {}
+        for entry in told["most_attended"]:
+            y, x = entry["y"] * height / 160 - 0.5, entry["x"] * width / 200 - 0.5
+            assert (y, x) == (pytest.approx(round(y), abs=0.05), pytest.approx(round(x), abs=0.05))
+            assert (round(y) % ph, round(x) % pw) == (row % ph, column % pw)
+            patch = (round(y) // ph, round(x) // pw)
+            assert entry["weight"] == pytest.approx(float(block.rollout[patch]), abs=1e-4)
+            found[patch] = entry["weight"]
+        assert own not in found
+        others = sorted((float(w) for p, w in np.ndenumerate(block.rollout) if p != own), reverse=True)
+        assert list(found.values()) == pytest.approx(others[:5], abs=1e-4)
+
+
+def test_maps_that_patches_do_not_divide() -> None:
+    blocks = explain(model_of(side=96, patch_size=(5, 4, 2)), PICTURE, pixel=(199, 159)).blocks
+    assert [(b.map_size_before, b.map_size, b.pixel) for b in blocks] == [
+        ((12, 12), (15, 15), (14, 14)), ((6, 6), (8, 8), (7, 7)), ((3, 3), (4, 4), (3, 3)),
+    ]  # fmt: skip
+    assert [b.rollout.shape for b in blocks] == [(3, 3), (2, 2), (2, 2)]
+
+
+def test_without_a_pixel_the_margin_has_no_say() -> None:
+    placement = Preprocessing(size=(64, 64), resize_mode="pad").placement((100, 50))
+    activation = np.zeros((4, 4), np.float32)
+    activation[1, 3], activation[2, 1] = 1, 0.5  # the right half is margin
+    assert _strongest_place(activation, placement) == (0.375, 0.625)
+    assert _strongest_place(np.zeros((4, 4), np.float32), placement) == (0.25, 0.5)
+
+
+def test_the_object_at_the_pixel_is_explained() -> None:
+    """Two objects; the weaker one is explained where it is, the stronger one elsewhere."""
+    anchors = torch.tensor([[0.25, 0.25, 0.2, 0.2], [0.75, 0.75, 0.2, 0.2]])
+    logits = torch.tensor([[[0.0, 6.0, 0.0], [0.0, 0.0, 4.0]]], requires_grad=True)
+    output = DetectionOutput(class_logits=logits, box_regression=torch.zeros(1, 2, 4), anchors_cxcywh=anchors)
+    card = ModelCard(name="x", task="detection", classes=("a", "b"), preprocessing=Preprocessing(size=(64, 64)))
+    for place, label, middle in ((None, "a", 0.25), ((0.7, 0.8), "b", 0.75), ((0.5, 0.5), "a", 0.25)):
+        answer = _answer(card, output, place)
+        assert answer.label == label
+        assert answer.box is not None
+        assert answer.box.tolist() == pytest.approx([middle - 0.1] * 2 + [middle + 0.1] * 2)
+        assert answer.score == pytest.approx(float(answer.target.exp() / (answer.target.exp() + 2)), abs=1e-6)
+
+
+def test_the_view_shows_what_the_model_sees() -> None:
+    """Undistorted: of a stretched picture the whole, of a padded one with its margin."""
+    assert explain(model_of(), PICTURE).view.size == (512, 410)
+    explanation = explain(model_of("segmentation"), PICTURE, pixel=(100, 159))
+    assert explanation.view.size == (510, 512)  # 128 x 102.4 pixels are filled, in whole ones
+    assert np.asarray(explanation.view)[411:].max() == 0
+    assert np.asarray(explanation.view)[:409].max() > 0
+    assert explanation.to_view(100, 160) == pytest.approx((256, 409.6), abs=2.1)
 
 
 def test_a_pixel_outside() -> None:

@@ -6,6 +6,8 @@ import json
 import re
 import socket
 import struct
+import subprocess
+import sys
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -362,11 +364,9 @@ def test_mistakes_are_told_before_anything_starts(
     checkpoints: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], server: Server
 ) -> None:
     model = str(checkpoints["classification"])
-    (tmp_path / "bad.safetensors").write_bytes(b"nonsense")
     mistakes = {
         (): "no model to serve",
         (str(tmp_path / "none.safetensors"),): "no such file",
-        (str(tmp_path / "bad.safetensors"),): "bad.safetensors",
         (model, model): "two models are called classification",
         (model, "--port", str(server.port)): f"port {server.port} of 127.0.0.1 is in use",
         (model, "--host", "192.0.2.1"): "give an address of this machine",
@@ -380,6 +380,22 @@ def test_mistakes_are_told_before_anything_starts(
         assert message in told
         assert told.count("\n") == 1
         assert told.startswith("error: ")
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_what_cannot_be_loaded_ends_in_one_line(checkpoints: dict[str, Path], tmp_path: Path, workers: str) -> None:
+    (tmp_path / "bad.safetensors").write_bytes(b"nonsense")
+    model = str(checkpoints["classification"])
+    for arguments, message in (
+        ([model, f"bad={tmp_path / 'bad.safetensors'}"], "bad.safetensors"),
+        ([model, "--device", "tpu"], "--device tpu: unknown"),
+    ):
+        command = [sys.executable, "-m", "mobilevit", "serve", *arguments, "--port", "0", "--workers", workers]
+        ended = subprocess.run([*command, "--threads", "1"], capture_output=True, text=True, timeout=120)
+        (told,) = [line for line in ended.stderr.splitlines() if not line.startswith("{")]
+        assert (ended.returncode, ended.stdout) == (2, "")
+        assert told.startswith("error: ")
+        assert message in told
 
 
 def test_exported_files_are_served(checkpoints: dict[str, Path], tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from PIL import Image
 from mobilevit import factory
 from mobilevit.devices import pick_device
 from mobilevit.inference import artefact as artefacts
-from mobilevit.inference.bulk_parts import Parts, finished, key_of, open_folder, schema_of, to_table
+from mobilevit.inference.bulk_parts import Parts, Row, finished, key_of, open_folder, schema_of
 from mobilevit.inference.predictor import Predictor, Prepared, Result
 from mobilevit.inference.session import Engine
 from mobilevit.inference.sources import read_source
@@ -132,27 +132,27 @@ def predict_in_bulk(job: BulkJob, sources: Sequence[str]) -> BulkReport:
     schema_of(card.task)  # says early what is not installed
     with ExitStack() as held:
         held.enter_context(open_folder(job.out, _record(job, card), overwrite=job.overwrite))
-        tables: Callable[[BulkJob, Sequence[str], Callable[[], bool]], Generator[Any]] = _local_tables
+        batches: Callable[[BulkJob, Sequence[str], Callable[[], bool]], Generator[list[Row]]] = _local_rows
         if job.engine == "ray":
-            from mobilevit.inference.bulk_ray import connected, ray_tables
+            from mobilevit.inference.bulk_ray import connected, ray_rows
 
             held.enter_context(connected(job))
-            tables = ray_tables
+            batches = ray_rows
         stop = held.enter_context(_noticing_signals())  # after Ray, which has a way of its own with them
         done = finished(job.out)
         left = [source for source in sources if key_of(source) not in done]
         before = len(sources) - len(left)
-        parts, errors, written = Parts(job.out, rows=job.part_rows), 0, 0
+        parts, errors, written = Parts(job.out, card.task, rows=job.part_rows), 0, 0
         start = time.monotonic()
         with Progress("predict", len(sources), "pictures", before) as progress:
             if left:
-                with closing(tables(job, left, stop)) as stream:
+                with closing(batches(job, left, stop)) as stream:
                     try:
-                        for table in stream:
-                            parts.add(table)
-                            written += len(table)
-                            errors += len(table) - table["error"].null_count
-                            progress.advance(len(table))
+                        for rows in stream:
+                            parts.add(rows)
+                            written += len(rows)
+                            errors += sum(row.get("error") is not None for row in rows)
+                            progress.advance(len(rows))
                     finally:
                         parts.flush()
         return BulkReport(
@@ -187,16 +187,16 @@ def open_predictor(job: BulkJob, model: Path, *, threads: int | None) -> Predict
     return Predictor(model, device=job.device, batch_size=job.batch_size, threads=threads, engine=engine)
 
 
-def predict_tables(
+def predict_rows(
     predictor: Predictor,
     sources: Iterable[str],
     job: BulkJob,
     *,
     workers: int,
     stop: Callable[[], bool] = lambda: False,
-) -> Generator[Any]:
-    """A `pyarrow.Table` for each batch, in the order of the sources; no more sources are taken once `stop` says so."""
-    names, batches = iter(sources), deque[Future[Any]]()
+) -> Generator[list[Row]]:
+    """The rows of each batch, in the order of the sources; no more sources are taken once `stop` says so."""
+    names, batches = iter(sources), deque[Future[list[Row]]]()
     turn = nullcontext() if side_by_side(predictor, job) else threading.Lock()
     with ThreadPoolExecutor(workers, "predict") as pool:
         try:
@@ -221,7 +221,7 @@ def side_by_side(predictor: Predictor, job: BulkJob) -> bool:
     return predictor.engine == "torch" and job.engine != "compile" and pick_device(job.device).type == "cpu"
 
 
-def _local_tables(job: BulkJob, sources: Sequence[str], stop: Callable[[], bool]) -> Generator[Any]:
+def _local_rows(job: BulkJob, sources: Sequence[str], stop: Callable[[], bool]) -> Generator[list[Row]]:
     before = torch.get_num_threads()
     try:
         predictor = open_predictor(job, job.model, threads=job.threads)
@@ -229,26 +229,25 @@ def _local_tables(job: BulkJob, sources: Sequence[str], stop: Callable[[], bool]
         if side_by_side(predictor, job):
             workers = job.workers or job.threads or num_cores()
             torch.set_num_threads(1)
-        yield from predict_tables(predictor, sources, job, workers=workers, stop=stop)
+        yield from predict_rows(predictor, sources, job, workers=workers, stop=stop)
     finally:
         torch.set_num_threads(before)
 
 
 def _predict_batch(
     predictor: Predictor, sources: Sequence[str], job: BulkJob, turn: AbstractContextManager[Any]
-) -> Any:
-    """Read, compute and make a table, all in one thread."""
+) -> list[Row]:
+    """Read, compute and make rows, all in one thread."""
     read = [_prepare(predictor, source) for source in sources]
     good = [picture for picture in read if isinstance(picture, Prepared)]
     with turn:
         answers = iter(predictor.compute(good) if good else ())
-    rows = [
+    return [
         _row(predictor, picture, next(answers), job)
         if isinstance(picture, Prepared)
         else {"source": key_of(source), "error": key_of(str(picture).removeprefix(f"{source}: "))}
         for source, picture in zip(sources, read, strict=True)
     ]
-    return to_table(rows, predictor.card.task)
 
 
 def num_cores() -> int:
@@ -265,13 +264,13 @@ def _prepare(predictor: Predictor, source: str) -> Prepared | ImageError:
     return dataclasses.replace(prepared, image=_NO_IMAGE)
 
 
-def _row(predictor: Predictor, picture: Prepared, answer: Any, job: BulkJob) -> dict[str, Any]:
+def _row(predictor: Predictor, picture: Prepared, answer: Any, job: BulkJob) -> Row:
     height, width = picture.size
     result = predictor.finish(picture, answer)
     return {"source": key_of(picture.source), "width": width, "height": height, **_fields(result, job)}
 
 
-def _fields(result: Result, job: BulkJob) -> dict[str, Any]:
+def _fields(result: Result, job: BulkJob) -> Row:
     if isinstance(result, ClassificationResult):
         top = [{"label": label, "probability": probability} for label, probability in result.top(job.top)]
         return {"label": result.label, "probability": result.probability, "top": top}

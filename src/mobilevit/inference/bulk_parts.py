@@ -19,6 +19,9 @@ RECORD = "_run.json"
 
 _LOCK = "_lock"
 
+Row = dict[str, Any]
+"""What one picture gets: columns of `schema_of`; those that are not there are null."""
+
 
 def schema_of(task: Task) -> Any:
     """The columns of a task's rows, as a `pyarrow.Schema`; those of the task are null where `error` is not.
@@ -53,7 +56,7 @@ def schema_of(task: Task) -> Any:
     return pa.schema([*first, *scored[task], ("error", pa.string())])
 
 
-def to_table(rows: Sequence[Mapping[str, Any]], task: Task) -> Any:
+def to_table(rows: Sequence[Row], task: Task) -> Any:
     """Rows as a `pyarrow.Table`."""
     return _pyarrow().Table.from_pylist(list(rows), schema=schema_of(task))
 
@@ -64,25 +67,27 @@ def key_of(source: str) -> str:
 
 
 class Parts:
-    """Gathers tables and writes them as the next part whenever there is enough.
+    """Gathers rows and writes them as the next part whenever there are enough.
+
+    They wait as plain values: small arrow tables among the large tensors that come and go would scatter the memory.
 
     Args:
         folder: which exists.
+        task: whose columns they have.
         rows: of a part; or less, if they took longer than `seconds`.
         seconds: of work that a kill may cost.
     """
 
-    def __init__(self, folder: Path, *, rows: int, seconds: float = 60.0) -> None:
-        self._folder, self._rows, self._seconds = folder, rows, seconds
+    def __init__(self, folder: Path, task: Task, *, rows: int, seconds: float = 60.0) -> None:
+        self._folder, self._task, self._rows, self._seconds = folder, task, rows, seconds
         self._number = max((int(path.stem.partition("-")[2]) for path in find_parts(folder)), default=-1) + 1
-        self._tables: list[Any] = []
-        self._waiting, self._since = 0, time.monotonic()
+        self._waiting: list[Row] = []
+        self._since = time.monotonic()
 
-    def add(self, table: Any) -> None:
-        """Keep a table's rows for the next part, and write the part if it is due."""
-        self._tables.append(table)
-        self._waiting += len(table)
-        if self._waiting >= self._rows or time.monotonic() - self._since >= self._seconds:
+    def add(self, rows: Sequence[Row]) -> None:
+        """Keep rows for the next part, and write the part if it is due."""
+        self._waiting += rows
+        if len(self._waiting) >= self._rows or time.monotonic() - self._since >= self._seconds:
             self.flush()
 
     def flush(self) -> None:
@@ -92,10 +97,10 @@ class Parts:
             return
         import pyarrow.parquet as pq
 
-        table = _pyarrow().concat_tables(self._tables)
+        table = to_table(self._waiting, self._task)
         path = self._folder / f"part-{self._number:06}.parquet"
         write_atomically(path, lambda aside: pq.write_table(table, aside, compression="zstd"))
-        self._tables, self._waiting, self._number = [], 0, self._number + 1
+        self._waiting, self._number = [], self._number + 1
 
 
 def find_parts(folder: Path) -> list[Path]:

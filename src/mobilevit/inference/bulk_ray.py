@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mobilevit.inference.bulk import BulkJob
+    from mobilevit.inference.bulk_parts import Row
 
 _MOST_SOURCES = 256
 """In one piece of work."""
@@ -54,8 +55,8 @@ def connected(job: BulkJob) -> Iterator[None]:
             ray.shutdown()
 
 
-def ray_tables(job: BulkJob, sources: Sequence[str], stop: Callable[[], bool]) -> Generator[Any]:
-    """A `pyarrow.Table` for each piece of work, in the order in which they are done."""
+def ray_rows(job: BulkJob, sources: Sequence[str], stop: Callable[[], bool]) -> Generator[list[Row]]:
+    """The rows of each piece of work, in the order in which they are done."""
     import pyarrow as pa
     import ray
 
@@ -86,7 +87,7 @@ def ray_tables(job: BulkJob, sources: Sequence[str], stop: Callable[[], bool]) -
         num_gpus=1 if gpus else None,
     )
     for table in rows.iter_batches(batch_size=None, batch_format="pyarrow"):
-        yield table
+        yield table.to_pylist()
         if stop():
             return
 
@@ -110,9 +111,9 @@ class _Worker:
         self._predictor = open_predictor(job, Path(self._folder.name, job.model.name), threads=job.threads or 1)
 
     def __call__(self, names: Any) -> Any:
-        import pyarrow as pa
-
-        from mobilevit.inference.bulk import predict_tables
+        from mobilevit.inference.bulk import predict_rows
+        from mobilevit.inference.bulk_parts import to_table
 
         sources = [os.fsdecode(name) for name in names["source"].to_pylist()]
-        return pa.concat_tables(predict_tables(self._predictor, sources, self._job, workers=self._at_once))
+        batches = predict_rows(self._predictor, sources, self._job, workers=self._at_once)
+        return to_table([row for rows in batches for row in rows], self._predictor.card.task)

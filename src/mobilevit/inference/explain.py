@@ -20,8 +20,10 @@ from torch import Tensor, nn
 
 from mobilevit.drawing import save_image
 from mobilevit.inference.explain_figures import attention_figure, patches_figure
+from mobilevit.inference.predictor import DEFAULT_SCORE_THRESHOLD
 from mobilevit.models.card import ModelCard, card_of
 from mobilevit.models.mobilevit import Attention, MobileViTBlock
+from mobilevit.models.ssdlite import decode_boxes
 from mobilevit.preprocessing import Placement, Source, read_image
 
 Point = tuple[int, int]
@@ -37,6 +39,8 @@ class BlockAttention:
     """Pixels of the input to a pixel of the map."""
     map_size: tuple[int, int]
     """(height, width) of the map, resized to whole patches where it has to be."""
+    map_size_before: tuple[int, int]
+    """(height, width) of the map before that; mostly the same."""
     patch_size: tuple[int, int]
     """(height, width) of a patch, in pixels of the map."""
     pixel: Point
@@ -77,8 +81,15 @@ class Explanation:
     """(height, width) of the last map, 0 to 1: what spoke for the class, by Grad-CAM (arXiv:1610.02391)."""
     placement: Placement = field(repr=False)
     """Where the picture lies in the model's input."""
-    input_image: Image.Image = field(repr=False)
-    """What the model sees."""
+    view: Image.Image = field(repr=False)
+    """The part of the picture that the model sees, with its margin, in the picture's own shape and sharpness."""
+    box_xyxy: tuple[float, float, float, float] | None = None
+    """Detection: the object that is explained, in pixels of the upright picture."""
+
+    def to_view(self, x: float, y: float) -> tuple[float, float]:
+        """From a place in the upright picture to the same place on `view`."""
+        u, v = self.placement.to_input(np.array([[x, y] * 2]))[0, :2]
+        return float(u) * self.view.width, float(v) * self.view.height
 
     def draw(self, path: str | Path | None = None) -> Image.Image:
         """Picture, class activation, and attention in every block, layer and head; written to `path` if given."""
@@ -95,11 +106,13 @@ class Explanation:
             "label": self.label,
             "score": round(self.score, 6),
             "pixel": list(self.pixel),
+            "box_xyxy": None if self.box_xyxy is None else [round(edge, 1) for edge in self.box_xyxy],
             "blocks": [
                 {
                     "name": block.name,
                     "stride": block.stride,
                     "map_size": list(block.map_size),
+                    "map_size_before": list(block.map_size_before),
                     "patch_size": list(block.patch_size),
                     "num_tokens": block.num_tokens,
                     "patches_attended_by_layer_and_head": block.attended().round(2).tolist(),
@@ -110,31 +123,29 @@ class Explanation:
         }
 
     def _most_attended(self, block: BlockAttention, count: int = 5) -> list[dict[str, float]]:
-        rows, columns = block.rollout.shape
+        """The pixels, one in a patch, that reach the chosen one most through all layers; itself left out."""
+        (height, width), (ph, pw), (row, column) = block.map_size, block.patch_size, block.pixel
+        own = row // ph * (width // pw) + column // pw
         found = []
-        for place in np.argsort(-block.rollout, axis=None, kind="stable")[:count]:
-            row, column = divmod(int(place), columns)
-            middle = np.array([[(column + 0.5) / columns, (row + 0.5) / rows] * 2])
-            x, y = self.placement.to_picture(middle)[0, :2]
-            found.append(
-                {
-                    "x": round(float(x), 1),
-                    "y": round(float(y), 1),
-                    "weight": round(float(block.rollout[row, column]), 4),
-                }
-            )
+        order = [int(place) for place in np.argsort(-block.rollout, axis=None, kind="stable") if place != own]
+        for place in order[:count]:
+            down, right = divmod(place, width // pw)
+            middle = np.array([[(right * pw + column % pw + 0.5) / width, (down * ph + row % ph + 0.5) / height] * 2])
+            x, y = self.placement.to_picture(middle)[0, :2].round(1).tolist()
+            found.append({"x": x, "y": y, "weight": round(float(block.rollout[down, right]), 4)})
         return found
 
 
 def explain(model: nn.Module, source: Source, *, pixel: Point | None = None) -> Explanation:
     """Look into a model while it looks at a picture.
 
-    What is explained is the class of the picture, the strongest object, or the class of the chosen pixel.
+    What is explained is the class of the picture; the strongest object, of those at the chosen pixel if there are any;
+    or the class of the chosen pixel.
 
     Args:
         model: of any task, from `create_model` or `load`, not fused; it is put into evaluation mode.
         source: a path, encoded bytes, a PIL image, or a numpy array (H, W, 3) of uint8 RGB.
-        pixel: (x, y) in the upright picture; without it, where the most spoke for the class.
+        pixel: (x, y) in the upright picture; without it, where the most spoke for the class, else the middle.
 
     Raises:
         ImageError: the picture cannot be read.
@@ -150,25 +161,25 @@ def explain(model: nn.Module, source: Source, *, pixel: Point | None = None) -> 
     backbone: Any = getattr(model, "backbone", model)
     with _watched(backbone) as seen, torch.enable_grad():
         output = model(images)
-        label, score, target = _answer(card, output, place)
-        activation = _class_activation(target, seen.stages)
+        answer = _answer(card, output, place)
+        activation = _class_activation(answer.target, seen.stages)
     if place is None:
-        row, column = np.unravel_index(int(activation.argmax()), activation.shape)
-        place = ((float(column) + 0.5) / activation.shape[1], (float(row) + 0.5) / activation.shape[0])
+        place = _strongest_place(activation, placement)
         x, y = placement.to_picture(np.array([place * 2]))[0, :2]
         pixel = (min(int(x), image.width - 1), min(int(y), image.height - 1))
     assert pixel is not None
     return Explanation(
         source=str(source) if isinstance(source, str | Path) else "picture",
-        label=label,
-        score=score,
+        label=answer.label,
+        score=answer.score,
         pixel=pixel,
         blocks=tuple(
             _block_attention(name, block, seen, place, images.shape[-1]) for name, block in seen.blocks.items()
         ),
         class_activation=activation,
         placement=placement,
-        input_image=Image.fromarray(pixels.permute(1, 2, 0).numpy()),
+        view=_view(image, placement),
+        box_xyxy=_box_in_picture(answer.box, placement),
     )
 
 
@@ -244,29 +255,94 @@ def _place_in_input(pixel: Point, placement: Placement) -> tuple[float, float]:
     return float(u), float(v)
 
 
-def _answer(card: ModelCard, output: Any, place: tuple[float, float] | None) -> tuple[str, float, Tensor]:
-    """The class to explain, its probability, and the scalar whose gradient says what spoke for it."""
+def _strongest_place(activation: NDArray[np.float32], placement: Placement) -> tuple[float, float]:
+    """(x, y), as shares of the input, where the most spoke for the class; the margin has no say."""
+    (height, width), (rows, columns) = placement.size, activation.shape
+    inside = activation.copy()
+    filled_height, filled_width = placement.filled[0] / height, placement.filled[1] / width
+    inside[(np.arange(rows) + 0.5) / rows > filled_height] = 0
+    inside[:, (np.arange(columns) + 0.5) / columns > filled_width] = 0
+    if not inside.any():
+        return filled_width / 2, filled_height / 2
+    row, column = np.unravel_index(int(inside.argmax()), inside.shape)
+    return (float(column) + 0.5) / columns, (float(row) + 0.5) / rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Answer:
+    """What is explained."""
+
+    label: str
+    score: float
+    target: Tensor
+    """The scalar whose gradient says what spoke for it."""
+    box: Tensor | None = None
+    """Of an object, left, top, right, bottom in 0..1 of the input."""
+
+
+def _answer(card: ModelCard, output: Any, place: tuple[float, float] | None) -> _Answer:
     if card.task == "classification":
         number = int(output[0].argmax())
-        return card.classes[number], float(output[0].softmax(0)[number].detach()), output[0, number]
-    if card.task == "detection":
-        scores = output.class_logits[0].softmax(dim=-1)[:, 1:]
-        anchor, number = divmod(int(scores.argmax()), scores.shape[1])
-        return card.classes[number], float(scores[anchor, number].detach()), output.class_logits[0, anchor, number + 1]
-    logits = output.logits[0]
+        return _Answer(
+            label=card.classes[number], score=float(output[0].softmax(0)[number].detach()), target=output[0, number]
+        )
+    return _object(card, output, place) if card.task == "detection" else _segment(card, output.logits[0], place)
+
+
+def _object(card: ModelCard, output: Any, place: tuple[float, float] | None) -> _Answer:
+    """The strongest object; of those around a chosen place, if one there is sure enough."""
+    scores = output.class_logits[0].detach().softmax(dim=-1)[:, 1:]
+    boxes = decode_boxes(output.box_regression[0].detach(), output.anchors_cxcywh)
+    if place is not None:
+        x, y = place
+        around = (boxes[:, 0] <= x) & (x <= boxes[:, 2]) & (boxes[:, 1] <= y) & (y <= boxes[:, 3])
+        there = scores * around[:, None]
+        threshold = DEFAULT_SCORE_THRESHOLD if card.score_threshold is None else card.score_threshold
+        scores = there if float(there.max()) >= threshold else scores
+    anchor, number = divmod(int(scores.argmax()), scores.shape[1])
+    return _Answer(
+        label=card.classes[number],
+        score=float(scores[anchor, number]),
+        target=output.class_logits[0, anchor, number + 1],
+        box=boxes[anchor],
+    )
+
+
+def _segment(card: ModelCard, logits: Tensor, place: tuple[float, float] | None) -> _Answer:
+    """The class of the chosen pixel, or the class that covers the most, in the mean of its pixels."""
     classes, height, width = logits.shape
     if place is not None:
         row, column = min(int(place[1] * height), height - 1), min(int(place[0] * width), width - 1)
-        number = int(logits[:, row, column].argmax())
-        return (
-            card.classes[number],
-            float(logits[:, row, column].softmax(0)[number].detach()),
-            logits[number, row, column],
-        )
+        here = logits[:, row, column]
+        number = int(here.argmax())
+        return _Answer(label=card.classes[number], score=float(here.softmax(0)[number].detach()), target=here[number])
     label_map = logits.argmax(0)
     number = int(torch.bincount(label_map.flatten(), minlength=classes).argmax())
     shown = label_map == number
-    return card.classes[number], float(logits.softmax(0)[number][shown].mean().detach()), logits[number][shown].mean()
+    return _Answer(
+        label=card.classes[number],
+        score=float(logits.softmax(0)[number][shown].mean().detach()),
+        target=logits[number][shown].mean(),
+    )
+
+
+def _box_in_picture(box: Tensor | None, placement: Placement) -> tuple[float, float, float, float] | None:
+    if box is None:
+        return None
+    left, top, right, bottom = placement.to_picture(box.double().numpy(force=True)[None])[0].tolist()
+    return left, top, right, bottom
+
+
+def _view(image: Image.Image, placement: Placement, side: int = 512) -> Image.Image:
+    """What the model sees of a picture, but undistorted and as sharp as it is, up to `side` pixels."""
+    left, top, right, bottom = placement.region
+    (height, width), (filled_height, filled_width) = placement.size, placement.filled
+    across, down = (right - left) * width / filled_width, (bottom - top) * height / filled_height
+    scale = side / max(across, down)
+    view = Image.new("RGB", (max(1, round(across * scale)), max(1, round(down * scale))))
+    shown = (round(view.width * filled_width / width), round(view.height * filled_height / height))
+    view.paste(image.resize((max(1, shown[0]), max(1, shown[1])), Image.Resampling.LANCZOS, placement.region))
+    return view
 
 
 def _class_activation(target: Tensor, stages: list[Tensor]) -> NDArray[np.float32]:
@@ -298,6 +374,7 @@ def _block_attention(
         name=name,
         stride=round(input_width / width),
         map_size=padded,
+        map_size_before=(height, width),
         patch_size=(ph, pw),
         pixel=(row, column),
         weights=torch.stack([layer[:, token] for layer in weights])

@@ -5,43 +5,56 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from mobilevit.drawing import class_colours, font
+from mobilevit.models.mobilevit import fold, unfold
 
 if TYPE_CHECKING:
     from mobilevit.inference.explain import BlockAttention, Explanation
 
-LARGE, SMALL, GAP, MARGIN = 224, 104, 10, 24
-INK, FAINT = (30, 30, 30), (110, 110, 110)
+LARGE, SMALL, GAP, MARGIN = 256, 112, 10, 24
+INK, FAINT, LINE = (30, 30, 30), (110, 110, 110), (225, 225, 225)
 MARK = (0, 200, 255)
 """Of the chosen pixel: unlike any colour of the heat."""
+WINDOW = (8, 12)
+"""(height, width) of the part of a map whose pixels are shown one by one."""
 
-_HEAT = np.array([(0, 0, 4), (66, 10, 104), (147, 38, 103), (221, 81, 58), (252, 165, 10), (252, 255, 164)], float)
-"""From nothing to the most, rising evenly in lightness."""
+_HEAT = np.array([(70, 20, 120), (147, 38, 103), (221, 81, 58), (252, 165, 10), (252, 245, 120)], float)
+"""From little to the most, rising evenly in lightness."""
 
 
 def attention_figure(explanation: Explanation) -> Image.Image:
     """The picture and what spoke for the class; then, for each block, where its attention goes."""
     blocks = explanation.blocks
     heads = max(block.weights.shape[1] for block in blocks)
+    seen, small = _fitted(explanation.view, LARGE), _fitted(explanation.view, SMALL)
     right = MARGIN + LARGE + 3 * GAP
     width = max(right + 56 + (heads + 1) * (SMALL + GAP), MARGIN + 2 * (LARGE + 3 * GAP)) + MARGIN
-    heights = [44 + max(LARGE + 44, 22 + block.weights.shape[0] * (SMALL + GAP)) for block in blocks]
-    top = 92 + LARGE + 30
+    heights = [56 + max(seen.height + 48, 20 + b.weights.shape[0] * (small.height + GAP)) for b in blocks]
+    top = 92 + seen.height + 40
     page = Image.new("RGB", (width, top + sum(heights) + MARGIN), "white")
     pen = ImageDraw.Draw(page)
     x, y = explanation.pixel
     _text(pen, (MARGIN, 20), f"{explanation.label}  {explanation.score:.1%}", 24, INK)
     _text(pen, (MARGIN, 54), f"what pixel ({x}, {y}) attends to, and what spoke for the class", 14, FAINT)
-    seen = _fitted(explanation.input_image, LARGE)
-    page.paste(_marked(seen, _place(blocks[0], seen.size)), (MARGIN, 92))
-    page.paste(_heated(seen, explanation.class_activation), (right, 92))
-    _text(pen, (MARGIN, 92 + LARGE + 6), "what the model sees", 12, FAINT)
-    _text(pen, (right, 92 + LARGE + 6), "what spoke for the class (Grad-CAM)", 12, FAINT)
+    place = _scaled(explanation.to_view(x + 0.5, y + 0.5), explanation.view, seen)
+    picture = seen.copy()
+    if explanation.box_xyxy is not None:
+        left, upper, rest, lower = explanation.box_xyxy
+        corners = [
+            _scaled(explanation.to_view(*corner), explanation.view, seen) for corner in ((left, upper), (rest, lower))
+        ]
+        ImageDraw.Draw(picture).rectangle([*corners[0], *corners[1]], outline="white", width=2)
+    page.paste(_marked(picture, place), (MARGIN, 92))
+    page.paste(_heated(seen, explanation.class_activation, smooth=True), (right, 92))
+    _text(pen, (MARGIN, 92 + seen.height + 6), "what the model sees", 12, FAINT)
+    _text(pen, (right, 92 + seen.height + 6), "what spoke for the class (Grad-CAM)", 12, FAINT)
+    _draw_scale(page, pen, (right + seen.width + 3 * GAP, 92))
     for block, height in zip(blocks, heights, strict=True):
-        _draw_block(page, pen, seen, block, (MARGIN, top), right)
+        _draw_block(page, pen, (seen, small), block, top, right)
         top += height
     return page
 
@@ -49,122 +62,243 @@ def attention_figure(explanation: Explanation) -> Image.Image:
 def _draw_block(
     page: Image.Image,
     pen: ImageDraw.ImageDraw,
-    seen: Image.Image,
+    pictures: tuple[Image.Image, Image.Image],
     block: BlockAttention,
-    corner: tuple[int, int],
+    top: int,
     right: int,
 ) -> None:
-    left, top = corner
-    (ph, pw), layers = block.patch_size, block.weights.shape[0]
-    title = f"{block.name}: stride {block.stride}, patches of {ph} x {pw}, {block.num_tokens} tokens, {layers} layers"
-    pen.line([(left, top), (page.width - MARGIN, top)], fill=(225, 225, 225))
-    _text(pen, (left, top + 12), title, 15, INK)
+    seen, small = pictures
+    layers, heads = block.weights.shape[:2]
+    pen.line([(MARGIN, top), (page.width - MARGIN, top)], fill=LINE)
+    _text(pen, (MARGIN, top + 12), f"{_title(block)}, {block.num_tokens} patches; {layers} layers", 15, INK)
     top += 44
-    place = _place(block, seen.size)
-    large = _heated(seen, block.rollout)
+    large = _heated(seen, _without_own(block))
     _draw_partners(large, block)
-    page.paste(_marked(large, place), (left, top))
-    _text(pen, (left, top + seen.height + 6), "through all layers; dots: the pixels it can", 12, FAINT)
-    _text(pen, (left, top + seen.height + 21), "attend to, one in each patch", 12, FAINT)
-    small = seen.resize((SMALL * seen.width // LARGE, SMALL * seen.height // LARGE), Image.Resampling.LANCZOS)
-    heads = block.weights.shape[1]
+    page.paste(_marked(_own_patch(large, block), _place(block, seen.size)), (MARGIN, top))
+    _text(pen, (MARGIN, top + seen.height + 6), "through all layers, but for its own patch (blue);", 12, FAINT)
+    _text(pen, (MARGIN, top + seen.height + 21), "dots: all it can attend to, one in each patch", 12, FAINT)
     columns = [right + 56 + number * (SMALL + GAP) for number in range(heads + 1)]
     for left, name in zip(columns, ("all heads", *(f"head {head + 1}" for head in range(heads))), strict=True):
         _text(pen, (left, top), name, 12, FAINT)
     for layer in range(layers):
-        down = top + 20 + layer * (SMALL + GAP)
+        down = top + 20 + layer * (small.height + GAP)
         _text(pen, (right, down + small.height // 2 - 8), f"layer {layer + 1}", 12, FAINT)
         for left, weights in zip(columns, (block.weights[layer].mean(axis=0), *block.weights[layer]), strict=True):
             page.paste(_marked(_heated(small, weights), _place(block, small.size), radius=3), (left, down))
+
+
+def _title(block: BlockAttention) -> str:
+    (height, width), (ph, pw), before = block.map_size, block.patch_size, block.map_size_before
+    resized = "" if before == block.map_size else f" (from {before[0]} x {before[1]}, to fit the patches)"
+    return f"{block.name}: stride {block.stride}, a map of {height} x {width}{resized} in patches of {ph} x {pw}"
+
+
+def _draw_scale(page: Image.Image, pen: ImageDraw.ImageDraw, corner: tuple[int, int]) -> None:
+    left, top = corner
+    strip = _heated(Image.new("RGB", (150, 12), (128, 128, 128)), np.linspace(0, 1, 150)[None])
+    page.paste(strip, (left, top))
+    _text(pen, (left, top + 16), "nothing", 12, FAINT)
+    _text(pen, (left + 150 - round(font(12).getlength("the most")), top + 16), "the most", 12, FAINT)
+    _text(pen, (left, top + 36), "in each picture by itself", 12, FAINT)
+
+
+def _without_own(block: BlockAttention) -> NDArray[Any]:
+    """The rollout but for the chosen pixel's own patch, which would outshine the rest: layers add to what they get."""
+    (ph, pw), (row, column) = block.patch_size, block.pixel
+    values = block.rollout.copy()
+    values[row // ph, column // pw] = 0
+    return values
+
+
+def _own_patch(image: Image.Image, block: BlockAttention) -> Image.Image:
+    (height, width), (ph, pw), (row, column) = block.map_size, block.patch_size, block.pixel
+    left, top = column // pw * pw / width * image.width, row // ph * ph / height * image.height
+    corner = (left + pw / width * image.width - 1, top + ph / height * image.height - 1)
+    ImageDraw.Draw(image).rectangle([(left, top), corner], outline=MARK, width=1)
+    return image
 
 
 def _draw_partners(image: Image.Image, block: BlockAttention) -> None:
     """A dot on every pixel of the map that the chosen one can attend to, if there is room for dots."""
     (height, width), (ph, pw), (row, column) = block.map_size, block.patch_size, block.pixel
     across, down = image.width / width, image.height / height
-    if min(across * pw, down * ph) < 9:
+    room = min(across * pw, down * ph)
+    if room < 5:
         return
-    pen = ImageDraw.Draw(image)
+    pen, radius = ImageDraw.Draw(image), 0.5 if room < 9 else 1 if room < 14 else 1.5
     for y in range(row % ph, height, ph):
         for x in range(column % pw, width, pw):
             middle = ((x + 0.5) * across, (y + 0.5) * down)
-            pen.ellipse([middle[0] - 1.5, middle[1] - 1.5, middle[0] + 1.5, middle[1] + 1.5], fill="white")
+            pen.ellipse([middle[0] - radius, middle[1] - radius, middle[0] + radius, middle[1] + radius], fill="white")
 
 
 def patches_figure(explanation: Explanation) -> Image.Image:
-    """Of each block: the map's pixels in patches, the sequences they make, and the map folded back."""
-    blocks = explanation.blocks
-    side = LARGE + 32
-    width = 2 * MARGIN + 4 * side + 3 * (3 * GAP)
-    row_height = 44 + side + 60
-    page = Image.new("RGB", (width, 84 + len(blocks) * row_height + MARGIN), "white")
+    """Of each block: the picture in patches, some pixels by offset, the sequences they make, and the map again."""
+    seen = _fitted(explanation.view, LARGE)
+    page = Image.new("RGB", (2 * MARGIN + 5 * LARGE + 4 * 3 * GAP, 84 + 3 * (LARGE + 112)), "white")
     pen = ImageDraw.Draw(page)
     _text(pen, (MARGIN, 20), "Patches, unfold and fold", 24, INK)
-    told = "Shown on the picture itself, at the size of each map; the model does this with feature vectors."
+    told = "Shown with the picture's own colours at the size of each map; the model does this with vectors of features."
     _text(pen, (MARGIN, 54), told, 14, FAINT)
-    for number, block in enumerate(blocks):
-        _draw_unfolding(page, pen, explanation.input_image, block, 84 + number * row_height, side)
-    return page
+    top = 84
+    for block in explanation.blocks:
+        top += _draw_unfolding(page, pen, (explanation.view, seen), block, top)
+    return page.crop((0, 0, page.width, top + MARGIN))
 
 
 def _draw_unfolding(
-    page: Image.Image, pen: ImageDraw.ImageDraw, picture: Image.Image, block: BlockAttention, top: int, side: int
-) -> None:
+    page: Image.Image,
+    pen: ImageDraw.ImageDraw,
+    pictures: tuple[Image.Image, Image.Image],
+    block: BlockAttention,
+    top: int,
+) -> int:
+    """One block's row of the figure; its height."""
+    view, seen = pictures
     (height, width), (ph, pw) = block.map_size, block.patch_size
-    pixels = ph * pw
-    pen.line([(MARGIN, top), (page.width - MARGIN, top)], fill=(225, 225, 225))
-    _text(pen, (MARGIN, top + 12), f"{block.name}: a map of {height} x {width} in patches of {ph} x {pw}", 15, INK)
-    top += 44
-    small = np.asarray(picture.resize((width, height), Image.Resampling.BOX), float)
+    count, num_tokens = ph * pw, block.num_tokens
+    pen.line([(MARGIN, top), (page.width - MARGIN, top)], fill=LINE)
+    _text(pen, (MARGIN, top + 12), _title(block), 15, INK)
+    start, top = top, top + 44
+    small = np.asarray(view.resize((width, height), Image.Resampling.BOX), np.float32)
+    tokens = unfold(torch.from_numpy(small.copy()).permute(2, 0, 1)[None], block.patch_size)
+    folded = fold(tokens, block.map_size, block.patch_size)[0].permute(1, 2, 0).numpy()
+    window = _window(block)
+    lefts = [MARGIN + n * (LARGE + 3 * GAP) for n in range(5)]
+    page.paste(_gridded(seen, block, window), (lefts[0], top))
+    closeup = _closeup(small, block, window, LARGE)
+    page.paste(closeup, (lefts[1], top))
+    sequences = _sequences(small, block, seen.size)
+    page.paste(sequences, (lefts[2], top))
+    matrix, shown = _matrix(tokens.numpy(), _colours_by_sequence(block), LARGE)
+    page.paste(matrix, (lefts[3], top))
+    page.paste(_enlarged(folded, (seen.height, seen.width)), (lefts[4], top))
+    rows, columns = window[1] - window[0], window[3] - window[2]
+    whole = (rows, columns) == (height, width)
+    notes = (
+        (f"N = {height // ph} x {width // pw} = {num_tokens} patches", "" if whole else "framed: the part shown next"),
+        (f"P = {ph} x {pw} = {count} offsets, one colour each;", "pixels of one colour attend to each other"),
+        (f"unfold: P = {count} sequences, each a small", f"picture of N = {num_tokens} tokens"),
+        (
+            f"the tensor: {count} rows (P), {num_tokens} columns (N)",
+            "" if shown == num_tokens else f"the first {shown} are shown",
+        ),
+        (f"fold: every token back at its pixel, {height} x {width}", ""),
+    )
+    bottoms = (seen.height, closeup.height, sequences.height, matrix.height, seen.height)
+    for left, bottom, lines in zip(lefts, bottoms, notes, strict=True):
+        for number, line in enumerate(lines):
+            _text(pen, (left, top + bottom + 8 + 17 * number), line, 12, FAINT)
+    return top - start + max(bottoms) + 60
+
+
+def _window(block: BlockAttention) -> tuple[int, int, int, int]:
+    """Top, bottom, left, right of some whole patches around the chosen pixel."""
+    found = []
+    for most, side, patch, at in zip(WINDOW, block.map_size, block.patch_size, block.pixel, strict=True):
+        length = min(side, max(2 * patch, most // patch * patch))
+        first = min(max(0, (at - length // 2) // patch * patch), side - length)
+        found += [first, first + length]
+    return found[0], found[1], found[2], found[3]
+
+
+def _gridded(seen: Image.Image, block: BlockAttention, window: tuple[int, int, int, int]) -> Image.Image:
+    """The picture with the patches' borders, and the window that is shown next to it."""
+    (height, width), (ph, pw) = block.map_size, block.patch_size
+    across, down = seen.width / width, seen.height / height
+    grid = Image.new("L", seen.size)
+    pen = ImageDraw.Draw(grid)
+    strength = 200 if min(across * pw, down * ph) > 16 else 110
+    for row in range(ph, height, ph):
+        pen.line([(0, round(row * down)), (seen.width, round(row * down))], fill=strength)
+    for column in range(pw, width, pw):
+        pen.line([(round(column * across), 0), (round(column * across), seen.height)], fill=strength)
+    image = Image.composite(Image.new("RGB", seen.size, "white"), seen, grid)
+    top, bottom, left, right = window
+    if (bottom - top, right - left) != block.map_size:
+        corners = [(left * across, top * down), (right * across - 1, bottom * down - 1)]
+        ImageDraw.Draw(image).rectangle(corners, outline=INK, width=4)
+        ImageDraw.Draw(image).rectangle(corners, outline="white", width=2)
+    return image
+
+
+def _closeup(small: NDArray[Any], block: BlockAttention, window: tuple[int, int, int, int], side: int) -> Image.Image:
+    """Single pixels of the map, each with an edge in the colour of its place in its patch, apart by patches."""
+    (ph, pw), (top, bottom, left, right) = block.patch_size, window
     colours = _offset_colours(ph, pw)
-    tint = colours[np.arange(height)[:, None] % ph, np.arange(width)[None] % pw]
-    scale = side / max(height, width)
-    shape = (round(height * scale), round(width * scale))
-    lefts = [MARGIN + n * (side + 3 * GAP) for n in range(4)]
-    grid = _enlarged(small, shape)
-    _draw_grid(grid, block)
-    page.paste(grid, (lefts[0], top))
-    coloured = _enlarged(0.35 * small + 0.65 * tint, shape)
-    _draw_grid(coloured, block)
-    page.paste(coloured, (lefts[1], top))
-    # Each sequence, laid out as the patches lie: the picture at a pw-th of its width and a ph-th of its height.
-    inner = 6
+    cell = side // max(bottom - top, right - left)
+    image = Image.new("RGB", ((right - left) * cell, (bottom - top) * cell), "white")
+    pen, edge = ImageDraw.Draw(image), max(2, cell // 7)
+    for row in range(top, bottom):
+        for column in range(left, right):
+            x, y = (column - left) * cell, (row - top) * cell
+            _token(pen, (x, y, x + cell - 1, y + cell - 1), small[row, column], colours[row % ph, column % pw], edge)
+    for row in range(ph, bottom - top, ph):
+        pen.line([(0, row * cell), (image.width, row * cell)], fill="white", width=3)
+    for column in range(pw, right - left, pw):
+        pen.line([(column * cell, 0), (column * cell, image.height)], fill="white", width=3)
+    return image
+
+
+def _sequences(small: NDArray[Any], block: BlockAttention, room: tuple[int, int]) -> Image.Image:
+    """Each sequence, its tokens laid out as the patches lie: the picture again, at a fraction of its size."""
+    ph, pw = block.patch_size
+    colours = _offset_colours(ph, pw)
+    image = Image.new("RGB", room, "white")
+    pen = ImageDraw.Draw(image)
+    across, down = room[0] // pw, room[1] // ph
+    edge = 2 if min(across, down) > 24 else 1
     for row in range(ph):
         for column in range(pw):
-            part = 0.7 * small[row::ph, column::pw] + 0.3 * colours[row, column]
-            room = (shape[0] // ph - inner, shape[1] // pw - inner)
-            tile = _enlarged(part, (max(room[0], 1), max(room[1], 1)))
-            corner = (lefts[2] + column * shape[1] // pw, top + row * shape[0] // ph)
-            edge = tuple(int(value) for value in colours[row, column])
-            pen.rectangle([corner[0], corner[1], corner[0] + tile.width + 3, corner[1] + tile.height + 3], fill=edge)
-            page.paste(tile, (corner[0] + 2, corner[1] + 2))
-    page.paste(_enlarged(small, shape), (lefts[3], top))
-    below = top + shape[0] + 8
-    notes = (
-        (f"H x W = {height} x {width} pixels,", f"N = {block.num_tokens} patches"),
-        (f"P = {ph} x {pw} = {pixels} offsets;", "pixels of one colour attend to each other"),
-        (f"unfold: P = {pixels} sequences", f"of N = {block.num_tokens} tokens each"),
-        ("fold: every token back at its pixel,", "nothing lost"),
-    )
-    for left, lines in zip(lefts, notes, strict=True):
-        for number, line in enumerate(lines):
-            _text(pen, (left, below + 17 * number), line, 13, FAINT)
+            part = 0.8 * small[row::ph, column::pw] + 0.2 * colours[row, column]
+            left, top = column * across, row * down
+            pen.rectangle([left, top, left + across - 3, top + down - 3], fill=_colour(colours[row, column]))
+            size = (max(1, down - 2 - 2 * edge), max(1, across - 2 - 2 * edge))
+            image.paste(_enlarged(part, size), (left + edge, top + edge))
+    return image
+
+
+def _matrix(tokens: NDArray[Any], colours: NDArray[Any], side: int) -> tuple[Image.Image, int]:
+    """The tensor that `unfold` returns, a row for each sequence, and how many columns there was room for.
+
+    Shape: tokens (P, N, 3), colours (P, 3).
+    """
+    rows, columns, _ = tokens.shape
+    cell = max(4, min(20, side // rows))
+    shown = min(columns, (side - 20) // cell)
+    cut = shown < columns
+    image = Image.new("RGB", (shown * cell + (20 if cut else 0), rows * cell), "white")
+    pen, edge = ImageDraw.Draw(image), max(1, cell // 8)
+    for row in range(rows):
+        for column in range(shown):
+            x, y = column * cell, row * cell
+            _token(pen, (x, y, x + cell - 2, y + cell - 2), tokens[row, column], colours[row], edge)
+    if cut:
+        _text(pen, (shown * cell + 4, image.height // 2 - 12), "...", 14, FAINT)
+    return image, shown
+
+
+def _colours_by_sequence(block: BlockAttention) -> NDArray[Any]:
+    """The colours of offsets, in the order in which `unfold` puts the sequences. Shape: (P, 3)."""
+    colours = torch.from_numpy(_offset_colours(*block.patch_size)).permute(2, 0, 1)[None]
+    ordered: NDArray[Any] = unfold(colours, block.patch_size)[:, 0].numpy()
+    return ordered
+
+
+def _token(
+    pen: ImageDraw.ImageDraw, box: tuple[int, int, int, int], inside: NDArray[Any], edge: NDArray[Any], thick: int
+) -> None:
+    pen.rectangle(box, fill=_colour(inside), outline=_colour(edge), width=thick)
+
+
+def _colour(values: NDArray[Any]) -> tuple[int, int, int]:
+    red, green, blue = (round(float(value)) for value in values)
+    return red, green, blue
 
 
 def _offset_colours(ph: int, pw: int) -> NDArray[Any]:
     """One colour for each place in a patch. Shape: (ph, pw, 3)."""
     return np.array(class_colours(ph * pw), float).reshape(ph, pw, 3)
-
-
-def _draw_grid(image: Image.Image, block: BlockAttention) -> None:
-    (height, width), (ph, pw) = block.map_size, block.patch_size
-    pen = ImageDraw.Draw(image)
-    for row in range(0, height + 1, ph):
-        y = min(round(row * image.height / height), image.height - 1)
-        pen.line([(0, y), (image.width, y)], fill="white")
-    for column in range(0, width + 1, pw):
-        x = min(round(column * image.width / width), image.width - 1)
-        pen.line([(x, 0), (x, image.height)], fill="white")
 
 
 def _enlarged(pixels: NDArray[Any], shape: tuple[int, int]) -> Image.Image:
@@ -174,20 +308,24 @@ def _enlarged(pixels: NDArray[Any], shape: tuple[int, int]) -> Image.Image:
 
 def _fitted(image: Image.Image, side: int) -> Image.Image:
     scale = side / max(image.size)
-    return image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.LANCZOS)
+    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    return image.resize(size, Image.Resampling.LANCZOS)
 
 
-def _heated(image: Image.Image, values: NDArray[Any]) -> Image.Image:
-    """A picture in grey under the colours of heat, which are relative to the largest value."""
-    share = Image.fromarray((values / max(float(values.max()), 1e-12)).astype(np.float32)).resize(
-        image.size, Image.Resampling.NEAREST if values.shape[0] < 33 else Image.Resampling.BILINEAR
-    )
-    heat = np.asarray(share)[..., None].clip(0, 1)
+def _heated(image: Image.Image, values: NDArray[Any], *, smooth: bool = False) -> Image.Image:
+    """A picture in pale grey under the colours of heat, which are relative to the largest value."""
+    share = Image.fromarray((values / max(float(values.max()), 1e-12)).astype(np.float32))
+    resample = Image.Resampling.BICUBIC if smooth else Image.Resampling.NEAREST
+    heat = np.asarray(share.resize(image.size, resample))[..., None].clip(0, 1)
     stops = np.linspace(0, 1, len(_HEAT))
     colour = np.concatenate([np.interp(heat, stops, _HEAT[:, channel]) for channel in range(3)], axis=2)
-    grey = np.asarray(image.convert("L"), float)[..., None]
-    cover = 0.35 + 0.4 * heat
+    grey = 60 + 0.65 * np.asarray(image.convert("L"), float)[..., None]  # never so dark that heat cannot be told
+    cover = 0.8 * np.sqrt(heat)
     return Image.fromarray((grey * (1 - cover) + colour * cover).clip(0, 255).astype(np.uint8))
+
+
+def _scaled(at: tuple[float, float], of: Image.Image, to: Image.Image) -> tuple[float, float]:
+    return at[0] * to.width / of.width, at[1] * to.height / of.height
 
 
 def _place(block: BlockAttention, size: tuple[int, int]) -> tuple[float, float]:

@@ -19,6 +19,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 
 from mobilevit import __version__
+from mobilevit.inference.predictor import Predictor
 from mobilevit.serving import openapi
 from mobilevit.serving.metrics import Metrics
 from mobilevit.serving.observing import GONE, Observed
@@ -37,14 +38,19 @@ from mobilevit.serving.uploads import Share, read_uploads
 _PROBES = frozenset({"/healthz", "/readyz", "/metrics"})
 
 
-def create_app(config: ServeConfig, models: Sequence[ServedModel], pages: Mapping[str, bytes]) -> Observed:
-    """The whole service as an ASGI application; models are loaded when it starts."""
+def create_app(
+    config: ServeConfig,
+    models: Sequence[ServedModel],
+    predictors: Mapping[str, Predictor],
+    pages: Mapping[str, bytes],
+) -> Observed:
+    """The whole service as an ASGI application."""
     metrics = Metrics()
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        app.state.service = service = Service(config, models, metrics)
-        await service.start()
+        app.state.service = service = Service(config, models, predictors, metrics)
+        service.start()
         yield
         service.stop()
 

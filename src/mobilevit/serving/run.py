@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from multiprocessing import Pipe, connection, get_all_start_methods, get_context
+from multiprocessing import connection, get_context, parent_process
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -59,31 +59,6 @@ def address_of(sock: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def _check_apart(models: Sequence[ServedModel]) -> None:
-    """`check_models` in a process of its own: the one that looks after workers then stays small."""
-    here, there = Pipe(duplex=False)
-    # A fork starts at once, and is safe while nothing with threads has been imported.
-    light = "fork" in get_all_start_methods() and "torch" not in sys.modules
-    make: type[BaseProcess] = get_context("fork").Process if light else get_context("spawn").Process
-    process = make(target=_check, args=(models, there))
-    process.start()
-    there.close()
-    with contextlib.suppress(EOFError):
-        raise ValueError(here.recv())
-    process.join()
-    if process.exitcode:
-        raise RuntimeError(f"reading the models ended with status {process.exitcode}")
-
-
-def _check(models: Sequence[ServedModel], problem: Connection) -> None:
-    from mobilevit.serving.check import check_models
-
-    try:
-        check_models(models)
-    except ValueError as error:
-        problem.send(str(error))
-
-
 def serve(
     config: ServeConfig, models: Sequence[ServedModel], pages: Mapping[str, bytes], on_ready: Callable[[str], None]
 ) -> int:
@@ -100,11 +75,7 @@ def serve(
     """
     sock = listen(config.host, config.port)
     if config.workers > 1:
-        _check_apart(models)
         return _Workers(config, models, pages, sock, on_ready).run()
-    from mobilevit.serving.check import check_models
-
-    check_models(models)
     _leave_quietly()
     return _run_one(config, models, pages, sock, lambda: on_ready(address_of(sock)))
 
@@ -118,7 +89,7 @@ class _Server(uvicorn.Server):
 
     def __init__(self, config: uvicorn.Config, app: Any, on_ready: Callable[[], None]) -> None:
         super().__init__(config)
-        self._app, self._on_ready, self._parent = app, on_ready, os.getppid()
+        self._app, self._on_ready, self._supervisor = app, on_ready, parent_process()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets=sockets)
@@ -126,7 +97,7 @@ class _Server(uvicorn.Server):
             self._on_ready()
 
     async def on_tick(self, counter: int) -> bool:
-        if os.getppid() != self._parent:  # nobody would stop this worker any more
+        if self._supervisor is not None and not self._supervisor.is_alive():  # nobody would stop this worker any more
             self.should_exit = True
         return await super().on_tick(counter)
 
@@ -150,12 +121,14 @@ def _run_one(
     sock: socket.socket,
     on_ready: Callable[[], None],
 ) -> int:
-    from mobilevit.serving.app import create_app  # after the environment is set up for it
+    # Not before, as PROMETHEUS_MULTIPROC_DIR is read when it is imported, and as it brings PyTorch along.
+    from mobilevit.serving.app import create_app
+    from mobilevit.serving.service import open_predictors
 
     set_up_logs(config.log_format)
     # Threads that compute hold the interpreter for short moments only; the event loop need not wait for 5 ms.
     sys.setswitchinterval(0.001)
-    app = create_app(config, models, pages)
+    app = create_app(config, models, open_predictors(config, models), pages)
     settings = uvicorn.Config(
         app,
         log_config=None,
@@ -190,7 +163,13 @@ def _worker(
     ready: Connection,
 ) -> None:
     _leave_quietly()
-    sys.exit(_run_one(config, models, pages, sock, lambda: ready.send(True)))
+    try:
+        status = _run_one(config, models, pages, sock, lambda: ready.send(""))
+    except ValueError as error:
+        ready.send(str(error))
+        status = 2
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it is leaving already
+    sys.exit(status)
 
 
 class _Workers:
@@ -244,9 +223,7 @@ class _Workers:
                 return 0
             for process, pipe in list(self._processes.items()):
                 if pipe in happened and process not in self._ready:
-                    with contextlib.suppress(EOFError):  # it died instead
-                        pipe.recv()
-                        self._ready.add(process)
+                    self._hear(process, pipe)
                 if process.sentinel not in happened:
                     continue
                 process.join()
@@ -262,6 +239,17 @@ class _Workers:
             if not self._told and self._ready.issuperset(self._processes):
                 self._told = True
                 self._on_ready(self._address)
+
+    def _hear(self, process: BaseProcess, pipe: Connection) -> None:
+        """A worker is ready, or says why not."""
+        with contextlib.suppress(EOFError):  # it died without a word
+            problem: str = pipe.recv()
+            if problem and not self._told:
+                raise ValueError(problem)
+            if problem:
+                log.error("%s", problem)
+            else:
+                self._ready.add(process)
 
     def _forget(self, process: BaseProcess, folder: Path) -> None:
         from mobilevit.serving.metrics import forget_worker

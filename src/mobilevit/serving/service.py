@@ -8,7 +8,7 @@ import io
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -42,30 +42,35 @@ class Service:
     Args:
         config: settings.
         models: what to serve.
+        predictors: of each model, as `open_predictors` has opened them.
         metrics: told of everything.
     """
 
-    def __init__(self, config: ServeConfig, models: Sequence[ServedModel], metrics: Metrics) -> None:
+    def __init__(
+        self,
+        config: ServeConfig,
+        models: Sequence[ServedModel],
+        predictors: Mapping[str, Predictor],
+        metrics: Metrics,
+    ) -> None:
         self.config, self.metrics = config, metrics
         self.uploads = UploadBudget(int(config.max_uploads_mb * 1e6))
         self.ready = False
-        self._files = {model.name: model for model in models}
+        self._files, self._predictors = {model.name: model for model in models}, predictors
         self._batchers: dict[str, Batcher] = {}
         self._networks: dict[str, nn.Module] = {}
         self._explaining = 0
         self._explainer = ThreadPoolExecutor(1, "explain")
-        threads = threads_of_a_worker(config)
+        threads = _threads_of_a_worker(config)
         self._readers = ThreadPoolExecutor(threads or available_cores(), "read")
         self._turn = threading.Lock()
 
-    async def start(self) -> None:
-        """Load and warm up every model."""
-        for model in self._files.values():
-            start = time.perf_counter()
-            predictor = await asyncio.get_running_loop().run_in_executor(self._explainer, self._open, model)
-            batcher = Batcher(
+    def start(self) -> None:
+        """Let the models take pictures; called in the event loop."""
+        for name, predictor in self._predictors.items():
+            self._batchers[name] = Batcher(
                 predictor,
-                name=model.name,
+                name=name,
                 readers=self._readers,
                 turn=self._turn,
                 max_batch=self.config.max_batch,
@@ -74,21 +79,7 @@ class Service:
                 max_pixels=self.config.max_pixels,
                 metrics=self.metrics,
             )
-            self._batchers[model.name] = batcher
-            took = time.perf_counter() - start
-            log.info("%s: %s, %s, ready in %.1f s", model.name, predictor.card.task, predictor.engine, took)
         self.ready = True
-
-    def _open(self, model: ServedModel) -> Predictor:
-        predictor = Predictor(
-            model.path,
-            device=self.config.device,
-            batch_size=self.config.max_batch,
-            threads=threads_of_a_worker(self.config),
-            engine="torch" if is_artefact(model.path) else self.config.engine,
-        )
-        predictor.warm_up()
-        return predictor
 
     def stop(self) -> None:
         """Let the threads end."""
@@ -220,7 +211,30 @@ class Service:
         return {**explanation.to_dict(), "source": upload.name, "picture_png": _png(explanation.draw())}
 
 
-def threads_of_a_worker(config: ServeConfig) -> int | None:
+def open_predictors(config: ServeConfig, models: Sequence[ServedModel]) -> dict[str, Predictor]:
+    """Load and warm up every model.
+
+    Raises:
+        ValueError: as `Predictor` does.
+    """
+    predictors = {}
+    for model in models:
+        start = time.perf_counter()
+        predictor = Predictor(
+            model.path,
+            device=config.device,
+            batch_size=config.max_batch,
+            threads=_threads_of_a_worker(config),
+            engine="torch" if is_artefact(model.path) else config.engine,
+        )
+        predictor.warm_up()
+        took = time.perf_counter() - start
+        log.info("%s: %s, %s, ready in %.1f s", model.name, predictor.card.task, predictor.engine, took)
+        predictors[model.name] = predictor
+    return predictors
+
+
+def _threads_of_a_worker(config: ServeConfig) -> int | None:
     """None leaves it to the engine, which then takes what was tuned, or all cores."""
     if config.threads is not None or config.workers == 1:
         return config.threads
