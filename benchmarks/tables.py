@@ -756,7 +756,9 @@ def serving_tables(results: Results) -> str:
         engines = {"torch": "PyTorch", "tuned": f"tuned ({found.get('tuned_engine', '')})"}
         rows = [
             ["served, pictures/s", *(number(found[name]["pictures_per_second"]["server"]) for name in names)],
+            ["lowest and highest round", *(_spread(found[name]["all_rounds"]["server"]) for name in names)],
             ["engine alone, pictures/s", *(number(found[name]["pictures_per_second"]["engine"]) for name in names)],
+            ["lowest and highest round", *(_spread(found[name]["all_rounds"]["engine"]) for name in names)],
             [
                 "`Predictor.stream`, pictures/s",
                 *(number(found[name]["pictures_per_second"]["stream"]) for name in names),
@@ -785,6 +787,10 @@ def serving_tables(results: Results) -> str:
             f"503, {found['tracebacks_in_the_log']} tracebacks, the same processes afterwards: "
             f"{'yes' if found['same_processes_afterwards'] else 'no'}."
         )
+    if "schemathesis" in parts:
+        found = parts["schemathesis"]
+        verdict = "nothing found" if found["exit_status"] == 0 else f"findings: {'; '.join(found['summary'])}"
+        lines.append(f"Schemathesis, from the service's own OpenAPI document: {verdict}.")
     if "sigterm" in parts:
         runs = parts["sigterm"]["runs"]
         lines.append(
@@ -803,6 +809,10 @@ def serving_tables(results: Results) -> str:
     commands = dict.fromkeys(public(part["command"]) for part in parts.values())
     told = [f"- `benchmarks/results/serving.json`: {', '.join(f'`{command}`' for command in commands)}"]
     return "\n\n".join([*lines, "\n".join([*told, f"- {machine(results['serving'])}"])])
+
+
+def _spread(values: list[float]) -> str:
+    return f"{number(min(values))} to {number(max(values))}"
 
 
 def _percentiles(found: dict[str, Any]) -> str:

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import tempfile
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,11 +49,13 @@ def connected(job: BulkJob) -> Iterator[None]:
         except (ConnectionError, ValueError, RuntimeError) as error:
             told = f"no Ray cluster at {address}" if address else "Ray does not start"
             raise ValueError(f"{told} ({' '.join(str(error).split())[:200]})") from None
-    try:
-        yield
-    finally:
-        if ours:
-            ray.shutdown()
+    # What Ray prints, of tasks that a stop has left undone, is not to get among the report.
+    with redirect_stdout(sys.stderr):
+        try:
+            yield
+        finally:
+            if ours:
+                ray.shutdown()
 
 
 def ray_rows(job: BulkJob, sources: Sequence[str], stop: Callable[[], bool]) -> Generator[list[Row]]:
