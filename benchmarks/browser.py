@@ -25,6 +25,7 @@ import torch
 
 import mobilevit
 import record
+from mobilevit.data.shapes import render_scene
 from mobilevit.exporting.web import RUNTIME_VERSION
 from mobilevit.inference.session import ArtefactSession
 
@@ -90,7 +91,7 @@ def main() -> None:
 def measure(name: str, precision: str, place: Path, browser: Any, arguments: argparse.Namespace) -> dict[str, float]:
     torch.manual_seed(0)
     model = mobilevit.create_model(name, classes=[str(number) for number in range(1000)])
-    pictures = [np.random.default_rng(n).integers(0, 256, (256, 256, 3), dtype=np.uint8) for n in range(32)]
+    pictures = [np.asarray(render_scene(n, size=256).image) for n in range(32)]
     calibration = {} if precision == "fp32" else {"calibration": pictures}
     folder = mobilevit.export(
         model, place, format="web", precision=precision, name=name, verify=False, **calibration

@@ -76,6 +76,7 @@ def test_again_replaces_all_and_a_new_version_is_told(runtime: Path, checkpoint:
         (runtime / "dist" / _AT_ONCE[0]).write_text(name)
         report = mobilevit.export(checkpoint, tmp_path / "out", format="web", verify=False)
         versions.append(json.loads((report.path / "files.json").read_text())["version"])
+        assert f'VERSION = "{versions[-1]}"' in (report.path / "service_worker.js").read_text()
         (report.path / "left.txt").write_text("from before")
     assert versions[0] != versions[1]
     mobilevit.export(checkpoint, tmp_path / "out", format="web", verify=False)

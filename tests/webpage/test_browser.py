@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import replace
@@ -20,6 +21,7 @@ from mobilevit.data.shapes import render_scene
 from mobilevit.exporting.web import find_runtime
 from mobilevit.inference.predictor import Predictor
 from mobilevit.preprocessing import Preprocessing
+from running_server import Server
 
 TASKS = ("classification", "detection", "segmentation")
 CLASSES = ("circle", "cross", "ring", "square", "star", "triangle")
@@ -168,6 +170,31 @@ def test_after_the_first_visit_it_works_without_a_network(site: Site, watched: W
     assert watched.rows() == before
 
 
+def test_a_new_version_reaches_those_who_come_back(apps: dict[str, Path], watched: Watched, tmp_path: Path) -> None:
+    folder = tmp_path / "app"
+    shutil.copytree(apps["classification"], folder)
+    site = serve_folder(folder)
+    try:
+        watched.open(site.address)
+        assert "classification" in watched.page.locator("#about").text_content()
+        watched.page.evaluate("() => caches.open('of another page of this site')")
+        before = watched.page.evaluate("() => caches.keys()")
+        shutil.copytree(apps["detection"], folder, dirs_exist_ok=True)
+        watched.open(site.address)  # still the old one, while the new one is fetched
+        for _ in range(100):
+            now = watched.page.evaluate("() => caches.keys()")
+            if len(now) == 2 and set(now) != set(before):
+                break
+            watched.page.wait_for_timeout(100)
+        else:
+            pytest.fail(f"the new version was not fetched: {now}")
+        assert "of another page of this site" in watched.page.evaluate("() => caches.keys()")
+        watched.open(site.address)
+        assert "detection" in watched.page.locator("#about").text_content()
+    finally:
+        site.stop()
+
+
 @pytest.mark.parametrize("site", ["classification"], indirect=True)
 def test_the_keyboard_suffices(site: Site, watched: Watched) -> None:
     watched.open(site.address)
@@ -228,8 +255,7 @@ def violations_of(watched: Watched) -> None:
 
 def test_the_page_of_the_service(watched: Watched, checkpoints: dict[str, Path], pictures: list[Path]) -> None:
     """All three tasks, and the attention of a pixel."""
-    running_server = pytest.importorskip("running_server", reason="needs the tests of the service beside it")
-    server = running_server.Server([*checkpoints.values(), "--threads", "1"])
+    server = Server([*checkpoints.values(), "--threads", "1"])
     try:
         address = f"http://127.0.0.1:{server.port}/"
         watched.open(address)

@@ -122,7 +122,10 @@ def _finish(folder: Path, card: ModelCard) -> int:
         digest.update(path.relative_to(folder).as_posix().encode() + path.read_bytes())
     names = [path.relative_to(folder).as_posix() for path in files]
     kept = ["./", *(name for name in names if Path(name).name not in _FOR_GPU)]
-    write_json(folder / "files.json", {"version": f"mobilevit-{digest.hexdigest()[:16]}", "files": kept})
+    version = digest.hexdigest()[:16]
+    write_json(folder / "files.json", {"version": version, "files": kept})
+    worker = folder / "service_worker.js"
+    write_text(worker, worker.read_text(encoding="utf-8").replace('VERSION = "unknown"', f'VERSION = "{version}"'))
     total = sum(path.stat().st_size for path in files)
     first = total - sum((folder / "runtime" / name).stat().st_size for name in _FOR_GPU)
     told = _README.format(

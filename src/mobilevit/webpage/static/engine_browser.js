@@ -30,12 +30,16 @@ export async function open(say) {
 }
 
 export async function useDevice(wanted) {
-  ort = await import(`./runtime/ort.${wanted}.min.mjs`);
-  ort.env.wasm.wasmPaths = new URL("runtime/", HERE).href;
-  ort.env.wasm.numThreads = self.crossOriginIsolated ? Math.min(4, navigator.hardwareConcurrency || 1) : 1;
-  ort.env.logLevel = "error";
-  session = await ort.InferenceSession.create(weights, { executionProviders: [wanted] });
-  device = wanted;
+  const runtime = await import(`./runtime/ort.${wanted}.min.mjs`);
+  runtime.env.wasm.wasmPaths = new URL("runtime/", HERE).href;
+  runtime.env.wasm.numThreads = self.crossOriginIsolated ? Math.min(4, navigator.hardwareConcurrency || 1) : 1;
+  runtime.env.logLevel = "error";
+  const opened = await runtime.InferenceSession.create(weights, { executionProviders: [wanted] });
+  [ort, session, device] = [runtime, opened, wanted]; // only now: when this fails, the device before goes on
+}
+
+export function currentDevice() {
+  return device;
 }
 
 export function footer() {
@@ -74,8 +78,10 @@ function paint(labels, rows, columns, numClasses) {
   const canvas = new OffscreenCanvas(columns, rows);
   const pen = canvas.getContext("2d");
   const image = pen.createImageData(columns, rows);
-  const parts = colours.map((colour) => colour.match(/\d+/g).map(Number));
-  labels.forEach((label, at) => image.data.set([...parts[label], 255], 4 * at));
+  const parts = colours.map((colour) => new Uint8Array([...colour.match(/\d+/g).map(Number), 255]));
+  const words = Uint32Array.from(parts, (part) => new Uint32Array(part.buffer)[0]); // a write a pixel
+  const pixels = new Uint32Array(image.data.buffer);
+  for (let at = 0; at < labels.length; at++) pixels[at] = words[labels[at]];
   pen.putImageData(image, 0, 0);
   return { canvas, colours };
 }

@@ -60,7 +60,17 @@ function listen() {
   at("file").addEventListener("change", (event) => { take([...event.target.files]); event.target.value = ""; });
   at("model").addEventListener("change", async (event) => { chooseModel(Number(event.target.value)); await answer(); });
   at("device").addEventListener("change", async (event) => {
-    try { say("Loading ..."); await engine.useDevice(event.target.value); await answer(); } catch (error) { fail(error); }
+    try {
+      say("Loading ...");
+      await engine.useDevice(event.target.value);
+      say("");
+      complain("");
+      at("footer").textContent = engine.footer();
+      await answer();
+    } catch (error) {
+      event.target.value = engine.currentDevice();
+      fail(error);
+    }
   });
   for (const id of ["score", "opacity"]) at(id).addEventListener("input", show);
   at("camera").addEventListener("click", () => (state.camera ? stopCamera() : startCamera("environment")));

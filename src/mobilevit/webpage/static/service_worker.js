@@ -1,6 +1,13 @@
-// Keeps the page's files for offline use, and adds the headers that threads need. files.json names the version.
+// Keeps the page's files for offline use, and adds the headers that threads need.
 
 const HERE = new URL("./", self.location);
+
+// The export writes the hash of all files here: browsers look for a new worker only where its own bytes have changed.
+const VERSION = "unknown";
+
+// Caches belong to the whole site, where other pages of this kind may lie in other folders.
+const MINE = `mobilevit ${HERE.href} `;
+const CACHE = MINE + VERSION;
 
 self.addEventListener("install", (event) => event.waitUntil(keepAll()));
 self.addEventListener("activate", (event) => event.waitUntil(dropOthers().then(() => self.clients.claim())));
@@ -8,26 +15,20 @@ self.addEventListener("fetch", (event) => {
   if (event.request.method === "GET" && event.request.url.startsWith(HERE.href)) event.respondWith(answer(event.request));
 });
 
-async function manifest() {
-  const response = await fetch(new URL("files.json", HERE), { cache: "no-store" });
-  return response.json();
-}
-
 async function keepAll() {
-  const { version, files } = await manifest();
-  const cache = await caches.open(version);
+  const response = await fetch(new URL("files.json", HERE), { cache: "no-store" });
+  const { files } = await response.json();
+  const cache = await caches.open(CACHE);
   await cache.addAll(files.map((name) => new Request(new URL(name, HERE), { cache: "reload" })));
   await self.skipWaiting();
 }
 
 async function dropOthers() {
-  const { version } = await manifest().catch(() => ({}));
-  if (!version) return;
-  for (const name of await caches.keys()) if (name !== version) await caches.delete(name);
+  for (const name of await caches.keys()) if (name.startsWith(MINE) && name !== CACHE) await caches.delete(name);
 }
 
 async function answer(request) {
-  const kept = await caches.match(request, { ignoreSearch: true });
+  const kept = await (await caches.open(CACHE)).match(request, { ignoreSearch: true });
   const response = kept ?? (await fetchAndKeep(request));
   if (response.type === "opaque" || response.status === 0) return response;
   const headers = new Headers(response.headers);
@@ -41,8 +42,7 @@ async function answer(request) {
 async function fetchAndKeep(request) {
   const response = await fetch(request);
   if (response.ok && !request.url.endsWith("files.json")) {
-    const names = await caches.keys();
-    if (names.length) await (await caches.open(names[0])).put(request, response.clone());
+    await (await caches.open(CACHE)).put(request, response.clone());
   }
   return response;
 }
