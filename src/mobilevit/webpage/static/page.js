@@ -85,6 +85,7 @@ function listen() {
     event.preventDefault();
     sessionStorage.setItem("key", at("key").value);
     at("key-form").hidden = true;
+    complain("");
     await (state.model ? answer() : openEngine());
   });
   at("canvas").addEventListener("click", (event) => {
