@@ -35,7 +35,7 @@ from mobilevit.data.imageset import ImageSet
 from mobilevit.data.loaders import BatchLoader
 from mobilevit.data.shard_files import ShardError, ShardPictures, expand
 from mobilevit.data.shard_writing import write_shards
-from mobilevit.preprocessing import ImageError
+from mobilevit.preprocessing import EncodedImage, ImageError
 from mobilevit.training.config import TrainConfig
 from mobilevit.training.loop import train
 
@@ -697,8 +697,8 @@ def test_subset_and_relabel(packed: Path) -> None:
 def test_an_epoch_has_every_picture_once(packed: Path, folder: Path, num_workers: int) -> None:
     data = find_splits(packed)["all"]
 
-    def transform(image: Image.Image, label: int) -> tuple[torch.Tensor, int]:
-        red, green, _ = image.getpixel((0, 0))
+    def transform(picture: EncodedImage, label: int) -> tuple[torch.Tensor, int]:
+        red, green, _ = picture.decode().getpixel((0, 0))
         return torch.tensor([red, green, 0], dtype=torch.uint8)[:, None, None], label
 
     loader = BatchLoader(data, transform, batch_size=4, num_workers=num_workers, shuffle_seed=3)

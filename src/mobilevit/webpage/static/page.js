@@ -2,7 +2,7 @@
 
 import * as engine from "./engine.js";
 import { KeyNeeded } from "./engine_errors.js";
-import { draw, showRows } from "./results.js";
+import { draw, showRows, withoutBackground } from "./results.js";
 
 const at = (id) => document.getElementById(id);
 const GALLERY = ["cat", "coffee", "rocket", "astronaut"];
@@ -167,13 +167,20 @@ function thumbnail(url, label, choose) {
 
 // -- answers ---------------------------------------------------------------------------------------------------------
 
+async function ask(file, bitmap) {
+  const { classes } = state.model;
+  const found = await engine.predict(state.model, file, bitmap);
+  if (found.mask) withoutBackground(found.mask, classes);
+  return found;
+}
+
 async function answer() {
   if (!state.shown || !state.model) return;
   const turn = ++state.turn;
   say("Looking ...");
   const begun = performance.now();
   try {
-    const found = await engine.predict(state.model, state.shown.file, state.shown.bitmap);
+    const found = await ask(state.shown.file, state.shown.bitmap);
     if (turn !== state.turn) return;
     state.answer = found;
     complain("");
@@ -281,7 +288,7 @@ async function watch(camera) {
     const file = engine.name === "server" ? await frame.convertToBlob({ type: "image/jpeg", quality: 0.9 }) : null;
     state.mark = null;
     try {
-      const found = await engine.predict(state.model, file, bitmap);
+      const found = await ask(file, bitmap);
       if (state.camera !== camera) return;
       Object.assign(state, { shown: { file, bitmap }, answer: found });
       show();

@@ -66,6 +66,23 @@ export function percent(share) {
   return `${(100 * share).toFixed(share >= 0.1 ? 1 : 2)} %`;
 }
 
+// A mask whose background, if there is a class of that name, has no colour; as the package draws it.
+export function withoutBackground(mask, classes) {
+  const { canvas, colours } = mask;
+  classes.forEach((name, number) => {
+    if (name.replace(/^_+|_+$/g, "").toLowerCase() !== "background" || !colours[number]) return;
+    const [red, green, blue] = colours[number].match(/\d+/g).map(Number);
+    const pen = canvas.getContext("2d");
+    const image = pen.getImageData(0, 0, canvas.width, canvas.height), { data } = image;
+    for (let at = 0; at < data.length; at += 4) {
+      if (data[at] === red && data[at + 1] === green && data[at + 2] === blue) data[at + 3] = 0;
+    }
+    pen.putImageData(image, 0, 0);
+    colours[number] = undefined;
+  });
+  return mask;
+}
+
 // The picture with what was found in it. `picture` is anything a canvas draws, width by height pixels.
 export function draw(canvas, picture, width, height, answer, classes, { minScore, opacity, mark }) {
   canvas.width = width;
