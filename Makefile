@@ -9,13 +9,14 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 demo: $(VENV)/.for-use
 	$(BIN)/mobilevit demo
 
-# Converters run through much of PyTorch's own Python, which takes three times as long while coverage watches. Their
-# tests go apart, two files at a time.
+# Two files at a time, with one thread each. Converters run through much of PyTorch's own Python, which takes three times
+# as long while coverage watches, so their tests go apart.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 APART := tests/exporting tests/benchmark tests/test_examples.py
 
 test: $(VENV)/.for-development
-	$(BIN)/python -m pytest --cov --cov-report=term --cov-fail-under=80 $(addprefix --ignore=,$(APART))
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(APART)
+	$(PYTEST) --cov --cov-report=term --cov-fail-under=80 $(addprefix --ignore=,$(APART))
+	$(PYTEST) $(APART)
 
 lint: $(VENV)/.for-development
 	$(BIN)/ruff check .
