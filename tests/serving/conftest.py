@@ -4,11 +4,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from running_server import Server
 
 import mobilevit
 from golden_weights import fill_with_golden_weights
 from mobilevit.models.card import Task
+from running_server import Server
 
 TASKS: tuple[Task, ...] = ("classification", "detection", "segmentation")
 

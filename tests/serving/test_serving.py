@@ -16,13 +16,13 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from running_server import Server, form, picture, until
 
 import mobilevit
 from mobilevit.cli import main
 from mobilevit.inference.explain import explain
 from mobilevit.inference.predictor import Result
 from mobilevit.tasks.segmentation import SegmentationResult
+from running_server import Server, form, picture, until
 
 TASKS = ("classification", "detection", "segmentation")
 
