@@ -32,7 +32,7 @@ $(BIN)/python:
 
 $(VENV)/.for-use: pyproject.toml | $(BIN)/python
 	@echo "installing PyTorch and mobilevit into $(VENV): some minutes, once"
-	$(PIP) install -e ".[train,onnx,openvino]"
+	$(PIP) install -e ".[train,onnx,openvino,serve]"
 	@touch $@
 
 $(VENV)/.for-development: pyproject.toml | $(BIN)/python

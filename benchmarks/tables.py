@@ -836,7 +836,7 @@ def bulk_tables(results: Results) -> str:
         ["seconds, with opening the model", *(number(run["seconds"]) for run in runs.values())],
         *(
             [f"memory, {when}, MB", *(number(run["memory_mb"][when]) for run in runs.values())]
-            for when in ("a third into the run", "near its end", "peak")
+            for when in ("half way", "near its end", "peak")
         ),
     ]
     killed = figures["killed"]

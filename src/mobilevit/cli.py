@@ -214,8 +214,8 @@ class Predict:
     """Detection: write all objects into this file, as COCO's results are; image_id counts the pictures from 1."""
     masks: Path | None = None
     """Segmentation: write label maps as palette PNGs into this folder."""
-    batch_size: int = 16
-    """Pictures that go through the model together."""
+    batch_size: int | None = None
+    """Pictures that go through the model together; without it, 16 of 256 x 256 pixels and more of smaller inputs."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1 or mps."""
     threads: int | None = None

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import urllib.request
+import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -242,15 +243,35 @@ def test_small_screens_and_accessibility(site: Site, watched: Watched, pictures:
 
 
 def violations_of(watched: Watched) -> None:
-    """None, says axe-core, if it is at hand."""
+    """None, says axe-core."""
     axe = Path(os.environ.get("AXE_CORE", ARTEFACTS / "node_modules" / "axe-core")) / "axe.min.js"
     if not axe.exists():
+        warnings.warn(
+            "accessibility is not checked: npm install axe-core, and name its folder in AXE_CORE", stacklevel=2
+        )
         return
     # As text and not as a script tag, which the page's policy forbids.
     watched.page.context.new_cdp_session(watched.page).send("Runtime.evaluate", {"expression": axe.read_text()})
     watched.page.wait_for_timeout(300)  # for transitions of colour
     found = watched.page.evaluate("axe.run().then(r => r.violations.map(v => v.id + ': ' + v.nodes[0].html))")
     assert found == []
+
+
+@pytest.mark.parametrize("site", ["classification"], indirect=True)
+def test_another_device_and_back(site: Site, watched: Watched, pictures: list[Path]) -> None:
+    """Where there is no graphics card, asking for it leaves the processor at work; and that may be asked for again."""
+    watched.open(site.address)
+    before = engine_answer(watched, pictures[0])
+    told = watched.page.evaluate("""async () => {
+        const engine = await import(new URL("engine.js", location.href).href);
+        const failed = await engine.useDevice("webgpu").then(() => "", (error) => String(error));
+        const between = engine.currentDevice();
+        await engine.useDevice("wasm");
+        return { failed, between };
+    }""")
+    if told["failed"]:
+        assert told["between"] == "wasm"
+    assert engine_answer(watched, pictures[0]) == before
 
 
 def test_the_page_of_the_service(watched: Watched, checkpoints: dict[str, Path], pictures: list[Path]) -> None:

@@ -58,8 +58,8 @@ class BulkJob:
     """Detection: leave out objects below; None: the model's own threshold."""
     masks: Path | None = None
     """Segmentation: folder for label maps, as palette PNGs."""
-    batch_size: int = 16
-    """Pictures that go through the model together."""
+    batch_size: int | None = None
+    """Pictures that go through the model together; None: what `Predictor` takes."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1 or mps."""
     threads: int | None = None

@@ -48,7 +48,8 @@ class Predictor:
         model: a checkpoint of any known origin; an exported .onnx, .xml, .pte, .tflite or .pt2; or a model from
             `create_model` or `load`.
         device: "auto", "cpu", "cuda" or "mps"; for exported files, "cpu" and what else their runtime knows.
-        batch_size: pictures that go through the model together when there are many.
+        batch_size: pictures that go through the model together when there are many. None: as many as have the pixels
+            of 16 inputs of 256 x 256, but no more than 64.
         threads: to compute with on the CPU; None: as many as there are cores.
         engine: for checkpoints: "torch"; "compile", which takes a minute at the first picture and is then faster; or
             "auto", what `mobilevit tune` found to be the fastest here, or "torch" where it has not run.
@@ -62,20 +63,21 @@ class Predictor:
         model: str | os.PathLike[str] | nn.Module,
         *,
         device: str = "auto",
-        batch_size: int = 16,
+        batch_size: int | None = None,
         threads: int | None = None,
         engine: Engine = "torch",
     ) -> None:
-        if batch_size < 1:
+        if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; give 1 or more")
         self.card, self._session = open_session(model, device=device, threads=threads, engine=engine)
         if self.card.task == "segmentation" and self.card.preprocessing.resize_mode == "crop":
             raise ValueError(
                 "a cropped input says nothing of the border; give the model resize_mode 'pad' or 'stretch'"
             )
-        self.batch_size = batch_size
+        height, width = self.card.preprocessing.size
+        self.batch_size = batch_size or min(64, max(1, 16 * 256 * 256 // (height * width)))
         if self.card.task == "segmentation":
-            self.batch_size = min(batch_size, most_at_once(len(self.card.classes), self.card.preprocessing.size))
+            self.batch_size = min(self.batch_size, most_at_once(len(self.card.classes), (height, width)))
 
     @property
     def engine(self) -> str:

@@ -33,8 +33,10 @@ export async function useDevice(wanted) {
   const runtime = await import(`./runtime/ort.${wanted}.min.mjs`);
   runtime.env.wasm.wasmPaths = new URL("runtime/", HERE).href;
   runtime.env.wasm.numThreads = self.crossOriginIsolated ? Math.min(4, navigator.hardwareConcurrency || 1) : 1;
+  runtime.env.wasm.proxy = wanted === "wasm"; // in a worker: the page does not stand still meanwhile
   runtime.env.logLevel = "error";
-  const opened = await runtime.InferenceSession.create(weights, { executionProviders: [wanted] });
+  // A copy, as the worker takes what it is given away.
+  const opened = await runtime.InferenceSession.create(weights.slice(), { executionProviders: [wanted] });
   [ort, session, device] = [runtime, opened, wanted]; // only now: when this fails, the device before goes on
 }
 

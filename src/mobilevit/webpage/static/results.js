@@ -97,26 +97,50 @@ export function draw(canvas, picture, width, height, answer, classes, { minScore
     pen.globalAlpha = 1;
   }
   if (answer?.task === "detection") {
-    const found = answer.item.detections.filter(({ score }) => score >= minScore);
-    for (const one of found.reverse()) drawBox(pen, one, colourOf(classes.indexOf(one.label)), unit);
+    drawBoxes(pen, answer.item.detections.filter(({ score }) => score >= minScore), classes, unit);
   }
   if (mark) drawMark(pen, mark, unit);
 }
 
-function drawBox(pen, { label, score, box_xyxy: [left, top, right, bottom] }, colour, unit) {
-  const size = Math.max(11, 13 * unit);
-  pen.lineWidth = Math.max(1.5, 2 * unit);
-  pen.strokeStyle = colour;
-  pen.strokeRect(left, top, right - left, bottom - top);
+// Plates with the labels come after all boxes; the surest have the better places and lie on top, as in the package.
+function drawBoxes(pen, detections, classes, unit) {
+  const size = Math.max(11, 13 * unit), plates = [];
   pen.font = `600 ${size}px system-ui, sans-serif`;
-  const text = `${label} ${percent(score)}`;
-  const width = pen.measureText(text).width + 0.8 * size;
-  const y = top >= 1.4 * size ? top - 1.4 * size : top;
-  const x = Math.max(0, Math.min(left, pen.canvas.width - width));
-  pen.fillStyle = colour;
-  pen.fillRect(x, y, width, 1.4 * size);
-  pen.fillStyle = isLight(pen, colour) ? "#111" : "#fff";
-  pen.fillText(text, x + 0.4 * size, y + 1.05 * size);
+  for (const { label, score, box_xyxy: box } of detections) {
+    const text = `${label} ${percent(score)}`, colour = colourOf(classes.indexOf(label));
+    const place = placePlate(box, pen.measureText(text).width + 0.8 * size, 1.4 * size, pen.canvas, plates);
+    plates.push({ box, text, colour, place });
+  }
+  plates.reverse();
+  pen.lineWidth = Math.max(1.5, 2 * unit);
+  for (const { box: [left, top, right, bottom], colour } of plates) {
+    pen.strokeStyle = colour;
+    pen.strokeRect(left, top, right - left, bottom - top);
+  }
+  for (const { text, colour, place: [left, top, right, bottom] } of plates) {
+    pen.fillStyle = colour;
+    pen.fillRect(left, top, right - left, bottom - top);
+    pen.fillStyle = isLight(pen, colour) ? "#111" : "#fff";
+    pen.fillText(text, left + 0.4 * size, top + 1.05 * size);
+  }
+}
+
+// The first place at the box where the plate hides no other, else the one where it hides least.
+function placePlate([left, top, right, bottom], width, height, canvas, plates) {
+  let best = [0, 0, width, height], least = Infinity;
+  for (const y of [top - height, top, bottom, bottom - height]) {
+    if (y < 0 || y > canvas.height - height) continue;
+    for (const edge of [left, right - width]) {
+      const x = Math.max(0, Math.min(edge, canvas.width - width)), place = [x, y, x + width, y + height];
+      const hidden = plates.reduce((sum, other) => sum + overlap(place, other.place), 0);
+      if (hidden < least) [best, least] = [place, hidden];
+    }
+  }
+  return best;
+}
+
+function overlap(a, b) {
+  return Math.max(0, Math.min(a[2], b[2]) - Math.max(a[0], b[0])) * Math.max(0, Math.min(a[3], b[3]) - Math.max(a[1], b[1]));
 }
 
 function drawMark(pen, [x, y], unit) {
