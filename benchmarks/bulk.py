@@ -3,10 +3,10 @@
     python benchmarks/bulk.py --data FOLDER     # pictures of a folder, encoded anew until there are enough
     python benchmarks/bulk.py                   # pictures drawn by the package
 
-Some twenty minutes on two cores. How long a model takes does not depend on its weights, so it is a fresh XXS: at 64 x 64,
-where reading weighs most, and at 256 x 256. The engine's own speed is that of full batches of ready
-tensors, before and after each run; `Predictor.stream` reads the same files one after the other. Memory is what the
-processes of a run have to themselves, summed, twice a second.
+Some twenty minutes on two cores. How long a model takes does not depend on its weights, so it is a fresh XXS: at
+64 x 64, where reading weighs most, and at 256 x 256. The engine's own speed is that of full batches of ready tensors,
+before and after each run; `Predictor.stream` reads the same files one after the other. Memory is what the processes of
+a run have to themselves, summed, twice a second.
 """
 
 from __future__ import annotations

@@ -79,14 +79,15 @@ def test_weights_and_rollout_are_shares() -> None:
 def test_class_activation_points_at_what_decides() -> None:
     """The same by the equation: channels weighed by the mean of their gradients."""
     model = model_of()
-    explanation = explain(model, PICTURE)
+    with torch.inference_mode():  # which the caller may be in
+        explanation = explain(model, PICTURE)
     stage: list[torch.Tensor] = []
     model.layer5.register_forward_hook(lambda _, __, output: stage.append(output))  # type: ignore[union-attr]
     pixels = model.card.preprocessing(PICTURE)[None]  # type: ignore[union-attr]
     logits = model(pixels)[0]
     number = int(logits.argmax())
     assert explanation.label == CLASSES[number]
-    assert explanation.score == pytest.approx(float(logits.softmax(0)[number]), abs=1e-6)
+    assert explanation.score == pytest.approx(float(logits.softmax(0)[number].detach()), abs=1e-6)
     (gradient,) = torch.autograd.grad(logits[number], stage[0])
     expected = (gradient.mean(dim=(2, 3), keepdim=True) * stage[0]).sum(1)[0].clamp(min=0)
     np.testing.assert_allclose(explanation.class_activation, (expected / expected.max()).detach().numpy(), atol=1e-5)

@@ -157,10 +157,9 @@ def explain(model: nn.Module, source: Source, *, pixel: Point | None = None) -> 
     placement = card.preprocessing.placement((image.height, image.width))
     place = None if pixel is None else _place_in_input(pixel, placement)
     pixels = card.preprocessing.resize(image)
-    images = card.preprocessing.normalize(pixels[None]).to(next(model.parameters()).device)
     backbone: Any = getattr(model, "backbone", model)
-    with _watched(backbone) as seen, torch.enable_grad():
-        output = model(images)
+    with _watched(backbone) as seen, torch.inference_mode(False), torch.enable_grad():
+        output = model(card.preprocessing.normalize(pixels[None]).to(next(model.parameters()).device))
         answer = _answer(card, output, place)
         activation = _class_activation(answer.target, seen.stages)
     if place is None:
@@ -174,7 +173,7 @@ def explain(model: nn.Module, source: Source, *, pixel: Point | None = None) -> 
         score=answer.score,
         pixel=pixel,
         blocks=tuple(
-            _block_attention(name, block, seen, place, images.shape[-1]) for name, block in seen.blocks.items()
+            _block_attention(name, block, seen, place, placement.size[1]) for name, block in seen.blocks.items()
         ),
         class_activation=activation,
         placement=placement,
