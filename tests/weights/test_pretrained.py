@@ -248,6 +248,32 @@ def test_a_file_on_no_hub_is_downloaded_once(tmp_path: Path, monkeypatch: pytest
     assert list(placed.parent.iterdir()) == []
 
 
+def test_a_download_that_breaks_off_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class BreaksOff(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:  # noqa: N802
+            self.send_response(200)
+            self.send_header("Content-Length", "1000")
+            self.end_headers()
+            self.wfile.write(bytes(600))
+
+        def log_message(self, *args: Any) -> None:
+            pass
+
+    name = "mobilevit_s.cvnets_coco"
+    monkeypatch.setenv("MOBILEVIT_HOME", str(tmp_path))
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), BreaksOff)
+    Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_port}/ssd.pt"
+    monkeypatch.setitem(PRETRAINED, name, dataclasses.replace(PRETRAINED[name], address=address))
+    with pytest.raises(ValueError, match=r"broke off after 600 of 1,000 bytes\); fetch http"):
+        resolve(name)
+    server.shutdown()
+    server.server_close()
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_placed_file_has_the_suffix_of_the_published_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MOBILEVIT_HOME", str(tmp_path))
     for suffix in (".bin", ".safetensors"):

@@ -14,6 +14,7 @@ from urllib.request import urlopen
 from mobilevit.files import write_bytes
 from mobilevit.models.card import Task, default_classes
 from mobilevit.preprocessing import Preprocessing
+from mobilevit.progress import Progress
 
 log = logging.getLogger("mobilevit")
 
@@ -174,13 +175,25 @@ def _download_from_author(weights: PretrainedWeights, placed: Path) -> Path:
     if HF_HUB_OFFLINE:
         raise _cannot_download(weights, placed, _OFFLINE)
     try:
-        with urlopen(weights.url, timeout=10) as answer:
-            data = answer.read()
+        data = _read(weights)
     except OSError as error:
         raise _cannot_download(weights, placed, str(error)) from None
     write_bytes(placed, data)
     _tell_licence(weights, weights.url)
     return placed
+
+
+def _read(weights: PretrainedWeights) -> bytes:
+    with urlopen(weights.url, timeout=10) as answer:
+        size = int(answer.headers.get("Content-Length") or 0)
+        data = bytearray()
+        with Progress(f"download {weights.name}", size // 1024, "KiB", silent=not size) as progress:
+            while part := answer.read(2**18):
+                data += part
+                progress.advance(len(data) // 1024 - progress.done)
+    if size and len(data) != size:
+        raise OSError(f"the connection broke off after {len(data):,} of {size:,} bytes")
+    return bytes(data)
 
 
 def _tell_licence(weights: PretrainedWeights, url: str) -> None:
