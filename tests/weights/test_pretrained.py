@@ -250,7 +250,7 @@ def test_a_file_on_no_hub_is_downloaded_once(tmp_path: Path, monkeypatch: pytest
 
 def test_a_download_that_breaks_off_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class BreaksOff(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:  # noqa: N802
+        def do_GET(self) -> None:
             self.send_response(200)
             self.send_header("Content-Length", "1000")
             self.end_headers()
