@@ -6,8 +6,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.io import ImageReadMode
 
-from mobilevit.data.device_decoding import EncodedCropTransform
+from mobilevit.data import device_decoding
+from mobilevit.data.device_decoding import (
+    MOST_AT_ONCE,
+    EncodedCrop,
+    EncodedCropTransform,
+    decode_crops,
+    require_decoder,
+)
 from mobilevit.data.imageset import ImageSet
 from mobilevit.data.loaders import Batch, BatchLoader, ahead_on
 from mobilevit.data.samplers import SizedBatch
@@ -81,6 +89,52 @@ def test_a_batch_without_a_readable_picture() -> None:
     loader.start(0)
     (batch,) = ahead_on(CPU, loader.epoch())
     assert (len(batch), len(batch.errors), batch.images.shape[0]) == (0, 2, 0)
+
+
+def test_many_times_smaller_takes_two_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, columns = np.mgrid[:3200, :3001]
+    pixels = np.stack([columns * 255 // 3000, rows * 255 // 3199, np.full_like(rows, 60)], axis=-1)
+    image, data = Image.fromarray(pixels.astype(np.uint8)), io.BytesIO()
+    image.save(data, "JPEG", quality=95)
+    most = 0.0
+    plain = torch.nn.functional.interpolate
+
+    def watched(part: torch.Tensor, size: tuple[int, int], *, mode: str, antialias: bool) -> torch.Tensor:
+        nonlocal most
+        most = max(most, part.shape[2] / size[0], part.shape[3] / size[1])
+        return plain(part, size, mode=mode, antialias=antialias)
+
+    monkeypatch.setattr(torch.nn.functional, "interpolate", watched)
+    crop = EncodedCrop("a.jpg", data.getvalue(), (0, 0, 3001, 3200), (40, 32), False)
+    (found,), _, _ = decode_crops([crop], CPU)
+    assert most <= MOST_AT_ONCE
+    wanted = torch.from_numpy(np.array(image.resize((32, 40), Image.Resampling.BICUBIC))).permute(2, 0, 1)
+    assert (found.int() - wanted.int()).abs().max() <= 3
+
+
+def test_a_gpu_decodes_to_rgb_once_its_stream_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    done = []
+
+    class Stream:
+        def synchronize(self) -> None:
+            done.append("synchronize")
+
+    def decode(files: list[torch.Tensor], mode: ImageReadMode, device: torch.device) -> list[torch.Tensor]:
+        done.append(mode.name)
+        return [torch.zeros(3, 8, 8, dtype=torch.uint8) for _ in files]
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: Stream())
+    monkeypatch.setattr(device_decoding, "decode_jpeg", decode)
+    require_decoder(torch.device("cuda"))
+    assert done == ["synchronize", "RGB"]
+
+    def without(*_: object, **__: object) -> None:
+        raise RuntimeError("not compiled with nvJPEG support\nand more")
+
+    monkeypatch.setattr(device_decoding, "decode_jpeg", without)
+    require_decoder(CPU)
+    with pytest.raises(ValueError, match=r"cannot decode JPEGs \(not compiled with nvJPEG support\); use --decode cpu"):
+        require_decoder(torch.device("cuda"))
 
 
 def test_training_reads_that_way(shapes: object, tmp_path: object) -> None:

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from mobilevit.data.imageset import Boxes, ImageSet, Mask
-from mobilevit.data.loaders import Batch, BatchLoader, _map_tensors
+from mobilevit.data.loaders import Batch, BatchLoader, _arrived, _map_tensors
 from mobilevit.data.samplers import level_batches
 from mobilevit.data.transforms import (
     BoxTargets,
@@ -325,3 +325,23 @@ def test__map_tensors() -> None:
     assert torch.equal(mapped.boxes_cxcywh, -one)
     assert _map_tensors([one], torch.neg)[0] is one
     assert _map_tensors(None, torch.neg) is None
+
+
+def test_what_was_copied_ahead_is_waited_for_on_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, waited, recorded = [], [], []
+
+    class Stream:
+        def wait_event(self, event: object) -> None:
+            waited.append(event)
+
+    def current_stream(device: torch.device | None = None) -> Stream:
+        asked.append(device)
+        return Stream()
+
+    monkeypatch.setattr(torch.cuda, "current_stream", current_stream)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, _: recorded.append(tensor.shape))
+    (batch,) = in_order(noise(3), batch_size=3).epoch()
+    copied: Any = object()
+    assert len(_arrived(batch, copied, torch.device("cuda:1"))) == 3
+    assert (asked, waited) == ([torch.device("cuda:1")], [copied])
+    assert sorted(recorded) == sorted([batch.images.shape, batch.targets.shape])

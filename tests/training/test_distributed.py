@@ -21,6 +21,7 @@ import mobilevit
 from mobilevit.data.datasets import load_train_val
 from mobilevit.data.loaders import BatchLoader
 from mobilevit.models.card import card_of
+from mobilevit.training import distributed
 from mobilevit.training.config import TrainConfig
 from mobilevit.training.learner import build_model
 from mobilevit.training.loop import train
@@ -80,7 +81,7 @@ def by_hand(config: TrainConfig) -> dict[str, torch.Tensor]:
     optimizer = make_optimizer(model, config, torch.device("cpu"))
     objective = make_objective(config, train_set, preprocessing, torch.device("cpu"))
     random = [torch.get_rng_state()]
-    torch.manual_seed(config.seed + (1 << 32))
+    torch.manual_seed(distributed.seed_of(distributed.World(rank=1, size=2), config.seed))
     random.append(torch.get_rng_state())
     loaders = [
         BatchLoader(
@@ -208,6 +209,36 @@ def test_sigterm_stops_all_and_saves(
     assert told.count("stopped and saved; go on with") == 1, told
     state = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
     assert 0 < state["position"]["epoch"] < 200
+
+
+def test_processes_draw_different_numbers() -> None:
+    drawn = set()
+    for rank in range(1, 5):
+        torch.manual_seed(distributed.seed_of(distributed.World(rank=rank, size=5), 0))
+        drawn.add(float(torch.rand(())))
+    assert len(drawn) == 4
+
+
+def test_one_process_makes_its_gpu_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    entered = []
+
+    class Current:
+        def __init__(self, device: torch.device) -> None:
+            self.device = device
+
+        def __enter__(self) -> None:
+            entered.append(self.device)
+
+        def __exit__(self, *_: object) -> None:
+            entered.append(None)
+
+    monkeypatch.setattr(torch.cuda, "device", Current)
+    monkeypatch.setattr(distributed, "pick_device", torch.device)
+    with distributed.joined("cuda:1") as (world, device):
+        assert (world.size, device, entered) == (1, torch.device("cuda:1"), [torch.device("cuda:1")])
+    assert entered[1:] == [None]
+    with distributed.joined("cpu"):
+        assert len(entered) == 2
 
 
 def _two_by_hand(first: list[str], second: list[str]) -> list[subprocess.CompletedProcess[str]]:

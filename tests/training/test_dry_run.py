@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import time
 
 import pytest
 import torch
@@ -40,6 +41,37 @@ def test_steps_of_several_sizes(tiny: TrainConfig) -> None:
     assert plan.updates / config.epochs > 3 * 0.9 * relative_updates(plan.config.step_sizes(), 16) / 2
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_steps_too_slow_to_be_measured_twice(
+    tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch, compiled: bool
+) -> None:
+    monkeypatch.setattr("mobilevit.training.dry_run.SECONDS_TO_MEASURE", 0.0)
+    monkeypatch.setattr(torch, "compile", lambda model, **_: model)
+    (size,) = dry_run(dataclasses.replace(tiny, compile=compiled)).sizes
+    assert size.measured
+    assert size.seconds_per_step > 0
+
+
+def test_the_time_to_compile_is_not_measured(tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = []
+
+    def slowly(model: torch.nn.Module, *, dynamic: bool) -> object:
+        def forward(x: torch.Tensor) -> object:
+            if x.shape not in compiled:
+                compiled.append(x.shape)
+                time.sleep(2)
+            return model(x)
+
+        return forward
+
+    monkeypatch.setattr(torch, "compile", slowly)
+    config = dataclasses.replace(tiny, multi_scale="paper", train_sizes=((32, 32), (64, 64)), compile=True)
+    monkeypatch.setattr("mobilevit.training.dry_run.SECONDS_TO_MEASURE", 1.5)
+    plan = dry_run(config)
+    assert len(compiled) == 2
+    assert all(size.measured and size.seconds_per_step < 1 for size in plan.sizes)
+
+
 def test_command(tiny: TrainConfig, capsys: pytest.CaptureFixture[str]) -> None:
     told = ["train", "--data", str(tiny.data), "--image-size", "32", "--out", str(tiny.out), "--dry-run"]
     assert main(told) == 0
@@ -52,6 +84,14 @@ def test_command(tiny: TrainConfig, capsys: pytest.CaptureFixture[str]) -> None:
     assert plan["hours"] > 0
     assert not tiny.out.exists()
     assert main(["train", "--data", "missing", "--dry-run"]) == 2
+
+
+def test_one_graph_with_dropout_in_it() -> None:
+    from mobilevit.models.mobilevit import XXS
+
+    torch._dynamo.reset()
+    told = torch._dynamo.explain(MobileViT(XXS, 6).train())(torch.rand(2, 3, 32, 32))
+    assert (told.graph_count, told.graph_break_count) == (1, 0)
 
 
 def test_one_graph_for_each_size_and_none_for_others(tiny: TrainConfig) -> None:

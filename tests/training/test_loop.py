@@ -19,7 +19,7 @@ from torch import nn
 import mobilevit
 from mobilevit.models.card import card_of
 from mobilevit.training.config import TrainConfig
-from mobilevit.training.loop import train
+from mobilevit.training.loop import _random_state, _set_random_state, num_reading_processes, train
 from mobilevit.training.run import RunFolder, TrainingInterrupted
 
 MEASURED = ("images_per_second", "peak_memory_mb")
@@ -227,3 +227,39 @@ def test_cuda_asked_for_and_absent(tiny: TrainConfig) -> None:
     with pytest.raises(ValueError, match="--amp fp16 needs a GPU"):
         train(dataclasses.replace(tiny, amp="fp16", device="cpu"))
     assert not tiny.out.exists()
+
+
+def test_random_numbers_of_its_own_gpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Resuming with fewer GPUs, or another one, must not ask for those that are gone."""
+    kept = torch.arange(16, dtype=torch.uint8)
+    filled: list[tuple[torch.Tensor, torch.device]] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda _: kept)
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: filled.append((state, device)))
+    state = _random_state(torch.device("cuda:5"))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    _set_random_state(state, torch.device("cuda"))
+    assert filled == [(kept, torch.device("cuda"))]
+    _set_random_state(state, torch.device("cpu"))
+    _set_random_state(_random_state(torch.device("cpu")), torch.device("cuda"))
+    assert len(filled) == 1
+
+
+def test_readers_share_the_cores_not_the_most_of_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = TrainConfig(data=Path("data"))
+    cuda = torch.device("cuda")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(96)), raising=False)
+    found = {}
+    for processes in (1, 8, 32):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+        found[processes] = num_reading_processes(config, cuda)
+    assert found == {1: 8, 8: 8, 32: 3}
+    assert num_reading_processes(dataclasses.replace(config, num_workers=5), cuda) == 5
+
+
+def test_a_system_that_does_not_tell_its_memory(tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mobilevit.training.loop.peak_memory_mb", lambda _: None)
+    train(dataclasses.replace(tiny, epochs=1))
+    (row,) = (json.loads(line) for line in (tiny.out / "metrics.jsonl").read_text().splitlines())
+    assert row["peak_memory_mb"] is None

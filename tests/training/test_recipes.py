@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 
 from mobilevit.cli import main
+from mobilevit.data.samplers import relative_updates
 from mobilevit.training.config import TrainConfig
 from mobilevit.training.recipes import RECIPES, describe_recipes, find_recipe
 
@@ -21,10 +22,14 @@ def test_published_recipes() -> None:
     assert (coco.peak_learning_rate, coco.epochs, 4 * coco.batch_size, coco.input_size) == (9e-4, 200, 128, (320, 320))
     voc = TrainConfig(data=Path("voc"), **find_recipe("voc_mobilevit_s").settings).resolve("segmentation", 4)
     assert (voc.peak_learning_rate, voc.epochs, voc.head_lr_factor, voc.input_size) == (9e-4, 50, 10, (512, 512))
+    assert coco.sync_batch_norm
+    assert voc.sync_batch_norm
     imagenet = TrainConfig(data=Path("imagenet"), **find_recipe("imagenet_mobilevit_s").settings)
     assert (imagenet.model, imagenet.batch_size * 8, imagenet.grad_accum_steps) == ("mobilevit_s", 1024, 1)
     sizes = imagenet.resolve("classification", 8).step_sizes()
     assert [size.batch_size for size in sizes] == [327, 227, 128, 101, 81]
+    updates = 300 * relative_updates(sizes, 128) * 1_281_167 / 1024
+    assert imagenet.warmup_fraction * updates == pytest.approx(3000, rel=0.01)
     assert (imagenet.epochs, imagenet.weight_decay, imagenet.ema_momentum) == (300, 0.01, 5e-4)
 
 

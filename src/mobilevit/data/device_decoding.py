@@ -5,16 +5,22 @@ Reading processes then only read, and draw crop and flip; the compressed picture
 
 from __future__ import annotations
 
+import io
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
-from torchvision.io import decode_jpeg
+from torchvision.io import ImageReadMode, decode_jpeg
 
 from mobilevit.data.transforms import random_crop
 from mobilevit.preprocessing import EncodedImage, ImageError, Preprocessing, Source, open_image
+
+MOST_AT_ONCE = 16
+"""How many times smaller one antialiased resize may make a picture; the kernel for GPUs ends with an error near 47."""
 
 
 class EncodedCrop(NamedTuple):
@@ -68,6 +74,10 @@ def decode_crops(crops: Sequence[EncodedCrop], device: torch.device) -> tuple[Te
             continue
         left, top, right, bottom = crop.crop
         part = pixels[None, :, top:bottom, left:right].to(device, torch.float32)
+        sides = zip(part.shape[2:], crop.size, strict=True)
+        factors = [math.ceil(before / (after * MOST_AT_ONCE)) for before, after in sides]
+        if max(factors) > 1:
+            part = nn.functional.avg_pool2d(part, factors, ceil_mode=True)
         resized = nn.functional.interpolate(part, crop.size, mode="bicubic", antialias=True)
         shown.append(resized[0].flip(-1) if crop.flip else resized[0])
         places.append(place)
@@ -77,6 +87,32 @@ def decode_crops(crops: Sequence[EncodedCrop], device: torch.device) -> tuple[Te
     return images.contiguous(memory_format=torch.channels_last), places, errors
 
 
+def require_decoder(device: torch.device) -> None:
+    """See that a device decodes JPEGs, as `decode_crops` would otherwise do without it, slowly and silently.
+
+    Raises:
+        ValueError: it does not.
+    """
+    if device.type != "cuda":
+        return
+    grey = io.BytesIO()
+    Image.new("RGB", (64, 64), "grey").save(grey, "JPEG")
+    try:
+        _decode([torch.frombuffer(bytearray(grey.getvalue()), dtype=torch.uint8)], device)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--decode device: this GPU cannot decode JPEGs ({reason}); use --decode cpu") from None
+
+
+def _decode(files: list[Tensor], device: torch.device) -> list[Tensor]:
+    if device.type == "cuda":
+        # The decoder writes from a stream of its own, which does not wait for this one to have read what lay in the
+        # memory before.
+        torch.cuda.current_stream(device).synchronize()
+    pixels: list[Tensor] = decode_jpeg(files, mode=ImageReadMode.RGB, device=device)
+    return pixels
+
+
 def _decoded(crops: Sequence[EncodedCrop], device: torch.device) -> list[Tensor | ImageError]:
     """Pixels, uint8 (3, H, W), or why there are none."""
     encoded = [place for place, crop in enumerate(crops) if isinstance(crop.data, bytes)]
@@ -84,7 +120,7 @@ def _decoded(crops: Sequence[EncodedCrop], device: torch.device) -> list[Tensor 
     try:
         buffers = [torch.frombuffer(bytearray(crops[place].data), dtype=torch.uint8) for place in encoded]
         if buffers:
-            found = dict(zip(encoded, decode_jpeg(buffers, device=device), strict=True))
+            found = dict(zip(encoded, _decode(buffers, device), strict=True))
     except RuntimeError:  # one of them is damaged, or of a kind that the device does not know
         found = {place: _by_itself(crops[place]) for place in encoded}
     return [crop.data if isinstance(crop.data, Tensor) else found[place] for place, crop in enumerate(crops)]

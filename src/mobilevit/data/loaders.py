@@ -49,12 +49,13 @@ class Batch:
     def to(self, device: torch.device) -> Batch:
         """The batch on a device, decoded if need be; the copy from pinned memory is not waited for."""
         if not self.crops:
-            return self.map(lambda tensor: tensor.to(device, non_blocking=True))
+            # Elsewhere than on CUDA, the memory copied from may be gone before it is read.
+            return self.map(lambda tensor: tensor.to(device, non_blocking=device.type == "cuda"))
         images, places, errors = decode_crops(self.crops, device)
         kept = torch.tensor(places, dtype=torch.int64)
         return Batch(
             images=images,
-            targets=_map_tensors(self.targets, lambda tensor: tensor[kept].to(device, non_blocking=True)),
+            targets=_map_tensors(self.targets, lambda tensor: tensor[kept].to(device)),
             indices=[self.indices[place] for place in places],
             errors=self.errors + errors,
         )
@@ -86,14 +87,14 @@ def ahead_on(device: torch.device, batches: Iterable[Batch]) -> Iterator[Batch]:
         with torch.cuda.stream(stream):
             copied = (batch.to(device), stream.record_event())
         if ahead is not None:
-            yield _arrived(*ahead)
+            yield _arrived(*ahead, device)
         ahead = copied
     if ahead is not None:
-        yield _arrived(*ahead)
+        yield _arrived(*ahead, device)
 
 
-def _arrived(batch: Batch, copied: torch.cuda.Event) -> Batch:
-    stream = torch.cuda.current_stream()
+def _arrived(batch: Batch, copied: torch.cuda.Event, device: torch.device) -> Batch:
+    stream = torch.cuda.current_stream(device)
     stream.wait_event(copied)
 
     def keep(tensor: Tensor) -> Tensor:

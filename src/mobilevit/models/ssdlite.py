@@ -184,7 +184,8 @@ class SSDLite(nn.Module):
         ]  # each (B, cells * anchors, 4 + K + 1)
         together = torch.cat(answers, dim=1)
         box_regression, class_logits = together[..., :4], together[..., 4:]
-        anchors = make_anchors([(level.shape[2], level.shape[3]) for level in maps], self.head_config).to(x.device)
+        anchors = make_anchors([(level.shape[2], level.shape[3]) for level in maps], self.head_config)
+        anchors = anchors.to(x.device, non_blocking=x.device.type == "cuda")  # or the host would wait for the GPU
         return DetectionOutput(class_logits, box_regression, anchors)
 
 

@@ -310,6 +310,7 @@ class TrainConfig:
         self._require("randaugment", self.randaugment <= 30, "at most 30")
         for name in ("randaugment", "random_erasing"):
             self._require(name, self.decode == "cpu" or getattr(self, name) == 0, "0 with --decode device")
+        self._require("seed", 0 <= self.seed < 2**32, "from 0 to 4294967295")
         self._require("num_workers", self.num_workers is None or self.num_workers >= 0, "0 or more")
         self._require("patch_size", min(self.patch_size) >= 1, "three sizes of 1 or more")
 

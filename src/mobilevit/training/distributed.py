@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import logging
 import os
+import random
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -56,7 +57,10 @@ def joined(device: str) -> Iterator[tuple[World, torch.device]]:
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
-        yield World(), pick_device(device)
+        chosen = pick_device(device)
+        # What is told no device, such as a stream, takes the current one, which else is the first GPU.
+        with torch.cuda.device(chosen) if chosen.type == "cuda" else nullcontext():
+            yield World(), chosen
         return
     world = World(rank=int(os.environ["RANK"]), size=size)
     local_rank = int(os.environ["LOCAL_RANK"])
@@ -103,6 +107,11 @@ def end_soon() -> None:
 def speaks() -> bool:
     """Whether this process is the first or alone, when none has met another yet, or all have left."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def seed_of(world: World, seed: int) -> int:
+    """A seed of this process's own; of 32 bits, as PyTorch's generator on the CPU looks at no more."""
+    return random.Random(f"{seed}/{world.rank}").getrandbits(32)
 
 
 def is_restart() -> bool:

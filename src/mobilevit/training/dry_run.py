@@ -169,6 +169,7 @@ def _dry_run(config: TrainConfig, world: World, device: torch.device) -> DryRun:
 def _measure(learner: Learner, batches: Any, steps: list[Step]) -> tuple[dict[Size | None, list[float]], Batch | None]:
     """Seconds of the steps of each size, from when the step before was done; and the batch with most pixels."""
     seconds: dict[Size | None, list[float]] = {step.size: [] for step in steps}
+    first: dict[Size | None, list[float]] = {step.size: [] for step in steps}  # while things warm up, or are compiled
     largest: Batch | None = None
     learner.train_mode()
     begun = time.monotonic()
@@ -180,7 +181,12 @@ def _measure(learner: Learner, batches: Any, steps: list[Step]) -> tuple[dict[Si
             if learner.device.type == "cuda":
                 torch.cuda.synchronize(learner.device)
             now = time.monotonic()
-            if number >= WARM_UP_STEPS or len(steps) <= WARM_UP_STEPS:
+            compiles = learner.config.compile and not first[step.size] and not seconds[step.size]
+            if compiles:
+                begun += now - before  # for some minutes, which are not what is to be measured
+            if compiles or number < WARM_UP_STEPS:
+                first[step.size].append(now - before)
+            else:
                 seconds[step.size].append(now - before)
                 progress.advance(1)
             before = now
@@ -189,7 +195,7 @@ def _measure(learner: Learner, batches: Any, steps: list[Step]) -> tuple[dict[Si
             done = all(len(found) >= STEPS_TO_MEASURE for found in seconds.values())
             if distributed.any_of(learner.world, done or now - begun > SECONDS_TO_MEASURE)[0]:
                 break
-    return seconds, largest
+    return seconds if any(seconds.values()) else first, largest
 
 
 def _plans(

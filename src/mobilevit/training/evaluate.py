@@ -47,9 +47,15 @@ class Evaluation:
     """One line for each unreadable picture."""
 
 
-def default_num_workers(device: torch.device) -> int:
-    """Reading processes: one for every two cores where the CPU also computes, else up to eight."""
+def default_num_workers(device: torch.device, *, sharing: int = 1) -> int:
+    """Reading processes: one for every two cores where the CPU also computes, else up to eight.
+
+    Args:
+        device: to compute on.
+        sharing: processes among which the cores are divided; each has that many readers.
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores //= sharing
     return min(8, cores // 2 if device.type == "cpu" else cores)
 
 

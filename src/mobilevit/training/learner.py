@@ -82,20 +82,22 @@ class Learner:
             self._last_batch = batch
         loss = None
         # Other processes wait for this one's gradients, even if there are none.
-        if self._last_batch is not None and (learns or self.world.size > 1):
+        if learns or self.world.size > 1:
             alone = self.world.size == 1 or learning_rate is not None
             with nullcontext() if alone else self.forward.no_sync():
-                loss = self._loss(self._last_batch)
+                loss = self._blank_loss() if self._last_batch is None else self._loss(self._last_batch)
                 weighted = loss * (share if learns else 0.0)
                 self.scaler.scale(weighted).backward()  # type: ignore[no-untyped-call]
         if learning_rate is not None:
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate * group["lr_factor"]
-            if self.config.clip_grad_norm is not None:
-                self.scaler.unscale_(self.optimizer)
-                nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_grad_norm)
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
+            # A scaler refuses to go on where none of the update's batches could be learnt from.
+            if any(parameter.grad is not None for parameter in self.model.parameters()):
+                if self.config.clip_grad_norm is not None:
+                    self.scaler.unscale_(self.optimizer)
+                    nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_grad_norm)
+                self.scaler.step(self.optimizer)
+                self.scaler.update()
             self.optimizer.zero_grad(set_to_none=True)
             if self.average is not None:
                 self.average.update()
@@ -117,6 +119,14 @@ class Learner:
             return loss
         share, temperature = self.config.distillation_share, self.config.distillation_temperature
         return (1 - share) * loss + share * distillation_loss(outputs, told, temperature=temperature)
+
+    def _blank_loss(self) -> Tensor:
+        """Something to take no gradients of before any batch could be learnt from: the sum of all outputs."""
+        images = torch.zeros(2, 3, *self.preprocessing.size, device=self.device)
+        with torch.autocast(self.device.type, dtype=self.amp_dtype, enabled=self.amp_dtype is not None):
+            outputs = self.forward(images)
+        parts = [outputs] if isinstance(outputs, Tensor) else [part for part in outputs if part is not None]
+        return torch.stack([part.float().mean() for part in parts]).sum()
 
     def state_dict(self) -> dict[str, Any]:
         """For resuming."""
@@ -147,9 +157,11 @@ def make_learner(
     """Everything that the settings ask for, with initial weights, on the device.
 
     Raises:
-        ValueError: weights or teacher cannot be had or do not fit; a number format that the device does not have.
+        ValueError: weights or teacher cannot be had or do not fit; something that the device does not have.
     """
     amp_dtype = _amp_dtype(config.amp, device)
+    if config.sync_batch_norm and world.size > 1 and device.type != "cuda":
+        raise ValueError("--sync-batch-norm needs GPUs; leave it out")
     if network is None:
         model: nn.Module = build_model(config, data)
         preprocessing = card_of(model).preprocessing
@@ -222,7 +234,9 @@ def _usual_shapes(config: TrainConfig) -> set[tuple[int, int, int]]:
 
 def _amp_dtype(amp: str, device: torch.device) -> torch.dtype | None:
     if amp == "auto":
-        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else None
+        # What older GPUs (before Ampere) only emulate is slower than float32.
+        has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if has_bf16 else None
     if amp == "fp16" and device.type == "cpu":
         raise ValueError("--amp fp16 needs a GPU; on a CPU use --amp bf16 or off")
     return {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]

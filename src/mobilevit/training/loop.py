@@ -88,7 +88,9 @@ def train(
     config.validate()
     with distributed.joined(config.device) as (world, device):
         again = distributed.is_restart() and (config.out / "config.json").exists()
-        return _train(config, world, device, resume=resume or again, overwrite=overwrite and not again, network=network)
+        # The first process decides: others may be on machines that do not see the run folder.
+        resume, again = distributed.on_first(world, lambda: (resume or again, again))
+        return _train(config, world, device, resume=resume, overwrite=overwrite and not again, network=network)
 
 
 def _train(
@@ -125,7 +127,7 @@ def _train(
     learner = make_learner(config, train_set, world=world, device=device, network=network)
     model, preprocessing = learner.model, learner.preprocessing
     if not world.is_first:
-        torch.manual_seed(config.seed + (world.rank << 32))  # dropout, and mixing of pictures
+        torch.manual_seed(distributed.seed_of(world, config.seed))  # dropout, and mixing of pictures
 
     # -- data ---------------------------------------------------------------------------------------------------------
     num_workers = num_reading_processes(config, device)
@@ -141,7 +143,7 @@ def _train(
         position = _Position(**state["position"])
         if len(state["ranks"]) == world.size:
             own = state["ranks"][world.rank]
-            _set_random_state(own["random"])
+            _set_random_state(own["random"], device)
             position.loss_sum, position.loss_count = own["loss"]
         else:
             log.info("begun by %d processes, goes on with %d", len(state["ranks"]), world.size)
@@ -155,7 +157,7 @@ def _train(
     writer = _tensorboard(run.path, position.epoch) if world.is_first else None
 
     def save_state() -> None:
-        own = {"random": _random_state(), "loss": (position.loss_sum, position.loss_count)}
+        own = {"random": _random_state(device), "loss": (position.loss_sum, position.loss_count)}
         ranks = distributed.gathered(world, own)
         if world.is_first:
             run.save_last(
@@ -169,6 +171,7 @@ def _train(
 
     # -- epochs -------------------------------------------------------------------------------------------------------
     accumulate = config.grad_accum_steps
+    steps_between_looks = accumulate * max(1, _STEPS_BETWEEN_LOOKS // accumulate)  # so that an update ends there
     images_per_second = 0.0
     unreadable: set[str] = set()
     reported: set[str] = set()
@@ -202,7 +205,7 @@ def _train(
                     position.step, position.pictures = index + 1, before + step.stop
                     look = (
                         device.type == "cpu"
-                        or (index + 1) % _STEPS_BETWEEN_LOOKS == 0
+                        or (index + 1) % steps_between_looks == 0
                         or index + 1 == len(steps)
                         or (world.size == 1 and stop.requested)
                     )
@@ -248,7 +251,8 @@ def _train(
             if writer is not None:
                 run.append(row)
                 for name, value in row.items():
-                    writer.add_scalar(name, value, epoch)
+                    if value is not None:  # as memory is where the system does not tell
+                        writer.add_scalar(name, value, epoch)
                 writer.flush()
             log.info(
                 "%s  loss %.4f  validation %s %.2f %%%s  %.1f images/s",
@@ -305,7 +309,7 @@ def num_reading_processes(config: TrainConfig, device: torch.device) -> int:
     """As the settings say, or by the cores that this process has to itself."""
     if config.num_workers is not None:
         return config.num_workers
-    return default_num_workers(device) // distributed.local_size()
+    return default_num_workers(device, sharing=distributed.local_size())
 
 
 @dataclass(kw_only=True)
@@ -419,12 +423,13 @@ def _tensorboard(folder: Path, first_epoch: int) -> Any:
     return SummaryWriter(str(folder), purge_step=first_epoch or None)
 
 
-def _random_state() -> dict[str, Any]:
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+def _random_state(device: torch.device) -> dict[str, Any]:
+    # Of its own GPU only: a run may go on where there are fewer, or on another one.
+    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
     return {"cpu": torch.get_rng_state(), "cuda": cuda}
 
 
-def _set_random_state(state: dict[str, Any]) -> None:
+def _set_random_state(state: dict[str, Any], device: torch.device) -> None:
     torch.set_rng_state(state["cpu"])
-    if state["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])
+    if isinstance(state["cuda"], Tensor) and device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"], device)

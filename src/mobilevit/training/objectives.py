@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mobilevit.data.device_decoding import EncodedCropTransform
+from mobilevit.data.device_decoding import EncodedCropTransform, require_decoder
 from mobilevit.data.imageset import ImageSet
 from mobilevit.data.loaders import Transform
 from mobilevit.data.transforms import (
@@ -60,6 +60,7 @@ def _classification(
         class_weights = balanced_class_weights(data.targets, len(data.classes)).to(device)
     transform: Transform
     if config.decode == "device":
+        require_decoder(device)
         transform = EncodedCropTransform(
             preprocessing=preprocessing, min_crop_area=config.min_crop_area, flip=config.flip
         )

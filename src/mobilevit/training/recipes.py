@@ -36,22 +36,24 @@ _IMAGENET: dict[str, Any] = {
     "epochs": 300,
     "batch_size": 128,
     "learning_rate": 2e-3,
-    "warmup_fraction": 3000 / (300 * 1251),
+    "warmup_fraction": 3000 / (300 * 935),
     "final_lr_fraction": 0.1,
 }
-"""Of all three sizes (arXiv:2110.02178, sections 4.1 and A), for eight processes; on one GPU, --grad-accum-steps 8."""
+"""Of all three sizes (arXiv:2110.02178, sections 4.1 and A), for eight processes; on one GPU, --grad-accum-steps 8.
 
-_HEADS: dict[str, Any] = {"weights": "pretrained", "learning_rate": 9e-4, "final_lr_fraction": 0.1}
+An epoch has 935 updates, as sizes vary.
+"""
+
+_HEADS: dict[str, Any] = {
+    "weights": "pretrained",
+    "learning_rate": 9e-4,
+    "final_lr_fraction": 0.1,
+    "sync_batch_norm": True,
+}
 """What detection and segmentation share (arXiv:2110.02178, sections 4.2 and A): 128 pictures a step, on all GPUs."""
 
 _COCO = _HEADS | {"task": "detection", "epochs": 200, "batch_size": 32, "warmup_fraction": 500 / (200 * 917)}
-_VOC = _HEADS | {
-    "task": "segmentation",
-    "epochs": 50,
-    "batch_size": 32,
-    "sync_batch_norm": True,
-    "warmup_fraction": 500 / (50 * 83),
-}
+_VOC = _HEADS | {"task": "segmentation", "epochs": 50, "batch_size": 32, "warmup_fraction": 500 / (50 * 83)}
 
 RECIPES: dict[str, Recipe] = {
     **{
