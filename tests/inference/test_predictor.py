@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -88,6 +90,23 @@ def test_a_model_in_memory(shapes: Path) -> None:
     model = mobilevit.create_model("mobilevit_xxs", num_classes=2)
     result = mobilevit.Predictor(model, device="cpu")(find_images(shapes)[0])
     assert result.label in ("class_0", "class_1")
+
+
+def test_after_warming_up_nothing_is_left_to_import() -> None:
+    """A second of it, for the first picture with boxes in it."""
+    script = """
+import sys
+from mobilevit import Predictor, create_model
+from PIL import Image
+
+predictor = Predictor(create_model("mobilevit_xxs", task="detection", num_classes=3), threads=1, batch_size=2)
+predictor.warm_up()
+before = set(sys.modules)
+predictor(Image.linear_gradient("L").convert("RGB"))
+print(sorted(set(sys.modules) - before))
+"""
+    told = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=120)
+    assert told.stdout == "[]\n"
 
 
 def test_mistakes(checkpoint: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -88,9 +89,11 @@ class Predictor:
 
     def warm_up(self) -> None:
         """Answer for a black picture, alone and in a full batch, so that the first real ones wait for nothing."""
-        black = torch.zeros(3, *self.card.preprocessing.size, dtype=torch.uint8)
+        height, width = self.card.preprocessing.size
+        black = io.BytesIO()
+        Image.new("RGB", (width, height)).save(black, "JPEG")
         for count in {1, self.batch_size}:
-            self._session(black.expand(count, -1, -1, -1))
+            self([black.getvalue()] * count)
 
     @overload
     def __call__(self, source: Source) -> Result: ...
