@@ -333,6 +333,21 @@ def test_decompression_bombs_are_refused_before_they_go_off(width: int, height: 
     assert time.perf_counter() - started < 0.5
 
 
+def test_a_small_jpeg_cannot_keep_the_decoder_busy_for_hours() -> None:
+    buffer = io.BytesIO()
+    Image.new("L", (4000, 4000), 128).save(buffer, "JPEG", progressive=True)
+    data, end = buffer.getvalue(), buffer.getvalue().rindex(b"\xff\xd9")
+    scan = data[data.rindex(b"\xff\xda") : end]
+    started = time.perf_counter()
+    with pytest.raises(ImageError, match=r"^bomb\.jpg: more than the limit of 100 scans"):
+        read_image(data[:end] + 300 * scan + data[end:], "bomb.jpg")
+    assert time.perf_counter() - started < 0.5
+    # The same bytes within a profile, or behind the picture as in photographs with a film, are no scans.
+    buffer = io.BytesIO()
+    Image.new("RGB", (40, 30)).save(buffer, "JPEG", icc_profile=1000 * b"\xff\xda")
+    assert read_image(buffer.getvalue() + 1000 * b"\xff\xda\x00\x02").size == (40, 30)
+
+
 @pytest.mark.filterwarnings("error")
 def test_below_the_limit_there_is_no_word_of_bombs() -> None:
     data = png(12000, 8000, bits=8, colour_type=0, rows=b"\0" * 100)  # Pillow warns above half the limit

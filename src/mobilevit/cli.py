@@ -1075,11 +1075,16 @@ def _summary(command: type[Command]) -> str:
 
 
 def _print_json(value: dict[str, Any]) -> None:
-    print(jsonlib.dumps(value, indent=2, ensure_ascii=False))
+    print(_as_json(value, indent=2))
 
 
 def _print_json_line(value: dict[str, Any]) -> None:
-    print(jsonlib.dumps(value, ensure_ascii=False), flush=True)
+    print(_as_json(value), flush=True)
+
+
+def _as_json(value: dict[str, Any], indent: int | None = None) -> str:
+    """With the odd bytes of file names that are not UTF-8 escaped, as JSON is UTF-8 and nothing else."""
+    return jsonlib.dumps(value, indent=indent, ensure_ascii=False).encode("utf-8", "backslashreplace").decode()
 
 
 def _as_dict(result: Result, top: int, min_score: float | None) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -30,6 +31,10 @@ IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".png", ".webp", ".bmp", ".
 
 MAX_PIXELS = 178_956_970
 """Larger pictures are refused as decompression bombs: Pillow's own limit, half a gigabyte of RGB."""
+
+_MAX_SCANS = 100
+"""Of a JPEG; progressive ones have ten or so. A scan of twelve bytes makes the decoder go through all the pixels again,
+so that a small file could keep it busy for hours. libtiff has the same limit for JPEGs within TIFFs."""
 
 # Formats with a decoder in Pillow itself. Others (EPS, for one) start outside programs on files from strangers.
 _SAFE_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF")
@@ -103,6 +108,8 @@ def open_image(source: Source | EncodedImage, name: str | None = None, *, max_pi
         if image.width * image.height > max_pixels:
             told = f"{image.width} x {image.height} pixels are more than the limit of {max_pixels}"
             raise TooManyPixelsError(f"{name}: {told}")
+        if image.format in ("JPEG", "MPO") and _has_too_many_scans(data):
+            raise ImageError(f"{name}: more than the limit of {_MAX_SCANS} scans, which would take too long to decode")
         return EncodedImage(image, name, data)
 
 
@@ -168,6 +175,21 @@ def _named(name: str) -> Iterator[None]:
         raise ImageError(f"{name}: not a picture in a known format ({', '.join(_formats())})") from None
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error and more on bad files
         raise ImageError(f"{name}: cannot be read ({' '.join(str(error).split()) or type(error).__name__})") from error
+
+
+_JPEG_MARKER = re.compile(rb"\xff+([^\x00\x01\xd0-\xd8\xff])", re.DOTALL)
+"""Not those without a length, which may stand within the data of a scan."""
+_SCAN, _END = b"\xda", b"\xd9"
+
+
+def _has_too_many_scans(data: bytes) -> bool:
+    if data.count(b"\xff" + _SCAN) <= _MAX_SCANS:  # quick, and true of nearly all; others are looked at closely, as
+        return False  # thumbnails, profiles or a film behind the picture can have these bytes as well
+    scans, at = 0, 0
+    while (marker := _JPEG_MARKER.search(data, at)) is not None and marker[1] != _END and scans <= _MAX_SCANS:
+        scans += marker[1] == _SCAN
+        at = marker.end() + int.from_bytes(data[marker.end() : marker.end() + 2], "big")
+    return scans > _MAX_SCANS
 
 
 @lru_cache(maxsize=1)

@@ -120,6 +120,14 @@ BAD = {
     "top": (picture(), "image/png", "?top=0", 422, "top: input should be greater than or equal to 1"),
     "top, not a number": (picture(), "image/png", "?top=a", 422, "top: input should be a valid integer"),
     "score": (picture(), "image/png", "?model=detection&min_score=nan", 422, "min_score: input should be"),
+    "a parameter in the form": (
+        b'--x\r\nContent-Disposition: form-data; name="model"\r\n\r\ndetection\r\n--x\r\n'
+        b'Content-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n' + picture() + b"\r\n--x--\r\n",
+        "multipart/form-data; boundary=x",
+        "",
+        422,
+        "model stands in the form; write it into the address, as in",
+    ),
     "score of a classifier": (picture(), "image/png", "?min_score=0.5", 422, "min_score is for detection"),
 }
 
@@ -373,6 +381,8 @@ def test_mistakes_are_told_before_anything_starts(
         (model, "--workers", "0"): "--workers is 0",
         (model, "--max-body-mb", "900"): "less than one body",
         (model, "--api-key", ""): "the API key is empty",
+        (model, "--api-key", "sesame\n"): "the API key has characters that no header carries",
+        (model, "--api-key", "sésame"): "the API key has characters that no header carries",
     }
     for arguments, message in mistakes.items():
         assert main(["serve", *arguments]) == 2
@@ -380,6 +390,29 @@ def test_mistakes_are_told_before_anything_starts(
         assert message in told
         assert told.count("\n") == 1
         assert told.startswith("error: ")
+
+
+def test_two_that_start_at_once(checkpoints: dict[str, Path]) -> None:
+    """Both have bound the address before one of them listens."""
+    script = f"""
+from mobilevit.cli import main
+from mobilevit.serving import run, service
+
+other, load = run.listen("127.0.0.1", 0), service.open_predictors
+
+def load_more_slowly_than_the_other(*arguments):
+    other.listen()
+    return load(*arguments)
+
+service.open_predictors = load_more_slowly_than_the_other
+port = str(other.getsockname()[1])
+raise SystemExit(main(["serve", {str(checkpoints["classification"])!r}, "--threads", "1", "--port", port]))
+"""
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    (told,) = [line for line in ended.stderr.splitlines() if not line.startswith("{")]
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert told.startswith("error: port ")
+    assert told.endswith("is in use; stop what uses it, or give another --port")
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])

@@ -46,10 +46,14 @@ def listen(host: str, port: int) -> socket.socket:
         raise ValueError(f"--host {host}: {error.strerror}; give an address of this machine") from None
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
-            raise ValueError(f"port {port} of {host} is in use; stop what uses it, or give another --port") from None
+            raise _in_use(host, port) from None
         if error.errno == errno.EACCES:
             raise ValueError(f"port {port} of {host} is not allowed; give a --port from 1024 on") from None
         raise ValueError(f"--host {host}: {error.strerror}; give an address of this machine") from None
+
+
+def _in_use(host: str, port: int) -> ValueError:
+    return ValueError(f"port {port} of {host} is in use; stop what uses it, or give another --port")
 
 
 def address_of(sock: socket.socket) -> str:
@@ -129,6 +133,10 @@ def _run_one(
     # Threads that compute hold the interpreter for short moments only; the event loop need not wait for 5 ms.
     sys.setswitchinterval(0.001)
     app = create_app(config, models, open_predictors(config, models), pages)
+    try:
+        sock.listen()  # two services can be bound to one address, but only the first one to listen gets it
+    except OSError:
+        raise _in_use(config.host, config.port) from None
     settings = uvicorn.Config(
         app,
         log_config=None,

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 API_KEY_VARIABLE = "MOBILEVIT_API_KEY"
 
+_GOOD_KEY = re.compile(r"[!-~]+")
 _RUN_FILES = ("best", "last", "model")
 _RUN_FOLDERS = ("exported",)
 
@@ -77,8 +79,14 @@ class ServeConfig:
             raise ValueError(f"--port is {self.port}; it must be from 0 to 65535")
         if self.max_uploads_mb < self.max_body_mb:
             raise ValueError(f"--max-uploads-mb is {self.max_uploads_mb}, less than one body of {self.max_body_mb}")
-        if self.key() == "":
+        key = self.key()
+        if key == "":
             raise ValueError(f"the API key is empty; give --api-key or {API_KEY_VARIABLE} a value, or neither")
+        if key is not None and not _GOOD_KEY.fullmatch(key):  # such as a line end from a file: no request would match
+            raise ValueError(
+                f"the API key has characters that no header carries; give --api-key or {API_KEY_VARIABLE} ASCII "
+                "letters, digits and signs, without spaces or line ends"
+            )
 
     def key(self) -> str | None:
         """What clients must show; None: nothing."""

@@ -14,6 +14,7 @@ from mobilevit.serving.refusal import RefusalError, busy
 
 _RAW = "application/octet-stream"
 _LONGEST_NAME = 200
+_PARAMETERS = frozenset({"model", "top", "min_score", "x", "y"})
 
 
 class UploadBudget:
@@ -63,7 +64,7 @@ async def read_uploads(request: Request, share: Share, *, max_bytes: int, max_fi
     """The pictures of a request: its body, or the files of its form.
 
     Raises:
-        RefusalError: 400, 413 or 415.
+        RefusalError: 400, 413, 415 or 422.
         ClientDisconnect: the client is gone.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
@@ -122,6 +123,9 @@ async def _read_form(request: Request, body: AsyncGenerator[bytes, None], max_fi
     except (ValueError, KeyError, IndexError, LookupError, UnicodeError) as error:  # headers that no parser expects
         raise RefusalError(400, f"malformed form: {error}") from None
     try:
+        for name, value in form.multi_items():
+            if name in _PARAMETERS and isinstance(value, str):  # or another model would answer than was asked for
+                raise RefusalError(422, f"{name} stands in the form; write it into the address, as in ?{name}=...")
         files = [file for _, file in form.multi_items() if isinstance(file, UploadFile)]
         if not files:
             raise RefusalError(400, "no picture in the form; send files under the name files")
