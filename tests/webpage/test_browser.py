@@ -221,6 +221,98 @@ def test_the_camera(site: Site, watched: Watched) -> None:
 
 
 @pytest.mark.parametrize("site", ["classification"], indirect=True)
+def test_the_camera_starts_once(site: Site, watched: Watched) -> None:
+    watched.page.add_init_script("""
+        const give = navigator.mediaDevices.getUserMedia.bind(navigator.mediaDevices);
+        window.tracks = [];
+        navigator.mediaDevices.getUserMedia = async (wanted) => {
+          const stream = await give(wanted);
+          window.tracks.push(...stream.getTracks());
+          return stream;
+        };
+    """)
+    watched.open(site.address)
+    live = "window.tracks.filter((track) => track.readyState === 'live').length"
+    # The other camera is asked for before the first one was allowed.
+    watched.page.evaluate("document.querySelector('#camera').click(); document.querySelector('#turn').click()")
+    watched.page.wait_for_function(f"() => window.tracks.length === 2 && {live} === 1")
+    watched.page.click("#another")
+    assert watched.page.evaluate(live) == 0
+
+
+@pytest.mark.parametrize("site", ["classification"], indirect=True)
+def test_pictures_that_are_not_looked_at_are_let_go(site: Site, watched: Watched, pictures: list[Path]) -> None:
+    watched.page.add_init_script("""
+        window.open_now = new Set();
+        const make = window.createImageBitmap, close = ImageBitmap.prototype.close;
+        window.createImageBitmap = async (...given) => {
+          const bitmap = await make(...given);
+          window.open_now.add(bitmap);
+          return bitmap;
+        };
+        ImageBitmap.prototype.close = function () { window.open_now.delete(this); close.call(this); };
+        const named = URL.createObjectURL, forget = URL.revokeObjectURL;
+        URL.createObjectURL = (value) => { const url = named(value); window.open_now.add(url); return url; };
+        URL.revokeObjectURL = (url) => { window.open_now.delete(url); forget(url); };
+    """)
+    watched.open(site.address)
+    watched.show(*pictures)
+    before = watched.page.evaluate("window.open_now.size")
+    assert before == 1 + len(pictures)  # one picture, and the addresses of all in the strip
+    for number in (1, 2, 0):
+        watched.page.locator("#strip button").nth(number).click()
+        watched.page.wait_for_function(
+            "width => canvas.width === width && document.querySelector('#status').textContent.endsWith(' ms')",
+            arg=300 - 40 * number,
+        )
+    assert watched.page.evaluate("window.open_now.size") == before
+    watched.page.click("#camera")
+    watched.page.wait_for_function("() => document.querySelector('#status').textContent.endsWith(' a second')")
+    watched.page.wait_for_timeout(1000)
+    watched.page.click("#another")
+    watched.page.wait_for_function("() => window.open_now.size === 0")
+
+
+@pytest.mark.parametrize(("site", "task"), [(t, t) for t in ("classification", "segmentation")], indirect=["site"])
+def test_photographs_larger_than_a_canvas_of_a_phone(
+    site: Site, task: str, watched: Watched, checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    """Of more than 16.7 million pixels; there, nothing is drawn on such a canvas, and zeros are read."""
+    watched.page.add_init_script("""
+        window.largest = 0;
+        for (const kind of [HTMLCanvasElement, OffscreenCanvas]) {
+          const get = kind.prototype.getContext;
+          kind.prototype.getContext = function (...given) {
+            window.largest = Math.max(window.largest, this.width * this.height);
+            return get.call(this, ...given);
+          };
+        }
+    """)
+    path = tmp_path / "large.png"
+    render_scene(0, size=256, num_objects=3).image.resize((5000, 3500)).save(path, compress_level=1)
+    watched.open(site.address)
+    watched.show(path)
+    width, height = watched.page.evaluate("[canvas.width, canvas.height]")
+    assert 0.99 * 2**24 < width * height <= watched.page.evaluate("window.largest") <= 2**24
+    assert width / height == pytest.approx(5000 / 3500, rel=1e-3)
+    told = Predictor(checkpoints[task], threads=1)(path).to_dict()
+    shares = told.get("shares") or {item["label"]: item["probability"] for item in told["top"]}
+    for label, share in watched.rows():
+        assert share == pytest.approx(shares[label], abs=0.002)
+
+
+def test_it_works_where_the_files_cannot_be_kept(apps: dict[str, Path], watched: Watched, tmp_path: Path) -> None:
+    folder = shutil.copytree(apps["classification"], tmp_path / "half")  # of it is the next version's already
+    kept = json.loads((folder / "files.json").read_text())
+    (folder / "files.json").write_text(json.dumps(kept | {"version": "another"}))
+    served = serve_folder(folder)
+    try:
+        watched.open(served.address)
+    finally:
+        served.stop()
+
+
+@pytest.mark.parametrize("site", ["classification"], indirect=True)
 def test_what_is_no_picture(site: Site, watched: Watched, tmp_path: Path) -> None:
     (tmp_path / "notes.jpg").write_text("no picture")
     watched.open(site.address)

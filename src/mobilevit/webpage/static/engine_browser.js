@@ -2,9 +2,10 @@
 
 import { classify, detect, labelMap, shares } from "./postprocessing.js";
 import { prepare, rgbOf } from "./preprocessing.js";
-import { colourOf } from "./results.js";
+import { colourOf, sizeOfCanvas } from "./results.js";
 
 const HERE = new URL("./", import.meta.url);
+const STRIP_PIXELS = 2 ** 22;
 
 export const name = "browser";
 export const devices = [{ name: "wasm", label: "processor" }];
@@ -53,11 +54,25 @@ export function footer() {
 export async function predict(_, file, bitmap) {
   const options = { imageOrientation: "from-image", premultiplyAlpha: "none", colorSpaceConversion: "none" };
   const picture = file ? await createImageBitmap(file, options) : bitmap;
-  const canvas = new OffscreenCanvas(picture.width, picture.height);
-  const pen = canvas.getContext("2d", { willReadFrequently: true });
-  pen.drawImage(picture, 0, 0);
-  const { data } = pen.getImageData(0, 0, picture.width, picture.height);
-  return answer(rgbOf(data), picture.height, picture.width);
+  const { width, height } = picture;
+  const rgb = rgbOfPicture(picture);
+  if (picture !== bitmap) picture.close();
+  return answer(rgb, height, width);
+}
+
+// In strips, as phones read nothing but zeros from a canvas that is too large for them.
+function rgbOfPicture(picture) {
+  const { width, height } = picture;
+  const rows = Math.min(height, Math.max(1, Math.floor(STRIP_PIXELS / width)));
+  const pen = new OffscreenCanvas(width, rows).getContext("2d", { willReadFrequently: true });
+  const rgb = new Uint8Array(3 * width * height);
+  for (let top = 0; top < height; top += rows) {
+    const count = Math.min(rows, height - top);
+    pen.clearRect(0, 0, width, rows);
+    pen.drawImage(picture, 0, top, width, count, 0, 0, width, count);
+    rgb.set(rgbOf(pen.getImageData(0, 0, width, count).data), 3 * width * top);
+  }
+  return rgb;
 }
 
 // RGB bytes (rows x columns x 3) -> an answer.
@@ -77,13 +92,18 @@ export async function answer(rgb, rows, columns) {
 
 function paint(labels, rows, columns, numClasses) {
   const colours = Array.from({ length: numClasses }, (_, n) => model.colours?.[n] ?? colourOf(n));
-  const canvas = new OffscreenCanvas(columns, rows);
+  const [width, height] = sizeOfCanvas(columns, rows);
+  const canvas = new OffscreenCanvas(width, height);
   const pen = canvas.getContext("2d");
-  const image = pen.createImageData(columns, rows);
+  const image = pen.createImageData(width, height);
   const parts = colours.map((colour) => new Uint8Array([...colour.match(/\d+/g).map(Number), 255]));
   const words = Uint32Array.from(parts, (part) => new Uint32Array(part.buffer)[0]); // a write a pixel
   const pixels = new Uint32Array(image.data.buffer);
-  for (let at = 0; at < labels.length; at++) pixels[at] = words[labels[at]];
+  const across = Uint32Array.from({ length: width }, (_, x) => Math.floor((x * columns) / width));
+  for (let y = 0, at = 0; y < height; y++) {
+    const line = columns * Math.floor((y * rows) / height);
+    for (let x = 0; x < width; x++, at++) pixels[at] = words[labels[line + across[x]]];
+  }
   pen.putImageData(image, 0, 0);
   return { canvas, colours };
 }
@@ -107,14 +127,23 @@ async function download(url, say) {
 async function keepForOffline() {
   if (!("serviceWorker" in navigator)) return;
   try {
-    await navigator.serviceWorker.register(new URL("service_worker.js", HERE));
-    await navigator.serviceWorker.ready;
+    const { installing } = await navigator.serviceWorker.register(new URL("service_worker.js", HERE));
+    await Promise.race([navigator.serviceWorker.ready, ...(installing ? [failureOf(installing)] : [])]);
   } catch {
-    return; // a private window, for one: all works, but not offline
+    return; // a private window, a full disk, a file that was not copied: all works, but not offline
   }
   if (!self.crossOriginIsolated && !sessionStorage.getItem("reloaded")) {
     sessionStorage.setItem("reloaded", "true"); // once: now the worker answers, with its headers
     location.reload();
     await new Promise(() => {});
   }
+}
+
+// Rejects when a worker cannot keep the files; nobody else says so, and `ready` would be waited for in vain.
+function failureOf(worker) {
+  return new Promise((_, reject) => {
+    const look = () => { if (worker.state === "redundant") reject(new Error("the files cannot be kept")); };
+    worker.addEventListener("statechange", look);
+    look();
+  });
 }

@@ -1,6 +1,7 @@
 // Answers from the HTTP service that this page came from.
 
 import { KeyNeeded } from "./engine_errors.js";
+import { sizeOfCanvas } from "./results.js";
 
 const ROOT = new URL("../v1/", import.meta.url);
 
@@ -38,6 +39,7 @@ async function ask(path, query = {}, file = undefined) {
   for (const [key, value] of Object.entries(query)) url.searchParams.set(key, value);
   const headers = {};
   const key = sessionStorage.getItem("key");
+  if (key && !/^[!-~]+$/.test(key)) throw new KeyNeeded("An API key has ASCII letters, digits and signs, and no spaces.");
   if (key) headers["X-API-Key"] = key;
   if (file) headers["Content-Type"] = file.type || "application/octet-stream";
   for (let attempt = 0; ; attempt++) {
@@ -62,8 +64,11 @@ async function ask(path, query = {}, file = undefined) {
 async function readMask(base64) {
   const bytes = Uint8Array.from(atob(base64), (letter) => letter.charCodeAt(0));
   const picture = await createImageBitmap(new Blob([bytes], { type: "image/png" }));
-  const canvas = new OffscreenCanvas(picture.width, picture.height);
-  canvas.getContext("2d").drawImage(picture, 0, 0);
+  const canvas = new OffscreenCanvas(...sizeOfCanvas(picture.width, picture.height));
+  const pen = canvas.getContext("2d");
+  pen.imageSmoothingEnabled = false; // colours between two classes would be none
+  pen.drawImage(picture, 0, 0, canvas.width, canvas.height);
+  picture.close();
   return { canvas, colours: paletteOf(bytes) };
 }
 

@@ -9,11 +9,12 @@ const GALLERY = ["cat", "coffee", "rocket", "astronaut"];
 
 const state = {
   models: [], model: null,
-  pictures: [],          // {file, bitmap, thumb} of what was dropped, pasted or chosen
-  shown: null,           // {file, bitmap} of the picture in front
+  pictures: [],          // {file, bitmap, thumb, url} of what was dropped, pasted or chosen
+  wanted: null,          // the one of them that was chosen last, perhaps not decoded yet
+  shown: null,           // {file, bitmap} of the picture in front; others have no bitmap, as photographs are large
   answer: null,
   mark: null,            // [x, y] of the pixel that is explained
-  camera: null,          // {stream, facing} while it runs
+  camera: null,          // {stream, facing} while it runs; no stream yet while the browser asks for leave
   turn: 0,               // counts pictures, so that a late answer is not shown for another one
 };
 
@@ -83,14 +84,14 @@ function listen() {
   });
   at("key-form").addEventListener("submit", async (event) => {
     event.preventDefault();
-    sessionStorage.setItem("key", at("key").value);
+    sessionStorage.setItem("key", at("key").value.trim());
     at("key-form").hidden = true;
     complain("");
     await (state.model ? answer() : openEngine());
   });
   at("canvas").addEventListener("click", (event) => {
     const box = at("canvas").getBoundingClientRect();
-    const { width, height } = at("canvas");
+    const { width, height } = state.shown.bitmap;
     lookFrom([(event.clientX - box.left) * width / box.width, (event.clientY - box.top) * height / box.height], true);
   });
   at("canvas").addEventListener("keydown", moveByKey);
@@ -110,25 +111,45 @@ async function take(files) {
   if (!files.length) return;
   stopCamera();
   const read = [];
+  let unread = "";
   for (const file of files) {
     try {
-      read.push({ file, bitmap: await createImageBitmap(file, { imageOrientation: "from-image" }) });
+      const bitmap = await decode(file);
+      if (read.length) bitmap.close(); // it can be read, and is so again when it is looked at
+      read.push({ file, bitmap: read.length ? null : bitmap });
     } catch {
-      complain(`${file.name || "That"} is not a picture that this browser can read.`);
+      unread = `${file.name || "That"} is not a picture that this browser can read.`;
+      complain(unread);
     }
   }
   if (!read.length) return;
+  for (const { url } of state.pictures) URL.revokeObjectURL(url);
   state.pictures = read;
   at("strip").hidden = read.length < 2;
   at("strip").replaceChildren(...read.map((picture, number) => {
-    picture.thumb = thumbnail(URL.createObjectURL(picture.file), `Picture ${number + 1}: ${picture.file.name}`, () => look(picture));
+    picture.url = URL.createObjectURL(picture.file);
+    picture.thumb = thumbnail(picture.url, `Picture ${number + 1}: ${picture.file.name}`, () => look(picture));
     return picture.thumb;
   }));
   await look(read[0]);
+  if (unread && state.wanted === read[0] && !at("error").textContent) complain(unread); // the answer has cleared it
+}
+
+function decode(file) {
+  return createImageBitmap(file, { imageOrientation: "from-image" });
 }
 
 async function look(picture) {
-  state.shown = picture;
+  state.wanted = picture;
+  stopCamera();
+  try {
+    const bitmap = picture.bitmap ?? (await decode(picture.file));
+    if (state.wanted !== picture) return bitmap.close();
+    picture.bitmap = bitmap;
+  } catch {
+    return complain(`${picture.file.name || "That"} cannot be read any more.`);
+  }
+  putInFront(picture);
   for (const { thumb } of state.pictures) thumb?.setAttribute("aria-pressed", String(thumb === picture.thumb));
   state.answer = state.mark = null;
   at("explanation").hidden = true;
@@ -140,9 +161,20 @@ async function look(picture) {
   await answer();
 }
 
+// Browsers are slow to notice that a decoded picture is of no use any more, and a camera makes many.
+function putInFront(shown) {
+  if (state.shown && state.shown !== shown) {
+    state.shown.bitmap.close();
+    state.shown.bitmap = null;
+  }
+  state.shown = shown;
+}
+
 function startOver() {
   stopCamera();
-  Object.assign(state, { pictures: [], shown: null, answer: null, mark: null, turn: state.turn + 1 });
+  for (const { url } of state.pictures) URL.revokeObjectURL(url);
+  putInFront(null);
+  Object.assign(state, { pictures: [], wanted: null, answer: null, mark: null, turn: state.turn + 1 });
   for (const id of ["canvas", "strip", "another", "controls", "downloads", "explanation", "hint"]) at(id).hidden = true;
   at("invitation").hidden = at("waiting").hidden = false;
   at("drop").classList.remove("full");
@@ -177,6 +209,8 @@ async function ask(file, bitmap) {
 async function answer() {
   if (!state.shown || !state.model) return;
   const turn = ++state.turn;
+  state.mark = null;
+  at("explanation").hidden = true; // of another picture, or by another model
   say("Looking ...");
   const begun = performance.now();
   try {
@@ -219,7 +253,7 @@ function show() {
 
 async function lookFrom(point, now) {
   if (!state.answer || !state.model.explains || state.camera) return;
-  const { width, height } = at("canvas");
+  const { width, height } = state.shown.bitmap;
   state.mark = [Math.min(width - 1, Math.max(0, Math.floor(point[0]))), Math.min(height - 1, Math.max(0, Math.floor(point[1])))];
   show();
   if (!now) return;
@@ -241,7 +275,8 @@ async function lookFrom(point, now) {
 
 function moveByKey(event) {
   const steps = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
-  const { width, height } = at("canvas");
+  if (!state.shown) return;
+  const { width, height } = state.shown.bitmap;
   const point = state.mark ?? [width / 2, height / 2];
   if (event.key === "Enter") return void lookFrom(point, true);
   const step = steps[event.key];
@@ -255,13 +290,17 @@ function moveByKey(event) {
 async function startCamera(facing) {
   stopCamera();
   complain("");
+  state.wanted = null;
+  state.turn++; // an answer that is still to come is not of the camera's picture
   if (!navigator.mediaDevices?.getUserMedia) return complain("This browser gives no camera here; open the page by https or on localhost.");
+  const camera = { stream: null, facing };
+  state.camera = camera;
   try {
-    const stream = await navigator.mediaDevices.getUserMedia({ video: { facingMode: facing, width: { ideal: 640 } } });
-    const camera = { stream, facing };
-    state.camera = camera;
-    at("video").srcObject = stream;
+    camera.stream = await navigator.mediaDevices.getUserMedia({ video: { facingMode: facing, width: { ideal: 640 } } });
+    if (state.camera !== camera) return stopStream(camera); // stopped, or started again, before it was allowed
+    at("video").srcObject = camera.stream;
     await at("video").play();
+    if (state.camera !== camera) return;
     at("camera").setAttribute("aria-pressed", "true");
     at("turn").hidden = false;
     at("strip").hidden = true;
@@ -272,6 +311,7 @@ async function startCamera(facing) {
     at("another").hidden = false;
     await watch(camera);
   } catch (error) {
+    if (state.camera !== camera) return;
     complain(error.name === "NotAllowedError" ? "The camera was not allowed." : `No camera: ${error.message}`);
     stopCamera();
   }
@@ -289,10 +329,13 @@ async function watch(camera) {
     state.mark = null;
     try {
       const found = await ask(file, bitmap);
-      if (state.camera !== camera) return;
-      Object.assign(state, { shown: { file, bitmap }, answer: found });
+      if (state.camera !== camera) return bitmap.close();
+      putInFront({ file, bitmap });
+      state.answer = found;
       show();
     } catch (error) {
+      if (state.shown?.bitmap !== bitmap) bitmap.close();
+      if (state.camera !== camera) return;
       stopCamera();
       return fail(error);
     }
@@ -304,10 +347,14 @@ async function watch(camera) {
 }
 
 function stopCamera() {
-  state.camera?.stream.getTracks().forEach((track) => track.stop());
+  if (state.camera) stopStream(state.camera);
   state.camera = null;
   at("camera").setAttribute("aria-pressed", "false");
   at("turn").hidden = true;
+}
+
+function stopStream({ stream }) {
+  stream?.getTracks().forEach((track) => track.stop());
 }
 
 // -- words -----------------------------------------------------------------------------------------------------------

@@ -6,6 +6,15 @@
 // Colours that people with any sort of colour vision can tell apart (Okabe and Ito, 2008), then hues spread evenly.
 const FIRST = ["#d55e00", "#0072b2", "#009e73", "#e69f00", "#cc79a7", "#56b4e9", "#f0e442"];
 
+// iPhones show nothing of a canvas with more pixels, and say nothing.
+const MOST_PIXELS = 2 ** 24;
+
+// The size of a canvas for something of so many pixels: the same, but for the largest photographs.
+export function sizeOfCanvas(width, height) {
+  const scale = Math.min(1, Math.sqrt(MOST_PIXELS / (width * height)));
+  return [Math.max(1, Math.floor(width * scale)), Math.max(1, Math.floor(height * scale))];
+}
+
 export function colourOf(number) {
   return FIRST[number] ?? `hsl(${Math.round(number * 137.5) % 360} 65% 50%)`;
 }
@@ -85,21 +94,23 @@ export function withoutBackground(mask, classes) {
 
 // The picture with what was found in it. `picture` is anything a canvas draws, width by height pixels.
 export function draw(canvas, picture, width, height, answer, classes, { minScore, opacity, mark }) {
-  canvas.width = width;
-  canvas.height = height;
+  [canvas.width, canvas.height] = sizeOfCanvas(width, height);
+  const across = canvas.width / width, down = canvas.height / height;
   const pen = canvas.getContext("2d");
-  pen.drawImage(picture, 0, 0, width, height);
-  const unit = Math.max(width, height) / 500;
+  pen.drawImage(picture, 0, 0, canvas.width, canvas.height);
+  const unit = Math.max(canvas.width, canvas.height) / 500;
   if (answer?.task === "segmentation") {
     pen.globalAlpha = opacity;
     pen.imageSmoothingEnabled = false;
-    pen.drawImage(answer.mask.canvas, 0, 0, width, height);
+    pen.drawImage(answer.mask.canvas, 0, 0, canvas.width, canvas.height);
     pen.globalAlpha = 1;
   }
   if (answer?.task === "detection") {
-    drawBoxes(pen, answer.item.detections.filter(({ score }) => score >= minScore), classes, unit);
+    const sure = answer.item.detections.filter(({ score }) => score >= minScore);
+    const moved = sure.map((found) => ({ ...found, box_xyxy: found.box_xyxy.map((edge, n) => edge * (n % 2 ? down : across)) }));
+    drawBoxes(pen, moved, classes, unit);
   }
-  if (mark) drawMark(pen, mark, unit);
+  if (mark) drawMark(pen, [mark[0] * across, mark[1] * down], unit);
 }
 
 // Plates with the labels come after all boxes; the surest have the better places and lie on top, as in the package.

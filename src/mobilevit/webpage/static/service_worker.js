@@ -5,6 +5,8 @@ const HERE = new URL("./", self.location);
 // The export writes the hash of all files here: browsers look for a new worker only where its own bytes have changed.
 const VERSION = "unknown";
 
+const RUNTIME = new URL("runtime/", HERE).href;
+
 // Caches belong to the whole site, where other pages of this kind may lie in other folders.
 const MINE = `mobilevit ${HERE.href} `;
 const CACHE = MINE + VERSION;
@@ -17,7 +19,8 @@ self.addEventListener("fetch", (event) => {
 
 async function keepAll() {
   const response = await fetch(new URL("files.json", HERE), { cache: "no-store" });
-  const { files } = await response.json();
+  const { version, files } = await response.json();
+  if (version !== VERSION) throw new Error("the folder is being replaced"); // the browser tries again at the next visit
   const cache = await caches.open(CACHE);
   await cache.addAll(files.map((name) => new Request(new URL(name, HERE), { cache: "reload" })));
   await self.skipWaiting();
@@ -29,6 +32,7 @@ async function dropOthers() {
 
 async function answer(request) {
   const kept = await (await caches.open(CACHE)).match(request, { ignoreSearch: true });
+  if (!kept && !request.url.startsWith(RUNTIME)) return fetch(request); // of another page below this one
   const response = kept ?? (await fetchAndKeep(request));
   if (response.type === "opaque" || response.status === 0) return response;
   const headers = new Headers(response.headers);
@@ -41,8 +45,9 @@ async function answer(request) {
 // What is not needed at once, such as the runtime for graphics cards, is kept when it has been asked for.
 async function fetchAndKeep(request) {
   const response = await fetch(request);
-  if (response.ok && !request.url.endsWith("files.json")) {
-    await (await caches.open(CACHE)).put(request, response.clone());
+  if (response.ok) {
+    const copy = response.clone();
+    await caches.open(CACHE).then((cache) => cache.put(request, copy)).catch(() => {}); // no room: it still runs
   }
   return response;
 }
