@@ -4,6 +4,7 @@
     python docs/pictures.py --from demo                         # takes them from the folder of a demo that has been run
     python docs/pictures.py --task detection --from FOLDER      # from one of `mobilevit demo --task detection`
     python docs/pictures.py --task segmentation --from FOLDER
+    python docs/pictures.py --page FOLDER FOLDER FOLDER         # the web page before the models of demos, by Chromium
 
 The drawings of how the model works are made by docs/figures.py.
 """
@@ -11,14 +12,23 @@ The drawings of how the model works are made by docs/figures.py.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
+import shutil
+import socket
+import subprocess
+import sys
 import tempfile
+import time
 from pathlib import Path
+from urllib.request import urlopen
 
 from PIL import Image
 
 import mobilevit
 from mobilevit.data.check import contact_sheet
 from mobilevit.data.datasets import find_splits
+from mobilevit.data.shapes import render_scene
 from mobilevit.inference.explain import explain
 
 IMAGES = Path(__file__).parent / "images"
@@ -48,7 +58,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", choices=list(PICTURES), default="classification", help="whose pictures to make")
     parser.add_argument("--from", dest="demo", type=Path, metavar="FOLDER", help="a folder that `mobilevit demo` wrote")
+    parser.add_argument("--page", type=Path, nargs="+", metavar="FOLDER", help="demos whose models the web page shows")
     arguments = parser.parse_args()
+    if arguments.page is not None:
+        take_page(arguments.page)
+        return
     if arguments.demo is not None:
         take(arguments.demo, arguments.task)
         return
@@ -73,6 +87,49 @@ def take(demo: Path, task: str) -> None:
     if task != "classification":
         sheet = contact_sheet(find_splits(demo / "data"), num_images=6, cell=220)
         save(sheet, f"{task}-check.png", few_colours=False)
+
+
+def take_page(demos: list[Path]) -> None:
+    """The page of `mobilevit serve` with a picture that each demo's model has not seen, side by side."""
+    from playwright.sync_api import sync_playwright
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    models = [f"{demo.name}={demo / 'run' / 'best.safetensors'}" for demo in demos]
+    server = subprocess.Popen([sys.executable, "-m", "mobilevit", "serve", *models, "--port", str(port)])
+    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))))
+    shots = []
+    with tempfile.TemporaryDirectory() as folder, sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 460, "height": 760}, device_scale_factor=1.5)
+        wait_for(f"http://127.0.0.1:{port}/readyz")
+        for number in range(len(demos)):
+            page.goto(f"http://127.0.0.1:{port}/")
+            page.wait_for_selector("html[data-ready=true]")
+            page.select_option("#model", str(number))
+            photo = Path(folder) / "scene.png"
+            render_scene(900_009, size=256, num_objects=3 if number else 1).image.save(photo)
+            page.set_input_files("#file", str(photo))
+            page.wait_for_selector("#results .row")
+            page.wait_for_timeout(500)
+            shots.append(Image.open(io.BytesIO(page.screenshot())).convert("RGB"))
+        browser.close()
+    server.terminate()
+    sheet = Image.new("RGB", (sum(shot.width for shot in shots), shots[0].height))
+    for number, shot in enumerate(shots):
+        sheet.paste(shot, (number * shot.width, 0))
+    save(sheet, "page.png", few_colours=False)
+
+
+def wait_for(address: str) -> None:
+    """Until it answers."""
+    for _ in range(600):
+        with contextlib.suppress(OSError):
+            urlopen(address, timeout=1).close()
+            return
+        time.sleep(0.1)
+    raise TimeoutError(address)
 
 
 def save(picture: Image.Image, name: str, *, few_colours: bool) -> None:
