@@ -26,7 +26,7 @@ import torch
 
 import record
 from mobilevit import create_model, factory
-from mobilevit.cli import _data_to_evaluate as find_data
+from mobilevit.cli.labelled import data_to_evaluate
 from mobilevit.data.shapes import render_scene
 from mobilevit.exporting.export import FORMATS, ExportError, export
 from mobilevit.exporting.graph import ExportGraph
@@ -83,9 +83,8 @@ def measure(checkpoint: Path, folder: Path, arguments: argparse.Namespace) -> tu
     steps = ExportGraph(model, image_size=None).size_multiple
     height, width = (max(step, side // step * step) for side, step in zip(card.preprocessing.size, steps, strict=True))
     card = dataclasses.replace(card, preprocessing=dataclasses.replace(card.preprocessing, size=(height, width)))
-    training, _ = find_data(folder, "train", card)
-    held_out, which = find_data(folder, "auto", card)
-    held_out = held_out.relabel(card.classes)
+    training, _ = data_to_evaluate(folder, "train", card)
+    held_out, which = data_to_evaluate(folder, "auto", card)
     step = max(1.0, len(training) / arguments.calibration)
     calibration = [training.open(int(n * step)) for n in range(min(arguments.calibration, len(training)))]
     loader = evaluation_loader(held_out, card.preprocessing, batch_size=16, num_workers=0, device=torch.device("cpu"))

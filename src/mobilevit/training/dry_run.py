@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import statistics
 import time
 from collections import Counter
@@ -85,7 +86,8 @@ class DryRun:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        told = {"seconds_per_epoch": round(self.seconds_per_epoch, 1), "hours": round(self.hours, 3)}
+        config = json.loads(self.config.to_json())
+        told = {"config": config, "seconds_per_epoch": round(self.seconds_per_epoch, 1), "hours": round(self.hours, 3)}
         return dataclasses.asdict(self) | told
 
     def lines(self) -> list[str]:

@@ -1,0 +1,57 @@
+"""`mobilevit explain`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from tyro.conf import Positional
+
+from mobilevit.cli.printing import print_json
+
+
+@dataclass(frozen=True, kw_only=True)
+class Explain:
+    """Draw what a pixel attends to in every block, layer and head, and which parts of the picture decided."""
+
+    checkpoint: Positional[Path]
+    """A .safetensors of this package, or a file of ml-cvnets, timm or transformers."""
+    picture: Positional[Path]
+    """The picture."""
+    pixel: tuple[int, int] | None = None
+    """x and y of the pixel to look from, counted from 0 at the top left. Without it, where the most decided."""
+    figure: Literal["attention", "patches", "both"] = "attention"
+    """attention: what the pixel attends to. patches: how this picture is unfolded into sequences, for teaching."""
+    out: Path = Path("explanation.png")
+    """The picture to write; with both, the second gets "-patches" behind its name."""
+    json: bool = False
+    """Print figures as JSON, too."""
+
+    def run(self) -> int:
+        """Explain, draw, print."""
+        from mobilevit import factory
+        from mobilevit.inference.artefact import is_artefact
+        from mobilevit.inference.explain import explain
+
+        if is_artefact(self.checkpoint):
+            raise ValueError(f"{self.checkpoint}: explain looks inside; give it the checkpoint it was exported from")
+        explanation = explain(factory.load(self.checkpoint), self.picture, pixel=self.pixel)
+        patches = self.out if self.figure == "patches" else self.out.with_stem(f"{self.out.stem}-patches")
+        if self.figure != "patches":
+            explanation.draw(self.out)
+        if self.figure != "attention":
+            explanation.draw_patches(patches)
+        if self.json:
+            print_json(explanation.to_dict())
+            return 0
+        x, y = explanation.pixel
+        print(f"{explanation.label}  {explanation.score:.1%}, looked at from pixel {x} {y}")
+        for block in explanation.blocks:
+            (ph, pw), spread = block.patch_size, block.attended().mean(axis=1)
+            told = ", ".join(f"{value:.1f}" for value in spread)
+            print(f"  {block.name}, patches of {ph} x {pw}: attends to {told} of {block.num_tokens} patches, by layer")
+        for path, drawn in ((self.out, self.figure != "patches"), (patches, self.figure != "attention")):
+            if drawn:
+                print(path)
+        return 0

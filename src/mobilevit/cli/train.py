@@ -1,0 +1,81 @@
+"""`mobilevit train`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from tyro.conf import arg
+
+from mobilevit.cli.errors import UsageError
+from mobilevit.cli.printing import as_json, print_json, print_report
+from mobilevit.training.config import TrainConfig
+from mobilevit.training.recipes import find_recipe
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """Train a model to classify, detect or segment; the run folder gets checkpoints, curves, metrics, a model card."""
+
+    settings: Annotated[TrainConfig, arg(name="")]
+    config: Path | None = None
+    """Take settings from a run's config.json; flags change single ones."""
+    recipe: str | None = None
+    """Take settings from a named recipe, such as small_detection; flags change single ones. "list" shows all."""
+    resume: bool = False
+    """Go on with the run in --out from its last checkpoint."""
+    overwrite: bool = False
+    """Replace another run in --out."""
+    dry_run: bool = False
+    """Write nothing: take a few steps, then say what the run would be: all settings, steps, memory and time."""
+    json: bool = False
+    """Print the result as JSON."""
+
+    def run(self) -> int:
+        """Train, then say what came of it."""
+        from mobilevit.training.distributed import speaks
+        from mobilevit.training.loop import train
+
+        if self.dry_run:
+            from mobilevit.training.dry_run import dry_run
+
+            plan = dry_run(self.settings)
+            if speaks():
+                print(as_json(plan.to_dict(), indent=2) if self.json else "\n".join(plan.lines()))
+            return 0
+        result = train(self.settings, resume=self.resume, overwrite=self.overwrite)
+        if not speaks():
+            return 0
+        if self.json:
+            print_json({"best": str(result.best), "epochs": result.epochs, **result.report.to_dict()})
+            return 0
+        print_report(result.report)
+        print(f"\n{result.best}  (pictures of the run beside it, in {result.best.parent})")
+        return 0
+
+
+def train_defaults(arguments: list[str]) -> Train:
+    """Defaults of `train`: those of the file behind --config, or of the run to resume, if there is one."""
+    file = value_of("--config", arguments)
+    out = value_of("--out", arguments)
+    if file is None and out is not None and "--resume" in arguments and (Path(out) / "config.json").exists():
+        file = str(Path(out) / "config.json")
+    recipe = value_of("--recipe", arguments)
+    if file is None:
+        settings: dict[str, Any] = {} if recipe is None else find_recipe(recipe).settings
+        return Train(settings=TrainConfig(**{"data": tyro.MISSING, **settings}), recipe=recipe)
+    if recipe is not None:
+        raise UsageError("--recipe and --config both give settings; leave one of them out")
+    return Train(settings=TrainConfig.from_json(Path(file)), config=Path(file))
+
+
+def value_of(flag: str, arguments: list[str]) -> str | None:
+    """What follows a flag, before the command line as a whole is understood."""
+    for place, argument in enumerate(arguments):
+        if argument == flag and place + 1 < len(arguments):
+            return arguments[place + 1]
+        if argument.startswith(flag + "="):
+            return argument.partition("=")[2]
+    return None
