@@ -2,7 +2,8 @@
 
     python benchmarks/experiments.py train --data FOLDER            # goes on where it was stopped; an hour and a half
     python benchmarks/experiments.py train --data FOLDER --seed 1
-    python benchmarks/experiments.py time --data FOLDER             # steps of each kind in turns; ten minutes
+    python benchmarks/experiments.py why --data FOLDER              # more of the samplers; a quarter of an hour
+    python benchmarks/experiments.py time --data FOLDER             # steps of each kind in turns; a minute
     python benchmarks/experiments.py draw                           # docs/images/experiments.png
 
 FOLDER holds one sub-folder per class. mobilevit_xxs from scratch at 128 pixels; every model is measured at five sizes.
@@ -15,6 +16,7 @@ import copy
 import json
 import statistics
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +53,7 @@ EXPERIMENTS: dict[str, tuple[str, dict[str, Any]]] = {
 """What is changed, and the settings that change; everything else is the standard sampler's."""
 
 RESULT = record.RESULTS / "experiments.json"
+SAMPLERS = record.RESULTS / "experiments_samplers.json"
 TIMES = record.RESULTS / "experiments_time.json"
 
 
@@ -90,14 +93,14 @@ def without_skip(num_classes: int) -> nn.Module:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("action", choices=["train", "time", "draw"])
+    parser.add_argument("action", choices=["train", "why", "time", "draw"])
     parser.add_argument("--data", type=Path)
     parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--out", type=Path, default=Path("runs/experiments"))
     arguments = parser.parse_args()
-    {"train": train_all, "time": time_all, "draw": draw}[arguments.action](arguments)
+    {"train": train_all, "why": explain_samplers, "time": time_all, "draw": draw}[arguments.action](arguments)
 
 
 def config_of(name: str, arguments: argparse.Namespace) -> TrainConfig:
@@ -141,12 +144,7 @@ def run(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     else:
         model = network(len(train_set.classes))
         model.load_state_dict(load_file(result.best))
-    top1 = {}
-    for side in SIDES:
-        preprocessing = Preprocessing(size=(side, side), crop_fraction=config.crop_fraction)
-        session = TorchSession(model.eval(), preprocessing, device=torch.device("cpu"))
-        loader = evaluation_loader(val_set, preprocessing, batch_size=64, num_workers=0, device=torch.device("cpu"))
-        top1[side] = round(evaluate(session, loader, preprocessing).report.score, 4)
+    top1 = accuracy(model, val_set, config)
     updates = sum(len(steps_of_epoch(config, len(train_set), epoch)) for epoch in range(config.epochs))
     return {
         "top1": top1,
@@ -154,6 +152,33 @@ def run(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
         "updates": updates,
         "parameters": sum(p.numel() for p in model.parameters()),
     }
+
+
+def accuracy(model: nn.Module, pictures: Any, config: TrainConfig, renew: Any = None) -> dict[int, float]:
+    """Top-1 at every test size; given training pictures, with BatchNorm's statistics of them at that size."""
+    top1 = {}
+    for side in SIDES:
+        preprocessing = Preprocessing(size=(side, side), crop_fraction=config.crop_fraction)
+        loading = {"batch_size": 64, "num_workers": 0, "device": torch.device("cpu")}
+        if renew is not None:
+            renew_statistics(model, evaluation_loader(renew, preprocessing, **loading), preprocessing)
+        session = TorchSession(model.eval(), preprocessing, device=torch.device("cpu"))
+        top1[side] = round(
+            evaluate(session, evaluation_loader(pictures, preprocessing, **loading), preprocessing).report.score, 4
+        )
+    return top1
+
+
+def renew_statistics(model: nn.Module, batches: Any, preprocessing: Preprocessing) -> None:
+    """Mean and variance of every BatchNorm over the batches, instead of what training has left there."""
+    model.eval()
+    for norm in [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]:
+        norm.reset_running_stats()
+        norm.momentum = None  # an average of all
+        norm.train()
+    with torch.inference_mode():
+        for batch in batches.epoch():
+            model(preprocessing.normalize(batch.images))
 
 
 def parts(config: TrainConfig) -> tuple[Any, Any]:
@@ -168,6 +193,30 @@ def steps_of_epoch(config: TrainConfig, count: int, epoch: int) -> list[Any]:
     sizes = config.resolve("classification").step_sizes()
     sampler = EpochSampler(count, sizes or (SizedBatch(size=None, batch_size=config.batch_size),), seed=config.seed)
     return sampler.start(epoch)
+
+
+def explain_samplers(arguments: argparse.Namespace) -> None:
+    """What several sizes cost within few epochs: updates, or statistics of BatchNorm that suit none of the sizes."""
+    figures: dict[str, Any] = {}
+    for name, epochs in (
+        ("standard sampler", arguments.epochs),
+        ("multi-scale, as in the paper", arguments.epochs),
+        ("multi-scale, as in the paper", arguments.epochs * 3 // 2),
+    ):
+        config = config_of(name, argparse.Namespace(**{**vars(arguments), "epochs": epochs}))
+        config = replace(config, out=Path(f"{config.out} {epochs} epochs"))
+        best = train(config, overwrite=True).best
+        train_set, val_set = parts(config)
+        mixed = train_set.subset(torch.randperm(len(train_set), generator=torch.Generator().manual_seed(0)).tolist())
+        figures[f"{name}, {epochs} epochs"] = row = {
+            "updates": sum(len(steps_of_epoch(config, len(train_set), epoch)) for epoch in range(epochs)),
+            "top1": accuracy(mobilevit.load(best), val_set, config),
+            "top1_renewed": accuracy(mobilevit.load(best), val_set, config, renew=mixed),
+        }
+        print(name, epochs, row, flush=True)
+    record.write(
+        "experiments_samplers", {"unit": "top-1 on held-out pictures", "test_sizes": SIDES, "figures": figures}
+    )
 
 
 # -- time -------------------------------------------------------------------------------------------------------------
@@ -249,10 +298,10 @@ def time_all(arguments: argparse.Namespace) -> None:
 
 def draw(_: argparse.Namespace) -> None:
     from matplotlib.figure import Figure
-    from matplotlib.ticker import PercentFormatter
+    from matplotlib.ticker import MultipleLocator, PercentFormatter
 
     found = json.loads(RESULT.read_text())["figures"]
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    figure = Figure(figsize=(11, 5), layout="constrained")
     by_size, by_change = figure.subplots(1, 2)
     colors = ("#555555", "#0072b2", "#d55e00")
     samplers = [name for name, (what, _) in EXPERIMENTS.items() if what == "sampler" and found.get(name)]
@@ -262,9 +311,15 @@ def draw(_: argparse.Namespace) -> None:
         by_size.plot(SIDES, means, marker="o", color=color, label=name)
         for curve in curves:
             by_size.plot(SIDES, curve, ls="", marker=".", ms=4, color=color, alpha=0.5)
+    if SAMPLERS.exists():
+        renewed = json.loads(SAMPLERS.read_text())["figures"]
+        for (name, run), color in zip(renewed.items(), (colors[0], None, colors[1]), strict=True):
+            if color is not None:
+                curve = [run["top1_renewed"][str(side)] for side in SIDES]
+                by_size.plot(SIDES, curve, ls="--", color=color, label=f"{name},\nstatistics of the test size")
     by_size.set(title="trained at 128 or at 64 to 192 pixels", xlabel="side of test pictures", ylabel="top-1")
     by_size.set_xticks(SIDES)
-    by_size.legend(frameon=False)
+    by_size.legend(frameon=False, fontsize=8)
     names = [name for name in EXPERIMENTS if found.get(name)]
     for place, name in enumerate(reversed(names)):
         values = [seed["top1"]["128"] for seed in found[name].values()]
@@ -276,7 +331,8 @@ def draw(_: argparse.Namespace) -> None:
     by_change.axvspan(base - noise, base + noise, color="#000000", alpha=0.07, lw=0)
     by_change.set_yticks(range(len(names)), list(reversed(names)))
     by_change.set(title="one thing changed; grey: one standard error", xlabel="top-1 at 128 pixels")
-    for axes, axis in ((by_size, by_size.yaxis), (by_change, by_change.xaxis)):
+    for axes, axis, step in ((by_size, by_size.yaxis, 0.02), (by_change, by_change.xaxis, 0.01)):
+        axis.set_major_locator(MultipleLocator(step))
         axis.set_major_formatter(PercentFormatter(1, decimals=0))
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
