@@ -16,10 +16,10 @@ from mobilevit.training.learner import Learner, _amp_dtype, make_learner
 CPU = torch.device("cpu")
 
 
-def learner_of(config: TrainConfig, *, world: World = World()) -> Learner:  # noqa: B008, frozen
+def learner_of(config: TrainConfig, *, world: World | None = None) -> Learner:
     config = config.resolve("classification")
     train_set, _ = load_train_val(config.data, val_path=None, val_fraction=config.val_fraction, seed=config.seed)
-    return make_learner(config, train_set, world=world, device=CPU)
+    return make_learner(config, train_set, world=world or World(), device=CPU)
 
 
 def batch_of(count: int) -> Batch:
@@ -62,8 +62,13 @@ def test_one_of_several_without_pictures_gives_the_others_gradients_of_zero(tiny
     learner.world = World(rank=1, size=2)
     learner.forward.no_sync = torch.no_grad  # would take gradients away, if it were asked
     given: list[float] = []
+
+    def note(parameter: torch.Tensor) -> None:
+        assert parameter.grad is not None
+        given.append(float(parameter.grad.abs().max()))
+
     for parameter in learner.model.parameters():
-        parameter.register_post_accumulate_grad_hook(lambda p: given.append(float(p.grad.abs().max())))  # type: ignore[union-attr]
+        parameter.register_post_accumulate_grad_hook(note)
     assert learner.step(batch_of(0), share=1.0, learning_rate=1e-3) is None
     assert given == [0.0] * len(list(learner.model.parameters()))
 

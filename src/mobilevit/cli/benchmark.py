@@ -9,6 +9,7 @@ from typing import Literal
 from tyro.conf import Positional
 
 from mobilevit.cli.labelled import measure_on
+from mobilevit.cli.options import height_and_width
 from mobilevit.cli.printing import print_json, print_rows
 
 
@@ -63,8 +64,7 @@ class Benchmark:
         from mobilevit.models import MODELS
         from mobilevit.models.card import card_of
 
-        if len(self.image_size) > 2:
-            raise ValueError("--image-size takes one number, or height and width")
+        image_size = height_and_width(self.image_size)
         measure = None
         if self.data is not None:
             if self.model in MODELS:
@@ -73,7 +73,7 @@ class Benchmark:
         report = benchmark(
             self.model,
             task=self.task,
-            image_size=(self.image_size[0], self.image_size[-1]) if self.image_size else None,
+            image_size=image_size,
             engines=self.engines,
             precisions=self.precisions,
             batch_sizes=self.batch_sizes,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 from tyro.conf import Positional
 
 from mobilevit.cli.labelled import measure_on
+from mobilevit.cli.options import height_and_width
 from mobilevit.cli.printing import print_json
 
 if TYPE_CHECKING:
@@ -61,8 +62,7 @@ class Export:
         from mobilevit.exporting.export import export
         from mobilevit.models.card import card_of
 
-        if len(self.image_size) > 2:
-            raise ValueError("--image-size takes one number, or height and width")
+        image_size = height_and_width(self.image_size)
         if not self.format:
             raise ValueError("--format names no format; choose onnx, openvino, executorch, litert, coreml, pt2 or web")
         model = factory.load(self.checkpoint)
@@ -76,7 +76,7 @@ class Export:
                 calibration=self.calibration,
                 keep_float=self.keep_float,
                 sensitivity=self.sensitivity,
-                image_size=(self.image_size[0], self.image_size[-1]) if self.image_size else None,
+                image_size=image_size,
                 batch_size=self.batch_size,
                 dynamic=self.dynamic,
                 bake_preprocessing=self.bake_preprocessing,

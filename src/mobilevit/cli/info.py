@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from tyro.conf import Positional
 
+from mobilevit.cli.options import height_and_width
 from mobilevit.cli.printing import new_table, print_json, print_table
 
 if TYPE_CHECKING:
@@ -58,11 +59,7 @@ class Info:
         else:
             model = factory.load(self.model)
         card = card_of(model)
-        size = card.preprocessing.size
-        if self.image_size:
-            if len(self.image_size) > 2:
-                raise ValueError("--image-size takes one number, or height and width")
-            size = (self.image_size[0], self.image_size[-1])
+        size = height_and_width(self.image_size) or card.preprocessing.size
         Preprocessing(size=size)  # says what sizes there are
         summary = summarize(model, size)
         if self.json:

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from tyro.conf import Positional
 
@@ -17,6 +17,8 @@ from mobilevit.cli.errors import UsageError
 from mobilevit.cli.printing import print_json, print_json_line
 
 if TYPE_CHECKING:
+    from io import BufferedReader
+
     from mobilevit.inference.predictor import Result
     from mobilevit.preprocessing import Source
 
@@ -182,8 +184,8 @@ def _sources(arguments: Sequence[str]) -> tuple[Sequence[Source] | Iterator[Sour
 
 
 def _from_standard_input() -> Iterator[Source]:
-    stream = sys.stdin.buffer
-    start = stream.peek(12)[:12]  # type: ignore[union-attr]
+    stream = cast("BufferedReader", sys.stdin.buffer)  # of which the declared type cannot look ahead
+    start = stream.peek(12)[:12]
     if start.startswith((b"\xff\xd8", b"\x89PNG", b"GIF8", b"RIFF", b"BM", b"II*\0", b"MM\0*")):
         yield stream.read()
         return
