@@ -203,8 +203,8 @@ def explain_samplers(arguments: argparse.Namespace) -> None:
         ("multi-scale, as in the paper", arguments.epochs),
         ("multi-scale, as in the paper", arguments.epochs * 3 // 2),
     ):
-        config = config_of(name, argparse.Namespace(**{**vars(arguments), "epochs": epochs}))
-        config = replace(config, out=Path(f"{config.out} {epochs} epochs"))
+        config = config_of(name, arguments)
+        config = replace(config, epochs=epochs, out=Path(f"{config.out} {epochs} epochs"))
         best = train(config, overwrite=True).best
         train_set, val_set = parts(config)
         mixed = train_set.subset(torch.randperm(len(train_set), generator=torch.Generator().manual_seed(0)).tolist())
@@ -313,10 +313,11 @@ def draw(_: argparse.Namespace) -> None:
             by_size.plot(SIDES, curve, ls="", marker=".", ms=4, color=color, alpha=0.5)
     if SAMPLERS.exists():
         renewed = json.loads(SAMPLERS.read_text())["figures"]
-        for (name, run), color in zip(renewed.items(), (colors[0], None, colors[1]), strict=True):
-            if color is not None:
-                curve = [run["top1_renewed"][str(side)] for side in SIDES]
-                by_size.plot(SIDES, curve, ls="--", color=color, label=f"{name},\nstatistics of the test size")
+        for name, color in zip(
+            ("standard sampler, 8 epochs", "multi-scale, as in the paper, 12 epochs"), colors[:2], strict=True
+        ):
+            curve = [renewed[name]["top1_renewed"][str(side)] for side in SIDES]
+            by_size.plot(SIDES, curve, ls="--", color=color, label=f"{name},\nstatistics of the test size")
     by_size.set(title="trained at 128 or at 64 to 192 pixels", xlabel="side of test pictures", ylabel="top-1")
     by_size.set_xticks(SIDES)
     by_size.legend(frameon=False, fontsize=8)

@@ -737,7 +737,7 @@ AT_SCALE = (
             "mobilevit_xxs from scratch on 4,317 flowers at 128 pixels, one thing changed at a time; top-1 on pictures "
             "held out, at five sizes. A small set and few epochs: what differs by less than two standard errors says "
             "nothing, and what holds for ImageNet need not show here. At 128 pixels, no change but the sampler's moves "
-            "top-1 by more than one standard error; the larger patches make a picture cheaper and cost nothing.\n\n"
+            "top-1 by more than one standard error; larger patches are cheaper, and within the noise as good.\n\n"
             "![accuracy by test size, and with one thing changed](images/experiments.png)"
         ),
         body=experiments_table,

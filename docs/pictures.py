@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from urllib.request import urlopen
 
@@ -97,13 +98,11 @@ def take_page(demos: list[Path]) -> None:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     models = [f"{demo.name}={demo / 'run' / 'best.safetensors'}" for demo in demos]
-    server = subprocess.Popen([sys.executable, "-m", "mobilevit", "serve", *models, "--port", str(port)])
     chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))))
     shots = []
-    with tempfile.TemporaryDirectory() as folder, sync_playwright() as driver:
+    with tempfile.TemporaryDirectory() as folder, sync_playwright() as driver, serving(models, port):
         browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": 460, "height": 760}, device_scale_factor=1.5)
-        wait_for(f"http://127.0.0.1:{port}/readyz")
         for number in range(len(demos)):
             page.goto(f"http://127.0.0.1:{port}/")
             page.wait_for_selector("html[data-ready=true]")
@@ -115,11 +114,22 @@ def take_page(demos: list[Path]) -> None:
             page.wait_for_timeout(500)
             shots.append(Image.open(io.BytesIO(page.screenshot())).convert("RGB"))
         browser.close()
-    server.terminate()
     sheet = Image.new("RGB", (sum(shot.width for shot in shots), shots[0].height))
     for number, shot in enumerate(shots):
         sheet.paste(shot, (number * shot.width, 0))
     save(sheet, "page.png", few_colours=False)
+
+
+@contextlib.contextmanager
+def serving(models: list[str], port: int) -> Iterator[None]:
+    """Meanwhile, `mobilevit serve` answers."""
+    server = subprocess.Popen([sys.executable, "-m", "mobilevit", "serve", *models, "--port", str(port)])
+    try:
+        wait_for(f"http://127.0.0.1:{port}/readyz")
+        yield
+    finally:
+        server.terminate()
+        server.wait()
 
 
 def wait_for(address: str) -> None:
