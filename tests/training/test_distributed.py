@@ -53,6 +53,26 @@ def run(arguments: list[str], *, launcher: list[str] = TORCHRUN) -> subprocess.C
     return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=240)
 
 
+def start(command: list[str], environment: dict[str, str] | None = None) -> subprocess.Popen[str]:
+    environment = {**ENVIRONMENT, **(environment or {})}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def free_port() -> str:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
+def wait_for_an_epoch(launcher: subprocess.Popen[str], run: Path) -> None:
+    end = time.monotonic() + 120
+    metrics = run / "metrics.jsonl"
+    while not (metrics.exists() and metrics.read_text()):
+        assert launcher.poll() is None, launcher.communicate()
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
 @pytest.fixture
 def started() -> Iterator[list[subprocess.Popen[str]]]:
     """Processes that are ended after the test, whatever happens."""
@@ -154,55 +174,48 @@ def test_accumulated_gradients_and_another_number_of_processes(settings: TrainCo
     assert (ended["position"]["epoch"], len(ended["ranks"])) == (2, 1)
 
 
-def test_a_killed_process_ends_the_run_and_a_restart_is_exact(
+def test_a_killed_process_ends_the_run(
+    settings: TrainConfig, tmp_path: Path, started: list[subprocess.Popen[str]]
+) -> None:
+    process = start([*TORCHRUN, "-m", "mobilevit", "train", *flags(settings, tmp_path / "run", epochs=200)])
+    started.append(process)
+    wait_for_an_epoch(process, tmp_path / "run")
+    begun = time.monotonic()
+    max(psutil.Process(process.pid).children(), key=lambda child: child.environ()["RANK"]).kill()
+    _, told = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert time.monotonic() - begun < 30
+    assert "another process has ended" in told or "SIGKILL" in told
+    assert 'Traceback (most recent call last):\n  File "' + str(Path(mobilevit.__file__).parent) not in told
+
+
+def test_two_machines_go_on_exactly_when_a_process_of_one_dies(
     settings: TrainConfig, tmp_path: Path, started: list[subprocess.Popen[str]]
 ) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     changes = {"epochs": 6, "checkpoint_minutes": 0}
     assert run(flags(settings, whole, **changes)).returncode == 0
-    for restarts in (0, 1):
-        command = [*TORCHRUN, "--max-restarts", str(restarts), "-m", "mobilevit", "train"]
-        process = subprocess.Popen(
-            [*command, *flags(settings, broken, **changes), *(["--overwrite"] if restarts else [])],
-            env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
-        started.append(process)
-        victim = _second_process(process, broken / "metrics.jsonl")
-        begun = time.monotonic()
-        victim.kill()
+    machine = [
+        sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", "--max-restarts", "1",
+        "--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{free_port()}",
+    ]  # fmt: skip
+    started += [start([*machine, "-m", "mobilevit", "train", *flags(settings, broken, **changes)]) for _ in range(2)]
+    wait_for_an_epoch(started[0], broken)
+    (victim,) = psutil.Process(started[1].pid).children()
+    victim.kill()
+    for process in started:
         _, told = process.communicate(timeout=240)
-        if restarts:
-            assert process.returncode == 0, told
-        else:
-            assert process.returncode != 0
-            assert time.monotonic() - begun < 30
-            assert "another process has ended" in told or "SIGKILL" in told
-            assert 'Traceback (most recent call last):\n  File "' + str(Path(mobilevit.__file__).parent) not in told
+        assert process.returncode == 0, told
     ours, theirs = last(broken), last(whole)
     assert [name for name in theirs if not torch.equal(ours[name], theirs[name])] == []
-
-
-def _second_process(launcher: subprocess.Popen[str], metrics: Path) -> psutil.Process:
-    """Of the two that train, once an epoch is done."""
-    end = time.monotonic() + 120
-    while time.monotonic() < end:
-        assert launcher.poll() is None, launcher.communicate()
-        children = psutil.Process(launcher.pid).children()
-        if len(children) == 2 and metrics.exists() and metrics.read_text().count("\n") in (1, 2):
-            return max(children, key=lambda child: child.environ()["RANK"])
-        time.sleep(0.02)
-    raise AssertionError("it never came to its second epoch")
 
 
 def test_sigterm_stops_all_and_saves(
     settings: TrainConfig, tmp_path: Path, started: list[subprocess.Popen[str]]
 ) -> None:
-    process = subprocess.Popen(
-        [*TORCHRUN, "-m", "mobilevit", "train", *flags(settings, tmp_path / "run", epochs=200)],
-        env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    process = start([*TORCHRUN, "-m", "mobilevit", "train", *flags(settings, tmp_path / "run", epochs=200)])
     started.append(process)
-    _second_process(process, tmp_path / "run" / "metrics.jsonl")
+    wait_for_an_epoch(process, tmp_path / "run")
     process.send_signal(signal.SIGTERM)
     _, told = process.communicate(timeout=60)
     assert process.returncode != 0
@@ -243,9 +256,7 @@ def test_one_process_makes_its_gpu_the_current_one(monkeypatch: pytest.MonkeyPat
 
 def _two_by_hand(first: list[str], second: list[str]) -> list[subprocess.CompletedProcess[str]]:
     """Two processes that know of each other, with a command line each."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    port = free_port()
     processes = []
     for rank, arguments in enumerate((first, second)):
         place = {
@@ -253,11 +264,7 @@ def _two_by_hand(first: list[str], second: list[str]) -> list[subprocess.Complet
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
         }  # fmt: skip
         command = [sys.executable, "-m", "mobilevit", "train", *arguments]
-        processes.append(
-            subprocess.Popen(
-                command, env=ENVIRONMENT | place, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-            )
-        )
+        processes.append(start(command, place))
     ended = []
     for process in processes:
         out, told = process.communicate(timeout=120)

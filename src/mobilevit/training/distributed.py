@@ -12,20 +12,27 @@ import os
 import random
 import sys
 import threading
+import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from mobilevit.devices import pick_device
 
 log = logging.getLogger("mobilevit")
 
 T = TypeVar("T")
+
+TIME_TO_MEET = timedelta(minutes=10)
+"""For processes of one round to find each other, and for each exchange between them."""
 
 SECONDS_TO_STOP = 20
 """After SIGTERM, which torchrun sends when another process has died, and which is followed by SIGKILL after 30."""
@@ -37,6 +44,8 @@ class World:
 
     rank: int = 0
     size: int = 1
+    is_restart: bool = False
+    """Whether torchrun has started these processes after others that failed, or that were more or fewer."""
 
     @property
     def is_first(self) -> bool:
@@ -55,14 +64,13 @@ def joined(device: str) -> Iterator[tuple[World, torch.device]]:
         ValueError: no such device, or more processes than GPUs.
         SystemExit: another process has ended.
     """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    if size == 1:
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         chosen = pick_device(device)
+        is_restart = distributed.is_torchelastic_launched() and (_meet()[-1] > 0 or _restarts() > 0)
         # What is told no device, such as a stream, takes the current one, which else is the first GPU.
         with torch.cuda.device(chosen) if chosen.type == "cuda" else nullcontext():
-            yield World(), chosen
+            yield World(is_restart=is_restart), chosen
         return
-    world = World(rank=int(os.environ["RANK"]), size=size)
     local_rank = int(os.environ["LOCAL_RANK"])
     chosen = pick_device(device)
     if chosen.type == "cuda":
@@ -70,10 +78,14 @@ def joined(device: str) -> Iterator[tuple[World, torch.device]]:
         torch.cuda.set_device(chosen)
     # What is not on a GPU (settings, states, agreements) goes through gloo.
     backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
+    store, rank, size, earlier_rounds = _meet()
+    distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIME_TO_MEET)
+    world = World(rank=rank, size=size)
+    [is_restart] = any_of(world, earlier_rounds > 0 or _restarts() > 0)  # machines count their own restarts only
+    world = replace(world, is_restart=is_restart)
     level = log.level
     if not world.is_first:
         log.setLevel(logging.ERROR)
-    distributed.init_process_group(backend, timeout=timedelta(minutes=10))
     try:
         yield world, chosen
         distributed.barrier()
@@ -87,6 +99,42 @@ def joined(device: str) -> Iterator[tuple[World, torch.device]]:
         log.setLevel(level)
         if sys.exc_info()[0] is None:
             distributed.destroy_process_group()
+
+
+def _meet() -> tuple[PrefixStore, int, int, int]:
+    """What these processes and no others share, this one's rank, their number, and how many rounds were before them.
+
+    torchrun starts all processes anew when one fails, but may keep the store in which they find each other (it does
+    in PyTorch 2.15): gloo and NCCL then look for processes that have ended. So the first process numbers the round,
+    and tells the number to each that asks by a name that was never used before.
+
+    Raises:
+        RuntimeError: a process has not come in time.
+    """
+    store, rank, size = next(rendezvous("env://", timeout=TIME_TO_MEET))
+    if rank > 0:
+        name = uuid.uuid4().hex
+        store.set(f"mobilevit/asks/{rank}", name)
+        number = int(store.get(f"mobilevit/answer/{name}"))
+        store.set(f"mobilevit/knows/{number}/{rank}", "")
+    else:
+        number = store.add("mobilevit/rounds", 1)
+        missing = list(range(1, size))
+        end = time.monotonic() + TIME_TO_MEET.total_seconds()
+        while missing:
+            if time.monotonic() > end:
+                raise RuntimeError(f"processes {', '.join(map(str, missing))} of {size} have not come")
+            for other in missing:
+                if store.check([f"mobilevit/asks/{other}"]):  # or its predecessor did, which does no harm
+                    store.set(f"mobilevit/answer/{store.get(f'mobilevit/asks/{other}').decode()}", str(number))
+            time.sleep(0.01)
+            missing = [other for other in missing if not store.check([f"mobilevit/knows/{number}/{other}"])]
+    return PrefixStore(f"mobilevit/{number}", store), rank, size, number - 1
+
+
+def _restarts() -> int:
+    """How often torchrun has started processes of this machine again after one of them failed."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
 def _is_lost_connection(error: RuntimeError) -> bool:
@@ -112,11 +160,6 @@ def speaks() -> bool:
 def seed_of(world: World, seed: int) -> int:
     """A seed of this process's own; of 32 bits, as PyTorch's generator on the CPU looks at no more."""
     return random.Random(f"{seed}/{world.rank}").getrandbits(32)
-
-
-def is_restart() -> bool:
-    """Whether torchrun has started this process again after a failure."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
 
 def local_size() -> int:

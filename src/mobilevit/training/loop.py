@@ -87,7 +87,7 @@ def train(
     """
     config.validate()
     with distributed.joined(config.device) as (world, device):
-        again = distributed.is_restart() and (config.out / "config.json").exists()
+        again = world.is_restart and (config.out / "config.json").exists()
         # The first process decides: others may be on machines that do not see the run folder.
         resume, again = distributed.on_first(world, lambda: (resume or again, again))
         return _train(config, world, device, resume=resume, overwrite=overwrite and not again, network=network)
