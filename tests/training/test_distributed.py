@@ -197,7 +197,7 @@ def test_two_machines_go_on_exactly_when_a_process_of_one_dies(
     assert run(flags(settings, whole, **changes)).returncode == 0
     machine = [
         sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", "--max-restarts", "1",
-        "--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{free_port()}",
+        "--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{free_port()}", "--local-addr", "localhost",
     ]  # fmt: skip
     started += [start([*machine, "-m", "mobilevit", "train", *flags(settings, broken, **changes)]) for _ in range(2)]
     wait_for_an_epoch(started[0], broken)
