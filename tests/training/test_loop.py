@@ -19,7 +19,8 @@ from torch import nn
 import mobilevit
 from mobilevit.models.card import card_of
 from mobilevit.training.config import TrainConfig
-from mobilevit.training.loop import _random_state, _set_random_state, num_reading_processes, train
+from mobilevit.training.loop import _random_state, _set_random_state, train
+from mobilevit.training.pictures import num_reading_processes
 from mobilevit.training.run import RunFolder, TrainingInterrupted
 
 MEASURED = ("images_per_second", "peak_memory_mb")

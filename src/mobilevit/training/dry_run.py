@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mobilevit.data.datasets import load_train_val
 from mobilevit.data.loaders import Batch, ahead_on
 from mobilevit.data.samplers import Size, Step
 from mobilevit.devices import peak_memory_mb
@@ -24,7 +23,7 @@ from mobilevit.training.config import TrainConfig
 from mobilevit.training.distributed import World
 from mobilevit.training.evaluate import evaluation_loader
 from mobilevit.training.learner import Learner, make_learner
-from mobilevit.training.loop import num_reading_processes, training_loader
+from mobilevit.training.pictures import load_pictures, num_reading_processes, training_loader
 
 WARM_UP_STEPS = 2
 SECONDS_TO_MEASURE = 60.0
@@ -132,15 +131,7 @@ def dry_run(config: TrainConfig) -> DryRun:
 
 
 def _dry_run(config: TrainConfig, world: World, device: torch.device) -> DryRun:
-    train_set, val_set = load_train_val(
-        config.data,
-        task=None if config.task == "auto" else config.task,
-        val_path=config.val_data,
-        val_fraction=config.val_fraction,
-        seed=config.seed,
-    )
-    config = config.resolve(train_set.task, world.size)
-    config.validate()
+    config, train_set, val_set = load_pictures(config, world)
     learner = make_learner(config, train_set, world=world, device=device)
     loader = training_loader(config, train_set, learner, world)
     steps = loader.start(0)

@@ -17,9 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from mobilevit import factory
-from mobilevit.data.datasets import load_train_val
 from mobilevit.data.imageset import ImageSet
-from mobilevit.data.loaders import BatchLoader, ahead_on
+from mobilevit.data.loaders import ahead_on
 from mobilevit.data.samplers import Segment
 from mobilevit.devices import peak_memory_mb
 from mobilevit.inference.session import TorchSession
@@ -31,15 +30,15 @@ from mobilevit.training import distributed
 from mobilevit.training.config import TrainConfig
 from mobilevit.training.distributed import World
 from mobilevit.training.evaluate import (
-    default_num_workers,
     evaluate,
     evaluation_loader,
     report_problems,
     report_unreadable,
     write_evaluation,
 )
-from mobilevit.training.learner import Learner, Network, make_learner
+from mobilevit.training.learner import Network, make_learner
 from mobilevit.training.optim import learning_rate
+from mobilevit.training.pictures import load_pictures, num_reading_processes, training_loader
 from mobilevit.training.run import RunFolder, StopSignals, TrainingInterrupted
 
 log = logging.getLogger("mobilevit")
@@ -102,15 +101,7 @@ def _train(
     overwrite: bool,
     network: Network | None,
 ) -> TrainResult:
-    train_set, val_set = load_train_val(
-        config.data,
-        task=None if config.task == "auto" else config.task,
-        val_path=config.val_data,
-        val_fraction=config.val_fraction,
-        seed=config.seed,
-    )
-    config = config.resolve(train_set.task, world.size)
-    config.validate()
+    config, train_set, val_set = load_pictures(config, world)
     fingerprint = train_set.fingerprint()
     if world.size > 1:
         told = {f"--{name.replace('_', '-')}": value for name, value in dataclasses.asdict(config).items()}
@@ -288,28 +279,6 @@ def _train(
         epochs=position.epoch,
         images_per_second=images_per_second,
     )
-
-
-def training_loader(config: TrainConfig, data: ImageSet[Any], learner: Learner, world: World) -> BatchLoader:
-    """The pictures to train on, in an order and at sizes that depend on nothing but the seed."""
-    return BatchLoader(
-        data,
-        learner.objective.transform,
-        collate=learner.objective.collate,
-        batch_size=config.batch_size,
-        num_workers=num_reading_processes(config, learner.device),
-        shuffle_seed=config.seed,
-        sizes=config.step_sizes(),
-        pin_memory=learner.device.type == "cuda",
-        shard=(world.rank, world.size),
-    )
-
-
-def num_reading_processes(config: TrainConfig, device: torch.device) -> int:
-    """As the settings say, or by the cores that this process has to itself."""
-    if config.num_workers is not None:
-        return config.num_workers
-    return default_num_workers(device, sharing=distributed.local_size())
 
 
 @dataclass(kw_only=True)
