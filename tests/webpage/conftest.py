@@ -1,13 +1,24 @@
-"""A headless Chromium."""
+"""Models, their pages, and a headless Chromium to look at them."""
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
-from watched_page import Watched
+from watched_page import TASKS, Watched
+
+import mobilevit
+from golden_weights import fill_with_golden_weights
+from mobilevit.data.shapes import render_scene
+from mobilevit.exporting.web import find_runtime
+from mobilevit.preprocessing import Preprocessing
+
+CLASSES = ("circle", "cross", "ring", "square", "star", "triangle")
+MODES: dict[str, Any] = {"classification": "crop", "detection": "stretch", "segmentation": "pad"}
 
 
 @pytest.fixture(scope="session")
@@ -51,3 +62,44 @@ def watched(chromium: Any) -> Iterator[Watched]:
     context.close()
     assert seen.complaints == []
     assert seen.outside == []
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A model of each task, whose answers are anything but even."""
+    folder = tmp_path_factory.mktemp("models")
+    found = {}
+    for task in TASKS:
+        model = mobilevit.create_model("mobilevit_xxs", task=task, classes=CLASSES)  # type: ignore[arg-type]
+        model = fill_with_golden_weights(model)
+        preprocessing = Preprocessing(size=(128, 192), resize_mode=MODES[task])
+        model.card = replace(model.card, preprocessing=preprocessing, score_threshold=0.02)  # type: ignore[arg-type]
+        found[task] = folder / f"{task}.safetensors"
+        mobilevit.save(model, found[task], classes=CLASSES, preprocessing=preprocessing)
+    return found
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """PNGs, which every decoder reads alike."""
+    folder = tmp_path_factory.mktemp("pictures")
+    paths = []
+    for number in range(3):
+        path = folder / f"scene{number}.png"
+        render_scene(number, size=240, num_objects=3).image.resize((300 - 40 * number, 200 + 30 * number)).save(path)
+        paths.append(path)
+    return paths
+
+
+@pytest.fixture(scope="session")
+def apps(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The folder of each task's page."""
+    try:
+        find_runtime()
+    except ValueError as error:
+        pytest.skip(f"the runtime for browsers cannot be had: {error}")
+    out = tmp_path_factory.mktemp("apps")
+    return {
+        task: mobilevit.export(path, out, format="web", name=task, verify=False).path
+        for task, path in checkpoints.items()
+    }

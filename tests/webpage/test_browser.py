@@ -8,66 +8,17 @@ import shutil
 import urllib.request
 import warnings
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from watched_page import ARTEFACTS, Site, Watched, serve_folder
+from watched_page import ARTEFACTS, ENGINE_ANSWER, TASKS, Site, Watched, same_answer, serve_folder
 
-import mobilevit
-from golden_weights import fill_with_golden_weights
 from mobilevit.data.shapes import render_scene
-from mobilevit.exporting.web import find_runtime
 from mobilevit.inference.predictor import Predictor
-from mobilevit.preprocessing import Preprocessing
 from running_server import Server
 
-TASKS = ("classification", "detection", "segmentation")
-CLASSES = ("circle", "cross", "ring", "square", "star", "triangle")
-MODES: dict[str, Any] = {"classification": "crop", "detection": "stretch", "segmentation": "pad"}
-
-
-@pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A model of each task, whose answers are anything but even."""
-    folder = tmp_path_factory.mktemp("models")
-    found = {}
-    for task in TASKS:
-        model = mobilevit.create_model("mobilevit_xxs", task=task, classes=CLASSES)  # type: ignore[arg-type]
-        model = fill_with_golden_weights(model)
-        preprocessing = Preprocessing(size=(128, 192), resize_mode=MODES[task])
-        model.card = replace(model.card, preprocessing=preprocessing, score_threshold=0.02)  # type: ignore[arg-type]
-        found[task] = folder / f"{task}.safetensors"
-        mobilevit.save(model, found[task], classes=CLASSES, preprocessing=preprocessing)
-    return found
-
-
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """PNGs, which every decoder reads alike."""
-    folder = tmp_path_factory.mktemp("pictures")
-    paths = []
-    for number in range(3):
-        path = folder / f"scene{number}.png"
-        render_scene(number, size=240, num_objects=3).image.resize((300 - 40 * number, 200 + 30 * number)).save(path)
-        paths.append(path)
-    return paths
-
-
-@pytest.fixture(scope="module")
-def apps(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory, chromium: Any) -> dict[str, Path]:
-    """The folder of each task's page."""
-    try:
-        find_runtime()
-    except ValueError as error:
-        pytest.skip(f"the runtime for browsers cannot be had: {error}")
-    out = tmp_path_factory.mktemp("apps")
-    return {
-        task: mobilevit.export(path, out, format="web", name=task, verify=False).path
-        for task, path in checkpoints.items()
-    }
+pytestmark = pytest.mark.usefixtures("chromium")
 
 
 @pytest.fixture
@@ -79,12 +30,7 @@ def site(apps: dict[str, Path], request: pytest.FixtureRequest) -> Iterator[Site
 
 def engine_answer(watched: Watched, picture: Path) -> dict[str, Any]:
     """What the page's engine says of a file, in full."""
-    script = """async (bytes) => {
-        const engine = await import(new URL("engine.js", location.href).href);
-        const { task, item, labels } = await engine.predict(null, new Blob([new Uint8Array(bytes)]));
-        return { task, item, labels: labels ? Array.from(labels) : null };
-    }"""
-    found: dict[str, Any] = watched.page.evaluate(script, list(picture.read_bytes()))
+    found: dict[str, Any] = watched.page.evaluate(ENGINE_ANSWER, list(picture.read_bytes()))
     return found
 
 
@@ -98,23 +44,10 @@ def test_the_model_in_the_browser_answers_as_the_predictor(
     for picture in pictures:
         watched.show(picture)
         found, expected = engine_answer(watched, picture), predictor(str(picture))
+        same_answer(found, expected)
         if task == "classification":
-            for ours, theirs in zip(found["item"]["top"], expected.to_dict(5)["top"], strict=True):
-                assert ours["label"] == theirs["label"]
-                assert ours["probability"] == pytest.approx(theirs["probability"], abs=1e-3)
             shown = [(label, round(share, 3)) for label, share in watched.rows()]
             assert shown == [(label, pytest.approx(share, abs=1e-3)) for label, share in expected.top(5)]
-        elif task == "detection":
-            theirs = expected.to_dict(min_score=0.0)["detections"]
-            assert len(theirs) > 0
-            assert len(found["item"]["detections"]) == pytest.approx(len(theirs), abs=2)
-            for ours, other in zip(found["item"]["detections"][:20], theirs[:20], strict=True):
-                assert ours["score"] == pytest.approx(other["score"], abs=1e-3)
-                if ours["label"] == other["label"] and abs(ours["score"] - other["score"]) < 1e-6:
-                    assert ours["box_xyxy"] == pytest.approx(other["box_xyxy"], abs=0.5)
-        else:
-            labels = np.array(found["labels"], np.uint8).reshape(expected.label_map.shape)
-            assert (labels == expected.label_map).mean() > 0.999
     watched.keep(f"app-{task}")
 
 

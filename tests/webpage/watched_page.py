@@ -7,7 +7,21 @@ from dataclasses import dataclass, field
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
+
+import numpy as np
+import pytest
+
+from mobilevit.models.card import Task
+
+TASKS: tuple[Task, ...] = get_args(Task)
+
+ENGINE_ANSWER = """async (bytes) => {
+    const engine = await import(new URL("engine.js", location.href).href);
+    const { task, item, labels } = await engine.predict(null, new Blob([new Uint8Array(bytes)]));
+    return { task, item, labels: labels ? Array.from(labels) : null };
+}"""
+"""What the page's engine says of a file, in full, as a function of the file's bytes."""
 
 ARTEFACTS = Path(__file__).parents[2] / "runs" / "browser-tests"
 """Where screenshots are kept, to be looked at."""
@@ -77,3 +91,22 @@ def serve_folder(folder: Path) -> Site:
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Quiet, directory=str(folder)))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     return Site(address=f"http://localhost:{server.server_port}/", server=server)
+
+
+def same_answer(found: dict[str, Any], expected: Any) -> None:
+    """Whether the engine's answer is `Predictor`'s."""
+    if found["task"] == "classification":
+        for ours, theirs in zip(found["item"]["top"], expected.to_dict(5)["top"], strict=True):
+            assert ours["label"] == theirs["label"]
+            assert ours["probability"] == pytest.approx(theirs["probability"], abs=1e-3)
+    elif found["task"] == "detection":
+        theirs = expected.to_dict(min_score=0.0)["detections"]
+        assert len(theirs) > 0
+        assert len(found["item"]["detections"]) == pytest.approx(len(theirs), abs=2)
+        for ours, other in zip(found["item"]["detections"][:20], theirs[:20], strict=True):
+            assert ours["score"] == pytest.approx(other["score"], abs=1e-3)
+            if ours["label"] == other["label"] and abs(ours["score"] - other["score"]) < 1e-6:
+                assert ours["box_xyxy"] == pytest.approx(other["box_xyxy"], abs=0.5)
+    else:
+        labels = np.array(found["labels"], np.uint8).reshape(expected.label_map.shape)
+        assert (labels == expected.label_map).mean() > 0.999
