@@ -70,10 +70,10 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("models")
     found = {}
     for task in TASKS:
-        model = mobilevit.create_model("mobilevit_xxs", task=task, classes=CLASSES)  # type: ignore[arg-type]
+        model = mobilevit.create_model("mobilevit_xxs", task=task, classes=CLASSES)
         model = fill_with_golden_weights(model)
         preprocessing = Preprocessing(size=(128, 192), resize_mode=MODES[task])
-        model.card = replace(model.card, preprocessing=preprocessing, score_threshold=0.02)  # type: ignore[arg-type]
+        model.card = replace(model.card, preprocessing=preprocessing, score_threshold=0.02)
         found[task] = folder / f"{task}.safetensors"
         mobilevit.save(model, found[task], classes=CLASSES, preprocessing=preprocessing)
     return found

@@ -66,10 +66,10 @@ def joined(device: str) -> Iterator[tuple[World, torch.device]]:
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         chosen = pick_device(device)
-        is_restart = distributed.is_torchelastic_launched() and (_meet()[-1] > 0 or _restarts() > 0)
+        world = _meet()[1] if distributed.is_torchelastic_launched() else World()
         # What is told no device, such as a stream, takes the current one, which else is the first GPU.
         with torch.cuda.device(chosen) if chosen.type == "cuda" else nullcontext():
-            yield World(is_restart=is_restart), chosen
+            yield world, chosen
         return
     local_rank = int(os.environ["LOCAL_RANK"])
     chosen = pick_device(device)
@@ -78,16 +78,14 @@ def joined(device: str) -> Iterator[tuple[World, torch.device]]:
         torch.cuda.set_device(chosen)
     # What is not on a GPU (settings, states, agreements) goes through gloo.
     backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
-    store, rank, size, earlier_rounds = _meet()
-    distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIME_TO_MEET)
-    world = World(rank=rank, size=size)
-    [is_restart] = any_of(world, earlier_rounds > 0 or _restarts() > 0)  # machines count their own restarts only
-    world = replace(world, is_restart=is_restart)
+    store, world = _meet()
+    distributed.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=TIME_TO_MEET)
     level = log.level
     if not world.is_first:
         log.setLevel(logging.ERROR)
     try:
-        yield world, chosen
+        [is_restart] = any_of(world, world.is_restart)  # machines count their own restarts only
+        yield replace(world, is_restart=is_restart), chosen
         distributed.barrier()
     except RuntimeError as error:
         if not _is_lost_connection(error):
@@ -101,8 +99,8 @@ def joined(device: str) -> Iterator[tuple[World, torch.device]]:
             distributed.destroy_process_group()
 
 
-def _meet() -> tuple[PrefixStore, int, int, int]:
-    """What these processes and no others share, this one's rank, their number, and how many rounds were before them.
+def _meet() -> tuple[PrefixStore, World]:
+    """What these processes and no others share, and what this one knows of them.
 
     torchrun starts all processes anew when one fails, but may keep the store in which they find each other (it does
     in PyTorch 2.15): gloo and NCCL then look for processes that have ended. So the first process numbers the round,
@@ -129,12 +127,8 @@ def _meet() -> tuple[PrefixStore, int, int, int]:
                     store.set(f"mobilevit/answer/{store.get(f'mobilevit/asks/{other}').decode()}", str(number))
             time.sleep(0.01)
             missing = [other for other in missing if not store.check([f"mobilevit/knows/{number}/{other}"])]
-    return PrefixStore(f"mobilevit/{number}", store), rank, size, number - 1
-
-
-def _restarts() -> int:
-    """How often torchrun has started processes of this machine again after one of them failed."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    is_restart = number > 1 or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    return PrefixStore(f"mobilevit/{number}", store), World(rank=rank, size=size, is_restart=is_restart)
 
 
 def _is_lost_connection(error: RuntimeError) -> bool:
