@@ -23,6 +23,7 @@ lint: $(VENV)/.for-development
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/codespell $$(git ls-files)
 
 docs: $(VENV)/.for-development
 	$(BIN)/mkdocs build --strict

@@ -1,4 +1,4 @@
-"""One picture in a headless Chromium, WASM with one and two threads, beside ONNX Runtime natively; in turns, medians.
+"""One image in a headless Chromium, WASM with one and two threads, beside ONNX Runtime natively; in turns, medians.
 
     python benchmarks/browser.py                    # XXS at 256 pixels with random weights; two minutes
     python benchmarks/browser.py --models mobilevit_xxs mobilevit_s
@@ -27,9 +27,9 @@ import mobilevit
 import record
 from mobilevit.data.shapes import render_scene
 from mobilevit.exporting.web import RUNTIME_VERSION
-from mobilevit.inference.session import ArtefactSession
+from mobilevit.runtime.session import ArtifactSession
 
-SCRIPT = """async ({ threads, rounds, side, picture }) => {
+SCRIPT = """async ({ threads, rounds, side, image }) => {
     const ort = await import(new URL("runtime/ort.wasm.min.mjs", location.href).href);
     const engine = await import(new URL("engine.js", location.href).href);
     ort.env.wasm.wasmPaths = new URL("runtime/", location.href).href;
@@ -37,7 +37,7 @@ SCRIPT = """async ({ threads, rounds, side, picture }) => {
     const session = await ort.InferenceSession.create(new URL("model.onnx", location.href).href);
     const pixels = new Uint8Array(side * side * 3).map((_, n) => (n * 7919) % 256);
     const feeds = { [session.inputNames[0]]: new ort.Tensor("uint8", pixels, [1, side, side, 3]) };
-    const blob = await (await fetch(picture)).blob();
+    const blob = await (await fetch(image)).blob();
     const model = [], whole = [];
     for (let n = 0; n < rounds + 3; n++) {
         let begun = performance.now();
@@ -91,8 +91,8 @@ def main() -> None:
 def measure(name: str, precision: str, place: Path, browser: Any, arguments: argparse.Namespace) -> dict[str, float]:
     torch.manual_seed(0)
     model = mobilevit.create_model(name, classes=[str(number) for number in range(1000)])
-    pictures = [np.asarray(render_scene(n, size=256).image) for n in range(32)]
-    calibration = {} if precision == "fp32" else {"calibration": pictures}
+    images = [np.asarray(render_scene(n, size=256).image) for n in range(32)]
+    calibration = {} if precision == "fp32" else {"calibration": images}
     folder = mobilevit.export(
         model, place, format="web", precision=precision, name=name, verify=False, **calibration
     ).path
@@ -102,7 +102,7 @@ def measure(name: str, precision: str, place: Path, browser: Any, arguments: arg
         mobilevit.export(
             model, copied, format="onnx", precision=precision, bake_preprocessing=True, verify=False, **calibration
         )
-        sessions[threads] = ArtefactSession(next(copied.glob("*.onnx")), threads=threads)
+        sessions[threads] = ArtifactSession(next(copied.glob("*.onnx")), threads=threads)
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Isolated, directory=str(folder)))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     spent: dict[str, list[float]] = {}
@@ -113,10 +113,10 @@ def measure(name: str, precision: str, place: Path, browser: Any, arguments: arg
             page = context.new_page()
             page.goto(f"http://localhost:{server.server_port}/")
             page.wait_for_selector("html[data-ready=true]", timeout=60_000)
-            told = {"threads": threads, "rounds": arguments.repeats, "side": 256, "picture": "gallery/cat.jpg"}
+            told = {"threads": threads, "rounds": arguments.repeats, "side": 256, "image": "gallery/cat.jpg"}
             found = page.evaluate(SCRIPT, told)
             spent.setdefault(f"browser, {threads} threads", []).append(statistics.median(found["model"]))
-            spent.setdefault(f"browser with picture, {threads} threads", []).append(statistics.median(found["whole"]))
+            spent.setdefault(f"browser with image, {threads} threads", []).append(statistics.median(found["whole"]))
             context.close()
             spent.setdefault(f"native, {threads} threads", []).append(
                 native(sessions[threads], pixels, arguments.repeats)
@@ -125,7 +125,7 @@ def measure(name: str, precision: str, place: Path, browser: Any, arguments: arg
     return {side: round(statistics.median(times), 2) for side, times in spent.items()}
 
 
-def native(session: ArtefactSession, pixels: torch.Tensor, repeats: int) -> float:
+def native(session: ArtifactSession, pixels: torch.Tensor, repeats: int) -> float:
     times = []
     for number in range(repeats + 3):
         start = time.perf_counter()

@@ -1,7 +1,7 @@
-"""Bulk prediction of 20,000 small pictures: speed beside the engine's own, memory, and a kill in the middle.
+"""Bulk prediction of 20,000 small images: speed beside the engine's own, memory, and a kill in the middle.
 
-    python benchmarks/bulk.py --data FOLDER     # pictures of a folder, encoded anew until there are enough
-    python benchmarks/bulk.py                   # pictures drawn by the package
+    python benchmarks/bulk.py --data FOLDER     # images of a folder, encoded anew until there are enough
+    python benchmarks/bulk.py                   # images drawn by the package
 
 Some twenty minutes on two cores. How long a model takes does not depend on its weights, so it is a fresh XXS: at
 64 x 64, where reading weighs most, and at 256 x 256. The engine's own speed is that of full batches of ready tensors,
@@ -36,34 +36,34 @@ from pyarrow import parquet
 import mobilevit
 import record
 from mobilevit.data.shapes import render_scene
-from mobilevit.inference.predictor import Predictor
-from mobilevit.preprocessing import find_images, read_image
+from mobilevit.imaging.decode import find_images, read_image
+from mobilevit.runtime.predictor import Predictor
 
 SIDE = 96
-"""Of the pictures, in pixels, for the small input."""
+"""Of the images, in pixels, for the small input."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path)
-    parser.add_argument("--pictures", type=int, default=20_000)
-    parser.add_argument("--larger", type=int, default=20_000, help="pictures at 256 x 256")
+    parser.add_argument("--images", type=int, default=20_000)
+    parser.add_argument("--larger", type=int, default=20_000, help="images at 256 x 256")
     arguments = parser.parse_args()
-    figures: dict[str, Any] = {"pictures": arguments.pictures, "model": "mobilevit_xxs, 1000 classes"}
+    figures: dict[str, Any] = {"images": arguments.images, "model": "mobilevit_xxs, 1000 classes"}
     with tempfile.TemporaryDirectory() as name:
         place = Path(name)
-        write_pictures(place / "small", arguments.pictures, SIDE, arguments.data)
-        write_pictures(place / "larger", arguments.larger, 288, arguments.data)
+        write_images(place / "small", arguments.images, SIDE, arguments.data)
+        write_images(place / "larger", arguments.larger, 288, arguments.data)
         small, larger = (save_model(place, side) for side in (64, 256))
         for key, model, photos, flags, count in (
-            ("here, 64 x 64", small, place / "small", [], arguments.pictures),
-            ("ray, 64 x 64", small, place / "small", ["--engine", "ray"], arguments.pictures),
+            ("here, 64 x 64", small, place / "small", [], arguments.images),
+            ("ray, 64 x 64", small, place / "small", ["--engine", "ray"], arguments.images),
             ("here, 256 x 256", larger, place / "larger", [], arguments.larger),
             ("ray, 256 x 256", larger, place / "larger", ["--engine", "ray"], arguments.larger),
         ):
             figures[key] = beside_the_engine(model, photos, place / key, flags, count)
             print(key, figures[key], flush=True)
-        figures["killed"] = killed(small, place / "small", place / "killed", arguments.pictures)
+        figures["killed"] = killed(small, place / "small", place / "killed", arguments.images)
         print(figures["killed"], flush=True)
     record.write("bulk", {"figures": figures})
 
@@ -76,7 +76,7 @@ def save_model(place: Path, side: int) -> Path:
     return mobilevit.save(model, place / f"{side}.safetensors", classes=classes, preprocessing=preprocessing)
 
 
-def write_pictures(folder: Path, count: int, side: int, data: Path | None) -> None:
+def write_images(folder: Path, count: int, side: int, data: Path | None) -> None:
     """JPEGs with `side` pixels on the shorter side."""
     folder.mkdir()
     encoded = []
@@ -99,7 +99,7 @@ def photographs(folder: Path, side: int) -> list[Image.Image]:
 
 
 def engine_speed(predictor: Predictor, photos: Path, seconds: float = 5.0) -> float:
-    """Pictures a second, of full batches of ready tensors."""
+    """Images a second, of full batches of ready tensors."""
     paths = find_images(photos)[: predictor.batch_size]
     ready = [predictor.prepare(path, path.name) for path in paths]
     for _ in range(3):
@@ -123,7 +123,7 @@ def side_by_side_speed(predictor: Predictor, photos: Path, seconds: float = 5.0)
 
 
 def stream_speed(predictor: Predictor, photos: Path, seconds: float = 5.0) -> float:
-    """Pictures a second, of `Predictor.stream` on files."""
+    """Images a second, of `Predictor.stream` on files."""
     start, count = time.perf_counter(), 0
     for _ in predictor.stream(itertools.cycle(find_images(photos))):
         count += 1
@@ -142,7 +142,7 @@ def beside_the_engine(model: Path, photos: Path, out: Path, flags: list[str], co
         "engine_per_second": round(engine, 1),
         "engine_side_by_side_per_second": round(side_by_side, 1),
         "stream_per_second": round(stream, 1),
-        "share_of_engine": round(found["pictures_per_second"] / engine, 3),
+        "share_of_engine": round(found["images_per_second"] / engine, 3),
     }
 
 
@@ -165,7 +165,7 @@ def run(model: Path, photos: Path, out: Path, flags: list[str], count: int) -> d
     assert report["num_errors"] == 0
     check_rows(out, count)
     return {
-        "pictures_per_second": round(count / report["seconds"], 1),
+        "images_per_second": round(count / report["seconds"], 1),
         "seconds": report["seconds"],
         "memory_mb": {
             # The first part has been written by then, which loads the last of the libraries.

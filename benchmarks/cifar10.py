@@ -1,7 +1,7 @@
 """The recipe `cifar10`: mobilevit_xxs on CIFAR-10 from scratch, with the time it takes, compilation included.
 
     python benchmarks/cifar10.py --data FOLDER                                    # a GPU: meant for ten minutes
-    python benchmarks/cifar10.py --data FOLDER --epochs 1 --pictures 1000 --image-size 64 --no-compile --device cpu
+    python benchmarks/cifar10.py --data FOLDER --epochs 1 --images 1000 --image-size 64 --no-compile --device cpu
 
 FOLDER holds train.parquet and test.parquet with the columns `image` (encoded) and `label`.
 """
@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int)
     parser.add_argument("--image-size", type=int)
     parser.add_argument("--batch-size", type=int)
-    parser.add_argument("--pictures", type=int, help="only so many, to see whether it works")
+    parser.add_argument("--images", type=int, help="only so many, to see whether it works")
     parser.add_argument("--no-compile", action="store_true")
     parser.add_argument("--device", default="auto")
     arguments = parser.parse_args()
@@ -40,8 +40,8 @@ def main() -> None:
 
 def run(arguments: argparse.Namespace, folder: Path) -> None:
     parts = {name: arguments.data / f"{name}.parquet" for name in ("train", "test")}
-    if arguments.pictures:
-        parts = {name: shortened(path, folder / path.name, arguments.pictures) for name, path in parts.items()}
+    if arguments.images:
+        parts = {name: shortened(path, folder / path.name, arguments.images) for name, path in parts.items()}
     config = TrainConfig(
         data=parts["train"],
         val_data=parts["test"],
@@ -61,11 +61,11 @@ def run(arguments: argparse.Namespace, folder: Path) -> None:
         "last_epoch_top1": rows[-1]["top1"],
         "images_per_second": [row["images_per_second"] for row in rows],
         "peak_memory_mb": rows[-1]["peak_memory_mb"],
-        "validation_pictures": result.report.num_images,
+        "validation_images": result.report.num_images,
         "config": json.loads(config.to_json()) | {"data": "train.parquet", "val_data": "test.parquet", "out": "runs"},
     }
     print(json.dumps({name: value for name, value in figures.items() if name != "config"}))
-    if arguments.pictures is None and torch.cuda.is_available():
+    if arguments.images is None and torch.cuda.is_available():
         record.write("cifar10", figures)
 
 

@@ -4,8 +4,8 @@
     python benchmarks/data_pipeline.py --image-size 160 --append
 
 All read the same JPEGs, made of the package's photographs: random resized crop (8 to 100 % of the area), flip, batches
-normalised in float32. What a loader leaves to the training process (timm and this package: the normalisation) is done
-there and timed, too. Rounds are interleaved; figures are pictures a second of one core.
+normalized in float32. What a loader leaves to the training process (timm and this package: the normalization) is done
+there and timed, too. Rounds are interleaved; figures are images a second of one core.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from mobilevit.data.datasets import load_train_val
 from mobilevit.data.loaders import BatchLoader
 from mobilevit.data.shard_writing import write_shards
 from mobilevit.data.transforms import ClassificationTransform
-from mobilevit.preprocessing import Preprocessing, find_images
+from mobilevit.imaging.decode import find_images
+from mobilevit.imaging.preprocessing import Preprocessing
 
 BATCH = 64
 MIN_AREA = 0.08
@@ -36,7 +37,7 @@ MIN_AREA = 0.08
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pictures", type=int, default=1024)
+    parser.add_argument("--images", type=int, default=1024)
     parser.add_argument("--longer-side", type=int, default=500)
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--rounds", type=int, default=7)
@@ -48,11 +49,11 @@ def main() -> None:
     path = record.RESULTS / "data_pipeline.json"
     before: dict[str, Any] = json.loads(path.read_text())["figures"] if arguments.append and path.exists() else {}
     told = f"{arguments.longer_side} px to {arguments.image_size} px"
-    record.write("data_pipeline", {"unit": "pictures a second of one core", "figures": before | {told: figures}})
+    record.write("data_pipeline", {"unit": "images a second of one core", "figures": before | {told: figures}})
 
 
 def compare(place: Path, arguments: argparse.Namespace) -> dict[str, Any]:
-    sizes = write_pictures(place / "folder", arguments.pictures, arguments.longer_side)
+    sizes = write_images(place / "folder", arguments.images, arguments.longer_side)
     write_parquet(place / "folder", place / "all.parquet")
     write_shards(place / "folder", place / "shards", max_bytes=16_000_000)
     side = arguments.image_size
@@ -81,13 +82,13 @@ def compare(place: Path, arguments: argparse.Namespace) -> dict[str, Any]:
         for theirs in ("torchvision ImageFolder", "timm")
         if ours.startswith("mobilevit")
     }
-    print(json.dumps({"pictures_per_second": medians, "ratios": ratios}, indent=2))
-    return {"pictures_per_second": medians, "ratios": ratios, "mean_kilobytes": round(statistics.mean(sizes) / 1e3, 1)}
+    print(json.dumps({"images_per_second": medians, "ratios": ratios}, indent=2))
+    return {"images_per_second": medians, "ratios": ratios, "mean_kilobytes": round(statistics.mean(sizes) / 1e3, 1)}
 
 
-def write_pictures(folder: Path, count: int, longer: int) -> list[int]:
+def write_images(folder: Path, count: int, longer: int) -> list[int]:
     """Parts of the package's photographs, as JPEGs of quality 90; returns their sizes in bytes."""
-    photographs = Path(str(importlib.resources.files("mobilevit.exporting"))) / "photographs"
+    photographs = Path(str(importlib.resources.files("mobilevit.imaging"))) / "photographs"
     originals = [Image.open(path).convert("RGB") for path in find_images(photographs)]
     generator = torch.Generator().manual_seed(0)
     sizes = []
@@ -101,10 +102,10 @@ def write_pictures(folder: Path, count: int, longer: int) -> list[int]:
             float(torch.rand((), generator=generator)) * spare
             for spare in (original.width - width, original.height - height)
         )
-        picture = original.resize(shape, Image.Resampling.LANCZOS, (left, top, left + width, top + height))
+        image = original.resize(shape, Image.Resampling.LANCZOS, (left, top, left + width, top + height))
         path = folder / f"class{number % 4}" / f"{number}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(path, quality=90)
+        image.save(path, quality=90)
         sizes.append(path.stat().st_size)
     return sizes
 

@@ -45,7 +45,7 @@ def take(task: str, demo: Path) -> None:
     assert seconds is not None
     figures = {
         "scores": {text: evaluation[name] for name, text in SCORES[task].items()},
-        "validation_pictures": evaluation["num_images"],
+        "validation_images": evaluation["num_images"],
         "epochs": config["epochs"],
         "seconds": int(seconds[1].replace(",", "")),
     }

@@ -3,7 +3,7 @@
 python benchmarks/engines.py
 
 Each side has a process of its own, as a user's program has: what one engine's threads do while they wait slows others.
-Ours is run as the package's sessions can run it: several pictures go a few at a time (`CHUNKS`) through as many streams
+Ours is run as the package's sessions can run it: several images go a few at a time (`CHUNKS`) through as many streams
 as there are threads, one thread each. timm is run as its users run it, one batch through all threads, and for honesty
 also in streams of the same chunks, and in OpenVINO by way of ONNX as well.
 """
@@ -34,11 +34,11 @@ from torch import nn
 import mobilevit
 import record
 from mobilevit.benchmark import peers
+from mobilevit.card import card_of
 from mobilevit.exporting.graph import ExportGraph
 from mobilevit.exporting.onnx import to_proto
 from mobilevit.exporting.plan import Plan
-from mobilevit.inference.artefact import Artefact
-from mobilevit.models.card import card_of
+from mobilevit.runtime.artifact import Artifact
 
 Array = NDArray[Any]
 Run = Callable[[], Array]
@@ -46,7 +46,7 @@ Run = Callable[[], Array]
 ENGINES = ("eager", "onnx", "openvino f32", "openvino bf16", "compile bf16")
 
 CHUNKS = {"onnx": (1,), "openvino f32": (1,), "openvino bf16": (1, 4)}
-"""Pictures in one run of a stream, all that are tried. What one layer leaves in the cache is then still there for the
+"""Images in one run of a stream, all that are tried. What one layer leaves in the cache is then still there for the
 next; where little has to move (XXS in bf16), what each call costs weighs more."""
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05}
@@ -223,7 +223,7 @@ def onnx_file(name: str, who: str, batch: int, *, stepwise: bool = True) -> byte
     if who == "mobilevit":
         model = ours(name)
         graph = ExportGraph(model, image_size=(256, 256)).eval()
-        artefact = Artefact(
+        artifact = Artifact(
             format="onnx",
             precision="fp32",
             card=card_of(model),
@@ -232,7 +232,7 @@ def onnx_file(name: str, who: str, batch: int, *, stepwise: bool = True) -> byte
             baked=False,
             outputs=graph.output_names,
         )
-        plan = Plan(graph=graph, artefact=artefact, example=graph.example(batch, (256, 256)))
+        plan = Plan(graph=graph, artifact=artifact, example=graph.example(batch, (256, 256)))
         return to_proto(plan, stepwise=stepwise).SerializeToString()
     example = (torch.rand(batch, 3, 256, 256),)
     exported = torch.onnx.export(peers.timm_model(name).eval(), example, dynamo=True, opset_version=18, verbose=False)
@@ -240,7 +240,7 @@ def onnx_file(name: str, who: str, batch: int, *, stepwise: bool = True) -> byte
     return exported.model_proto.SerializeToString()
 
 
-def in_onnx_runtime(case: Case, who: str, pictures: Array, chunk: int) -> Run:
+def in_onnx_runtime(case: Case, who: str, images: Array, chunk: int) -> Run:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = case.threads if chunk == case.batch else 1
     options.log_severity_level = 3
@@ -250,21 +250,21 @@ def in_onnx_runtime(case: Case, who: str, pictures: Array, chunk: int) -> Run:
     session = onnxruntime.InferenceSession(file, options, ["CPUExecutionProvider"], disabled_optimizers=disabled)
     name = session.get_inputs()[0].name
     if chunk == case.batch:
-        return lambda: session.run(None, {name: pictures})[0]
+        return lambda: session.run(None, {name: images})[0]
     pool = ThreadPoolExecutor(case.threads)
-    parts = _parts(pictures, chunk)
+    parts = _parts(images, chunk)
     return lambda: np.concatenate(list(pool.map(lambda part: session.run(None, {name: part})[0], parts)))
 
 
-def _parts(pictures: Array, size: int) -> list[Array]:
-    return [pictures[start : start + size] for start in range(0, len(pictures), size)]
+def _parts(images: Array, size: int) -> list[Array]:
+    return [images[start : start + size] for start in range(0, len(images), size)]
 
 
-def in_openvino(case: Case, who: str, pictures: Array, chunk: int, *, direct: bool) -> Run:
+def in_openvino(case: Case, who: str, images: Array, chunk: int, *, direct: bool) -> Run:
     core = openvino.Core()
     if direct:
         with torch.no_grad():
-            program = torch.export.export(peers.timm_model(case.model).eval(), (torch.from_numpy(pictures),))
+            program = torch.export.export(peers.timm_model(case.model).eval(), (torch.from_numpy(images),))
             model = openvino.convert_model(program)
     else:
         model = core.read_model(onnx_file(case.model, who, chunk, stepwise=not case.engine.endswith("bf16")))
@@ -278,7 +278,7 @@ def in_openvino(case: Case, who: str, pictures: Array, chunk: int, *, direct: bo
         request = engine.create_infer_request()
 
         def run() -> Array:
-            request.infer({0: pictures}, share_inputs=True)
+            request.infer({0: images}, share_inputs=True)
             return np.array(request.output_tensors[0].data)
 
         return run
@@ -289,7 +289,7 @@ def in_openvino(case: Case, who: str, pictures: Array, chunk: int, *, direct: bo
         found[place] = np.array(request.output_tensors[0].data)
 
     queue.set_callback(keep)
-    parts = _parts(pictures, chunk)
+    parts = _parts(images, chunk)
 
     def run_all() -> Array:
         for place, part in enumerate(parts):

@@ -28,15 +28,15 @@ from torch.nn import functional as F
 import mobilevit
 import record
 from mobilevit.data.datasets import load_train_val
-from mobilevit.inference.session import TorchSession
+from mobilevit.evaluation import evaluate, evaluation_loader
+from mobilevit.imaging.preprocessing import Preprocessing
 from mobilevit.models.mobilevit import ConvNormAct, MobileViTBlock, fold, initialize, unfold
-from mobilevit.preprocessing import Preprocessing
+from mobilevit.runtime.session import TorchSession
 from mobilevit.training.config import TrainConfig
-from mobilevit.training.evaluate import evaluate, evaluation_loader
 from mobilevit.training.loop import train
 
 SIDES = (64, 96, 128, 160, 192)
-"""Of the multi-scale sampler, and of the pictures that every model is measured on."""
+"""Of the multi-scale sampler, and of the images that every model is measured on."""
 SIZES = tuple((side, side) for side in SIDES)
 
 EXPERIMENTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -45,10 +45,10 @@ EXPERIMENTS: dict[str, tuple[str, dict[str, Any]]] = {
     "multi-scale, as in its code v0.1": ("sampler", {"multi_scale": "never_below_base", "train_sizes": SIZES}),
     "patches 8, 4, 2": ("patches", {"patch_size": (8, 4, 2)}),
     "no concat skip": ("skip", {}),
-    "no EMA": ("regularisation", {"ema": False}),
-    "no label smoothing": ("regularisation", {"label_smoothing": 0.0}),
-    "no weight decay": ("regularisation", {"weight_decay": 0.0}),
-    "weight decay 0.1": ("regularisation", {"weight_decay": 0.1}),
+    "no EMA": ("regularization", {"ema": False}),
+    "no label smoothing": ("regularization", {"label_smoothing": 0.0}),
+    "no weight decay": ("regularization", {"weight_decay": 0.0}),
+    "weight decay 0.1": ("regularization", {"weight_decay": 0.1}),
 }
 """What is changed, and the settings that change; everything else is the standard sampler's."""
 
@@ -131,7 +131,7 @@ def train_all(arguments: argparse.Namespace) -> None:
         seeds[str(arguments.seed)] = figures = run(name, arguments)
         print(name, arguments.seed, figures, flush=True)
         told = {"epochs": arguments.epochs, "image_size": 128, "test_sizes": SIDES}
-        record.write("experiments", {"unit": "top-1 on held-out pictures", **told, "figures": found})
+        record.write("experiments", {"unit": "top-1 on held-out images", **told, "figures": found})
 
 
 def run(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -148,14 +148,14 @@ def run(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     updates = sum(len(steps_of_epoch(config, len(train_set), epoch)) for epoch in range(config.epochs))
     return {
         "top1": top1,
-        "validation_pictures": len(val_set),
+        "validation_images": len(val_set),
         "updates": updates,
         "parameters": sum(p.numel() for p in model.parameters()),
     }
 
 
-def accuracy(model: nn.Module, pictures: Any, config: TrainConfig, renew: Any = None) -> dict[int, float]:
-    """Top-1 at every test size; given training pictures, with BatchNorm's statistics of them at that size."""
+def accuracy(model: nn.Module, images: Any, config: TrainConfig, renew: Any = None) -> dict[int, float]:
+    """Top-1 at every test size; given training images, with BatchNorm's statistics of them at that size."""
     top1 = {}
     for side in SIDES:
         preprocessing = Preprocessing(size=(side, side), crop_fraction=config.crop_fraction)
@@ -164,7 +164,7 @@ def accuracy(model: nn.Module, pictures: Any, config: TrainConfig, renew: Any = 
             renew_statistics(model, evaluation_loader(renew, preprocessing, **loading), preprocessing)
         session = TorchSession(model.eval(), preprocessing, device=torch.device("cpu"))
         top1[side] = round(
-            evaluate(session, evaluation_loader(pictures, preprocessing, **loading), preprocessing).report.score, 4
+            evaluate(session, evaluation_loader(images, preprocessing, **loading), preprocessing).report.score, 4
         )
     return top1
 
@@ -214,9 +214,7 @@ def explain_samplers(arguments: argparse.Namespace) -> None:
             "top1_renewed": accuracy(mobilevit.load(best), val_set, config, renew=mixed),
         }
         print(name, epochs, row, flush=True)
-    record.write(
-        "experiments_samplers", {"unit": "top-1 on held-out pictures", "test_sizes": SIDES, "figures": figures}
-    )
+    record.write("experiments_samplers", {"unit": "top-1 on held-out images", "test_sizes": SIDES, "figures": figures})
 
 
 # -- time -------------------------------------------------------------------------------------------------------------
@@ -252,7 +250,7 @@ def time_all(arguments: argparse.Namespace) -> None:
     for number in range(arguments.rounds + 1):
         for name in kinds:
             model, optimizer, average = models[name]
-            # Odd last batches of an epoch are priced by the picture.
+            # Odd last batches of an epoch are priced by the image.
             for side, count in {key for key, times in plans[name].items() if times > 1} | {usual[name]}:
                 pixels, labels = torch.rand(count, 3, side, side), torch.randint(0, num_classes, (count,))
                 start = time.perf_counter()
@@ -262,22 +260,22 @@ def time_all(arguments: argparse.Namespace) -> None:
                 average.update()
                 if number:
                     spent.setdefault((name, (side, count)), []).append(time.perf_counter() - start)
-        picture = torch.rand(1, 3, 256, 256)
+        image = torch.rand(1, 3, 256, 256)
         for label, name in zip(latency, ("standard sampler", "patches 8, 4, 2", "no concat skip"), strict=True):
             fast = mobilevit.fuse(models[name][0])
             with torch.inference_mode():
                 for _ in range(3):
-                    fast(picture)
+                    fast(image)
                 start = time.perf_counter()
                 for _ in range(5):
-                    fast(picture)
+                    fast(image)
             latency[label].append((time.perf_counter() - start) / 5)
     figures = {}
     for name in kinds:
         prices = {key: statistics.median(times) for (who, key), times in spent.items() if who == name}
-        per_picture = {side: price / count for (side, count), price in prices.items()}
+        per_image = {side: price / count for (side, count), price in prices.items()}
         seconds = sum(
-            times * prices.get(key, per_picture.get(key[0], 0.0) * key[1]) for key, times in plans[name].items()
+            times * prices.get(key, per_image.get(key[0], 0.0) * key[1]) for key, times in plans[name].items()
         )
         figures[name] = {
             "updates_per_epoch": sum(plans[name].values()),
@@ -289,11 +287,11 @@ def time_all(arguments: argparse.Namespace) -> None:
     print(latencies)
     record.write(
         "experiments_time",
-        {"image_size": 128, "figures": figures, "latency_ms_eager_256": latencies, "pictures": len(train_set)},
+        {"image_size": 128, "figures": figures, "latency_ms_eager_256": latencies, "images": len(train_set)},
     )
 
 
-# -- picture ----------------------------------------------------------------------------------------------------------
+# -- image ----------------------------------------------------------------------------------------------------------
 
 
 def draw(_: argparse.Namespace) -> None:
@@ -318,7 +316,7 @@ def draw(_: argparse.Namespace) -> None:
         ):
             curve = [renewed[name]["top1_renewed"][str(side)] for side in SIDES]
             by_size.plot(SIDES, curve, ls="--", color=color, label=f"{name},\nstatistics of the test size")
-    by_size.set(title="trained at 128 or at 64 to 192 pixels", xlabel="side of test pictures", ylabel="top-1")
+    by_size.set(title="trained at 128 or at 64 to 192 pixels", xlabel="side of test images", ylabel="top-1")
     by_size.set_xticks(SIDES)
     by_size.legend(frameon=False, fontsize=8)
     names = [name for name in EXPERIMENTS if found.get(name)]
@@ -327,11 +325,11 @@ def draw(_: argparse.Namespace) -> None:
         by_change.plot([statistics.mean(values)], [place], marker="o", color="#0072b2", ls="")
         by_change.plot(values, [place] * len(values), marker=".", ms=4, color="#0072b2", alpha=0.5, ls="")
     base = statistics.mean(seed["top1"]["128"] for seed in found["standard sampler"].values())
-    pictures = next(iter(found["standard sampler"].values()))["validation_pictures"]
-    noise = (base * (1 - base) / pictures) ** 0.5
+    images = next(iter(found["standard sampler"].values()))["validation_images"]
+    noise = (base * (1 - base) / images) ** 0.5
     by_change.axvspan(base - noise, base + noise, color="#000000", alpha=0.07, lw=0)
     by_change.set_yticks(range(len(names)), list(reversed(names)))
-    by_change.set(title="one thing changed; grey: one standard error", xlabel="top-1 at 128 pixels")
+    by_change.set(title="one thing changed; gray: one standard error", xlabel="top-1 at 128 pixels")
     for axes, axis, step in ((by_size, by_size.yaxis, 0.02), (by_change, by_change.xaxis, 0.01)):
         axis.set_major_locator(MultipleLocator(step))
         axis.set_major_formatter(PercentFormatter(1, decimals=0))

@@ -57,7 +57,7 @@ def main() -> None:
     figures = {
         "validation_top1": round(result.report.top1, 4),
         "last_epoch_top1": rows[-1]["top1"],
-        "validation_pictures": result.report.num_images,
+        "validation_images": result.report.num_images,
         "minutes": round(minutes, 2),
         "epochs": result.epochs,
         "median_training_images_per_second": sorted(r["images_per_second"] for r in rows)[len(rows) // 2],

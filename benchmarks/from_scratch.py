@@ -4,7 +4,7 @@
     python benchmarks/from_scratch.py camvid --data FOLDER --epochs 60
     python benchmarks/from_scratch.py bccd --data FOLDER --model mobilevit_s --epochs 300 --batch-size 16 --device cuda
 
-bccd: blood cells, 205/87/72 pictures with boxes of 3 classes, as Pascal VOC. camvid: road scenes, 367/101/233 pictures
+bccd: blood cells, 205/87/72 images with boxes of 3 classes, as Pascal VOC. camvid: road scenes, 367/101/233 images
 of 480 x 360 with masks of 11 classes. Curves and plots go to `docs/images`. The clock includes reading and evaluation.
 """
 
@@ -19,18 +19,18 @@ from typing import Any
 
 import record
 from mobilevit import factory
+from mobilevit.card import card_of
 from mobilevit.data.datasets import find_splits
 from mobilevit.devices import pick_device
-from mobilevit.inference.session import TorchSession
-from mobilevit.models.card import card_of
+from mobilevit.evaluation import default_num_workers, evaluate, evaluation_loader
+from mobilevit.runtime.session import TorchSession
 from mobilevit.training.config import TrainConfig
-from mobilevit.training.evaluate import default_num_workers, evaluate, evaluation_loader
 from mobilevit.training.loop import train
 
 IMAGES = Path(__file__).parent.parent / "docs" / "images"
 
 SETTINGS: dict[str, dict[str, Any]] = {
-    # Cells are equally large in every picture, so pictures are not shrunk.
+    # Cells are equally large in every image, so images are not shrunk.
     "bccd": {"task": "detection", "batch_size": 8, "learning_rate": 1e-3, "zoom_out": 0.0},
     "camvid": {
         "task": "segmentation",

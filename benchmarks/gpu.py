@@ -4,7 +4,7 @@
     python benchmarks/gpu.py --models mobilevit_xxs --append
     python benchmarks/gpu.py --device cpu --batch 2 --size 64 --rounds 2 --mode default    # whether it works at all
 
-Rounds are interleaved; figures are pictures a second from the median round. Random weights; the answers of every
+Rounds are interleaved; figures are images a second from the median round. Random weights; the answers of every
 contender are compared with float32's.
 """
 
@@ -62,23 +62,23 @@ def compare(name: str, device: torch.device, arguments: argparse.Namespace) -> d
     ours = mobilevit.create_model(name).to(device)
     timms = peers.timm_model(name).eval().to(device)
     fused = mobilevit.fuse(ours)
-    pictures = torch.rand(arguments.batch, 3, arguments.size, arguments.size, device=device)
+    images = torch.rand(arguments.batch, 3, arguments.size, arguments.size, device=device)
     sides: dict[str, Callable[[], torch.Tensor]] = {}
     wanted: dict[str, torch.Tensor] = {}
     for precision in arguments.precisions:
         for layout in ("contiguous", "channels_last"):
             for how in ("eager", "compiled"):
                 side = f"timm {how}, {layout}, {precision}"
-                sides[side] = prepare(timms, pictures, precision, layout, how, arguments.mode)
-                wanted[side] = timms(pictures)
+                sides[side] = prepare(timms, images, precision, layout, how, arguments.mode)
+                wanted[side] = timms(images)
         for label, model, how in (
             ("eager", fused, "eager"),
             ("compiled", fused, "compiled"),
             ("compiled, padded heads", pad_heads(fused), "compiled"),
         ):
             side = f"mobilevit {label}, {precision}"
-            sides[side] = prepare(model, pictures, precision, "channels_last", how, arguments.mode)
-            wanted[side] = ours(pictures)
+            sides[side] = prepare(model, images, precision, "channels_last", how, arguments.mode)
+            wanted[side] = ours(images)
     agreement = {}
     for side, run in list(sides.items()):
         try:
@@ -109,13 +109,13 @@ def compare(name: str, device: torch.device, arguments: argparse.Namespace) -> d
 
 
 def prepare(
-    model: nn.Module, pictures: torch.Tensor, precision: str, layout: str, how: str, mode: str
+    model: nn.Module, batch: torch.Tensor, precision: str, layout: str, how: str, mode: str
 ) -> Callable[[], torch.Tensor]:
     import copy
 
     formats = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
     network: Any = copy.deepcopy(model).to(DTYPES[precision]).to(memory_format=formats[layout])
-    images = pictures.to(DTYPES[precision]).contiguous(memory_format=formats[layout])
+    images = batch.to(DTYPES[precision]).contiguous(memory_format=formats[layout])
     if how == "compiled":
         torch._dynamo.reset()
         network = torch.compile(network, mode=mode)

@@ -1,4 +1,4 @@
-"""ExecuTorch and LiteRT, in float32 and int8, beside fused PyTorch: one picture of 256 x 256, in turns, medians.
+"""ExecuTorch and LiteRT, in float32 and int8, beside fused PyTorch: one image of 256 x 256, in turns, medians.
 
     python benchmarks/mobile_runtimes.py
 
@@ -28,10 +28,10 @@ import torch
 
 import mobilevit
 import record
+from mobilevit.card import card_of
 from mobilevit.data.shapes import render_scene
 from mobilevit.exporting.export import FORMATS, export
-from mobilevit.inference.session import ArtefactSession, TorchSession
-from mobilevit.models.card import card_of
+from mobilevit.runtime.session import ArtifactSession, TorchSession
 
 RUNS = 4
 """Of a side in each of its turns."""
@@ -55,7 +55,7 @@ def main() -> None:
             with tempfile.TemporaryDirectory() as folder:
                 if not write(format_, name, Path(folder)):
                     break
-                found: dict[str, Any] = {"megabytes": {p.stem: megabytes(p) for p in artefacts(Path(folder))}}
+                found: dict[str, Any] = {"megabytes": {p.stem: megabytes(p) for p in artifacts(Path(folder))}}
                 for threads in arguments.threads:
                     command = [sys.executable, __file__, "--time", folder, "--threads", str(threads)]
                     command += ["--rounds", str(arguments.rounds), "--models", name]
@@ -63,7 +63,7 @@ def main() -> None:
                     found[f"{threads} thread{'s' if threads > 1 else ''}"] = json.loads(told.splitlines()[-1])
             figures[f"{format_} {name}"] = found
             print(format_, name, found, flush=True)
-    record.write("mobile_runtimes", {"unit": "milliseconds, median of rounds, one picture", "figures": figures})
+    record.write("mobile_runtimes", {"unit": "milliseconds, median of rounds, one image", "figures": figures})
 
 
 def write(format_: str, name: str, folder: Path) -> bool:
@@ -85,7 +85,7 @@ def write(format_: str, name: str, folder: Path) -> bool:
     return True
 
 
-def artefacts(folder: Path) -> list[Path]:
+def artifacts(folder: Path) -> list[Path]:
     return sorted([*folder.glob("*.pte"), *folder.glob("*.tflite")])
 
 
@@ -100,8 +100,8 @@ def times(folder: Path, name: str, threads: int, rounds: int) -> dict[str, Any]:
     pixels = torch.randint(0, 256, (1, 3, 256, 256), dtype=torch.uint8)
     theirs = TorchSession(model, card_of(model).preprocessing, device=torch.device("cpu"))
     sides: dict[str, Callable[[], object]] = {"PyTorch": partial(theirs, pixels)}
-    for path in artefacts(folder):
-        sides[path.stem] = partial(ArtefactSession(path, threads=threads), pixels)
+    for path in artifacts(folder):
+        sides[path.stem] = partial(ArtifactSession(path, threads=threads), pixels)
     found: dict[str, list[float]] = {side: [] for side in sides}
     for number in range(rounds + 2):
         for side, run in sides.items():

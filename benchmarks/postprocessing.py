@@ -2,7 +2,7 @@
 
     python benchmarks/postprocessing.py
 
-Both sides run in turn on the fused mobilevit_xxs, the smallest, with one picture. Three sorts of output: of fresh
+Both sides run in turn on the fused mobilevit_xxs, the smallest, with one image. Three sorts of output: of fresh
 weights, where every anchor is as likely to be anything and a quarter of a million scores pass the threshold; noise;
 and noise with a background as sure as that of a trained detector.
 """
@@ -26,9 +26,9 @@ ROUNDS = 50
 def main() -> None:
     torch.manual_seed(0)
     model = mobilevit.fuse(mobilevit.create_model("mobilevit_xxs", task="detection", num_classes=80))
-    picture = torch.rand(1, 3, 320, 320)
+    image = torch.rand(1, 3, 320, 320)
     with torch.inference_mode():
-        fresh: DetectionOutput = model(picture)
+        fresh: DetectionOutput = model(image)
         noise = fresh._replace(class_logits=2 * torch.randn_like(fresh.class_logits))
         background = torch.tensor([6.0] + [0.0] * 80)
         outputs = {
@@ -39,7 +39,7 @@ def main() -> None:
         forward: list[float] = []
         after: dict[str, list[float]] = {name: [] for name in outputs}
         for _ in range(ROUNDS):
-            forward.append(_milliseconds(lambda: model(picture)))
+            forward.append(_milliseconds(lambda: model(image)))
             for name, output in outputs.items():
                 after[name].append(_milliseconds(lambda output=output: postprocess(output)))
     base = statistics.median(forward)

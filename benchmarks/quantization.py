@@ -2,12 +2,12 @@
 
     python benchmarks/quantization.py --from CHECKPOINT --data FOLDER --from CHECKPOINT --data FOLDER ...
 
-A checkpoint of any task, with the data it was trained on. Calibrated on training pictures only, measured on those held
+A checkpoint of any task, with the data it was trained on. Calibrated on training images only, measured on those held
 out. What a run does not measure stays in the result file, so tasks can be measured one by one, and latency apart:
 
     python benchmarks/quantization.py --latency mobilevit_xxs mobilevit_s
 
-Latency is processor time of one thread for one picture, of fresh models, whose time does not depend on their weights.
+Latency is processor time of one thread for one image, of fresh models, whose time does not depend on their weights.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ import torch
 
 import record
 from mobilevit import create_model, factory
-from mobilevit.cli.labelled import data_to_evaluate
+from mobilevit.card import ModelCard, card_of
+from mobilevit.cli.labeled import data_to_evaluate
 from mobilevit.data.shapes import render_scene
+from mobilevit.evaluation import evaluate, evaluation_loader
 from mobilevit.exporting.export import FORMATS, ExportError, export
 from mobilevit.exporting.graph import ExportGraph
+from mobilevit.exporting.images import parity_pixels
 from mobilevit.exporting.parity import check
-from mobilevit.exporting.pictures import parity_pixels
 from mobilevit.exporting.sensitivity import sensitivity
-from mobilevit.inference.session import ArtefactSession, Session, TorchSession
-from mobilevit.models.card import ModelCard, card_of
-from mobilevit.training.evaluate import evaluate, evaluation_loader
+from mobilevit.runtime.session import ArtifactSession, Session, TorchSession
 
-UNIT = "milliseconds of one picture of 256 x 256, processor time of one thread, median of rounds"
+UNIT = "milliseconds of one image of 256 x 256, processor time of one thread, median of rounds"
 FIGURES = {"classification": ("top1",), "detection": ("ap", "ap50"), "segmentation": ("miou", "pixel_accuracy")}
 MOST_COMPARED = 1000
-"""Held-out pictures on which answers are compared with PyTorch's; of masks, a tenth: they have many answers each."""
+"""Held-out images on which answers are compared with PyTorch's; of masks, a tenth: they have many answers each."""
 
 
 def main() -> None:
@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument("--from", dest="checkpoints", type=Path, action="append", default=[])
     parser.add_argument("--data", type=Path, action="append", default=[])
     parser.add_argument("--formats", nargs="+", default=["onnx", "openvino", "executorch", "litert"])
-    parser.add_argument("--calibration", type=int, default=128, help="training pictures to calibrate on")
+    parser.add_argument("--calibration", type=int, default=128, help="training images to calibrate on")
     parser.add_argument("--latency", nargs="*", default=[], help="models, such as mobilevit_xxs")
     parser.add_argument("--rounds", type=int, default=30)
     arguments = parser.parse_args()
@@ -67,7 +67,7 @@ def main() -> None:
 
 
 def merged(known: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:
-    """What was measured of other formats before, if it was the same model on the same pictures."""
+    """What was measured of other formats before, if it was the same model on the same images."""
     if known.get("float") != found["float"]:
         return dict(found)
     return {**known, **found, "formats": {**known["formats"], **found["formats"]}}
@@ -115,7 +115,7 @@ def measure(checkpoint: Path, folder: Path, arguments: argparse.Namespace) -> tu
                         precision=precision,
                         image_size=(height, width),
                         calibration=calibration if precision == "int8" else None,
-                        pictures=calibration[:: max(1, len(calibration) // 16)],
+                        images=calibration[:: max(1, len(calibration) // 16)],
                         evaluate=accuracy,
                     )
                 except ExportError as error:
@@ -127,7 +127,7 @@ def measure(checkpoint: Path, folder: Path, arguments: argparse.Namespace) -> tu
                     break
                 else:
                     graph = ExportGraph(model, image_size=(height, width)).eval()
-                    parity = check(graph, ArtefactSession(report.path, threads=1), pixels, "held out")
+                    parity = check(graph, ArtifactSession(report.path, threads=1), pixels, "held out")
                     formats[name] = {
                         **report.metrics,
                         "loss": {k: round(before[k] - report.metrics[k], 6) for k in before},
@@ -137,13 +137,13 @@ def measure(checkpoint: Path, folder: Path, arguments: argparse.Namespace) -> tu
             print(card.task, name, formats[name], flush=True)
     rows = sensitivity(
         ExportGraph(model, image_size=(height, width)).eval(),
-        [card.preprocessing.normalize(picture[None]) for picture in _resized(calibration, card)],
+        [card.preprocessing.normalize(image[None]) for image in _resized(calibration, card)],
     )
     return card.task, {
         "checkpoint": checkpoint.parent.name,
         "image_size": [height, width],
-        "measured on": f"{len(held_out)} pictures, {which}",
-        "calibrated on": f"{len(calibration)} of its training pictures",
+        "measured on": f"{len(held_out)} images, {which}",
+        "calibrated on": f"{len(calibration)} of its training images",
         "agreement": f"with PyTorch in float32: {parity.measure}",
         "float": before,
         "formats": formats,
@@ -151,11 +151,9 @@ def measure(checkpoint: Path, folder: Path, arguments: argparse.Namespace) -> tu
     }
 
 
-def _resized(pictures: list[Any], card: ModelCard) -> torch.Tensor:
+def _resized(images: list[Any], card: ModelCard) -> torch.Tensor:
     """All of them, a few at a time, as the function draws from more."""
-    parts = [
-        parity_pixels(pictures[start : start + 32], card.preprocessing)[0] for start in range(0, len(pictures), 32)
-    ]
+    parts = [parity_pixels(images[start : start + 32], card.preprocessing)[0] for start in range(0, len(images), 32)]
     return torch.cat(parts)
 
 
@@ -179,7 +177,7 @@ def latencies(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
                     report = export(
                         model, out, format=format_, precision=precision, calibration=calibration, verify=False
                     )
-                    sessions[f"{format_} {precision}"] = ArtefactSession(report.path, threads=1)
+                    sessions[f"{format_} {precision}"] = ArtifactSession(report.path, threads=1)
                 except ValueError as error:
                     if "not installed" not in str(error):
                         raise

@@ -1,9 +1,9 @@
 """`mobilevit serve` under load, overload, nonsense, signals and kills.
 
-    python benchmarks/serving.py all --data PICTURES
+    python benchmarks/serving.py all --data IMAGES
 
 or one of the parts: throughput, overload, fuzz, schemathesis (pip install schemathesis), sigterm, kill. Each part
-writes its own place in results/serving.json. PICTURES is a folder of JPEGs; drawings stand in for it. The model
+writes its own place in results/serving.json. IMAGES is a folder of JPEGs; drawings stand in for it. The model
 is an XXS at 256 x 256 with fresh weights: how long it takes does not depend on them.
 
 Throughput is measured in turns, a few seconds each, several rounds: the server under load, the engine alone (batches
@@ -43,8 +43,8 @@ import mobilevit
 import record
 from mobilevit.data.shapes import render_scene
 from mobilevit.files import write_json
-from mobilevit.inference.backends import available_cores
-from mobilevit.preprocessing import find_images
+from mobilevit.imaging.decode import find_images
+from mobilevit.runtime.backends import available_cores
 
 PARTS = ("throughput", "overload", "fuzz", "schemathesis", "sigterm", "kill")
 CORES = available_cores()
@@ -94,28 +94,28 @@ def keep(part: str, figures: dict[str, Any]) -> None:
 
 
 class Setup:
-    """A checkpoint and pictures to send."""
+    """A checkpoint and images to send."""
 
     def __init__(self, folder: Path, data: Path | None) -> None:
-        self.folder, self.pictures = folder, folder / "pictures"
-        self.pictures.mkdir()
+        self.folder, self.images = folder, folder / "images"
+        self.images.mkdir()
         torch.manual_seed(0)
         self.checkpoint = mobilevit.save(mobilevit.create_model("mobilevit_xxs"), folder / "xxs.safetensors")
         if data is None:
             for number in range(64):
-                render_scene(number, size=256).image.save(self.pictures / f"{number}.jpg", quality=90)
+                render_scene(number, size=256).image.save(self.images / f"{number}.jpg", quality=90)
         else:
             jpegs = [path for path in find_images(data) if path.suffix.lower() in (".jpg", ".jpeg")]
             for number, path in enumerate(jpegs[:: max(1, len(jpegs) // 256)][:256]):
-                shutil.copy(path, self.pictures / f"{number}.jpg")
-        self.files = find_images(self.pictures)
+                shutil.copy(path, self.images / f"{number}.jpg")
+        self.files = find_images(self.images)
 
     def describe(self) -> dict[str, Any]:
         from PIL import Image
 
         sizes = [Image.open(path).size for path in self.files]
         return {
-            "pictures": len(self.files),
+            "images": len(self.files),
             "median_size": [statistics.median(side) for side in zip(*sizes, strict=True)],
             "median_kilobytes": round(statistics.median(path.stat().st_size for path in self.files) / 1e3, 2),
         }
@@ -169,7 +169,7 @@ class Server:
 
 
 def start_load(server: Server, setup: Setup, **job: Any) -> subprocess.Popen[str]:
-    told = {"address": server.address, "pictures": str(setup.pictures), "connections": CONNECTIONS, **job}
+    told = {"address": server.address, "images": str(setup.images), "connections": CONNECTIONS, **job}
     command = [sys.executable, str(Path(__file__).with_name("serving_client.py")), json.dumps(told)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
@@ -189,10 +189,10 @@ def percentiles(latencies_ms: list[float]) -> dict[str, float]:
 
 
 def side(job: dict[str, Any]) -> None:
-    """One process of the engine alone or of the stream: waits for a line with seconds, answers with pictures/s."""
+    """One process of the engine alone or of the stream: waits for a line with seconds, answers with images/s."""
     predictor = mobilevit.Predictor(job["checkpoint"], threads=1, engine=job["engine"], batch_size=16)
-    encoded = [path.read_bytes() for path in find_images(Path(job["pictures"]))]
-    ready = [predictor.prepare(data, "picture") for data in encoded[:16]]
+    encoded = [path.read_bytes() for path in find_images(Path(job["images"]))]
+    ready = [predictor.prepare(data, "image") for data in encoded[:16]]
     ready = (ready * 16)[:16]
     predictor.compute(ready)
     print("ready", flush=True)
@@ -213,7 +213,7 @@ class Side:
     """As many processes as there are cores."""
 
     def __init__(self, what: str, checkpoint: Path, engine: str, setup: Setup) -> None:
-        told = {"what": what, "checkpoint": str(checkpoint), "engine": engine, "pictures": str(setup.pictures)}
+        told = {"what": what, "checkpoint": str(checkpoint), "engine": engine, "images": str(setup.images)}
         command = [sys.executable, __file__, "side", "--job", json.dumps(told)]
         pipe, env = subprocess.PIPE, {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}
         self.processes = [subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=env) for _ in range(CORES)]
@@ -225,7 +225,7 @@ class Side:
         return process.stdout.readline()
 
     def run(self, seconds: float) -> float:
-        """Pictures a second of all together."""
+        """Images a second of all together."""
         for process in self.processes:
             assert process.stdin is not None
             process.stdin.write(f"{seconds}\n")
@@ -272,7 +272,7 @@ def compare(setup: Setup, checkpoint: Path, engine: str, rounds: int, seconds: f
                 served += told["statuses"].get("200", 0)
                 statuses.update(told["statuses"])
                 latencies += told["latencies_ms"]
-                speeds["server"].append(told["pictures_per_second"])
+                speeds["server"].append(told["images_per_second"])
                 for what, processes in sides.items():
                     speeds[what].append(processes.run(seconds / 2))
             startup, memory = server.seconds_to_start, server.megabytes()
@@ -282,13 +282,13 @@ def compare(setup: Setup, checkpoint: Path, engine: str, rounds: int, seconds: f
     medians = {what: statistics.median(values) for what, values in speeds.items()}
     shares = [s / e for s, e in zip(speeds["server"], speeds["engine"], strict=True)]
     return {
-        "pictures_per_second": {what: round(value, 1) for what, value in medians.items()},
+        "images_per_second": {what: round(value, 1) for what, value in medians.items()},
         "all_rounds": {what: [round(value, 1) for value in values] for what, values in speeds.items()},
         "share_of_engine": round(statistics.median(shares), 3),
         "share_of_stream": round(medians["server"] / medians["stream"], 3),
         **percentiles(latencies),
         "statuses": dict(statuses),
-        "cpu_ms_per_picture": {
+        "cpu_ms_per_image": {
             "server": round(server_cpu / served * 1e3, 2),
             "client": round(client_cpu / served * 1e3, 2),
             "engine": round(CORES / medians["engine"] * 1e3, 2),
@@ -307,7 +307,7 @@ def overload(setup: Setup, minutes: float) -> dict[str, Any]:
     """Four times the requests it can answer, and its memory meanwhile."""
     with Server(setup.checkpoint, "--workers", str(CORES), "--threads", "1") as server:
         finish_load(start_load(server, setup, seconds=3))
-        capacity = finish_load(start_load(server, setup, seconds=15))["pictures_per_second"]
+        capacity = finish_load(start_load(server, setup, seconds=15))["images_per_second"]
         rate = 4 * capacity
         client = start_load(server, setup, seconds=minutes * 60, rate=rate, connections=16 * CONNECTIONS)
         samples, start = [], time.perf_counter()
@@ -322,10 +322,10 @@ def overload(setup: Setup, minutes: float) -> dict[str, Any]:
     answered = sum(count for kind, count in told["statuses"].items() if kind.isdecimal())
     return {
         "minutes": minutes,
-        "capacity_pictures_per_second": round(capacity, 1),
+        "capacity_images_per_second": round(capacity, 1),
         "offered_per_second": round(rate, 1),
         "sent_per_second": round(answered / told["seconds"], 1),
-        "answered_pictures_per_second": round(told["pictures_per_second"], 1),
+        "answered_images_per_second": round(told["images_per_second"], 1),
         "statuses": told["statuses"],
         "lost": len(told["lost"]),
         "requests_in_the_log": logged,
@@ -437,7 +437,7 @@ def fuzz(setup: Setup, count: int) -> dict[str, Any]:
         "server_errors": failures,
         "tracebacks_in_the_log": tracebacks,
         "same_processes_afterwards": survived,
-        "good_pictures_afterwards": after,
+        "good_images_afterwards": after,
     }
 
 
@@ -446,7 +446,7 @@ def schemathesis(setup: Setup) -> dict[str, Any]:
     with Server(setup.checkpoint, "--threads", str(CORES)) as server:
         command = [str(Path(sys.executable).with_name("schemathesis")), "run", f"{server.address}/openapi.json"]
         command += ["--max-examples", "100", "--seed", "1"]
-        # OpenAPI cannot say that x and y come together, nor that bytes must be a picture.
+        # OpenAPI cannot say that x and y come together, nor that bytes must be an image.
         command += ["--exclude-checks", "positive_data_acceptance"]
         told = subprocess.run(command, capture_output=True, text=True, cwd=setup.folder)
         tracebacks = sum("traceback" in line for line in server.lines())

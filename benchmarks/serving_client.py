@@ -1,6 +1,6 @@
 """The client of benchmarks/serving.py: connections that ask for predictions, in a process without PyTorch.
 
-    python benchmarks/serving_client.py '{"address": "http://127.0.0.1:8000", "pictures": "FOLDER", "connections": 32,
+    python benchmarks/serving_client.py '{"address": "http://127.0.0.1:8000", "images": "FOLDER", "connections": 32,
         "seconds": 10}'
 
 prints statuses, latencies and its own processor time as JSON.
@@ -23,7 +23,7 @@ from urllib.parse import urlsplit
 async def load(job: dict[str, Any]) -> dict[str, Any]:
     """Ask for `seconds` over some connections: each as fast as it is answered, or all together at `rate` a second."""
     target = urlsplit(job["address"])
-    bodies = itertools.cycle([path.read_bytes() for path in sorted(Path(job["pictures"]).iterdir())])
+    bodies = itertools.cycle([path.read_bytes() for path in sorted(Path(job["images"]).iterdir())])
     start = time.perf_counter()
     end, rate = start + job["seconds"], job.get("rate")
     numbers = itertools.count()
@@ -68,7 +68,7 @@ async def load(job: dict[str, Any]) -> dict[str, Any]:
         "seconds": took,
         "statuses": dict(statuses),
         "lost": lost,
-        "pictures_per_second": statuses["200"] / took,
+        "images_per_second": statuses["200"] / took,
         "cpu_seconds": time.process_time() - cpu,
         "latencies_ms": [round(latency * 1e3, 2) for latency in latencies],
     }
@@ -77,7 +77,7 @@ async def load(job: dict[str, Any]) -> dict[str, Any]:
 async def ask(
     reader: asyncio.StreamReader, writer: asyncio.StreamWriter, body: bytes, request_id: str
 ) -> tuple[int, bool]:
-    """Send one picture. Returns the status and whether the connection ends."""
+    """Send one image. Returns the status and whether the connection ends."""
     head = f"POST /v1/predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/jpeg\r\nX-Request-ID: {request_id}\r\n"
     writer.write(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
     told = (await reader.readuntil(b"\r\n\r\n")).lower()

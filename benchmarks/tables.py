@@ -87,10 +87,10 @@ class Words:
     inference: str = "inference, {model}, batch {batch}"
     engine: str = "the same in {engine}"
     training: str = "training, XXS, {size} px, images/s"
-    top1: str = "XXS from scratch, {epochs} epochs: top-1 on {pictures:,} held-out flower photographs"
+    top1: str = "XXS from scratch, {epochs} epochs: top-1 on {images:,} held-out flower photographs"
     minutes: str = "the same, minutes for training and validation on {threads} thread(s)"
-    detection: str = "XXS from scratch, {epochs} epochs: AP50 of boxes around cells, {pictures} test pictures of BCCD"
-    segmentation: str = "XXS from scratch, {epochs} epochs: mean IoU of road scenes, {pictures} test pictures of CamVid"
+    detection: str = "XXS from scratch, {epochs} epochs: AP50 of boxes around cells, {images} test images of BCCD"
+    segmentation: str = "XXS from scratch, {epochs} epochs: mean IoU of road scenes, {images} test images of CamVid"
     times: str = "{value} ({ratio} x)"
     where: str = (
         "In brackets: this package's speed over the other's. Inference is the median time of eager float32 forward "
@@ -112,10 +112,10 @@ CHINESE = Words(
     inference="推理，{model}，batch {batch}",
     engine="同上，{engine}",
     training="训练，XXS，{size} px，张/秒",
-    top1="XXS 从零训练 {epochs} 个 epoch：{pictures:,} 张留出花卉照片上的 top-1",
+    top1="XXS 从零训练 {epochs} 个 epoch：{images:,} 张留出花卉照片上的 top-1",
     minutes="同上，{threads} 个线程上训练加验证用时（分钟）",
-    detection="XXS 从零训练 {epochs} 个 epoch：血细胞检测 AP50，BCCD 的 {pictures} 张测试图片",
-    segmentation="XXS 从零训练 {epochs} 个 epoch：道路场景分割 mean IoU，CamVid 的 {pictures} 张测试图片",
+    detection="XXS 从零训练 {epochs} 个 epoch：血细胞检测 AP50，BCCD 的 {images} 张测试图片",
+    segmentation="XXS 从零训练 {epochs} 个 epoch：道路场景分割 mean IoU，CamVid 的 {images} 张测试图片",
     times="{value}（{ratio} 倍）",
     where=(
         "括号内为本项目的速度是对方的几倍。推理行是 eager 模式、float32、256 x 256 输入下单次前向的耗时中位数，"
@@ -155,7 +155,7 @@ def short_table(results: Results, words: Words) -> str:
     if ours := results.get(FLOWERS["mobilevit"]):
         runs = {side: results.get(name) for side, name in FLOWERS.items()}
         alike = {side: run for side, run in runs.items() if run and run["epochs"] == ours["epochs"]}
-        said = {"pictures": ours["validation_pictures"], "epochs": ours["epochs"]}
+        said = {"images": ours["validation_images"], "epochs": ours["epochs"]}
         accuracies = [words.top1.format(**said)]
         for side in FLOWERS:
             run = alike.get(side)
@@ -167,7 +167,7 @@ def short_table(results: Results, words: Words) -> str:
         (FROM_SCRATCH["segmentation"], words.segmentation, "miou"),
     ):
         if run := results.get(name):
-            what = text.format(epochs=run["epochs"], pictures=run["test_report"]["num_images"])
+            what = text.format(epochs=run["epochs"], images=run["test_report"]["num_images"])
             rows.append([what, percent(run["test"][figure]), "", "", ""])
     if not rows:
         return words.nothing
@@ -328,7 +328,7 @@ def flowers_tables(results: Results) -> str:
     runs = {side: results[name] for side, name in FLOWERS.items() if name in results}
     rows = []
     for side, run in runs.items():
-        error = (run["validation_top1"] * (1 - run["validation_top1"]) / run["validation_pictures"]) ** 0.5
+        error = (run["validation_top1"] * (1 - run["validation_top1"]) / run["validation_images"]) ** 0.5
         rows.append(
             [
                 side,
@@ -396,8 +396,8 @@ _FROM_SCRATCH_TEXTS: dict[str, tuple[str, dict[str, str], dict[str, str], dict[s
         },
         {"ap": "AP", "ap50": "AP50", "precision": "precision", "recall": "recall"},
         {
-            "curves.png": "Training loss, AP on the validation pictures and learning rate by epoch",
-            "pr-curves.png": "Precision against recall on the validation pictures, a curve a class",
+            "curves.png": "Training loss, AP on the validation images and learning rate by epoch",
+            "pr-curves.png": "Precision against recall on the validation images, a curve a class",
         },
     ),
     "segmentation": (
@@ -405,8 +405,8 @@ _FROM_SCRATCH_TEXTS: dict[str, tuple[str, dict[str, str], dict[str, str], dict[s
         {"miou": "mean IoU", "pixel_accuracy": "pixel accuracy", "mean_class_accuracy": "mean class accuracy"},
         {"iou": "IoU", "accuracy": "accuracy", "share": "share of the pixels"},
         {
-            "curves.png": "Training loss, mean IoU on the validation pictures and learning rate by epoch",
-            "per-class-iou.png": "Bars of IoU by class on the validation pictures",
+            "curves.png": "Training loss, mean IoU on the validation images and learning rate by epoch",
+            "per-class-iou.png": "Bars of IoU by class on the validation images",
         },
     ),
 }  # fmt: skip
@@ -430,7 +430,7 @@ def demo_table(results: Results) -> str:
         result = results[name]
         scores = ", ".join(f"{text} {percent(value)}" for text, value in result["scores"].items())
         rows.append([name.removeprefix("demo-"), scores, str(result["epochs"]), str(result["seconds"])])
-    return table(("task", "on pictures held out", "epochs", "seconds in all"), rows)
+    return table(("task", "on images held out", "epochs", "seconds in all"), rows)
 
 
 def resume_table(results: Results) -> str:
@@ -455,11 +455,11 @@ SECTIONS = (
         title="Inference",
         names=("inference",),
         what=(
-            "Eager PyTorch, float32, 256 x 256, random weights and pictures, time of one forward pass. All sides take "
+            "Eager PyTorch, float32, 256 x 256, random weights and images, time of one forward pass. All sides take "
             "turns in one process, so a slow moment of the machine meets all of them. `mobilevit` is the model as "
-            "built, `mobilevit fused` after `mobilevit.fuse`; both get channels-last pictures, as `Predictor` feeds "
+            "built, `mobilevit fused` after `mobilevit.fuse`; both get channels-last images, as `Predictor` feeds "
             "them. `timm` and `transformers` are the models their libraries build, in eval mode; `timm channels_last` "
-            "is timm's with model and pictures in that layout."
+            "is timm's with model and images in that layout."
         ),
         body=inference_tables,
     ),
@@ -469,7 +469,7 @@ SECTIONS = (
         what=(
             "The same networks in ONNX Runtime, OpenVINO and PyTorch, 256 x 256, random weights. timm's model runs as "
             "its users run it, one batch through all threads, and, for honesty, also in streams of small chunks, one "
-            "thread each, as this package's sessions run several pictures. The fastest of ours is in bold."
+            "thread each, as this package's sessions run several images. The fastest of ours is in bold."
         ),
         body=engines_tables,
     ),
@@ -477,7 +477,7 @@ SECTIONS = (
         title="Smaller numbers",
         names=("quantization",),
         what=(
-            "XXS trained on small public sets, calibrated on training pictures, measured on others. Which layers stay "
+            "XXS trained on small public sets, calibrated on training images, measured on others. Which layers stay "
             "in floating point was chosen on the flowers held out, so that their figures flatter it a little. Times "
             "are of random weights."
         ),
@@ -488,7 +488,7 @@ SECTIONS = (
         names=("mobile_runtimes",),
         what=(
             "ExecuTorch and LiteRT, both through XNNPACK, beside fused PyTorch in the same process; 256 x 256, one "
-            "picture, random weights. Measured on a server's processor: what a phone makes of these files is another "
+            "image, random weights. Measured on a server's processor: what a phone makes of these files is another "
             "matter, but they run the same kernels there."
         ),
         body=mobile_table,
@@ -509,10 +509,10 @@ SECTIONS = (
             "XXS without pretrained weights on a folder of flower photographs in five classes, scaled to 128 x 128; a "
             "fifth of each class is held out. timm's model goes through the same loop, data, settings and seed as a "
             "control. Minutes are from start to finish, validation after every epoch included. The best epoch is "
-            "chosen on the validation pictures themselves, so the last epoch's figure is the fairer one. Crop, batch, "
-            "learning rate, MixUp and clipping were chosen over a few earlier runs on the same pictures, most of them "
+            "chosen on the validation images themselves, so the last epoch's figure is the fairer one. Crop, batch, "
+            "learning rate, MixUp and clipping were chosen over a few earlier runs on the same images, most of them "
             "with this package's model, so both figures flatter it a little. One seed; the "
-            "standard error is that of a share of so many pictures."
+            "standard error is that of a share of so many images."
         ),
         body=flowers_tables,
     ),
@@ -520,11 +520,11 @@ SECTIONS = (
         title="Detection and segmentation from scratch",
         names=tuple(FROM_SCRATCH.values()),
         what=(
-            "XXS without pretrained weights on two small public sets. BCCD: 364 microscope pictures of blood, 205 to "
+            "XXS without pretrained weights on two small public sets. BCCD: 364 microscope images of blood, 205 to "
             "train on, 87 to validate and 72 to test, with boxes of three kinds of cells. CamVid: 701 frames of road "
             "scenes at 480 x 360, 367, 101 and 233, with masks of eleven classes. The validation part chose the best "
             "epoch; the test part was measured with those weights. One seed. The settings were tried once before, over "
-            "a few epochs. Precision and recall are at the score with the best F1 on the pictures measured. On the "
+            "a few epochs. Precision and recall are at the score with the best F1 on the images measured. On the "
             "same division of CamVid, SegNet-Basic reached a mean IoU of 46.4 % and ENet 51.3 %, as the paper of ENet "
             "reports ([arXiv:1606.02147](https://arxiv.org/abs/1606.02147)); their training differs from this one."
         ),
@@ -534,7 +534,7 @@ SECTIONS = (
         title="From a detector's output to objects",
         names=("postprocessing",),
         what=(
-            "One picture of 320 x 320, 3,232 anchors, 80 classes and the background, after the fused XXS. Fresh "
+            "One image of 320 x 320, 3,232 anchors, 80 classes and the background, after the fused XXS. Fresh "
             "weights call every anchor equally likely to be anything, the hardest case; a trained detector is sure of "
             "the background almost everywhere. Medians of rounds in turn with the forward pass."
         ),
@@ -569,18 +569,18 @@ SECTIONS = (
 
 def pipeline_table(results: Results) -> str:
     figures = results["data_pipeline"]["figures"]
-    sides = list(next(iter(figures.values()))["pictures_per_second"])
+    sides = list(next(iter(figures.values()))["images_per_second"])
     rows = []
     for side in sides:
         row = [side]
         for found in figures.values():
-            row.append(number(found["pictures_per_second"][side]))
+            row.append(number(found["images_per_second"][side]))
             ratios = [found["ratios"].get(f"{side} over {peer}") for peer in ("torchvision ImageFolder", "timm")]
             row += [number(ratio) if ratio else "" for ratio in ratios]
         rows.append(row)
     head = [""]
     for sizes in figures:
-        head += [f"{sizes}, pictures/s", "over ImageFolder", "over timm"]
+        head += [f"{sizes}, images/s", "over ImageFolder", "over timm"]
     return table(tuple(head), rows)
 
 
@@ -614,16 +614,16 @@ def experiments_table(results: Results) -> str:
     seeds_of = {len(seeds) for seeds in figures.values()}
     lines = [table(head, rows)]
     counted = f"{min(seeds_of)}" if len(seeds_of) == 1 else f"{min(seeds_of)} to {max(seeds_of)}"
-    pictures = next(iter(next(iter(figures.values())).values()))["validation_pictures"]
+    images = next(iter(next(iter(figures.values())).values()))["validation_images"]
     lines.append(
-        f"Runs of each: {counted}; {results['experiments']['epochs']} epochs; {pictures} pictures held out, so one "
+        f"Runs of each: {counted}; {results['experiments']['epochs']} epochs; {images} images held out, so one "
         "standard error of a figure near 60 % is about "
-        f"{100 * (0.24 / pictures) ** 0.5:.1f} points."
+        f"{100 * (0.24 / images) ** 0.5:.1f} points."
     )
     if "experiments_time" in results:
         latency = results["experiments_time"]["latency_ms_eager_256"]
         lines.append(
-            "One picture of 256 pixels through the fused model, eager, milliseconds: "
+            "One image of 256 pixels through the fused model, eager, milliseconds: "
             + ", ".join(f"{name} {number(value)}" for name, value in latency.items())
             + "."
         )
@@ -653,10 +653,10 @@ def imagenet_tables(results: Results) -> str:
         ]
         for variant, plan in found["steps"].items()
     ]
-    head = ("sampler, 8 x 128 pictures", "steps an epoch", "in 300 epochs", "updates, relative", "pixels, relative")
+    head = ("sampler, 8 x 128 images", "steps an epoch", "in 300 epochs", "updates, relative", "pixels, relative")
     parts = [table(head, rows)]
-    hours = found["hours_of_300_epochs_by_pictures_a_second_of_one_gpu"]
-    reading = found["reading_by_pictures_a_second_of_one_gpu"]
+    hours = found["hours_of_300_epochs_by_images_a_second_of_one_gpu"]
+    reading = found["reading_by_images_a_second_of_one_gpu"]
     rows = [
         [
             f"{int(speed):,}",
@@ -668,24 +668,24 @@ def imagenet_tables(results: Results) -> str:
         for speed, both in hours.items()
     ]
     head = (
-        "if one GPU learns from so many pictures of 256 pixels a second",
+        "if one GPU learns from so many images of 256 pixels a second",
         "hours, one size", "hours, multi-scale", "cores to read, for each GPU", "MB/s, all GPUs",
     )  # fmt: skip
     parts.append(table(head, rows))
     rows = [
         [
             name,
-            number(memory["weights_gradients_optimiser_average"]),
-            f"{memory['activations_of_128_pictures_float32']:,}",
-            f"{memory['activations_of_128_pictures_bfloat16']:,}",
+            number(memory["weights_gradients_optimizer_average"]),
+            f"{memory['activations_of_128_images_float32']:,}",
+            f"{memory['activations_of_128_images_bfloat16']:,}",
         ]
         for name, memory in found["memory_mb"].items()
     ]
     head = (
         "MB of one process",
-        "weights, gradients, optimiser, average",
-        "128 pictures, float32",
-        "128 pictures, bf16",
+        "weights, gradients, optimizer, average",
+        "128 images, float32",
+        "128 images, bf16",
     )
     return "\n\n".join([*parts, table(head, rows)])
 
@@ -695,7 +695,7 @@ def browser_table(results: Results) -> str:
     columns = {
         "Chromium, 1 thread": "browser, 1 threads",
         "2 threads": "browser, 2 threads",
-        "2 threads, with decoding and resizing": "browser with picture, 2 threads",
+        "2 threads, with decoding and resizing": "browser with image, 2 threads",
         "ONNX Runtime natively, 1 thread": "native, 1 threads",
         "2 threads, natively": "native, 2 threads",
     }
@@ -710,8 +710,8 @@ AT_SCALE = (
         title="Measured: reading",
         names=("data_pipeline",),
         what=(
-            "JPEGs of 500 pixels become training batches: random crop, flip, normalised float32. One reading process; "
-            "its pictures a second, beside what others' loaders make of the same files in the same run."
+            "JPEGs of 500 pixels become training batches: random crop, flip, normalized float32. One reading process; "
+            "its images a second, beside what others' loaders make of the same files in the same run."
         ),
         body=pipeline_table,
     ),
@@ -734,7 +734,7 @@ AT_SCALE = (
         title="Measured: the paper's choices",
         names=("experiments", "experiments_time"),
         what=(
-            "mobilevit_xxs from scratch on 4,317 flowers at 128 pixels, one thing changed at a time; top-1 on pictures "
+            "mobilevit_xxs from scratch on 4,317 flowers at 128 pixels, one thing changed at a time; top-1 on images "
             "held out, at five sizes. A small set and few epochs: what differs by less than two standard errors says "
             "nothing, and what holds for ImageNet need not show here. At 128 pixels, no change but the sampler's moves "
             "top-1 by more than one standard error; larger patches are cheaper, and within the noise as good.\n\n"
@@ -747,7 +747,7 @@ AT_SCALE = (
         names=("experiments_samplers",),
         what=(
             "Why several sizes look worse above, far from 128 pixels most of all. The same flowers; more epochs, to "
-            "make up for the fewer updates; and BatchNorm with mean and variance of the training pictures at the size "
+            "make up for the fewer updates; and BatchNorm with mean and variance of the training images at the size "
             "of the test, instead of those collected over all sizes, between feature maps of 2 x 2 and 6 x 6 cells. "
             "With as many updates, which take about as long, and such statistics, several sizes are as good as one at "
             "every test size, and better at the smallest. The paper's sizes differ by a factor of two, these by three."
@@ -758,7 +758,7 @@ AT_SCALE = (
         title="ImageNet on eight GPUs, worked out",
         names=("imagenet_costs",),
         what=(
-            "Steps are counted by the sampler itself on 1,281,167 pictures; the relative costs follow. Hours depend on "
+            "Steps are counted by the sampler itself on 1,281,167 images; the relative costs follow. Hours depend on "
             "what your GPU does in a second, which `--dry-run` measures and no GPU was here to tell. Cores follow from "
             "the measured reading of one, storage and network from the 138 GB of the published archive, memory from "
             "what a real step keeps for its backward pass. One node needs 138 GB of disk, or the network in the "
@@ -779,13 +779,13 @@ def serving_tables(results: Results) -> str:
         names = [name for name in ("torch", "tuned") if name in found]
         engines = {"torch": "PyTorch", "tuned": f"tuned ({found.get('tuned_engine', '')})"}
         rows = [
-            ["served, pictures/s", *(number(found[name]["pictures_per_second"]["server"]) for name in names)],
+            ["served, images/s", *(number(found[name]["images_per_second"]["server"]) for name in names)],
             ["lowest and highest round", *(_spread(found[name]["all_rounds"]["server"]) for name in names)],
-            ["engine alone, pictures/s", *(number(found[name]["pictures_per_second"]["engine"]) for name in names)],
+            ["engine alone, images/s", *(number(found[name]["images_per_second"]["engine"]) for name in names)],
             ["lowest and highest round", *(_spread(found[name]["all_rounds"]["engine"]) for name in names)],
             [
-                "`Predictor.stream`, pictures/s",
-                *(number(found[name]["pictures_per_second"]["stream"]) for name in names),
+                "`Predictor.stream`, images/s",
+                *(number(found[name]["images_per_second"]["stream"]) for name in names),
             ],
             ["served, share of the engine", *(percent(found[name]["share_of_engine"], 0) for name in names)],
             ["served, share of `stream`", *(percent(found[name]["share_of_stream"], 0) for name in names)],
@@ -847,16 +847,16 @@ def bulk_tables(results: Results) -> str:
     if "bulk" not in results:
         return "No result file yet; the command above writes it."
     figures = results["bulk"]["figures"]
-    runs = {name: run for name, run in figures.items() if isinstance(run, dict) and "pictures_per_second" in run}
+    runs = {name: run for name, run in figures.items() if isinstance(run, dict) and "images_per_second" in run}
     rows = [
-        ["to parquet, pictures/s", *(number(run["pictures_per_second"]) for run in runs.values())],
-        ["engine alone, pictures/s", *(number(run["engine_per_second"]) for run in runs.values())],
+        ["to parquet, images/s", *(number(run["images_per_second"]) for run in runs.values())],
+        ["engine alone, images/s", *(number(run["engine_per_second"]) for run in runs.values())],
         ["to parquet, share of the engine", *(percent(run["share_of_engine"], 0) for run in runs.values())],
         [
-            "engine alone, a batch on each core, pictures/s",
+            "engine alone, a batch on each core, images/s",
             *(number(run["engine_side_by_side_per_second"]) for run in runs.values()),
         ],
-        ["`Predictor.stream`, pictures/s", *(number(run["stream_per_second"]) for run in runs.values())],
+        ["`Predictor.stream`, images/s", *(number(run["stream_per_second"]) for run in runs.values())],
         ["seconds, with opening the model", *(number(run["seconds"]) for run in runs.values())],
         *(
             [f"memory, {when}, MB", *(number(run["memory_mb"][when]) for run in runs.values())]
@@ -866,7 +866,7 @@ def bulk_tables(results: Results) -> str:
     killed = figures["killed"]
     told = (
         f"Killed by SIGKILL and started again: {killed['rows kept']:,} rows were kept, "
-        f"{killed['rows made by the second run']:,} made, {killed['rows']:,} in all, each picture once."
+        f"{killed['rows made by the second run']:,} made, {killed['rows']:,} in all, each image once."
     )
     return "\n\n".join([table(("", *runs), rows), told, circumstances(results, ["bulk"])])
 

@@ -1,4 +1,4 @@
-"""Training steps against timm's model, in the package's own loss, optimiser and average, interleaved.
+"""Training steps against timm's model, in the package's own loss, optimizer and average, interleaved.
 
     python benchmarks/training_speed.py             # a CPU, float32: two minutes
     python benchmarks/training_speed.py --amp       # the same in bf16, by autocast

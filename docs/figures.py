@@ -1,7 +1,7 @@
 """Draws the figures of the documentation into docs/images/: `python docs/figures.py`.
 
 Which pixel lands in which sequence is asked of the model's own `unfold` and `fold`, and every shape and count is read
-off the real model, so that a picture cannot say anything the code does not do.
+off the real model, so that an image cannot say anything the code does not do.
 """
 # ruff: noqa: RUF001  figures write a multiplication sign where code writes an x
 
@@ -25,7 +25,7 @@ from mobilevit.models.mobilevit import MobileViT, MobileViTBlock, S, fold, unfol
 IMAGES = Path(__file__).parent / "images"
 PATCH = (2, 2)
 
-# The four offsets wear colours of Okabe and Ito's palette, which colour-blind readers can tell apart.
+# The four offsets wear colors of Okabe and Ito's palette, which color-blind readers can tell apart.
 OFFSETS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7")
 ON_OFFSETS = ("white", "#1F2933", "white", "#1F2933")  # text on each of them
 PLAIN = "#8D99A6"
@@ -62,12 +62,12 @@ def main() -> None:
 
 
 def save(figure: Figure, path: Path) -> Path:
-    """A PNG at twice the size it is shown at, with a palette of 256 colours to keep it small."""
+    """A PNG at twice the size it is shown at, with a palette of 256 colors to keep it small."""
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=200)
     plt.close(figure)
-    picture = Image.open(buffer).convert("RGB")
-    picture.quantize(256, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).save(path, optimize=True)
+    image = Image.open(buffer).convert("RGB")
+    image.quantize(256, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).save(path, optimize=True)
     return path
 
 
@@ -91,7 +91,7 @@ def sequence_of_pixels(height: int, width: int) -> np.ndarray:
 
 
 def model_s() -> tuple[MobileViT, dict[str, Tensor]]:
-    """MobileViT S and the output of each of its parts on a picture of 256 x 256."""
+    """MobileViT S and the output of each of its parts on an image of 256 x 256."""
     model = MobileViT(S).eval()
     outputs: dict[str, Tensor] = {}
     for name, module in model.named_children():
@@ -127,7 +127,7 @@ def box(
     size: float = 9.5,
     weight: str = "normal",
 ) -> None:
-    """A rounded box with its bottom left corner at (x, y) and centred text."""
+    """A rounded box with its bottom left corner at (x, y) and centered text."""
     style = "round,pad=0,rounding_size=0.07"
     axes.add_patch(FancyBboxPatch((x, y), width, height, boxstyle=style, facecolor=fill, edgecolor=edge, linewidth=1.2))
     axes.text(x + width / 2, y + height / 2, text, ha="center", va="center", fontsize=size, weight=weight)
@@ -173,32 +173,32 @@ def patch_borders(axes: Axes, x: float, y: float, side: float, height: int, widt
 def flower(size: int) -> np.ndarray:
     """A flower before a hill and the sky, drawn by formula at three times the size: RGB in 0..1, (size, size, 3)."""
     row, column = np.mgrid[0 : size * 3, 0 : size * 3] / (size * 3)
-    picture = np.empty((*row.shape, 3))
-    picture[:] = (0.76, 0.88, 0.96)  # sky
-    picture[np.hypot(row - 0.14, column - 0.86) < 0.09] = (0.99, 0.86, 0.45)  # sun
-    picture[row > 0.72 + 0.05 * np.sin(7 * column + 0.5)] = (0.68, 0.82, 0.56)  # hill
-    picture[row > 0.88 + 0.02 * np.sin(9 * column + 2.0)] = (0.47, 0.67, 0.40)  # meadow
-    picture[(abs(column - 0.4375) < 0.032) & (row > 0.45)] = (0.22, 0.46, 0.24)  # stem
+    image = np.empty((*row.shape, 3))
+    image[:] = (0.76, 0.88, 0.96)  # sky
+    image[np.hypot(row - 0.14, column - 0.86) < 0.09] = (0.99, 0.86, 0.45)  # sun
+    image[row > 0.72 + 0.05 * np.sin(7 * column + 0.5)] = (0.68, 0.82, 0.56)  # hill
+    image[row > 0.88 + 0.02 * np.sin(9 * column + 2.0)] = (0.47, 0.67, 0.40)  # meadow
+    image[(abs(column - 0.4375) < 0.032) & (row > 0.45)] = (0.22, 0.46, 0.24)  # stem
     for side in (-1, 1):
         leaf = np.hypot((row - 0.78 + 0.5 * side * (column - 0.4375)) / 0.05, (column - 0.4375 - side * 0.13) / 0.12)
-        picture[leaf < 1] = (0.28, 0.55, 0.30)
+        image[leaf < 1] = (0.28, 0.55, 0.30)
     for petal in range(6):
         angle = np.pi / 3 * petal + np.pi / 6
         middle = (0.375 + 0.185 * np.sin(angle), 0.4375 + 0.185 * np.cos(angle))
-        picture[np.hypot(row - middle[0], column - middle[1]) < 0.098] = (0.85, 0.25, 0.36)
-    picture[np.hypot(row - 0.375, column - 0.4375) < 0.105] = (0.98, 0.78, 0.25)
-    return picture.reshape(size, 3, size, 3, 3).mean((1, 3))
+        image[np.hypot(row - middle[0], column - middle[1]) < 0.098] = (0.85, 0.25, 0.36)
+    image[np.hypot(row - 0.375, column - 0.4375) < 0.105] = (0.98, 0.78, 0.25)
+    return image.reshape(size, 3, size, 3, 3).mean((1, 3))
 
 
 # ------------------------------------------------------------------------------------------- figures
 
 
 def draw_patches() -> Figure:
-    """A picture as a small map, its pixels by offset, and what one of them attends to."""
-    count, side, gap = 16, 0.164, 0.28  # layer4 makes 16 x 16 of a picture of 256 x 256
+    """An image as a small map, its pixels by offset, and what one of them attends to."""
+    count, side, gap = 16, 0.164, 0.28  # layer4 makes 16 x 16 of an image of 256 x 256
     length = count * side
     figure, axes = canvas(3 * length + 4 * gap, length + 1.5)
-    picture, owner = flower(480), sequence_of_pixels(count, count)
+    image, owner = flower(480), sequence_of_pixels(count, count)
     bottom = 0.98
     lefts = [gap + panel * (length + gap) for panel in range(3)]
     titles = ("1  A map in 2 × 2 patches", "2  Offsets in the patch", "3  What one pixel sees")
@@ -208,7 +208,7 @@ def draw_patches() -> Figure:
     query = (8, 9)  # (row, column) of the pixel that asks
     for left, strength in ((lefts[0], 1.0), (lefts[2], 0.4)):
         extent = (left, left + length, bottom, bottom + length)
-        axes.imshow(1 - strength * (1 - picture), extent=extent, aspect="auto", interpolation="bilinear")
+        axes.imshow(1 - strength * (1 - image), extent=extent, aspect="auto", interpolation="bilinear")
     axes.set(xlim=(0, figure.get_figwidth()), ylim=(0, figure.get_figheight()))
     for row in range(count):
         for column in range(count):
@@ -218,9 +218,9 @@ def draw_patches() -> Figure:
                 pixel(axes, left + column * side, y, side, fill)
     for left in lefts:
         patch_borders(axes, left, bottom, side, count, count)
-    centre = (lefts[2] + (query[1] + 0.5) * side, bottom + (count - 0.5 - query[0]) * side)
+    center = (lefts[2] + (query[1] + 0.5) * side, bottom + (count - 0.5 - query[0]) * side)
     for color, thickness in (("white", 5.5), (INK, 2.4)):
-        axes.add_patch(Circle(centre, side * 0.95, fill=False, edgecolor=color, linewidth=thickness))
+        axes.add_patch(Circle(center, side * 0.95, fill=False, edgecolor=color, linewidth=thickness))
 
     patches = count * count // 4
     captions = (
@@ -228,7 +228,7 @@ def draw_patches() -> Figure:
         (
             lefts[2],
             f"The ringed pixel attends to the {patches} at its\noffset. The 3 × 3 convolution before has\n"
-            "mixed their neighbours into them.",
+            "mixed their neighbors into them.",
         ),
     )
     for left, caption in captions:
@@ -372,7 +372,7 @@ def draw_attention_cost() -> Figure:
 
 
 def draw_architecture() -> Figure:
-    """MobileViT S from picture to logits, and the inside of its two blocks."""
+    """MobileViT S from image to logits, and the inside of its two blocks."""
     model, outputs = model_s()
     figure, axes = canvas(9.3, 10.3)
 
@@ -414,10 +414,10 @@ def draw_architecture() -> Figure:
             tall = 0.54 if "\n" in text else 0.4
             y -= tall + (0.06 if part else 0)
             box(axes, x, y, width, tall, text, fill=fill, edge=edge)
-        centre = y + tall / 2
-        axes.text(shape_at, centre, size, fontsize=9.5, va="center")
-        axes.text(stride_at, centre, stride, fontsize=9.5, va="center", ha="right")
-        axes.text(parameters_at, centre, count, fontsize=9.5, va="center", ha="right")
+        center = y + tall / 2
+        axes.text(shape_at, center, size, fontsize=9.5, va="center")
+        axes.text(stride_at, center, stride, fontsize=9.5, va="center", ha="right")
+        axes.text(parameters_at, center, count, fontsize=9.5, va="center", ha="right")
         if number + 1 < len(rows):
             arrow(axes, (x + width / 2, y), (x + width / 2, y - gap))
             y -= gap

@@ -1,6 +1,6 @@
 """Use an exported .tflite without mobilevit or PyTorch. Needs: pip install ai-edge-litert numpy pillow.
 
-python examples/litert_runtime.py best.tflite picture.jpg
+python examples/litert_runtime.py best.tflite image.jpg
 """
 
 import json
@@ -11,16 +11,16 @@ import numpy as np
 from ai_edge_litert.interpreter import Interpreter
 from PIL import Image, ImageOps
 
-path, picture = sys.argv[1:]
+path, file = sys.argv[1:]
 card = json.loads(Path(path + ".json").read_text(encoding="utf-8"))  # classes, sizes, scaling
-how, image = card["preprocessing"], ImageOps.exif_transpose(Image.open(picture)).convert("RGB")
+how, image = card["preprocessing"], ImageOps.exif_transpose(Image.open(file)).convert("RGB")
 (height, width), box = how["size"], (0, 0, image.width, image.height)
 filled = (width, height)
-if how["resize_mode"] == "crop":  # the middle of the picture, in the shape of the input
+if how["resize_mode"] == "crop":  # the middle of the image, in the shape of the input
     scale = min(image.width / width, image.height / height) * how["crop_fraction"]
     left, top = (image.width - width * scale) / 2, (image.height - height * scale) / 2
     box = (max(left, 0), max(top, 0), min(left + width * scale, image.width), min(top + height * scale, image.height))
-elif how["resize_mode"] == "pad":  # the whole picture, black beside or below it
+elif how["resize_mode"] == "pad":  # the whole image, black beside or below it
     scale = min(width / image.width, height / image.height)
     filled = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
 pixels = np.zeros((1, height, width, 3), np.uint8)

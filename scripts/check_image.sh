@@ -7,7 +7,7 @@
 # CONTAINERS=podman takes Podman in place of Docker; BUILD_FLAGS and RUN_FLAGS are handed on.
 set -euo pipefail
 checkpoint=$(realpath "$1")
-picture=$(realpath "$2")
+image=$(realpath "$2")
 containers=${CONTAINERS:-docker}
 cd "$(dirname "$0")/.."
 
@@ -22,8 +22,8 @@ trap '"$containers" rm -f $name > /dev/null 2>&1 || true' EXIT
     --read-only --tmpfs /tmp --cap-drop ALL --security-opt no-new-privileges -e MOBILEVIT_API_KEY=secret \
     ${RUN_FLAGS:-} mobilevit /models/best.safetensors --workers 2
 curl --silent --fail --retry 60 --retry-delay 1 --retry-all-errors http://127.0.0.1:8000/readyz > /dev/null
-echo "without the key: $(curl --silent --output /dev/null --write-out '%{http_code}' -F "files=@$picture" http://127.0.0.1:8000/v1/predict)"
-curl --silent --fail -H "X-API-Key: secret" -F "files=@$picture" http://127.0.0.1:8000/v1/predict
+echo "without the key: $(curl --silent --output /dev/null --write-out '%{http_code}' -F "files=@$image" http://127.0.0.1:8000/v1/predict)"
+curl --silent --fail -H "X-API-Key: secret" -F "files=@$image" http://127.0.0.1:8000/v1/predict
 echo
 "$containers" exec $name id
 "$containers" stop --time 40 $name > /dev/null

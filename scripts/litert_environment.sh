@@ -28,7 +28,7 @@ import torch
 from mobilevit import create_model
 from mobilevit.exporting.graph import ExportGraph
 from mobilevit.exporting.litert import convert_graph
-from mobilevit.inference.litert import LitertSession
+from mobilevit.runtime.litert import LitertSession
 
 graph = ExportGraph(create_model("mobilevit_xxs", num_classes=3).eval(), image_size=(64, 64)).eval()
 images = torch.rand(1, 3, 64, 64)

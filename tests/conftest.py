@@ -18,7 +18,7 @@ def _same_random_numbers() -> None:
 
 @pytest.fixture(scope="session")
 def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of 60 pictures of six classes, 32 pixels wide; not to be written into."""
+    """A folder of 60 images of six classes, 32 pixels wide; not to be written into."""
     folder = tmp_path_factory.mktemp("data") / "shapes"
     write_folder(folder, num_images=60, size=32)
     return folder

@@ -105,8 +105,8 @@ def form(files: Sequence[tuple[str, bytes]], field: str = "files") -> tuple[byte
     return body + f"--{boundary}--\r\n".encode(), f"multipart/form-data; boundary={boundary}"
 
 
-def picture(number: int = 0, size: tuple[int, int] = (80, 60), kind: str = "PNG") -> bytes:
-    """An encoded picture of (width, height) pixels."""
+def image(number: int = 0, size: tuple[int, int] = (80, 60), kind: str = "PNG") -> bytes:
+    """An encoded image of (width, height) pixels."""
     pixels = np.random.default_rng(number).integers(0, 256, (size[1], size[0], 3), np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, kind)

@@ -20,7 +20,7 @@ import mobilevit
 from golden_weights import fill_with_golden_weights
 from mobilevit.cli import main
 from mobilevit.data.shapes import CLASSES
-from mobilevit.preprocessing import find_images
+from mobilevit.imaging.decode import find_images
 
 TINY = ["--image-size", "32", "--epochs", "1", "--batch-size", "8", "--num-workers", "0", "--device", "cpu"]
 
@@ -91,7 +91,7 @@ def test_eval_finds_what_was_held_out(
     capsys.readouterr()
     assert main(["eval", best, "--data", str(shapes), "--split", "all", "--out", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
-    assert "60 pictures" in printed
+    assert "60 images" in printed
     assert all(name in printed for name in CLASSES)
 
 
@@ -116,14 +116,14 @@ def test_predict(run: Path, shapes: Path, tmp_path: Path, capsys: pytest.Capture
     assert set(lines[0]) == {"source", "label", "probability", "top"}
     saved = sorted((tmp_path / "out").iterdir())
     assert len(saved) == 21
-    with Image.open(saved[0]) as picture:
-        assert picture.width == 32
-        assert picture.height > 32
+    with Image.open(saved[0]) as image:
+        assert image.width == 32
+        assert image.height > 32
     assert main(["predict", best, one, "--top", "2"]) == 0
     assert capsys.readouterr().out.count("%") == 2
 
 
-def test_predict_goes_on_past_bad_pictures(
+def test_predict_goes_on_past_bad_images(
     run: Path, shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "bad.jpg").write_bytes(b"\xff\xd8\xff\xe0 cut")
@@ -137,14 +137,14 @@ def test_predict_goes_on_past_bad_pictures(
     assert "none.png: no such file" in told.err
 
 
-@pytest.mark.parametrize("what", ["picture", "paths"])
+@pytest.mark.parametrize("what", ["image", "paths"])
 def test_predict_standard_input(run: Path, shapes: Path, what: str, monkeypatch, capsys) -> None:  # type: ignore[no-untyped-def]
     paths = find_images(shapes)[:2]
-    data = paths[0].read_bytes() if what == "picture" else "\n".join(map(str, paths)).encode()
+    data = paths[0].read_bytes() if what == "image" else "\n".join(map(str, paths)).encode()
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BufferedReader(io.BytesIO(data))))
     assert main(["predict", str(run / "best.safetensors"), "-", "--json"]) == 0
     names = [json.loads(line)["source"] for line in capsys.readouterr().out.splitlines()]
-    assert names == (["picture 1"] if what == "picture" else [str(p) for p in paths])
+    assert names == (["image 1"] if what == "image" else [str(p) for p in paths])
 
 
 def test_info(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -181,7 +181,7 @@ def test_wrong_words(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--data" in refused(["train"], capsys)
     assert "--learning-rate" in refused(["train", "--data", "x", "--leerning-rate", "1"], capsys)
     assert "--epochs" in refused(["train", "--data", "x", "--epochs", "many"], capsys)
-    assert "no pictures; name files" in refused(["predict", "m.safetensors"], capsys)
+    assert "no images; name files" in refused(["predict", "m.safetensors"], capsys)
 
 
 @pytest.mark.parametrize(
@@ -218,11 +218,11 @@ def data_folder(tmp_path: Path, **counts: int) -> Path:
 @pytest.mark.parametrize(
     ("counts", "message"),
     [
-        ({}, "nothing in it; put the pictures into one sub-folder per class"),
+        ({}, "nothing in it; put the images into one sub-folder per class"),
         ({"cat": 4}, "only one class (cat)"),
-        ({"cat": 4, "dog": 1}, "class dog has only one picture"),
-        ({"cat": 4, "dog": 0}, "no pictures of dog"),
-        ({"cat": 0, "dog": 0}, "no pictures in its sub-folders"),
+        ({"cat": 4, "dog": 1}, "class dog has only one image"),
+        ({"cat": 4, "dog": 0}, "no images of dog"),
+        ({"cat": 0, "dog": 0}, "no images in its sub-folders"),
     ],
 )
 def test_bad_folders(tmp_path: Path, counts: dict[str, int], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -257,11 +257,11 @@ def test_bad_checkpoints(run: Path, shapes: Path, tmp_path: Path, capsys: pytest
     torch.save({"model": print}, code)
     other = tmp_path / "other.safetensors"
     other.write_bytes(whole.replace(b'\\"task\\": \\"classification\\"', b'\\"task\\": \\"segmentation!!\\"'))
-    picture = str(find_images(shapes)[0])
-    assert "cut.safetensors: damaged" in refused(["predict", str(cut), picture], capsys)
-    assert "code.pt: this pickle may run code" in refused(["predict", str(code), picture], capsys)
-    assert "a checkpoint for segmentation!!" in refused(["predict", str(other), picture], capsys)
-    assert "none.safetensors: no such" in refused(["predict", "none.safetensors", picture], capsys)
+    image = str(find_images(shapes)[0])
+    assert "cut.safetensors: damaged" in refused(["predict", str(cut), image], capsys)
+    assert "code.pt: this pickle may run code" in refused(["predict", str(code), image], capsys)
+    assert "a checkpoint for segmentation!!" in refused(["predict", str(other), image], capsys)
+    assert "none.safetensors: no such" in refused(["predict", "none.safetensors", image], capsys)
     assert "damaged" in refused(
         ["train", "--data", str(shapes), "--out", str(tmp_path / "r"), "--weights", str(cut)], capsys
     )
@@ -301,8 +301,8 @@ def test_a_bug_is_not_taken_for_a_mistake(monkeypatch: pytest.MonkeyPatch, capsy
 
 
 def test_a_reader_that_has_seen_enough(run: Path, shapes: Path) -> None:
-    pictures = " ".join(str(p) for p in find_images(shapes))
-    line = f"{sys.executable} -m mobilevit predict {run / 'best.safetensors'} {pictures} --batch-size 2 | head -1"
+    images = " ".join(str(p) for p in find_images(shapes))
+    line = f"{sys.executable} -m mobilevit predict {run / 'best.safetensors'} {images} --batch-size 2 | head -1"
     told = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=True, env={**os.environ})
     assert told.stdout.count("\n") == 1
     assert "Traceback" not in told.stderr

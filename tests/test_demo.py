@@ -41,7 +41,7 @@ def test_demo_leaves_data_run_and_report(tmp_path: Path, capsys: pytest.CaptureF
     assert "952,950 parameters, 6 shapes" in page
     top1 = json.loads((out / "run" / "evaluation.json").read_text())["top1"]
     assert f"{top1:.2%}" in page
-    assert "12 pictures held out" in page
+    assert "12 images held out" in page
     assert not re.search(r"(?:src|href)=\"(?!data:)", page), "the page needs nothing beside it"
     assert main(["demo", "--out", str(out), "--epochs", "1", "--num-images", "60", "--seed", "1"]) == 0
 

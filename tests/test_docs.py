@@ -34,7 +34,7 @@ def blocks(page: str) -> list[tuple[str, str]]:
 
 @pytest.fixture
 def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with labelled flowers, cells in boxes, streets in masks, a few photos and single pictures.
+    """A folder with labeled flowers, cells in boxes, streets in masks, a few photos and single images.
 
     Public weights lie where a reader may place them.
     """
@@ -43,13 +43,13 @@ def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("smear.jpg", "street.jpg"):
         render_scene(40, size=96, num_objects=3).image.save(tmp_path / name)
     for number in range(36):  # as many as int8 is calibrated on
-        picture = render_scene(number % 3, size=64).image
+        image = render_scene(number % 3, size=64).image
         for path in (
             f"flowers/{FLOWERS[number % 3]}/{number}.jpg",
             f"photos/{number}.jpg" if number < 3 else "cat.jpg",
         ):
             (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
-            picture.save(tmp_path / path)
+            image.save(tmp_path / path)
     home = tmp_path / "home"
     home.mkdir()
     for name in ("mobilevit_xxs", "mobilevit_xs", "mobilevit_s"):
@@ -85,7 +85,7 @@ def write_cells(folder: Path) -> None:
 
 
 def write_streets(folder: Path) -> None:
-    """Pictures and masks, in three parts."""
+    """Images and masks, in three parts."""
     for number in range(12):
         scene = render_scene(number, size=96, num_objects=2)
         part = PARTS[number % len(PARTS)]
@@ -164,17 +164,17 @@ def test_readmes_have_the_same_code() -> None:
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_links_and_pictures_are_there(page: str) -> None:
+def test_links_and_images_are_there(page: str) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
     targets = re.findall(r"\]\(([^)#\s]+)[^)]*\)", text) + re.findall(r'src="([^"]+)"', text)
     missing = [t for t in targets if not re.match(r"\w+:", t) and not ((ROOT / page).parent / t).exists()]
     assert missing == []
 
 
-def test_pictures_can_be_opened() -> None:
+def test_images_can_be_opened() -> None:
     for path in (ROOT / "docs" / "images").glob("*.png"):
-        with Image.open(path) as picture:
-            assert min(picture.size) > 100
+        with Image.open(path) as image:
+            assert min(image.size) > 100
 
 
 @pytest.mark.parametrize("page", ["docs/detection.md", "docs/segmentation.md"])

@@ -20,8 +20,8 @@ RUNTIMES = {"onnx_runtime": ("onnx", "onnxruntime"), "openvino_runtime": ("openv
 
 
 @pytest.fixture(scope="module")
-def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("picture") / "scene.png"
+def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("image") / "scene.png"
     render_scene(5, size=160, num_objects=3).image.crop((0, 0, 160, 100)).save(path)
     return path
 
@@ -40,30 +40,30 @@ def consumer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     return format_, EXAMPLES / f"{request.param}.py", python
 
 
-def answer(consumer: tuple[str, Path, Path], artefact: Path, picture: Path) -> object:
+def answer(consumer: tuple[str, Path, Path], artifact: Path, image: Path) -> object:
     _, program, python = consumer
-    told = subprocess.run([python, "-I", program, artefact, picture], capture_output=True, text=True, check=False)
+    told = subprocess.run([python, "-I", program, artifact, image], capture_output=True, text=True, check=False)
     assert told.returncode == 0, told.stderr
     return json.loads(told.stdout)
 
 
 @pytest.mark.parametrize("baked", [False, True])
 def test_a_program_without_pytorch_answers_as_the_predictor(
-    consumer: tuple[str, Path, Path], picture: Path, tmp_path: Path, baked: bool
+    consumer: tuple[str, Path, Path], image: Path, tmp_path: Path, baked: bool
 ) -> None:
     model = fill_with_golden_weights(mobilevit.create_model("mobilevit_xxs", classes=["a", "b", "c", "d"]))
     checkpoint = mobilevit.save(
         model, tmp_path / "m.safetensors", preprocessing=mobilevit.Preprocessing(size=(64, 128), mean=(0.2, 0.3, 0.4))
     )
-    artefact = export(checkpoint, tmp_path, format=consumer[0], bake_preprocessing=baked).path
-    expected = dict(mobilevit.Predictor(checkpoint, device="cpu")(picture).top(3))
-    told = answer(consumer, artefact, picture)
+    artifact = export(checkpoint, tmp_path, format=consumer[0], bake_preprocessing=baked).path
+    expected = dict(mobilevit.Predictor(checkpoint, device="cpu")(image).top(3))
+    told = answer(consumer, artifact, image)
     assert isinstance(told, dict)
     assert list(told) == list(expected)
     assert told == pytest.approx(expected, abs=2e-4)
 
 
-def test_it_reads_detectors_and_segmenters(consumer: tuple[str, Path, Path], picture: Path, tmp_path: Path) -> None:
+def test_it_reads_detectors_and_segmenters(consumer: tuple[str, Path, Path], image: Path, tmp_path: Path) -> None:
     for task, mode in (("segmentation", "pad"), ("detection", "stretch")):
         model = mobilevit.create_model("mobilevit_xxs", task=task, classes=["a", "b", "c"])
         checkpoint = mobilevit.save(
@@ -72,7 +72,7 @@ def test_it_reads_detectors_and_segmenters(consumer: tuple[str, Path, Path], pic
             preprocessing=mobilevit.Preprocessing(size=(64, 64), resize_mode=mode),
             score_threshold=0.2 if task == "detection" else None,
         )
-        told = answer(consumer, export(checkpoint, tmp_path, format=consumer[0]).path, picture)
+        told = answer(consumer, export(checkpoint, tmp_path, format=consumer[0]).path, image)
         if isinstance(told, dict):
             assert sum(told.values()) == pytest.approx(1, abs=1e-4)
         else:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import mobilevit
 from golden_weights import fill_with_golden_weights
-from mobilevit.models.card import card_of
+from mobilevit.card import card_of
 from mobilevit.models.deeplabv3 import DeepLabv3Config
 from mobilevit.models.mobilevit import MobileViT
 from mobilevit.models.ssdlite import SSDLiteConfig
@@ -121,7 +121,7 @@ def test_weights_without_a_classifier(tmp_path: Path, caplog: pytest.LogCaptureF
 
 @pytest.mark.parametrize("wrapper", ["state_dict", "model", None])
 @pytest.mark.parametrize("suffix", [".pt", ".pth", ".bin"])
-def test_a_foreign_file_is_recognised(tmp_path: Path, wrapper: str | None, suffix: str) -> None:
+def test_a_foreign_file_is_recognized(tmp_path: Path, wrapper: str | None, suffix: str) -> None:
     timm = pytest.importorskip("timm")
     theirs = timm.create_model("mobilevit_xs", num_classes=1000).eval()
     state = theirs.state_dict()
@@ -338,7 +338,7 @@ def foreign_file(task: str, num_classes: int, path: Path, family: Family = "cvne
     return ours
 
 
-def test_a_foreign_detector_is_recognised(tmp_path: Path) -> None:
+def test_a_foreign_detector_is_recognized(tmp_path: Path) -> None:
     ours = foreign_file("detection", 80, tmp_path / "w.pt")
     model = mobilevit.load(tmp_path / "w.pt")
     assert same(model.state_dict(), ours.state_dict())
@@ -358,7 +358,7 @@ def test_a_foreign_detector_is_recognised(tmp_path: Path) -> None:
         ("transformers", 256, False, 16, (6, 12, 18)),
     ],
 )
-def test_a_foreign_segmenter_is_recognised(
+def test_a_foreign_segmenter_is_recognized(
     family: Family, width: int, aux_head: bool, output_stride: int, rates: tuple[int, ...], tmp_path: Path
 ) -> None:
     head = DeepLabv3Config(aspp_channels=width, atrous_rates=rates, aux_head=aux_head)
@@ -420,6 +420,6 @@ def test_public_detectors_and_segmenters(tmp_path: Path, monkeypatch: pytest.Mon
         assert same(model.state_dict(), ours.state_dict())
         card = card_of(model)
         assert (card.classes, card.provenance["weights"]) == (classes, name)
-        assert "Apple sample code licence" in card.provenance["licence"]
+        assert "Apple sample code license" in card.provenance["license"]
         kept = mobilevit.create_model("mobilevit_xs", task=task, weights=name, classes=["yak", "boat", "background"])
         assert_rows(kept, ours, {1: 8} if task == "detection" else {1: 4, 2: 0})

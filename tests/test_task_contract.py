@@ -15,18 +15,18 @@ from PIL import Image
 from torch import distributed, multiprocessing, nn
 
 import mobilevit
+from mobilevit.card import ModelCard, Task, card_of
 from mobilevit.cli import main
 from mobilevit.data import shapes
 from mobilevit.data.datasets import find_splits
 from mobilevit.data.loaders import BatchLoader
-from mobilevit.inference.predictor import Predictor, Result
-from mobilevit.inference.session import TorchSession
-from mobilevit.models.card import ModelCard, Task, card_of
+from mobilevit.evaluation import evaluate, evaluation_loader
+from mobilevit.runtime.predictor import Predictor, Result
+from mobilevit.runtime.session import TorchSession
 from mobilevit.training.config import TrainConfig
-from mobilevit.training.evaluate import evaluate, evaluation_loader
 from mobilevit.training.loop import train
 from mobilevit.training.objectives import make_objective
-from mobilevit.training.run import RunFolder, TrainingInterrupted
+from mobilevit.training.run_folder import RunFolder, TrainingInterrupted
 
 SIZE = 64
 
@@ -65,7 +65,7 @@ class TaskContract:
 
     # -- data and training --------------------------------------------------------------------------------------------
 
-    def test_the_task_is_recognised_by_the_data(self, data: Path) -> None:
+    def test_the_task_is_recognized_by_the_data(self, data: Path) -> None:
         (found,) = find_splits(data).values()
         assert (found.task, len(found), len(found.classes)) == (self.task, 24, self.num_classes)
 
@@ -157,7 +157,7 @@ class TaskContract:
         assert told[self.score] == pytest.approx(written[self.score], abs=1e-6)  # the part that was held out
         assert {"evaluation.json", "samples.png", *self.plots} <= {path.name for path in (tmp_path / "e").iterdir()}
         assert main(["eval", best, "--data", str(data), "--out", str(tmp_path / "e"), "--split", "all"]) == 0
-        assert "24 pictures" in capsys.readouterr().out
+        assert "24 images" in capsys.readouterr().out
 
     def test_two_processes_report_what_one_does(self, run: Path, data: Path, tmp_path: Path) -> None:
         model = mobilevit.load(run / "best.safetensors")
@@ -201,8 +201,8 @@ class TaskContract:
         assert all(type(result) is type(results[0]) for result in results)
         assert predictor(path).to_dict() == results[0].to_dict()
 
-    def test_a_result_keeps_the_pictures_size(self, run: Path) -> None:
-        result: Result = Predictor(run / "best.safetensors")(Image.new("RGB", (150, 70), "grey"))
+    def test_a_result_keeps_the_images_size(self, run: Path) -> None:
+        result: Result = Predictor(run / "best.safetensors")(Image.new("RGB", (150, 70), "gray"))
         assert result.image.size == (150, 70)
         drawn = result.draw()
         assert drawn.width >= 150
@@ -211,7 +211,7 @@ class TaskContract:
     def test_predict_command(self, run: Path, tmp_path: Path, capsys: Any) -> None:
         for number in range(3):
             shapes.render_scene(number, size=80).image.save(tmp_path / f"{number}.png")
-        (tmp_path / "broken.png").write_bytes(b"no picture")
+        (tmp_path / "broken.png").write_bytes(b"no image")
         best = str(run / "best.safetensors")
         assert main(["predict", best, str(tmp_path), "--json", "--save", str(tmp_path / "out")]) == 2
         said = capsys.readouterr()
@@ -260,9 +260,9 @@ def _tensors(output: Any) -> list[torch.Tensor]:
 
 def _report(model: nn.Module, data: Path) -> dict[str, Any]:
     card: ModelCard = card_of(model)
-    (pictures,) = find_splits(data, card.task).values()
+    (images,) = find_splits(data, card.task).values()
     device = torch.device("cpu")
-    loader = evaluation_loader(pictures, card.preprocessing, batch_size=1, num_workers=0, device=device)
+    loader = evaluation_loader(images, card.preprocessing, batch_size=1, num_workers=0, device=device)
     session = TorchSession(model, card.preprocessing, device=device)
     return evaluate(session, loader, card.preprocessing).report.to_dict()
 

@@ -1,4 +1,4 @@
-"""MobileViT: small, fast, trustworthy vision models, from a folder of pictures to the device.
+"""MobileViT: small, fast, trustworthy vision models, from a folder of images to the device.
 
 The names below are the public interface. They load on first use, so that `import mobilevit` costs nothing.
 """
@@ -7,12 +7,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mobilevit.errors import ImageError
     from mobilevit.exporting.export import ExportReport, export
     from mobilevit.factory import create_model, load
-    from mobilevit.inference.predictor import Predictor
+    from mobilevit.imaging.preprocessing import Preprocessing
     from mobilevit.models import list_models
     from mobilevit.models.fuse import fuse
-    from mobilevit.preprocessing import ImageError, Preprocessing
+    from mobilevit.runtime.predictor import Predictor
     from mobilevit.training.config import TrainConfig
     from mobilevit.training.loop import train
     from mobilevit.weights.checkpoint import save
@@ -23,9 +24,9 @@ __version__ = "0.1.0"
 
 _HOME_OF = {
     "ExportReport": "exporting.export",
-    "ImageError": "preprocessing",
-    "Predictor": "inference.predictor",
-    "Preprocessing": "preprocessing",
+    "ImageError": "errors",
+    "Predictor": "runtime.predictor",
+    "Preprocessing": "imaging.preprocessing",
     "TrainConfig": "training.config",
     "convert_state_dict": "weights.convert",
     "create_model": "factory",

@@ -1,4 +1,4 @@
-"""The demonstration: a model trained, measured and used on built-in pictures, and a page that shows it."""
+"""The demonstration: a model trained, measured and used on built-in images, and a page that shows it."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from typing import Any
 from PIL import Image
 
 from mobilevit import factory
+from mobilevit.card import Task
 from mobilevit.data import shapes
-from mobilevit.drawing import GREEN, RED, contact_sheet, save_image
+from mobilevit.errors import MobileViTError
 from mobilevit.exporting.export import ExportReport, export
 from mobilevit.files import write_text
-from mobilevit.inference.predictor import Predictor, Result
-from mobilevit.models.card import Task
-from mobilevit.preprocessing import Source, find_images
+from mobilevit.imaging.decode import Source, find_images
+from mobilevit.imaging.drawing import GREEN, RED, contact_sheet, save_image
+from mobilevit.runtime.predictor import Predictor, Result
 from mobilevit.tasks.classification import ClassificationResult
 from mobilevit.tasks.report import Report
 from mobilevit.training.config import TrainConfig
@@ -37,9 +38,9 @@ class _Show:
     """How one task is shown."""
 
     write: Callable[..., None]
-    """Draws labelled pictures into a folder."""
+    """Draws labeled images into a folder."""
     size: int
-    """Side of the pictures in pixels."""
+    """Side of the images in pixels."""
     num_images: int
     epochs: int
     settings: dict[str, Any]
@@ -80,16 +81,16 @@ _SHOWS: dict[Task, _Show] = {
 def run_demo(
     out: Path, task: Task = "classification", *, epochs: int | None, num_images: int | None, seed: int
 ) -> Path:
-    """Draw pictures, train mobilevit_xxs on them, export it, predict pictures it never saw, write `report.html`.
+    """Draw images, train mobilevit_xxs on them, export it, predict images it never saw, write `report.html`.
 
     Every step but the drawing is what a user's own command would do, and the command is shown.
 
     Args:
         out: folder for data, run and report.
         task: what the model is to learn.
-        epochs: passes over the training pictures; None: as many as the task needs.
-        num_images: pictures to draw; None: as many as the task needs.
-        seed: decides pictures and training.
+        epochs: passes over the training images; None: as many as the task needs.
+        num_images: images to draw; None: as many as the task needs.
+        seed: decides images and training.
 
     Raises:
         ValueError: the folder holds something that is not a demo.
@@ -101,11 +102,11 @@ def run_demo(
     data, unseen, run = out / "data", out / "unseen", out / "run"
     marker = out / ".mobilevit-demo"
     if out.is_dir() and any(out.iterdir()) and not marker.exists():
-        raise ValueError(f"--out {out}: holds something else; choose another folder")
+        raise MobileViTError(f"--out {out}: holds something else; choose another folder")
     write_text(marker, "A later demo may replace what lies here.\n")
     for folder in (data, unseen, run):
         shutil.rmtree(folder, ignore_errors=True)
-    log.info("drawing %d pictures of shapes into %s", num_images, data)
+    log.info("drawing %d images of shapes into %s", num_images, data)
     show.write(data, num_images=num_images, seed=seed, size=show.size)
     show.write(unseen, num_images=NUM_UNSEEN, seed=seed + 1, size=show.size)
 
@@ -117,21 +118,21 @@ def run_demo(
     headline = "\n".join(f"{name}  {value}" for name, value in result.report.headline())
     log.info("\n$ mobilevit eval %s --data %s\n%s", result.best, data, headline)
 
-    pictures: list[Source] = [path for path in find_images(unseen) if path.parent.name != "masks"]
-    exported = _export(result.best, pictures)
+    images: list[Source] = [path for path in find_images(unseen) if path.parent.name != "masks"]
+    exported = _export(result.best, images)
     to_use = exported.path if exported else result.best
     log.info("\n$ mobilevit predict %s %s", to_use, unseen)
-    predictions = Predictor(to_use)(pictures)
+    predictions = Predictor(to_use)(images)
     for prediction in predictions[:6]:
         log.info("%s  %s", prediction.source, _in_words(prediction))
     save_image(_sheet(predictions), out / "unseen.png")
     model = factory.load(result.best)
     facts = {
         **{f"validation {name}": value for name, value in result.report.headline()[:3]},
-        "measured on": f"{result.report.num_images:,} pictures held out",
+        "measured on": f"{result.report.num_images:,} images held out",
         "model": f"mobilevit_xxs, {task}, {sum(p.numel() for p in model.parameters()):,} parameters, "
         f"{len(shapes.CLASSES)} shapes, {show.size} x {show.size} pixels",
-        "training": f"{epochs} epochs at {result.images_per_second:,.0f} pictures a second",
+        "training": f"{epochs} epochs at {result.images_per_second:,.0f} images a second",
         **({"exported": _exported_in_words(exported)} if exported else {}),
         "time in all": f"{time.monotonic() - begun:,.0f} s",
         "checkpoint": f"{result.best} ({result.best.stat().st_size / 1e6:.1f} MB)",
@@ -139,12 +140,12 @@ def run_demo(
     return write_text(out / "report.html", _page(out, facts, result.report, command))
 
 
-def _export(checkpoint: Path, pictures: list[Source]) -> ExportReport | None:
-    """To ONNX, compared on these pictures; None where the packages for it are not installed."""
+def _export(checkpoint: Path, images: list[Source]) -> ExportReport | None:
+    """To ONNX, compared on these images; None where the packages for it are not installed."""
     folder = checkpoint.parent / "exported"
     log.info("\n$ mobilevit export %s --format onnx --out %s", checkpoint, folder)
     try:
-        report = export(checkpoint, folder, pictures=pictures)
+        report = export(checkpoint, folder, images=images)
     except ValueError as error:
         if "not installed" not in str(error):
             raise
@@ -159,7 +160,7 @@ def _exported_in_words(report: ExportReport) -> str:
     assert report.parity is not None
     return (
         f"{report.path} ({report.num_bytes / 1e6:.1f} MB), {report.parity.measure}: {report.parity.agreement:.1%}, "
-        f"{report.latency_ms:.1f} ms a picture, in PyTorch {report.torch_latency_ms:.1f} ms"
+        f"{report.latency_ms:.1f} ms an image, in PyTorch {report.torch_latency_ms:.1f} ms"
     )
 
 
@@ -179,8 +180,8 @@ def _in_words(prediction: Result) -> str:
 
 
 def _sheet(predictions: list[Result]) -> Image.Image:
-    """Every picture with what the model says of it; classes in green where right, red with the truth where wrong."""
-    images, captions, colours = [], [], []
+    """Every image with what the model says of it; classes in green where right, red with the truth where wrong."""
+    images, captions, colors = [], [], []
     for prediction in predictions:
         if isinstance(prediction, ClassificationResult):
             truth = Path(prediction.source).parent.name
@@ -188,26 +189,26 @@ def _sheet(predictions: list[Result]) -> Image.Image:
             captions.append(
                 [f"{prediction.label} {prediction.probability:.0%}", "" if prediction.label == truth else f"is {truth}"]
             )
-            colours.append(GREEN if prediction.label == truth else RED)
+            colors.append(GREEN if prediction.label == truth else RED)
     if images:
-        return contact_sheet(images, captions, colours, columns=8, cell=128)
+        return contact_sheet(images, captions, colors, columns=8, cell=128)
     images = [p.draw() for p in predictions]
     return contact_sheet(images, [[]] * len(images), [(30, 30, 30)] * len(images), columns=6, cell=220)
 
 
 _FIGURES = (
-    ("Pictures it never saw", "unseen.png", "Drawn with another seed, with what the model says of them."),
+    ("Images it never saw", "unseen.png", "Drawn with another seed, with what the model says of them."),
     ("Training", "run/curves.png", "Validation uses the moving average of the weights."),
     ("What is taken for what", "run/confusion_matrix.png", "Rows are the truth, columns what the model says."),
     ("Precision and recall", "run/pr_curves.png", "At an overlap of 0.5; the dot is the score shown by default."),
     ("Intersection over union", "run/per_class_iou.png", ""),
-    ("Validation pictures", "run/samples.png", ""),
+    ("Validation images", "run/samples.png", ""),
     ("Its worst mistakes", "run/worst_mistakes.png", ""),
 )
 
 
 def _page(out: Path, facts: dict[str, str], report: Report, command: str) -> str:
-    """One file with its pictures inside, so that it can be sent on."""
+    """One file with its images inside, so that it can be sent on."""
     rows = "".join(f"<tr><th>{html.escape(k)}</th><td>{html.escape(v)}</td></tr>" for k, v in facts.items())
     heading, body = report.table()
     table = f"<tr>{''.join(f'<th>{html.escape(cell)}</th>' for cell in heading)}</tr>" + "".join(
@@ -236,7 +237,7 @@ code, pre {{ font-size: .9rem; white-space: pre-wrap }}
 {figures}
 <h2>By class</h2>
 <table>{table}</table>
-<p>The same on your own pictures: put them into one folder per class, or beside boxes or masks, then
+<p>The same on your own images: put them into one folder per class, or beside boxes or masks, then
 <code>mobilevit train --data FOLDER</code>.</p>
 </html>
 """

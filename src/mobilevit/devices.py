@@ -6,6 +6,8 @@ import sys
 
 import torch
 
+from mobilevit.errors import MobileViTError
+
 
 def pick_device(name: str) -> torch.device:
     """The device for a name: "auto" (the best there is), "cpu", "cuda", "cuda:1" or "mps".
@@ -20,14 +22,14 @@ def pick_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ValueError(f"--device {name}: unknown; it can be auto, cpu, cuda, cuda:1 or mps") from None
+        raise MobileViTError(f"--device {name}: unknown; it can be auto, cpu, cuda, cuda:1 or mps") from None
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         found = f"there are {torch.cuda.device_count()}" if torch.cuda.is_available() else "PyTorch sees no CUDA GPU"
-        raise ValueError(f"--device {name}: {found}; use --device cpu, or check the driver with nvidia-smi")
+        raise MobileViTError(f"--device {name}: {found}; use --device cpu, or check the driver with nvidia-smi")
     if device.type == "mps" and not torch.backends.mps.is_available():
-        raise ValueError(f"--device {name}: this machine has no Apple GPU; use --device cpu")
+        raise MobileViTError(f"--device {name}: this machine has no Apple GPU; use --device cpu")
     if device.type not in ("cpu", "cuda", "mps"):
-        raise ValueError(f"--device {name}: unknown; it can be auto, cpu, cuda, cuda:1 or mps")
+        raise MobileViTError(f"--device {name}: unknown; it can be auto, cpu, cuda, cuda:1 or mps")
     return device
 
 

@@ -13,12 +13,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from mobilevit.card import ModelCard, Task, card_of, default_classes
+from mobilevit.errors import MobileViTError
+from mobilevit.imaging.preprocessing import Preprocessing
 from mobilevit.models import MODELS, HeadConfig, Model, build_model, known_task, model_config
-from mobilevit.models.card import ModelCard, Task, card_of, default_classes
 from mobilevit.models.deeplabv3 import DeepLabv3Config
 from mobilevit.models.mobilevit import MobileViT, MobileViTBackbone, MobileViTConfig, PatchSize
 from mobilevit.models.ssdlite import SSDLiteConfig
-from mobilevit.preprocessing import Preprocessing
 from mobilevit.weights import checkpoint, pretrained
 from mobilevit.weights.convert import convert_state_dict, detect_family, detect_task, unwrap_state_dict
 
@@ -68,13 +69,15 @@ def create_model(
     config = model_config(name)
     task = known_task(task)
     if classes is not None and num_classes not in (None, len(classes)):
-        raise ValueError(f"num_classes is {num_classes}, but classes has {len(classes)} names; leave num_classes out")
+        raise MobileViTError(
+            f"num_classes is {num_classes}, but classes has {len(classes)} names; leave num_classes out"
+        )
     if classes is not None:
         num_classes = len(classes)
     if num_classes is not None and num_classes < 1:
-        raise ValueError(f"num_classes is {num_classes}; give 1 or more")
+        raise MobileViTError(f"num_classes is {num_classes}; give 1 or more")
     if task == "detection" and output_stride not in (None, 32):
-        raise ValueError(
+        raise MobileViTError(
             f"output_stride is {output_stride}; detection needs maps at strides 16 and 32, so leave it out"
         )
     source = None if weights is None else _load_source(weights, name, task, num_classes)
@@ -101,7 +104,7 @@ def create_model(
 def load(path: str | os.PathLike[str]) -> Model:
     """Load a checkpoint: architecture, classes and preprocessing come from the file, and are in `model.card`.
 
-    A file from ml-cvnets, timm or transformers says none of these: architecture and task are recognised by its names
+    A file from ml-cvnets, timm or transformers says none of these: architecture and task are recognized by its names
     and shapes, the classes are taken for those of ImageNet, COCO or VOC where there are 1000, 80 or 21, the patch size
     for 2, 2, 2, and DeepLabv3 of 512 channels for one of output stride 8 (see `create_model` to say otherwise).
 
@@ -131,7 +134,9 @@ def _load_source(
     if public is None and not _looks_like_a_file(weights):
         pretrained.resolve(str(weights))  # raises, and suggests the nearest name
     if public is not None and public.architecture != architecture:
-        raise ValueError(f"weights {weights} belong to {public.architecture}, not {architecture}; change one of them")
+        raise MobileViTError(
+            f"weights {weights} belong to {public.architecture}, not {architecture}; change one of them"
+        )
     path = Path(weights) if public is None else pretrained.resolve(public.name)
     content, header = checkpoint.read(path)
     if header is not None:
@@ -144,12 +149,12 @@ def _load_source(
     if task == "classification":
         preprocessing = Preprocessing(crop_fraction=0.9)  # with which the public weights reach their published accuracy
     if public is not None:
-        provenance = {"weights": public.name, "source": public.source, "licence": public.licence}
+        provenance = {"weights": public.name, "source": public.source, "license": public.license}
         preprocessing = public.preprocessing
     config, head = _shape_of(state, task, MODELS[architecture])
     num_classes = _count_classes(state, task)
     if (task, wanted_task, num_classes) == ("detection", "detection", 79) and wanted_classes != 79:
-        raise ValueError(
+        raise MobileViTError(
             f"{path}: {len(state['heads.0.predict.weight'])} = 6 x (4 + 80) outputs, where 81 = 80 classes and the "
             "background are needed; if they are 79 classes and the background, give num_classes=79"
         )
@@ -161,8 +166,8 @@ def _load_source(
 def _own_source(model: Model, path: Path, architecture: str) -> _WeightSource:
     card = card_of(model)
     if card.name != architecture:
-        raise ValueError(f"{path}: weights of {card.name}, not {architecture}; change the model or the weights")
-    provenance = {"weights": path.name, **{k: v for k, v in card.provenance.items() if k in ("weights", "licence")}}
+        raise MobileViTError(f"{path}: weights of {card.name}, not {architecture}; change the model or the weights")
+    provenance = {"weights": path.name, **{k: v for k, v in card.provenance.items() if k in ("weights", "license")}}
     return _WeightSource(
         state=dict(model.state_dict()),
         card=dataclasses.replace(card, provenance=provenance),
@@ -228,7 +233,7 @@ def _fill(
         return _fill_backbone(model, source, task, classes, weights)
     except (ValueError, RuntimeError) as error:  # from comparing shapes, and from using tensors of wrong ones
         reason = str(error).splitlines()[0].strip().rstrip(".")
-        raise ValueError(f"{weights}: not weights of this architecture ({reason})") from None
+        raise MobileViTError(f"{weights}: not weights of this architecture ({reason})") from None
 
 
 def _fill_backbone(
@@ -239,12 +244,12 @@ def _fill_backbone(
     checkpoint.fill(model, rest | {prefix + key: value for key, value in _backbone(source.state).items()})
     told = "%s: weights for %s; the backbone is kept, the rest of the model for %s starts afresh"
     log.warning(told, weights, source.card.task, task)
-    normalisation = source.card.preprocessing
+    normalization = source.card.preprocessing
     return ModelCard(
         name=source.card.name,
         task=task,
         classes=default_classes(model.num_classes) if classes is None else classes,
-        preprocessing=dataclasses.replace(_PREPROCESSING[task], mean=normalisation.mean, std=normalisation.std),
+        preprocessing=dataclasses.replace(_PREPROCESSING[task], mean=normalization.mean, std=normalization.std),
         provenance=source.card.provenance,
     )
 
@@ -333,7 +338,7 @@ def _architecture_of(state: Mapping[str, Tensor], path: str | os.PathLike[str]) 
             ours = MobileViTBackbone(config).state_dict()
         if _shapes(ours) == shapes:
             return name
-    raise ValueError(f"{path}: its shapes fit none of {', '.join(MODELS)}")
+    raise MobileViTError(f"{path}: its shapes fit none of {', '.join(MODELS)}")
 
 
 def _shapes(state: Mapping[str, Tensor]) -> dict[str, torch.Size]:

@@ -19,11 +19,11 @@ import torch
 import mobilevit
 from mobilevit.benchmark import contenders, peers, rounds, run, worker
 from mobilevit.benchmark.contenders import Contender, Network
+from mobilevit.benchmark.engines import benchmark
 from mobilevit.benchmark.exports import export_all
 from mobilevit.benchmark.report import BenchmarkReport, read_report
 from mobilevit.benchmark.rounds import Failure, Measurement, Worker, WorkerError, measure
-from mobilevit.benchmark.run import benchmark
-from mobilevit.inference.machine import Machine
+from mobilevit.machine import Machine
 
 NETWORK = Network(label="mobilevit_xxs", origin="mobilevit", architecture="mobilevit_xxs", image_size=(64, 64))
 EAGER = Contender(network=NETWORK, engine="eager")
@@ -338,10 +338,10 @@ def test_an_export_that_fails(tmp_path: Path) -> None:
     assert failure.reason.startswith("export: ")
 
 
-# -- the picture ------------------------------------------------------------------------------------------------------
+# -- the image ------------------------------------------------------------------------------------------------------
 
 
-def test_pictures_with_and_without_accuracy(tmp_path: Path) -> None:
+def test_images_with_and_without_accuracy(tmp_path: Path) -> None:
     bars = _report(_measurement("eager", 10), _measurement("onnx", 5, speedup=None), _measurement("onnx", 9, threads=2))
     bars.save(tmp_path / "bars")
     other = dataclasses.replace(NETWORK, label="$other", published_top1=0.7)

@@ -16,8 +16,8 @@ import mobilevit
 from mobilevit.benchmark import tune as tuning
 from mobilevit.benchmark.rounds import Measurement
 from mobilevit.benchmark.tune import Tuned, tune
-from mobilevit.inference.tuned import find_tuned, tuned_file
-from mobilevit.preprocessing import Preprocessing
+from mobilevit.imaging.preprocessing import Preprocessing
+from mobilevit.runtime.tuned import find_tuned, tuned_file
 
 pytest.importorskip("onnxruntime")
 
@@ -59,10 +59,10 @@ def result(tuned: Tuned, checkpoint: Path) -> Any:
 
 def test_the_winner_is_kept_and_found(tuned: Tuned, checkpoint: Path) -> None:
     assert tuned.path == tuned_file(checkpoint) == checkpoint.with_name("five.tuned.json")
-    assert tuned.artefact == checkpoint.parent / "five.tuned" / "five.onnx"
-    assert find_tuned(checkpoint) == (tuned.artefact, 1)
+    assert tuned.artifact == checkpoint.parent / "five.tuned" / "five.onnx"
+    assert find_tuned(checkpoint) == (tuned.artifact, 1)
     assert [(m.contender.engine, m.contender.threads) for m in tuned.measurements] == [("onnx", 1), ("eager", 1)]
-    assert dict(tuned.dropped) == {"int8": "not tried, as no --calibration pictures were given"}
+    assert dict(tuned.dropped) == {"int8": "not tried, as no --calibration images were given"}
     assert sorted(p.name for p in checkpoint.parent.iterdir()) == ["five.safetensors", "five.tuned", "five.tuned.json"]
     heading, rows = tuned.table()
     assert all(len(row) == len(heading) for row in rows)
@@ -71,9 +71,9 @@ def test_the_winner_is_kept_and_found(tuned: Tuned, checkpoint: Path) -> None:
 
 
 def test_the_predictor_uses_it(tuned: Tuned, checkpoint: Path) -> None:
-    picture = torch.arange(64 * 64 * 3, dtype=torch.uint8).reshape(64, 64, 3).numpy()
-    plain = mobilevit.Predictor(checkpoint)(picture)
-    fast = mobilevit.Predictor(checkpoint, engine="auto")(picture)
+    image = torch.arange(64 * 64 * 3, dtype=torch.uint8).reshape(64, 64, 3).numpy()
+    plain = mobilevit.Predictor(checkpoint)(image)
+    fast = mobilevit.Predictor(checkpoint, engine="auto")(image)
     assert plain.top(5)[0][1] == pytest.approx(fast.top(5)[0][1], abs=1e-4)  # type: ignore[union-attr]
 
 
@@ -84,7 +84,7 @@ def test_the_predictor_uses_it(tuned: Tuned, checkpoint: Path) -> None:
         ({"packages": {"onnxruntime": "0.1"}}, "other versions (onnxruntime 0.1, here "),
         ({"checkpoint_sha256": "0"}, "five.safetensors has changed since"),
         ({"tuned_version": 99}, "another version of this package"),
-        ({"artefact": "five.tuned/none.onnx"}, "damaged"),
+        ({"artifact": "five.tuned/none.onnx"}, "damaged"),
         ({"engine": None}, "damaged"),
     ],
 )
@@ -109,7 +109,7 @@ def test_no_result_or_pytorch_the_fastest(
 ) -> None:
     assert find_tuned(tmp_path / "none.safetensors") is None
     versions = {"torch": torch.__version__.partition("+")[0]}
-    tuned.path.write_text(json.dumps({**result, "engine": "eager", "artefact": None, "packages": versions}))
+    tuned.path.write_text(json.dumps({**result, "engine": "eager", "artifact": None, "packages": versions}))
     assert find_tuned(checkpoint) is None
     tuned.path.write_text("not JSON")
     assert find_tuned(checkpoint) is None
@@ -129,7 +129,7 @@ def test_what_loses_too_much_is_dropped(checkpoint: Path, tmp_path: Path) -> Non
         evaluate=evaluate,
     )
     assert found.engine == "eager"
-    assert found.artefact is None
+    assert found.artifact is None
     assert found.dropped == (("onnx fp32", "loses 10.00%, where 1.00% is allowed"),)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["five.tuned.json"]
 

@@ -1,4 +1,4 @@
-"""To write pictures with boxes, and to read what became of them."""
+"""To write images with boxes, and to read what became of them."""
 
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from mobilevit.data.detection import detection_splits
 from mobilevit.data.imageset import Boxes, ImageSet
 
 
-def write_picture(path: Path, size: tuple[int, int] = (40, 30), orientation: int = 1) -> Path:
+def write_image(path: Path, size: tuple[int, int] = (40, 30), orientation: int = 1) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -22,7 +22,7 @@ def read(path: Path, part: str = "all") -> ImageSet[Boxes]:
 
 
 def boxes(data: ImageSet[Boxes]) -> dict[str, list[tuple[Any, ...]]]:
-    """Class, left, top, right and bottom of all boxes, by the name of the picture."""
+    """Class, left, top, right and bottom of all boxes, by the name of the image."""
     return {
         Path(name).name: [
             (data.classes[label], *box) for label, box in zip(t.labels.tolist(), t.xyxy.tolist(), strict=True)

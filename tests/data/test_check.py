@@ -12,11 +12,11 @@ from mobilevit.data.datasets import find_splits
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 
 
-def write_picture(path: Path, colour: int, size: tuple[int, int] = (200, 150), orientation: int = 1) -> None:
+def write_image(path: Path, color: int, size: tuple[int, int] = (200, 150), orientation: int = 1) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     exif = Image.Exif()
     exif[0x0112] = orientation
-    Image.new("RGB", size, (colour, 9, 9)).save(path, **({"exif": exif} if orientation > 1 else {}))
+    Image.new("RGB", size, (color, 9, 9)).save(path, **({"exif": exif} if orientation > 1 else {}))
 
 
 def write_mask(path: Path, values: list[int], size: tuple[int, int] = (200, 150)) -> None:
@@ -26,8 +26,8 @@ def write_mask(path: Path, values: list[int], size: tuple[int, int] = (200, 150)
     Image.fromarray(np.tile(row, (size[1], 1))).save(path)
 
 
-def write_yolo(folder: Path, part: str, name: str, lines: list[str], colour: int) -> None:
-    write_picture(folder / f"images/{part}/{name}.png", colour)
+def write_yolo(folder: Path, part: str, name: str, lines: list[str], color: int) -> None:
+    write_image(folder / f"images/{part}/{name}.png", color)
     (folder / f"labels/{part}").mkdir(parents=True, exist_ok=True)
     (folder / f"labels/{part}/{name}.txt").write_text("\n".join(lines))
 
@@ -38,7 +38,7 @@ def problems(report: CheckReport, folder: Path) -> list[str]:
 
 @pytest.fixture
 def boxes(tmp_path: Path) -> Path:
-    """Five pictures of 200 x 150 in two parts, with nothing wrong."""
+    """Five images of 200 x 150 in two parts, with nothing wrong."""
     small, medium, large = "0 0.5 0.5 0.1 0.1", "1 0.5 0.5 0.2 0.2", "1 0.5 0.5 0.8 0.8"  # 20 x 15, 40 x 30, 160 x 120
     write_yolo(tmp_path, "train", "a", [small, medium, large], 1)
     write_yolo(tmp_path, "train", "b", [small, small], 2)
@@ -51,11 +51,11 @@ def boxes(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def masks(tmp_path: Path) -> Path:
-    """Four pictures of 200 x 150 in two parts, with nothing wrong."""
+    """Four images of 200 x 150 in two parts, with nothing wrong."""
     for number, (name, values) in enumerate(
         {"train/a": [0, 1], "train/b": [0, 0, 0, 255], "val/c": [0, 1, 2, 2], "val/d": [2]}.items()
     ):
-        write_picture(tmp_path / f"images/{name}.png", number)
+        write_image(tmp_path / f"images/{name}.png", number)
         write_mask(tmp_path / f"masks/{name}.png", values)
     (tmp_path / "classes.txt").write_text("sky\nroad\ncar\n")
     return tmp_path
@@ -66,22 +66,22 @@ def test_detection(boxes: Path) -> None:
     assert (report.path, report.task, report.classes) == (str(boxes), "detection", ("cat", "dog"))
     assert report.problems == ()
     assert report.statistics["train"] == SplitStatistics(
-        pictures=3,
+        images=3,
         readable=3,
         smallest=(200, 150),
         largest=(200, 150),
-        pictures_of={"cat": 2, "dog": 1},
+        images_of={"cat": 2, "dog": 1},
         objects_of={"cat": 3, "dog": 2},
         without_objects=1,
         box_sizes={"small": 3, "medium": 1, "large": 1},
     )
     assert report.statistics["val"].objects_of == {"cat": 1, "dog": 2}
     assert report.lines() == [
-        f"{boxes}: detection, 2 classes, 5 pictures",
-        "  train: 3 pictures, 200 x 150, 5 objects (3 small, 1 medium, 1 large), 1 pictures without any",
-        "  val: 2 pictures, 200 x 150, 3 objects (1 small, 1 medium, 1 large), 0 pictures without any",
+        f"{boxes}: detection, 2 classes, 5 images",
+        "  train: 3 images, 200 x 150, 5 objects (3 small, 1 medium, 1 large), 1 images without any",
+        "  val: 2 images, 200 x 150, 3 objects (1 small, 1 medium, 1 large), 0 images without any",
         "",
-        "  class, objects (pictures)  train    val",
+        "  class, objects (images)  train    val",
         "  cat                        3 (2)  1 (1)",
         "  dog                        2 (1)  2 (2)",
         "",
@@ -94,28 +94,28 @@ def test_segmentation(masks: Path) -> None:
     assert report.task == "segmentation"
     train, val = report.statistics["train"], report.statistics["val"]
     assert train.pixels_of == pytest.approx({"sky": 5 / 7, "road": 2 / 7, "car": 0})
-    assert train.pictures_of == {"sky": 2, "road": 1, "car": 0}
+    assert train.images_of == {"sky": 2, "road": 1, "car": 0}
     assert train.void == pytest.approx(1 / 8)
     assert val.pixels_of == pytest.approx({"sky": 1 / 8, "road": 1 / 8, "car": 6 / 8})
     assert val.void == 0
-    assert problems(report, masks) == ["images/train: class without pictures (car)"]
+    assert problems(report, masks) == ["images/train: class without images (car)"]
     lines = report.lines()
-    assert lines[1] == "  train: 2 pictures, 200 x 150, 12.50% of the pixels void"
+    assert lines[1] == "  train: 2 images, 200 x 150, 12.50% of the pixels void"
     assert lines[5:7] == [
         "  sky                       71.43% (2)  12.50% (1)",
         "  road                      28.57% (1)  12.50% (1)",
     ]
-    assert lines[-3:] == ["1 problem", "  class without pictures: 1", f"    {masks}/images/train: car"]
+    assert lines[-3:] == ["1 problem", "  class without images: 1", f"    {masks}/images/train: car"]
 
 
 def test_classification(shapes: Path) -> None:
     report = check(shapes)
     assert report.task == "classification"
     (statistics,) = report.statistics.values()
-    assert (statistics.pictures, statistics.readable, statistics.largest) == (60, 60, (32, 32))
-    assert statistics.pictures_of == dict.fromkeys(report.classes, 10)
+    assert (statistics.images, statistics.readable, statistics.largest) == (60, 60, (32, 32))
+    assert statistics.images_of == dict.fromkeys(report.classes, 10)
     assert report.problems == ()
-    assert report.lines()[3:5] == ["  class, pictures  all", f"  {report.classes[0]:15}   10"]
+    assert report.lines()[3:5] == ["  class, images  all", f"  {report.classes[0]:15}   10"]
 
 
 def test_the_task_can_be_given(boxes: Path) -> None:
@@ -127,56 +127,56 @@ def test_the_report_is_json(boxes: Path) -> None:
     report = json.loads(json.dumps(check(boxes).to_dict()))
     assert set(report) == {"path", "task", "classes", "splits", "problem_counts", "problems"}
     assert report["splits"]["val"]["box_sizes"] == {"small": 1, "medium": 1, "large": 1}
-    assert report["problem_counts"] == {"same picture in two parts": 1}
+    assert report["problem_counts"] == {"same image in two parts": 1}
     assert report["problems"][0]["file"] == str(boxes / "images/val/d.png")
 
 
-def test_pictures_in_two_parts_and_twice_in_one(boxes: Path) -> None:
+def test_images_in_two_parts_and_twice_in_one(boxes: Path) -> None:
     shutil.copy(boxes / "images/train/a.png", boxes / "images/val/d.png")
     shutil.copy(boxes / "images/train/b.png", boxes / "images/train/c.png")
     assert problems(check(boxes), boxes) == [
-        "images/train/c.png: same picture twice (also images/train/b.png); remove one of them",
-        "images/val/d.png: same picture in two parts (also in train: images/train/a.png); remove one of them, or what "
+        "images/train/c.png: same image twice (also images/train/b.png); remove one of them",
+        "images/val/d.png: same image in two parts (also in train: images/train/a.png); remove one of them, or what "
         "is measured on val will be too good",
     ]
 
 
-def test_pictures_in_two_classes_and_odd_files(shapes: Path, tmp_path: Path) -> None:
+def test_images_in_two_classes_and_odd_files(shapes: Path, tmp_path: Path) -> None:
     folder = tmp_path / "shapes"
     shutil.copytree(shapes, folder)
     first, second = sorted(p for p in folder.iterdir() if p.is_dir())[:2]
-    picture = sorted(first.iterdir())[0]
-    shutil.copy(picture, second / f"x{picture.suffix}")
-    (first / "notes.doc").write_text("no picture")
+    image = sorted(first.iterdir())[0]
+    shutil.copy(image, second / f"x{image.suffix}")
+    (first / "notes.doc").write_text("no image")
     (folder / "readme.txt").write_text("not in the folder of a class")
     (folder / "empty").mkdir()
     assert problems(check(folder), folder) == [
-        f"{second.name}/x{picture.suffix}: same picture in two classes (also {first.name}/{picture.name}); keep the "
+        f"{second.name}/x{image.suffix}: same image in two classes (also {first.name}/{image.name}); keep the "
         "one that is right",
-        f"{first.name}/notes.doc: file of no known kind of picture; passed over",
-        f"{folder}: class without pictures (empty)",
+        f"{first.name}/notes.doc: file of no known kind of image; passed over",
+        f"{folder}: class without images (empty)",
     ]
 
 
-def test_pictures_that_cannot_be_read(boxes: Path) -> None:
+def test_images_that_cannot_be_read(boxes: Path) -> None:
     file = boxes / "images/train/b.png"
     Image.effect_noise((200, 150), 50).save(file)
     file.write_bytes(file.read_bytes()[:3000])
     report = check(boxes)
     assert report.statistics["train"].readable == 2
-    assert "  train: 3 pictures, 1 of them unreadable, 200 x 150" in "\n".join(report.lines())
+    assert "  train: 3 images, 1 of them unreadable, 200 x 150" in "\n".join(report.lines())
     (line,) = problems(report, boxes)
-    assert line.startswith("images/train/b.png: picture that cannot be read (")
+    assert line.startswith("images/train/b.png: image that cannot be read (")
     assert line.endswith("; training leaves it out; remove or replace it")
     file.unlink()
     file.symlink_to(boxes / "nowhere.png")
-    assert problems(check(boxes), boxes)[0] == "images/train/b.png: listed picture that is missing; left out"
+    assert problems(check(boxes), boxes)[0] == "images/train/b.png: listed image that is missing; left out"
 
 
-def test_coco_sizes_are_compared_with_the_pictures(tmp_path: Path) -> None:
-    write_picture(tmp_path / "a.jpg", 1, orientation=6)
-    write_picture(tmp_path / "b.jpg", 2)
-    write_picture(tmp_path / "c.jpg", 3)
+def test_coco_sizes_are_compared_with_the_images(tmp_path: Path) -> None:
+    write_image(tmp_path / "a.jpg", 1, orientation=6)
+    write_image(tmp_path / "b.jpg", 2)
+    write_image(tmp_path / "c.jpg", 3)
     sizes = {"a.jpg": (200, 150), "b.jpg": (100, 75), "c.jpg": (200, 150)}
     content = {
         "images": [{"id": i, "file_name": n, "width": w, "height": h} for i, (n, (w, h)) in enumerate(sizes.items())],
@@ -187,41 +187,41 @@ def test_coco_sizes_are_compared_with_the_pictures(tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text(json.dumps(content))
     report = check(tmp_path)
     assert problems(report, tmp_path) == [
-        "a.jpg: annotation of another size than its picture (200 x 150, the picture 150 x 200); boxes taken as they "
-        "are, though the picture seems to have been turned (EXIF) since; draw them again",
-        "b.jpg: annotation of another size than its picture (100 x 75, the picture 200 x 150); boxes taken as they "
+        "a.jpg: annotation of another size than its image (200 x 150, the image 150 x 200); boxes taken as they "
+        "are, though the image seems to have been turned (EXIF) since; draw them again",
+        "b.jpg: annotation of another size than its image (100 x 75, the image 200 x 150); boxes taken as they "
         "are; look at them",
     ]
     assert report.statistics["all"].crowds == 1
-    assert "2 pictures without any, 1 crowds, not counted" in report.lines()[1]
+    assert "2 images without any, 1 crowds, not counted" in report.lines()[1]
 
 
 def test_bad_masks(masks: Path) -> None:
     write_mask(masks / "masks/train/a.png", [0, 1], size=(100, 75))
     write_mask(masks / "masks/train/b.png", [0, 1], size=(150, 200))
-    write_picture(masks / "masks/val/c.png", 0)
+    write_image(masks / "masks/val/c.png", 0)
     write_mask(masks / "masks/val/d.png", [2, 9, 7, 2])
     report = check(masks)
     remedy = "treated as void: neither trained on nor counted; name it in classes.txt or leave it so"
     assert sorted(problems(report, masks)) == sorted([
-        "masks/train/a.png: mask of another size than its picture (100 x 75, the picture 200 x 150); save it in the "
-        "picture's size",
-        "masks/train/b.png: mask of another size than its picture (150 x 200, the picture 200 x 150); the picture has "
+        "masks/train/a.png: mask of another size than its image (100 x 75, the image 200 x 150); save it in the "
+        "image's size",
+        "masks/train/b.png: mask of another size than its image (150 x 200, the image 200 x 150); the image has "
         "been turned (EXIF) since; turn the mask",
-        "masks/val/c.png: mask that cannot be used (a mask in RGB; save it as a grey or palette PNG whose values are "
+        "masks/val/c.png: mask that cannot be used (a mask in RGB; save it as a gray or palette PNG whose values are "
         "class numbers)",
         f"{masks}: value without a class (7); {remedy}",
         f"{masks}: value without a class (9); {remedy}",
-        "images/train: class without pictures (car)",
-        "images/val: class without pictures (sky)",
-        "images/val: class without pictures (road)",
+        "images/train: class without images (car)",
+        "images/val: class without images (sky)",
+        "images/val: class without images (road)",
     ])  # fmt: skip
     assert report.statistics["val"].void == 0.5
 
 
 def test_values_that_only_some_masks_have_are_found(tmp_path: Path) -> None:
     for number in range(50):
-        write_picture(tmp_path / f"images/{number:02}.png", number, size=(8, 8))
+        write_image(tmp_path / f"images/{number:02}.png", number, size=(8, 8))
         write_mask(tmp_path / f"masks/{number:02}.png", [0, 1, 1, 5 if number == 1 else 1], size=(8, 8))
     (tmp_path / "classes.txt").write_text("sky\nroad\n")
     assert find_splits(tmp_path)["all"].problems == ()
@@ -242,7 +242,7 @@ def test_ten_of_a_kind_are_printed(boxes: Path) -> None:
 
 def test_many_classes_are_cut_short(tmp_path: Path) -> None:
     for number in range(43):
-        write_picture(tmp_path / f"class{number:02}/a.png", number, size=(8, 8))
+        write_image(tmp_path / f"class{number:02}/a.png", number, size=(8, 8))
     lines = check(tmp_path).lines()
     assert [line for line in lines if "class39" in line] == ["  class39            1"]
     assert "  and 3 more classes" in lines
@@ -253,23 +253,23 @@ def test_nothing_there(tmp_path: Path) -> None:
         check(tmp_path / "nothing")
 
 
-def has_colour(image: Image.Image, colour: tuple[int, int, int]) -> bool:
-    return bool((np.asarray(image) == colour).all(axis=-1).any())
+def has_color(image: Image.Image, color: tuple[int, int, int]) -> bool:
+    return bool((np.asarray(image) == color).all(axis=-1).any())
 
 
 def test_contact_sheet_of_boxes(boxes: Path) -> None:
-    from mobilevit.drawing import class_colours
+    from mobilevit.imaging.drawing import class_colors
 
     splits = find_splits(boxes)
-    cat, dog = class_colours(2)
+    cat, dog = class_colors(2)
     sheet = contact_sheet(splits, columns=3, cell=100)
     assert sheet.width == 3 * 108 + 8
     assert sheet.height > 2 * 108 + 8
-    assert has_colour(sheet, cat)
-    assert has_colour(sheet, dog)
+    assert has_color(sheet, cat)
+    assert has_color(sheet, dog)
     only_cats = contact_sheet({"train": splits["train"].subset([1])}, cell=100)
-    assert has_colour(only_cats, cat)
-    assert not has_colour(only_cats, dog)
+    assert has_color(only_cats, cat)
+    assert not has_color(only_cats, dog)
 
 
 def test_contact_sheet_names_many_classes_at_the_boxes(boxes: Path) -> None:
@@ -294,7 +294,7 @@ def test_contact_sheet_passes_over_what_cannot_be_read(boxes: Path) -> None:
     assert contact_sheet(splits, columns=1, cell=50).height < whole.height
 
 
-def test_contact_sheet_takes_pictures_evenly(shapes: Path) -> None:
+def test_contact_sheet_takes_images_evenly(shapes: Path) -> None:
     sheet = contact_sheet(find_splits(shapes), num_images=6, columns=6, cell=64)
     first = contact_sheet({"all": find_splits(shapes)["all"].subset([0, 12, 24, 35, 47, 59])}, columns=6, cell=64)
     assert sheet.tobytes() == first.tobytes()

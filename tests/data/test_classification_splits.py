@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from numbered_pictures import numbers, write_folder, write_picture
+from numbered_images import numbers, write_folder, write_image
 
 from mobilevit.data.datasets import find_splits, load_train_val
 
@@ -25,11 +25,11 @@ def test_folder(tmp_path: Path) -> None:
 
 def test_nested_folders_and_what_is_passed_over(tmp_path: Path) -> None:
     for number, name in enumerate(["cat/b/x.PNG", "cat/a/deep/y.png", "cat/z.png", "dog/1.png"]):
-        write_picture(tmp_path / name, number)
+        write_image(tmp_path / name, number)
     for name in ["cat/.hidden.png", "cat/._z.png", "cat/.git/a.png", ".trash/a.png"]:
-        write_picture(tmp_path / name, 99)
+        write_image(tmp_path / name, 99)
     for name in ["cat/notes.txt", "cat/Thumbs.db", "readme.md"]:
-        (tmp_path / name).write_text("no picture")
+        (tmp_path / name).write_text("no image")
     data = find_splits(tmp_path)["all"]
     assert data.names == ["cat/z.png", "cat/a/deep/y.png", "cat/b/x.PNG", "dog/1.png"]
     assert data.classes == ("cat", "dog")
@@ -85,15 +85,15 @@ def test_an_empty_folder_of_an_unknown_class_does_no_harm(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("files", "reason"),
     [
-        ([], r"data: nothing in it; put the pictures into one sub-folder per class"),
-        (["a.png", "b.png"], r"data: only loose files in it; put the pictures into one sub-folder"),
-        (["cat/readme.txt", "dog/x.tmp"], r"data: no pictures in its sub-folders; known kinds are \.avif, \.bmp"),
+        ([], r"data: nothing in it; put the images into one sub-folder per class"),
+        (["a.png", "b.png"], r"data: only loose files in it; put the images into one sub-folder"),
+        (["cat/readme.txt", "dog/x.tmp"], r"data: no images in its sub-folders; known kinds are \.avif, \.bmp"),
         (["cat/1.png", "cat/2.png"], r"data: only one class \(cat\); a classifier needs two or more"),
-        (["cat/1.png", "cat/2.png", "dog/no.txt"], r"data: no pictures of dog; add some or remove the class"),
-        (["cat/1.png", "cat/2.png", "dog/1.png"], r"data: class dog has only one picture; two are needed.*--val-data"),
+        (["cat/1.png", "cat/2.png", "dog/no.txt"], r"data: no images of dog; add some or remove the class"),
+        (["cat/1.png", "cat/2.png", "dog/1.png"], r"data: class dog has only one image; two are needed.*--val-data"),
         (["train/1.png", "val/1.png"], r"train: only loose files in it"),
         (["train/cat/1.png", "train/dog/1.png", "val/1.png"], r"val: only loose files in it"),
-        (["train/cat/1.png", "train/dog/1.txt", "val/cat/1.png"], r"train: no pictures of dog"),
+        (["train/cat/1.png", "train/dog/1.txt", "val/cat/1.png"], r"train: no images of dog"),
     ],
 )
 def test_useless_folders(tmp_path: Path, files: list[str], reason: str) -> None:
@@ -120,7 +120,7 @@ def write_csv(path: Path, text: str, encoding: str = "utf-8") -> Path:
 def test_csv(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, encoding: str, newline: str) -> None:
     names = ["p/0.png", "p/1, one.png", "2.png", str(tmp_path / "far" / "3.png")]
     for number, name in enumerate(names):
-        write_picture(tmp_path / "lists" / name, number)
+        write_image(tmp_path / "lists" / name, number)
     lines = ["label,path,note", "dog,p/0.png,x", 'cat,"p/1, one.png",', "größer,2.png,y", f"dog,{names[3]},"]
     path = write_csv(tmp_path / "lists" / "data.csv", newline.join(lines), encoding)
     monkeypatch.chdir(tmp_path)  # paths are relative to the file, not to where we are
@@ -153,7 +153,7 @@ def test_csv_with_a_split_column(tmp_path: Path) -> None:
     text = "path,label,split\n" + "".join(f"{p}.png,{label},{part}\n" for p, label, part in rows)
     path = write_csv(tmp_path / "a.csv", text)
     for number in range(5):
-        write_picture(tmp_path / f"{'abcde'[number]}.png", number)
+        write_image(tmp_path / f"{'abcde'[number]}.png", number)
     sets = find_splits(path)
     assert {kind: (data.names, data.targets) for kind, data in sets.items()} == {
         "train": (["a.png", "c.png", "e.png"], [0, 1, 0]),
@@ -177,7 +177,7 @@ def test_csv_whose_rows_are_all_of_one_part_is_not_divided(tmp_path: Path, part:
     ("text", "reason"),
     [
         ("", r"a\.csv: no rows"),
-        ("path,label\n", r"a\.csv: no rows; a line a picture is needed, under the heading path,label"),
+        ("path,label\n", r"a\.csv: no rows; a line an image is needed, under the heading path,label"),
         ("file,label\na.png,x\n", r"a\.csv: no column path; the heading must name path and label"),
         ("file;class\na.png;x\n", r"a\.csv: no column label and path"),
         ("path,label\na.png,x\nb.png,\n", r"a\.csv, line 3: path or label is empty; fill it in"),
@@ -211,9 +211,9 @@ def test_folder_of_csv_files(tmp_path: Path) -> None:
 # -- parquet ----------------------------------------------------------------------------------------------------------
 
 
-def picture_bytes(count: int, folder: Path) -> list[bytes]:
+def image_bytes(count: int, folder: Path) -> list[bytes]:
     for number in range(count):
-        write_picture(folder / f"{number}.png", number)
+        write_image(folder / f"{number}.png", number)
     return [(folder / f"{number}.png").read_bytes() for number in range(count)]
 
 
@@ -249,8 +249,8 @@ def test_parquet(
     classes: tuple[str, ...],
     expected: list[int],
 ) -> None:
-    pictures = picture_bytes(4, tmp_path / "p")
-    images = pictures if layout == "bytes" else [{"bytes": data, "path": f"{i}.png"} for i, data in enumerate(pictures)]
+    encoded = image_bytes(4, tmp_path / "p")
+    images = encoded if layout == "bytes" else [{"bytes": data, "path": f"{i}.png"} for i, data in enumerate(encoded)]
     path = write_parquet(tmp_path / "a.parquet", {"image": images, "label": labels, "more": [1.5] * 4}, metadata)
     ((kind, data),) = find_splits(path).items()
     assert (kind, data.classes, data.targets) == ("all", classes, expected)
@@ -264,8 +264,8 @@ def test_parquet(
         ({"label": [1]}, None, r"a\.parquet: no column image; it needs image \(encoded bytes\) and label"),
         ({"img": [b""], "class": [1]}, None, r"no column image and label"),
         ({"image": [], "label": []}, None, r"a\.parquet: no rows"),
-        ({"image": ["a.png"], "label": [1]}, None, r"column image holds string; it needs encoded pictures"),
-        ({"image": [{"path": "a.png"}], "label": [1]}, None, r"column image holds struct.*; it needs encoded pictures"),
+        ({"image": ["a.png"], "label": [1]}, None, r"column image holds string; it needs encoded images"),
+        ({"image": [{"path": "a.png"}], "label": [1]}, None, r"column image holds struct.*; it needs encoded images"),
         ({"image": [b"", b""], "label": ["cat", None]}, None, r"a\.parquet: row 1 has no label"),
         ({"image": [b""], "label": [2]}, {"classes": '["a", "b"]'}, r"a\.parquet: labels outside 0\.\.1"),
         ({"image": [b""], "label": [-1]}, {"classes": '["a", "b"]'}, r"a\.parquet: labels outside 0\.\.1"),
@@ -296,13 +296,13 @@ def test_folder_of_parquet_files(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["folder", "csv", "parquet"])
 def test_data_can_be_sent_to_a_process_that_is_not_forked(tmp_path: Path, kind: str) -> None:
-    pictures = picture_bytes(6, tmp_path / "p")
+    images = image_bytes(6, tmp_path / "p")
     if kind == "folder":
         path = write_folder(tmp_path / "data", {"a": 3, "b": 3})
     elif kind == "csv":
         path = write_csv(tmp_path / "a.csv", "path,label\n" + "".join(f"p/{i}.png,{'ab'[i % 2]}\n" for i in range(6)))
     else:
-        path = write_parquet(tmp_path / "a.parquet", {"image": pictures, "label": [0, 1] * 3})
+        path = write_parquet(tmp_path / "a.parquet", {"image": images, "label": [0, 1] * 3})
     data = find_splits(path)["all"].subset([4, 1, 0])
     sent = pickle.loads(pickle.dumps(data))
     assert numbers(sent) == numbers(data)

@@ -4,14 +4,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from box_files import boxes, problems, read, write_picture
+from box_files import boxes, problems, read, write_image
 
 from mobilevit.data.detection import detection_splits, has_boxes
-from mobilevit.preprocessing import read_image
+from mobilevit.imaging.decode import read_image
 
 
 def coco(**changes: Any) -> dict[str, Any]:
-    """Two pictures, three annotations, categories 3 and 7."""
+    """Two images, three annotations, categories 3 and 7."""
     content: dict[str, Any] = {
         "images": [
             {"id": 10, "file_name": "a.jpg", "width": 40, "height": 30},
@@ -27,11 +27,11 @@ def coco(**changes: Any) -> dict[str, Any]:
     return content | changes
 
 
-def write_coco(file: Path, content: dict[str, Any], pictures: str | None = None) -> Path:
+def write_coco(file: Path, content: dict[str, Any], images: str | None = None) -> Path:
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(content))
-    for entry in content["images"] if pictures is not None else []:
-        write_picture(file.parent / str(pictures) / Path(entry["file_name"]).name)
+    for entry in content["images"] if images is not None else []:
+        write_image(file.parent / str(images) / Path(entry["file_name"]).name)
     return file
 
 
@@ -39,7 +39,7 @@ WANTED = {"a.jpg": [("cat", 0, 0, 4, 5)], "b.jpg": [("dog", 1, 2, 11, 22), ("cat
 
 
 @pytest.mark.parametrize(
-    ("file", "pictures"),
+    ("file", "images"),
     [
         ("annotations/instances_train2017.json", "../train2017"),
         ("annotations/instances_train2017.json", "../images/train2017"),
@@ -50,8 +50,8 @@ WANTED = {"a.jpg": [("cat", 0, 0, 4, 5)], "b.jpg": [("dog", 1, 2, 11, 22), ("cat
         ("train/_annotations.coco.json", "."),
     ],
 )
-def test_coco_layouts(tmp_path: Path, file: str, pictures: str) -> None:
-    write_coco(tmp_path / file, coco(), pictures)
+def test_coco_layouts(tmp_path: Path, file: str, images: str) -> None:
+    write_coco(tmp_path / file, coco(), images)
     assert has_boxes(tmp_path)
     for path in (tmp_path, tmp_path / file):
         data = read(path)
@@ -114,7 +114,7 @@ def test_coco_paths_of_another_machine(tmp_path: Path) -> None:
     content["images"][1]["file_name"] = "/home/me/data/b.jpg"
     write_coco(tmp_path / "x.json", content)
     for name in ("a.jpg", "b.jpg"):
-        write_picture(tmp_path / "images" / name)
+        write_image(tmp_path / "images" / name)
     assert boxes(read(tmp_path)) == WANTED
 
 
@@ -126,10 +126,10 @@ def annotation(**changes: Any) -> dict[str, Any]:
     ("entry", "line"),
     [
         (annotation(bbox=[1, 1, 0, 2]), "annotation 5: box without area (1 1 1 3 in 40 x 30); left out"),
-        (annotation(bbox=[40, 1, 5, 2]), "annotation 5: box outside the picture (40 1 45 3 in 40 x 30); left out"),
+        (annotation(bbox=[40, 1, 5, 2]), "annotation 5: box outside the image (40 1 45 3 in 40 x 30); left out"),
         (
             annotation(bbox=[30, 1, 15, 2]),
-            "annotation 5: box partly outside the picture (30 1 45 3 in 40 x 30); clippe",
+            "annotation 5: box partly outside the image (30 1 45 3 in 40 x 30); clippe",
         ),
         (
             annotation(bbox=[9, 9, -2, -3]),
@@ -139,7 +139,7 @@ def annotation(**changes: Any) -> dict[str, Any]:
             annotation(category_id=4),
             "annotation 5: label without a class (4); left out; add it to the categories or co",
         ),
-        (annotation(image_id=99), "annotation 5: annotation for a picture that is not listed (image 99); left out"),
+        (annotation(image_id=99), "annotation 5: annotation for an image that is not listed (image 99); left out"),
         (annotation(bbox=[1, 2]), "annotation 5: malformed annotation (image_id 10, category_id 3, bbox [1, 2]); left"),
         (
             annotation(bbox=None),
@@ -160,7 +160,7 @@ def test_coco_bad_annotations(tmp_path: Path, entry: dict[str, Any], line: str) 
     assert sum(data.class_counts()) == 2 + ("clipped" in found or "in order" in found)
 
 
-def test_coco_bad_pictures(tmp_path: Path) -> None:
+def test_coco_bad_images(tmp_path: Path) -> None:
     content = coco()
     content["images"] += [
         {"id": 12, "file_name": "gone.jpg", "width": 40, "height": 30},
@@ -172,17 +172,17 @@ def test_coco_bad_pictures(tmp_path: Path) -> None:
     content["annotations"] += [annotation(id=6, image_id=12), annotation(id=7, image_id=13)]
     write_coco(tmp_path / "x.json", content)
     for name in ("a.jpg", "b.jpg", "sizeless.jpg"):
-        write_picture(tmp_path / name)
-    (tmp_path / "text.jpg").write_text("no picture")
+        write_image(tmp_path / name)
+    (tmp_path / "text.jpg").write_text("no image")
     data = read(tmp_path)
     assert boxes(data) == WANTED | {"a.jpg": [("cat", 0, 0, 4, 5), ("cat", 1, 1, 3, 3)], "sizeless.jpg": []}
     lines = problems(data, tmp_path)
     assert lines[:3] == [
-        "x.json: pictures without id or file_name (1 of 7); left out",
-        "x.json, image 12: annotation for a missing picture (gone.jpg); left out",
-        "x.json, image 13: picture listed twice (a.jpg); its boxes are put together",
+        "x.json: images without id or file_name (1 of 7); left out",
+        "x.json, image 12: annotation for a missing image (gone.jpg); left out",
+        "x.json, image 13: image listed twice (a.jpg); its boxes are put together",
     ]
-    assert lines[3].startswith("text.jpg: picture that cannot be read")
+    assert lines[3].startswith("text.jpg: image that cannot be read")
     assert data.sizes == [(40, 30)] * 3
 
 
@@ -195,11 +195,11 @@ def test_coco_bad_pictures(tmp_path: Path) -> None:
         (json.dumps(coco(images=[1])), "x.json: not COCO's format"),
         (json.dumps(coco(categories=[])), "x.json: no categories; list the classes there"),
         (json.dumps(coco(categories=[{"id": 1}])), "x.json: a category without id or name; each needs both"),
-        (json.dumps(coco(images=[])), "x.json: lists no pictures"),
-        (json.dumps(coco(annotations=[])), "x.json: 2 pictures, but not one usable box"),
+        (json.dumps(coco(images=[])), "x.json: lists no images"),
+        (json.dumps(coco(annotations=[])), "x.json: 2 images, but not one usable box"),
         (
             json.dumps(coco()).replace(".jpg", ".png"),
-            "x.json: none of its pictures found, such as a.png; put them into",
+            "x.json: none of its images found, such as a.png; put them into",
         ),
     ],
 )

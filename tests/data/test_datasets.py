@@ -5,18 +5,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from numbered_pictures import numbers, write_folder, write_picture
+from numbered_images import numbers, write_folder, write_image
 from PIL import Image
 
-from mobilevit.data.datasets import find_splits, load_train_val, recognise_task
+from mobilevit.card import Task
+from mobilevit.data.datasets import find_splits, load_train_val, recognize_task
 from mobilevit.data.shapes import CLASSES, write_boxes, write_masks
-from mobilevit.models.card import Task
 
 
 def write_voc(folder: Path, names: str = "a", classes: str = "cat", lists: str = "") -> Path:
-    """A picture of 4 x 3 with one box for each letter of `names`; each is in the part that `lists` has there."""
+    """An image of 4 x 3 with one box for each letter of `names`; each is in the part that `lists` has there."""
     for number, name in enumerate(names):
-        write_picture(folder / f"JPEGImages/{name}.png", number)
+        write_image(folder / f"JPEGImages/{name}.png", number)
         box = "<bndbox><xmin>0</xmin><ymin>0</ymin><xmax>2</xmax><ymax>2</ymax></bndbox>"
         (folder / "Annotations").mkdir(exist_ok=True)
         (folder / f"Annotations/{name}.xml").write_text(
@@ -30,19 +30,19 @@ def write_voc(folder: Path, names: str = "a", classes: str = "cat", lists: str =
 
 
 def write_yolo(folder: Path, lines: dict[str, str], classes: str = "cat dog") -> Path:
-    """A picture of 4 x 3 for each name, with a square box for each number in its line."""
+    """An image of 4 x 3 for each name, with a square box for each number in its line."""
     (folder / "labels").mkdir(parents=True)
     for number, (name, labels) in enumerate(lines.items()):
-        write_picture(folder / f"images/{name}.png", number)
+        write_image(folder / f"images/{name}.png", number)
         (folder / f"labels/{name}.txt").write_text("".join(f"{n} 0.5 0.5 0.5 0.5\n" for n in labels.split()))
     (folder / "classes.txt").write_text("\n".join(classes.split()))
     return folder
 
 
 def write_pairs(folder: Path, names: str = "ab", masks: str = "masks") -> Path:
-    """A picture of 4 x 3 and a mask of 0 and 1 for each letter."""
+    """An image of 4 x 3 and a mask of 0 and 1 for each letter."""
     for number, name in enumerate(names):
-        write_picture(folder / f"images/{name}.png", number)
+        write_image(folder / f"images/{name}.png", number)
         (folder / masks).mkdir(exist_ok=True)
         Image.fromarray(np.tile(np.array([0, 0, 1, 1], np.uint8), (3, 1))).save(folder / masks / f"{name}.png")
     return folder
@@ -80,8 +80,8 @@ def yolo_file(folder: Path) -> Path:
 
 
 def voc_masks(folder: Path) -> Path:
-    write_picture(folder / "VOC2012/JPEGImages/a.jpg", 0)
-    write_picture(folder / "VOC2012/SegmentationClass/a.png", 0)
+    write_image(folder / "VOC2012/JPEGImages/a.jpg", 0)
+    write_image(folder / "VOC2012/SegmentationClass/a.png", 0)
     return folder
 
 
@@ -99,13 +99,13 @@ def voc_masks(folder: Path) -> Path:
         (voc_masks, "segmentation"),
     ],
 )
-def test_the_task_is_recognised_by_the_layout(tmp_path: Path, write: Callable[[Path], Path], task: Task) -> None:
-    assert recognise_task(write(tmp_path)) == task
+def test_the_task_is_recognized_by_the_layout(tmp_path: Path, write: Callable[[Path], Path], task: Task) -> None:
+    assert recognize_task(write(tmp_path)) == task
 
 
 def test_boxes_and_masks_alike_need_a_choice(tmp_path: Path) -> None:
     write_pairs(write_yolo(tmp_path / "x", {"a": "0 1", "b": "0"}))
-    for read in (recognise_task, find_splits):
+    for read in (recognize_task, find_splits):
         with pytest.raises(ValueError, match="x: has both boxes and masks; choose with --task detection or --task seg"):
             read(tmp_path / "x")
     for task in ("detection", "segmentation"):
@@ -153,7 +153,7 @@ def test_load_train_val_divides_a_folder(tmp_path: Path) -> None:
 
 
 def test_a_rare_class_of_boxes_is_in_both_parts(tmp_path: Path) -> None:
-    lines = {f"{i:02d}": "0 1 1" if i % 9 == 0 else "0 0" for i in range(36)}  # dogs in 4 of 36 pictures
+    lines = {f"{i:02d}": "0 1 1" if i % 9 == 0 else "0 0" for i in range(36)}  # dogs in 4 of 36 images
     write_yolo(tmp_path / "x", lines | {"empty1": "", "empty2": ""})
     for seed in range(10):
         train, val = load_train_val(tmp_path / "x", val_path=None, val_fraction=0.25, seed=seed)
@@ -202,9 +202,9 @@ def test_boxes_to_validate_on_from_elsewhere(tmp_path: Path) -> None:
         load_train_val(tmp_path / "x", val_path=tmp_path / "z", val_fraction=0.5, seed=0)
 
 
-def test_a_single_picture_cannot_be_divided(tmp_path: Path) -> None:
+def test_a_single_image_cannot_be_divided(tmp_path: Path) -> None:
     write_pairs(tmp_path / "x", "a")
-    with pytest.raises(ValueError, match="images: there is only one picture; two are needed"):
+    with pytest.raises(ValueError, match="images: there is only one image; two are needed"):
         load_train_val(tmp_path / "x", val_path=None, val_fraction=0.5, seed=0)
 
 

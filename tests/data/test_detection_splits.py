@@ -1,20 +1,20 @@
 from pathlib import Path
 
 import pytest
-from box_files import problems, write_picture
+from box_files import problems, write_image
 
-from mobilevit.data.boxes import picture_size
+from mobilevit.data.boxes import image_size
 from mobilevit.data.datasets import find_splits
 from mobilevit.data.detection import detection_splits, has_boxes
-from mobilevit.preprocessing import read_image
+from mobilevit.imaging.decode import read_image
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 
 
-def test_the_size_is_that_of_the_upright_picture(tmp_path: Path) -> None:
+def test_the_size_is_that_of_the_upright_image(tmp_path: Path) -> None:
     for suffix in ("jpg", "png", "webp", "tif"):
-        path = write_picture(tmp_path / f"turned.{suffix}", (40, 30), orientation=6)
-        assert picture_size(path) == read_image(path).size == (30, 40)
+        path = write_image(tmp_path / f"turned.{suffix}", (40, 30), orientation=6)
+        assert image_size(path) == read_image(path).size == (30, 40)
 
 
 def test_other_data_have_no_boxes(tmp_path: Path, shapes: Path) -> None:
@@ -22,8 +22,8 @@ def test_other_data_have_no_boxes(tmp_path: Path, shapes: Path) -> None:
     assert not has_boxes(tmp_path / "nothing")
     (tmp_path / "images").mkdir()
     (tmp_path / "labels").mkdir()
-    write_picture(tmp_path / "images/a.jpg")
-    write_picture(tmp_path / "labels/a.png")
+    write_image(tmp_path / "images/a.jpg")
+    write_image(tmp_path / "labels/a.png")
     (tmp_path / "classes.txt").write_text("a\n")
     (tmp_path / "config.yaml").write_text("epochs: 3\n")
     (tmp_path / "notes.json").write_text('{"images": 3}')

@@ -21,7 +21,7 @@ from mobilevit.data.loaders import Batch, BatchLoader, ahead_on
 from mobilevit.data.samplers import SizedBatch
 from mobilevit.data.shapes import render_scene
 from mobilevit.data.transforms import ClassificationTransform
-from mobilevit.preprocessing import Preprocessing
+from mobilevit.imaging.preprocessing import Preprocessing
 
 CPU = torch.device("cpu")
 SMALL = Preprocessing(size=(48, 64))
@@ -29,11 +29,11 @@ SMALL = Preprocessing(size=(48, 64))
 
 def encoded(kind: str, number: int) -> bytes:
     image, data = render_scene(number, size=90).image, io.BytesIO()
-    image.convert("L" if kind == "grey" else "RGB").save(data, "PNG" if kind == "PNG" else "JPEG", quality=95)
+    image.convert("L" if kind == "gray" else "RGB").save(data, "PNG" if kind == "PNG" else "JPEG", quality=95)
     return data.getvalue()
 
 
-def pictures(*files: bytes) -> ImageSet[int]:
+def images(*files: bytes) -> ImageSet[int]:
     return ImageSet(
         task="classification",
         origin="",
@@ -46,7 +46,7 @@ def pictures(*files: bytes) -> ImageSet[int]:
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_the_device_shows_what_the_cpu_would(num_workers: int) -> None:
-    data = pictures(*(encoded(kind, n) for n, kind in enumerate(["JPEG", "JPEG", "PNG", "grey", "JPEG", "JPEG"])))
+    data = images(*(encoded(kind, n) for n, kind in enumerate(["JPEG", "JPEG", "PNG", "gray", "JPEG", "JPEG"])))
     batches: list[list[Batch]] = []
     for transform in (
         EncodedCropTransform(preprocessing=SMALL, min_crop_area=0.3),
@@ -66,9 +66,9 @@ def test_the_device_shows_what_the_cpu_would(num_workers: int) -> None:
         assert ours.images.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_damaged_pictures_are_named_and_left_out() -> None:
+def test_damaged_images_are_named_and_left_out() -> None:
     whole = encoded("JPEG", 1)
-    data = pictures(whole, whole[: len(whole) // 2], b"no picture", whole)
+    data = images(whole, whole[: len(whole) // 2], b"no image", whole)
     loader = BatchLoader(
         data, EncodedCropTransform(preprocessing=SMALL, min_crop_area=1.0), batch_size=4, num_workers=0, shuffle_seed=0
     )
@@ -80,10 +80,10 @@ def test_damaged_pictures_are_named_and_left_out() -> None:
     assert sorted(error.split(":")[0] for error in batch.errors) == ["1.jpg", "2.jpg"]
 
 
-def test_a_batch_without_a_readable_picture() -> None:
+def test_a_batch_without_a_readable_image() -> None:
     half = encoded("JPEG", 1)[:600]
     loader = BatchLoader(
-        pictures(half, half), EncodedCropTransform(preprocessing=SMALL, min_crop_area=1.0), batch_size=2,
+        images(half, half), EncodedCropTransform(preprocessing=SMALL, min_crop_area=1.0), batch_size=2,
         num_workers=0, shuffle_seed=0,
     )  # fmt: skip
     loader.start(0)

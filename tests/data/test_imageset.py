@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numbered_pictures import numbers, write_folder, write_picture
+from numbered_images import numbers, write_folder, write_image
 from PIL import Image
 
 from mobilevit.data.datasets import find_splits
 from mobilevit.data.imageset import Boxes, ImageSet, Mask, check_classes, split
+from mobilevit.imaging.decode import find_images
 from mobilevit.models.deeplabv3 import IGNORE
-from mobilevit.preprocessing import find_images
 
 
 def toy(labels: list[int], classes: tuple[str, ...], prefix: str = "") -> ImageSet[int]:
@@ -27,9 +27,9 @@ def toy(labels: list[int], classes: tuple[str, ...], prefix: str = "") -> ImageS
 
 
 def test_find_images_is_sorted_and_follows_links(tmp_path: Path) -> None:
-    write_picture(tmp_path / "elsewhere/b.jpg", 0)
+    write_image(tmp_path / "elsewhere/b.jpg", 0)
     for name in ["in/2.webp", "in/10.bmp", "in/a.gif"]:
-        write_picture(tmp_path / name, 0)
+        write_image(tmp_path / name, 0)
     (tmp_path / "in/link").symlink_to(tmp_path / "elsewhere")
     found = [path.relative_to(tmp_path / "in").as_posix() for path in find_images(tmp_path / "in")]
     assert found == ["10.bmp", "2.webp", "a.gif", "link/b.jpg"]
@@ -39,7 +39,7 @@ def test_find_images_is_sorted_and_follows_links(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("fraction", "held_out"),  # of classes of 2, 3, 10 and 101 pictures
+    ("fraction", "held_out"),  # of classes of 2, 3, 10 and 101 images
     [(0.2, [1, 1, 2, 20]), (0.5, [1, 2, 5, 50]), (0.01, [1, 1, 1, 1]), (0.99, [1, 2, 9, 100])],
 )
 def test_split_counts(fraction: float, held_out: list[int]) -> None:
@@ -75,7 +75,7 @@ def test_adding_a_class_leaves_the_other_classes_division() -> None:
     fraction=st.floats(0.001, 0.999),
     seed=st.integers(0, 2**31),
 )
-def test_split_puts_every_picture_into_exactly_one_part(counts: list[int], fraction: float, seed: int) -> None:
+def test_split_puts_every_image_into_exactly_one_part(counts: list[int], fraction: float, seed: int) -> None:
     classes = tuple("abcdef"[: len(counts)])
     data = toy([label for label, count in enumerate(counts) for _ in range(count)], classes)
     train, val = split(data, val_fraction=fraction, seed=seed)
@@ -121,7 +121,7 @@ def test_file_names_that_are_not_utf8(tmp_path: Path) -> None:
     folder = tmp_path / "cat"
     folder.mkdir()
     try:
-        write_picture(folder / os.fsdecode(b"caf\xe9.png"), 5)
+        write_image(folder / os.fsdecode(b"caf\xe9.png"), 5)
     except OSError:
         pytest.skip("this file system wants UTF-8")
     data = find_splits(tmp_path)["all"]
@@ -131,28 +131,28 @@ def test_file_names_that_are_not_utf8(tmp_path: Path) -> None:
 
 def test_relabel() -> None:
     data = toy([0, 1, 1, 2], ("cat", "dog", "owl"))
-    relabelled = data.relabel(("owl", "dog", "bird", "cat"))
-    assert (relabelled.targets, relabelled.classes) == ([3, 1, 1, 0], ("owl", "dog", "bird", "cat"))
-    assert relabelled.names == data.names
+    relabeled = data.relabel(("owl", "dog", "bird", "cat"))
+    assert (relabeled.targets, relabeled.classes) == ([3, 1, 1, 0], ("owl", "dog", "bird", "cat"))
+    assert relabeled.names == data.names
     assert data.relabel(("cat", "dog", "owl")) is data
     classes = tuple("abcdefgh")
     with pytest.raises(ValueError, match=r"toy: .* does not know cat, owl; its classes are dog, a, b, c, d and 4 more"):
         data.relabel(("dog", *classes))
-    assert data.subset([1, 2]).relabel(("dog", *classes)).targets == [0, 0]  # only classes with pictures count
+    assert data.subset([1, 2]).relabel(("dog", *classes)).targets == [0, 0]  # only classes with images count
 
 
 def test_relabel_is_quick_with_many_classes() -> None:
     classes = tuple(f"{number:04d}" for number in range(1000))
     data = toy([number % 1000 for number in range(100_000)], classes)
     started = time.process_time()
-    relabelled = data.relabel(classes[::-1])
+    relabeled = data.relabel(classes[::-1])
     assert time.process_time() - started < 1
-    assert relabelled.targets[:3] == [999, 998, 997]
+    assert relabeled.targets[:3] == [999, 998, 997]
 
 
 def test_check_classes() -> None:
     check_classes(toy([0, 1], ("a", "b")))
-    with pytest.raises(ValueError, match="toy: no pictures of b, d; add some"):
+    with pytest.raises(ValueError, match="toy: no images of b, d; add some"):
         check_classes(toy([0, 2], ("a", "b", "c", "d")))
     with pytest.raises(ValueError, match=re.escape("toy: only one class (a)")):
         check_classes(toy([0, 0], ("a",)))
@@ -197,11 +197,11 @@ def test_boxes_from_lists() -> None:
 
 def test_relabel_boxes() -> None:
     data = boxed([CAT_AND_DOG, NO_OBJECT])
-    relabelled = data.relabel(("dog", "owl", "cat"))
-    assert [target.labels.tolist() for target in relabelled.targets] == [[2, 0], []]
-    assert relabelled.targets[0].labels.dtype == np.int64
-    assert relabelled.targets[0].xyxy.tolist() == CAT_AND_DOG.xyxy.tolist()
-    assert relabelled.class_counts() == [1, 0, 1]
+    relabeled = data.relabel(("dog", "owl", "cat"))
+    assert [target.labels.tolist() for target in relabeled.targets] == [[2, 0], []]
+    assert relabeled.targets[0].labels.dtype == np.int64
+    assert relabeled.targets[0].xyxy.tolist() == CAT_AND_DOG.xyxy.tolist()
+    assert relabeled.class_counts() == [1, 0, 1]
     assert CAT_AND_DOG.labels.tolist() == [0, 1]
     with pytest.raises(ValueError, match="toy: the checkpoint does not know dog; its classes are cat, owl"):
         data.relabel(("cat", "owl"))

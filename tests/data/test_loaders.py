@@ -20,17 +20,18 @@ from mobilevit.data.transforms import (
     SegmentationTransform,
     collate_boxes,
 )
-from mobilevit.preprocessing import EncodedImage, Preprocessing
+from mobilevit.imaging.decode import EncodedImage
+from mobilevit.imaging.preprocessing import Preprocessing
 
 SMALL = Preprocessing(size=(32, 32), crop_fraction=1.0)
 
 
 def noise(count: int, *, bad: tuple[int, ...] = ()) -> ImageSet[int]:
-    """`count` pictures of noise, the `bad` ones broken; a picture's label is its number."""
+    """`count` images of noise, the `bad` ones broken; an image's label is its number."""
     random = np.random.default_rng(0)
-    pictures: list[Any] = list(random.integers(0, 256, (count, 40, 36, 3), np.uint8))
+    images: list[Any] = list(random.integers(0, 256, (count, 40, 36, 3), np.uint8))
     for number in bad:
-        pictures[number] = b"not a picture"
+        images[number] = b"not an image"
     names = [f"{number}.png" for number in range(count)]
     return ImageSet(
         task="classification",
@@ -38,12 +39,12 @@ def noise(count: int, *, bad: tuple[int, ...] = ()) -> ImageSet[int]:
         names=names,
         targets=list(range(count)),
         classes=tuple(names),
-        open=pictures.__getitem__,
+        open=images.__getitem__,
     )
 
 
-def resized(picture: EncodedImage, label: int) -> tuple[torch.Tensor, int]:
-    return SMALL.resize(picture.decode()), label
+def resized(image: EncodedImage, label: int) -> tuple[torch.Tensor, int]:
+    return SMALL.resize(image.decode()), label
 
 
 def augmented(data: ImageSet[int], *, batch_size: int = 4, num_workers: int = 0, seed: int = 5) -> BatchLoader:
@@ -109,7 +110,7 @@ def test_order_depends_on_seed_and_epoch_alone() -> None:
     assert len(orders) == 12
 
 
-def test_a_picture_changes_from_epoch_to_epoch() -> None:
+def test_a_image_changes_from_epoch_to_epoch() -> None:
     loader = augmented(noise(4))
     epochs = [next(epoch_of(loader, epoch)) for epoch in range(5)]
     seen = {bytes(batch.images[batch.indices.index(2)].numpy()) for batch in epochs}
@@ -121,7 +122,7 @@ def test_a_picture_changes_from_epoch_to_epoch() -> None:
 def test_resuming_gives_exactly_the_remaining_batches(num_workers: int, first_batch: int) -> None:
     data = noise(21)
     whole = list(epoch_of(augmented(data), 2))
-    assert [len(batch) for batch in whole] == [4, 4, 4, 4, 5]  # one picture alone would have no statistics
+    assert [len(batch) for batch in whole] == [4, 4, 4, 4, 5]  # one image alone would have no statistics
     assert_same(list(epoch_of(augmented(data, num_workers=num_workers), 2, first_batch)), whole[first_batch:])
 
 
@@ -152,16 +153,16 @@ def test_an_epoch_left_early_does_not_leak_into_the_next(num_workers: int) -> No
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_bad_pictures_are_named_and_left_out(num_workers: int) -> None:
+def test_bad_images_are_named_and_left_out(num_workers: int) -> None:
     batches = list(in_order(noise(10, bad=(1, 2, 9)), num_workers=num_workers).epoch())
     assert [batch.indices for batch in batches] == [[0, 3], [4, 5, 6, 7], [8]]
     assert [batch.targets.tolist() for batch in batches] == [[0, 3], [4, 5, 6, 7], [8]]
     assert [len(batch.images) for batch in batches] == [2, 4, 1]
     errors = [error for batch in batches for error in batch.errors]
-    assert [error.split(": not a picture")[0] for error in errors] == ["1.png", "2.png", "9.png"]
+    assert [error.split(": not an image")[0] for error in errors] == ["1.png", "2.png", "9.png"]
 
 
-def test_a_batch_without_a_readable_picture() -> None:
+def test_a_batch_without_a_readable_image() -> None:
     (batch,) = in_order(noise(3, bad=(0, 1, 2))).epoch()
     assert (len(batch.images), batch.images.shape[1], batch.images.dtype) == (0, 3, torch.uint8)
     assert (len(batch), batch.targets, batch.indices) == (0, None, [])
@@ -171,7 +172,7 @@ def test_a_batch_without_a_readable_picture() -> None:
 @pytest.mark.parametrize(
     ("count", "sizes"), [(8, [4, 4]), (9, [4, 5]), (11, [4, 4, 3]), (4, [4]), (3, [3]), (1, [1])], ids=str
 )
-def test_shuffled_epochs_show_every_picture_once(count: int, sizes: list[int]) -> None:
+def test_shuffled_epochs_show_every_image_once(count: int, sizes: list[int]) -> None:
     loader = augmented(noise(count))
     for epoch in range(3):
         assert [len(batch.indices) for batch in epoch_of(loader, epoch)] == sizes
@@ -198,14 +199,14 @@ import os, signal
 import numpy as np
 from mobilevit.data.imageset import Boxes, ImageSet, Mask
 from mobilevit.data.loaders import BatchLoader
-from mobilevit.preprocessing import Preprocessing
+from mobilevit.imaging.preprocessing import Preprocessing
 
-pictures = [np.zeros((32, 32, 3), np.uint8)] * 40
+images = [np.zeros((32, 32, 3), np.uint8)] * 40
 resize = Preprocessing(size=(32, 32)).resize
 data = ImageSet(
-    task="classification", origin="", names=["x"] * 40, targets=[0] * 40, classes=("a",), open=pictures.__getitem__
+    task="classification", origin="", names=["x"] * 40, targets=[0] * 40, classes=("a",), open=images.__getitem__
 )
-loader = BatchLoader(data, lambda picture, label: (resize(picture.decode()), label), batch_size=2, num_workers=2)
+loader = BatchLoader(data, lambda image, label: (resize(image.decode()), label), batch_size=2, num_workers=2)
 epoch = loader.epoch()
 done = [*next(epoch).indices, *next(epoch).indices]  # one from each worker: both are up
 for number in (signal.SIGINT, signal.SIGTERM):
@@ -242,7 +243,7 @@ def test_pinned_batches_keep_everything() -> None:
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize(("count", "shards"), [(11, 1), (11, 2), (12, 3), (11, 4), (2, 3)])
-def test_shards_cover_every_picture_once(count: int, shards: int, num_workers: int) -> None:
+def test_shards_cover_every_image_once(count: int, shards: int, num_workers: int) -> None:
     seen = []
     for shard in range(shards):
         loader = BatchLoader(noise(count), resized, batch_size=4, num_workers=num_workers, shard=(shard, shards))
@@ -268,7 +269,7 @@ def test_shuffled_shards_have_nothing_in_common() -> None:
 
 
 def boxed(count: int) -> ImageSet[Boxes]:
-    """Picture n, of 36 x 40 pixels, has n boxes of classes 0, 1 and so on."""
+    """Image n, of 36 x 40 pixels, has n boxes of classes 0, 1 and so on."""
     plain = noise(count)
     targets = [Boxes.of([[4, 4, 20 + i, 30] for i in range(n)], list(range(n))) for n in range(count)]
     return ImageSet(
@@ -314,7 +315,7 @@ def test_batches_of_masks_and_a_mask_that_does_not_fit(tmp_path: Path) -> None:
     assert batch.indices == [0, 2]
     assert (batch.targets.shape, batch.targets.dtype) == ((2, 32, 48), torch.uint8)
     assert [set(mask.unique().tolist()) for mask in batch.targets] == [{0, 255}, {2, 255}]
-    assert batch.errors == [f"{tmp_path / '1.png'}: 40 x 36 pixels, its picture has 36 x 40; they must agree"]
+    assert batch.errors == [f"{tmp_path / '1.png'}: 40 x 36 pixels, its image has 36 x 40; they must agree"]
 
 
 def test__map_tensors() -> None:

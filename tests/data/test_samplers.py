@@ -69,7 +69,7 @@ def test_other_bases_and_shapes() -> None:
     batch_sizes=st.lists(st.integers(2, 17), min_size=1, max_size=5),
     epoch=st.integers(0, 3),
 )
-def test_every_picture_once_and_equal_sizes(world_size: int, extra: int, batch_sizes: list[int], epoch: int) -> None:
+def test_every_image_once_and_equal_sizes(world_size: int, extra: int, batch_sizes: list[int], epoch: int) -> None:
     count = 2 * world_size + extra
     batches = [SizedBatch(size=(32 * (n + 1), 32), batch_size=b) for n, b in enumerate(batch_sizes)]
     read_by = [read(sampler, epoch) for sampler in samplers(count, world_size, batches)]
@@ -131,8 +131,8 @@ def test_shards_are_read_a_few_at_a_time() -> None:
         assert len(set(window[:per_shard])) > 2  # and they are mixed
 
 
-def test_too_few_pictures_for_the_processes() -> None:
-    with pytest.raises(ValueError, match=r"7 pictures are too few for 4 processes.*use fewer"):
+def test_too_few_images_for_the_processes() -> None:
+    with pytest.raises(ValueError, match=r"7 images are too few for 4 processes.*use fewer"):
         EpochSampler(7, [SizedBatch(size=None, batch_size=4)], seed=0, world_size=4)
 
 

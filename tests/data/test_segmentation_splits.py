@@ -12,13 +12,13 @@ from mobilevit.data.datasets import find_splits
 from mobilevit.data.detection import has_boxes
 from mobilevit.data.imageset import ImageSet, Mask
 from mobilevit.data.segmentation import VOC_CLASSES, has_masks, segmentation_splits
+from mobilevit.imaging.decode import read_image
 from mobilevit.models.deeplabv3 import IGNORE
-from mobilevit.preprocessing import read_image
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 
 
-def write_picture(path: Path, size: tuple[int, int] = (4, 3)) -> None:
+def write_image(path: Path, size: tuple[int, int] = (4, 3)) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", size, (9, 9, 9)).save(path)
 
@@ -34,7 +34,7 @@ def write_mask(path: Path, *values: int, mode: str = "L") -> None:
 
 
 def write_pair(folder: Path, name: str, *values: int, folders: tuple[str, str] = ("images", "masks")) -> None:
-    write_picture(folder / folders[0] / f"{name}.jpg")
+    write_image(folder / folders[0] / f"{name}.jpg")
     write_mask(folder / folders[1] / f"{name}.png", *values)
 
 
@@ -73,31 +73,31 @@ def test_folders(tmp_path: Path, folders: tuple[str, str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("pictures", "masks"), [("images/{}", "masks/{}"), ("{}/images", "{}/masks"), ("images/{}", "masks")]
+    ("images", "masks"), [("images/{}", "masks/{}"), ("{}/images", "{}/masks"), ("images/{}", "masks")]
 )
-def test_parts(tmp_path: Path, pictures: str, masks: str) -> None:
+def test_parts(tmp_path: Path, images: str, masks: str) -> None:
     for part in ("train", "val", "test"):
-        write_pair(tmp_path, f"{part}1", 0, 1, folders=(pictures.format(part), masks.format(part)))
+        write_pair(tmp_path, f"{part}1", 0, 1, folders=(images.format(part), masks.format(part)))
     write_classes(tmp_path, "sky", "road")
     splits = segmentation_splits(tmp_path)
     assert {part: data.names for part, data in splits.items()} == {
-        part: [f"{pictures.format(part)}/{part}1.jpg"] for part in ("train", "val", "test")
+        part: [f"{images.format(part)}/{part}1.jpg"] for part in ("train", "val", "test")
     }
     assert all(rows(data) == [[0, 1, 1, 1]] and data.problems == () for data in splits.values())
 
 
-def test_pictures_to_test_on_may_lack_masks_altogether(tmp_path: Path) -> None:
+def test_images_to_test_on_may_lack_masks_altogether(tmp_path: Path) -> None:
     for part in ("training", "validation"):
         write_pair(tmp_path, "a", 0, 1, folders=(f"images/{part}", f"annotations/{part}"))
-    write_picture(tmp_path / "images/test/a.jpg")
+    write_image(tmp_path / "images/test/a.jpg")
     write_classes(tmp_path, "sky", "road")
     assert list(segmentation_splits(tmp_path)) == ["train", "val"]
 
 
 def test_a_part_without_masks(tmp_path: Path) -> None:
     write_pair(tmp_path, "a", 0, 1, folders=("images/train", "masks/train"))
-    write_picture(tmp_path / "images/val/b.jpg")
-    with pytest.raises(ValueError, match=r"not one picture of val has a mask \(.*b.jpg: picture without a mask"):
+    write_image(tmp_path / "images/val/b.jpg")
+    with pytest.raises(ValueError, match=r"not one image of val has a mask \(.*b.jpg: image without a mask"):
         segmentation_splits(tmp_path)
 
 
@@ -105,10 +105,10 @@ def test_a_part_without_masks(tmp_path: Path) -> None:
 def test_voc(tmp_path: Path, deeper: str) -> None:
     folder = tmp_path / deeper
     for name in "abc":
-        write_picture(folder / f"JPEGImages/{name}.jpg")
+        write_image(folder / f"JPEGImages/{name}.jpg")
         write_mask(folder / f"SegmentationClass/{name}.png", 0, 255, 20, mode="P")
-    write_picture(folder / "JPEGImages/for_boxes_only.jpg")
-    write_picture(folder / "JPEGImages/maskless.jpg")
+    write_image(folder / "JPEGImages/for_boxes_only.jpg")
+    write_image(folder / "JPEGImages/maskless.jpg")
     lists = folder / "ImageSets/Segmentation"
     lists.mkdir(parents=True)
     (lists / "train.txt").write_text("b\na\nmaskless\n")
@@ -122,8 +122,8 @@ def test_voc(tmp_path: Path, deeper: str) -> None:
     assert splits["val"].classes == VOC_CLASSES
     assert len(VOC_CLASSES) == 21
     assert rows(splits["val"]) == [[0, IGNORE, 20, 20]]
-    assert problems(splits["train"], folder) == ["JPEGImages/maskless.jpg: picture without a mask; left out"]
-    assert problems(splits["val"], lists) == ["val.txt: listed picture that is missing (gone); left out"]
+    assert problems(splits["train"], folder) == ["JPEGImages/maskless.jpg: image without a mask; left out"]
+    assert problems(splits["val"], lists) == ["val.txt: listed image that is missing (gone); left out"]
 
 
 def test_voc_with_a_class_list_and_without_lists(tmp_path: Path) -> None:
@@ -196,17 +196,17 @@ def test_masks_in_black_and_white(tmp_path: Path) -> None:
 
 def test_files_that_do_not_match(tmp_path: Path) -> None:
     write_pair(tmp_path, "a", 0, 1)
-    write_picture(tmp_path / "images/alone.jpg")
+    write_image(tmp_path / "images/alone.jpg")
     write_mask(tmp_path / "masks/gone.png", 0)
-    write_picture(tmp_path / "images/coloured.jpg")
-    write_picture(tmp_path / "masks/coloured.png")
+    write_image(tmp_path / "images/colored.jpg")
+    write_image(tmp_path / "masks/colored.png")
     write_classes(tmp_path, "sky", "road")
     data = read(tmp_path)
-    assert data.names == ["images/a.jpg", "images/coloured.jpg"]
+    assert data.names == ["images/a.jpg", "images/colored.jpg"]
     assert problems(data, tmp_path) == [
-        "images/alone.jpg: picture without a mask; left out",
-        "masks/gone.png: mask without a picture; left out",
-        "masks/coloured.png: mask that cannot be used (a mask in RGB; save it as a grey or palette PNG whose values "
+        "images/alone.jpg: image without a mask; left out",
+        "masks/gone.png: mask without an image; left out",
+        "masks/colored.png: mask that cannot be used (a mask in RGB; save it as a gray or palette PNG whose values "
         "are class numbers)",
     ]
 
@@ -232,7 +232,7 @@ def test_useless_class_lists(tmp_path: Path, name: str, text: str, reason: str) 
 
 def write_files(folder: Path, names: Sequence[str]) -> None:
     for name in names:
-        write_picture(folder / name)
+        write_image(folder / name)
 
 
 @pytest.mark.parametrize(
@@ -240,8 +240,8 @@ def write_files(folder: Path, names: Sequence[str]) -> None:
     [
         (["images/a.jpg"], "no masks found; the layouts are images/ and masks/"),
         (["images/a.jpg", "masks/a.jpg"], "no masks found"),
-        (["images/a.jpg", "masks/b.png"], r"not one picture of all has a mask \(.*a.jpg: picture without a mask"),
-        (["images/a.jpg", "masks/a.png"], "masks/a.png: a mask in RGB; save it as a grey or palette PNG"),
+        (["images/a.jpg", "masks/b.png"], r"not one image of all has a mask \(.*a.jpg: image without a mask"),
+        (["images/a.jpg", "masks/a.png"], "masks/a.png: a mask in RGB; save it as a gray or palette PNG"),
         (["VOC2007/JPEGImages/a.jpg", "VOC2007/SegmentationClass/a.png",
           "VOC2012/JPEGImages/a.jpg", "VOC2012/SegmentationClass/a.png"], "VOC2012; give the path of one"),
     ],
@@ -256,7 +256,7 @@ def test_useless_folders(tmp_path: Path, files: list[str], reason: str) -> None:
 def test_other_data_have_no_masks(tmp_path: Path, shapes: Path) -> None:
     assert not has_masks(shapes)
     assert not has_masks(tmp_path / "nothing")
-    write_picture(tmp_path / "images/a.jpg")
+    write_image(tmp_path / "images/a.jpg")
     (tmp_path / "labels").mkdir()
     (tmp_path / "labels/a.txt").write_text("0 0.5 0.5 0.5 0.5")
     assert not has_masks(tmp_path)
@@ -276,7 +276,7 @@ def test_road_scenes() -> None:
 
 
 def test_voc_with_the_masks_of_sbd(tmp_path: Path) -> None:
-    """SBD's masks go into a folder of their own, and its pictures into a list of their own."""
+    """SBD's masks go into a folder of their own, and its images into a list of their own."""
     root = tmp_path / "VOC2012"
     for folder in ("JPEGImages", "SegmentationClass", "SegmentationClassAug", "ImageSets/Segmentation"):
         (root / folder).mkdir(parents=True)

@@ -7,7 +7,7 @@ from PIL import Image
 
 from mobilevit.data.datasets import find_splits
 from mobilevit.data.shapes import CLASSES, Scene, render_scene, write_boxes, write_folder, write_masks
-from mobilevit.preprocessing import read_image
+from mobilevit.imaging.decode import read_image
 
 
 def extent(inside: np.ndarray) -> tuple[int, int, int, int]:
@@ -29,8 +29,8 @@ def test_same_arguments_same_scene() -> None:
 
 
 def test_different_index_or_seed_different_scene() -> None:
-    pictures = {render_scene(index, seed=seed).image.tobytes() for index in range(30) for seed in range(2)}
-    assert len(pictures) == 60
+    images = {render_scene(index, seed=seed).image.tobytes() for index in range(30) for seed in range(2)}
+    assert len(images) == 60
 
 
 def test_classes_are_balanced() -> None:
@@ -40,7 +40,7 @@ def test_classes_are_balanced() -> None:
     assert [render_scene(index, num_objects=3).labels[0] for index in range(6)] == list(range(6))
 
 
-def test_picture_and_mask_are_what_they_say() -> None:
+def test_image_and_mask_are_what_they_say() -> None:
     scene = render_scene(0, size=48)
     assert scene.image.mode == "RGB"
     assert scene.image.size == (48, 48)

@@ -24,7 +24,7 @@ import fsspec
 import pyarrow.parquet as pq
 import pytest
 import torch
-from numbered_pictures import numbers, write_folder
+from numbered_images import numbers, write_folder
 from PIL import Image
 
 from mobilevit.cli import main
@@ -33,9 +33,10 @@ from mobilevit.data.classification import classification_splits
 from mobilevit.data.datasets import find_splits, load_train_val
 from mobilevit.data.imageset import ImageSet
 from mobilevit.data.loaders import BatchLoader
-from mobilevit.data.shard_files import ShardError, ShardPictures, expand
+from mobilevit.data.shard_files import ShardError, ShardImages, expand
 from mobilevit.data.shard_writing import write_shards
-from mobilevit.preprocessing import EncodedImage, ImageError
+from mobilevit.errors import ImageError
+from mobilevit.imaging.decode import EncodedImage
 from mobilevit.training.config import TrainConfig
 from mobilevit.training.loop import train
 
@@ -56,14 +57,14 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def packed(folder: Path, tmp_path: Path) -> Path:
-    """18 pictures in shards of 4."""
+    """18 images in shards of 4."""
     out = tmp_path / "packed"
     write_shards(folder, out, max_bytes=12_000)
     return out
 
 
 def contents(data: ImageSet[int]) -> set[tuple[bytes, str]]:
-    """(bytes, class) of each picture."""
+    """(bytes, class) of each image."""
     found = []
     for number in range(len(data)):
         source = data.open(number)
@@ -90,7 +91,7 @@ def write_tar(path: Path, files: dict[str, bytes]) -> Path:
 
 
 def records(*labels: int, first: int = 0) -> dict[str, bytes]:
-    """Pictures first, first + 1, ... with these labels."""
+    """Images first, first + 1, ... with these labels."""
     files = {}
     for number, label in enumerate(labels, first):
         files |= {f"{number:04d}.png": png(number), f"{number:04d}.cls": str(label).encode()}
@@ -162,7 +163,7 @@ def test_parts_by_name(tmp_path: Path) -> None:
     assert {part: len(data) for part, data in got.items()} == {"train": 4, "val": 2}
 
 
-def test_smaller_pictures(tmp_path: Path) -> None:
+def test_smaller_images(tmp_path: Path) -> None:
     for number, size in enumerate([(200, 100), (90, 40), (64, 64)]):
         (tmp_path / "in/a").mkdir(parents=True, exist_ok=True)
         Image.new("RGB", size, (number, 2, 3)).save(tmp_path / f"in/a/{number}.png")
@@ -177,12 +178,12 @@ def test_smaller_pictures(tmp_path: Path) -> None:
     assert contents(data) >= {((tmp_path / "in/a/1.png").read_bytes(), "a")}
 
 
-def test_unreadable_pictures_are_left_out_and_named(folder: Path, tmp_path: Path) -> None:
+def test_unreadable_images_are_left_out_and_named(folder: Path, tmp_path: Path) -> None:
     whole = (folder / "cat/0.png").read_bytes()
     (folder / "cat/0.png").write_bytes(whole[: len(whole) // 2])
     (folder / "dog/1.png").write_bytes(b"")
     report = write_shards(folder, tmp_path / "out")
-    assert report.pictures == 16
+    assert report.images == 16
     assert sorted(line.partition(":")[0] for line in report.left_out) == ["cat/0.png", "dog/1.png"]
     assert find_splits(tmp_path / "out")["all"].class_counts() == [8, 4, 4]
 
@@ -320,27 +321,27 @@ def test_corrupt_records_are_counted_and_named(tmp_path: Path) -> None:
     files = {
         **records(0, 1, 0, 1),
         "a.png": png(4),  # no label
-        "b.cls": b"1",  # no picture
+        "b.cls": b"1",  # no image
         "c.png": png(5), "c.cls": b"many",
         "d.png": png(6), "d.cls": b"9",
         "e.png": png(7), "e.json": b"{",
         "f.png": png(8), "f.cls": b"-1",
     }  # fmt: skip
-    write_tar(tmp_path / "s/0.tar", {**files, "g.png": b"no picture", "g.cls": b"0"})
+    write_tar(tmp_path / "s/0.tar", {**files, "g.png": b"no image", "g.cls": b"0"})
     (tmp_path / "s/classes.txt").write_text("ant\nbee\n")
     data = find_splits(tmp_path / "s")["all"]
     assert len(data) == 5
     told = {p.file.rpartition(" ")[2]: p.kind for p in data.problems}
     assert told == {
         "a": "record without a label",
-        "b": "record without a picture",
+        "b": "record without an image",
         "c": "label in .cls that cannot be read",
         "d": "label outside the classes",
         "e": "label in .json that cannot be read",
         "f": "label outside the classes",
     }
     assert all(str(tmp_path / "s/0.tar") in p.file and "left out" in p.remedy for p in data.problems)
-    # The loader names the picture that cannot be read, and gives the others.
+    # The loader names the image that cannot be read, and gives the others.
     loader = BatchLoader(
         data, lambda _, label: (torch.zeros(3, 1, 1, dtype=torch.uint8), label), batch_size=9, num_workers=0
     )
@@ -349,12 +350,12 @@ def test_corrupt_records_are_counted_and_named(tmp_path: Path) -> None:
     assert [error.partition(":")[0] for error in batch.errors] == ["0.tar/g.png"]
 
 
-@pytest.mark.parametrize("cut", ["in a picture", "in a header", "between records"])
+@pytest.mark.parametrize("cut", ["in an image", "in a header", "between records"])
 def test_truncated_foreign_shard(tmp_path: Path, cut: str) -> None:
     path = write_tar(tmp_path / "0.tar", records(0, 1, 0, 1))
     with tarfile.open(path) as tar:
         third = tar.getmembers()[4]
-    at = {"in a picture": third.offset_data + 9, "in a header": third.offset + 99, "between records": third.offset}[cut]
+    at = {"in an image": third.offset_data + 9, "in a header": third.offset + 99, "between records": third.offset}[cut]
     os.truncate(path, at)
     data = find_splits(path)["all"]
     assert contents(data) == {(png(0), "0"), (png(1), "1")}
@@ -363,7 +364,7 @@ def test_truncated_foreign_shard(tmp_path: Path, cut: str) -> None:
     assert "bytes are missing" in problem.detail
 
 
-def test_truncated_picture_behind_its_label(tmp_path: Path) -> None:
+def test_truncated_image_behind_its_label(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "0.tar", {"0.cls": b"1", "0.png": png(0), "1.cls": b"2", "1.png": png(1)})
     with tarfile.open(path) as tar:
         os.truncate(path, tar.getmembers()[3].offset_data + 9)
@@ -385,8 +386,8 @@ def test_truncated_shard_with_index(packed: Path) -> None:
     (problem,) = data.problems
     assert problem.file == str(second)
     assert problem.detail == f"{before - int(third) - 10:,} bytes are missing"
-    assert f"last {lost} pictures" in problem.remedy
-    # One that is cut while it is in use: the pictures are named, nothing ends.
+    assert f"last {lost} images" in problem.remedy
+    # One that is cut while it is in use: the images are named, nothing ends.
     with pytest.raises(ImageError, match=r"train-000001.tar: ends before"):
         whole.open(whole.shards[1][-1])
 
@@ -410,7 +411,7 @@ def test_patterns(packed: Path) -> None:
     assert not (packed / shards.KEPT_INDEX).exists()
 
 
-def test_a_tar_file_beside_folders_of_pictures_is_no_shard(folder: Path) -> None:
+def test_a_tar_file_beside_folders_of_images_is_no_shard(folder: Path) -> None:
     write_tar(folder / "pets.tar", {"x": b""})
     assert len(find_splits(folder)["all"]) == 18
 
@@ -572,7 +573,7 @@ def test_http_without_index(site: Site, packed: Path) -> None:
     (packed / "classes.txt").write_text("\n".join(here.classes))
     there = find_splits(site.url + "/train-{000000..000004}.tar")["all"]
     assert contents(there) == contents(here)
-    assert len(site.fetched()) == 5  # one pass for headers and pictures alike
+    assert len(site.fetched()) == 5  # one pass for headers and images alike
     find_splits(site.url + "/train-{000000..000004}.tar")
     assert len(site.fetched()) == 5
 
@@ -694,11 +695,11 @@ def test_subset_and_relabel(packed: Path) -> None:
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_an_epoch_has_every_picture_once(packed: Path, folder: Path, num_workers: int) -> None:
+def test_an_epoch_has_every_image_once(packed: Path, folder: Path, num_workers: int) -> None:
     data = find_splits(packed)["all"]
 
-    def transform(picture: EncodedImage, label: int) -> tuple[torch.Tensor, int]:
-        red, green, _ = picture.decode().getpixel((0, 0))
+    def transform(image: EncodedImage, label: int) -> tuple[torch.Tensor, int]:
+        red, green, _ = image.decode().getpixel((0, 0))
         return torch.tensor([red, green, 0], dtype=torch.uint8)[:, None, None], label
 
     loader = BatchLoader(data, transform, batch_size=4, num_workers=num_workers, shuffle_seed=3)
@@ -721,15 +722,15 @@ def test_command_then_training(
     of_folder, _ = load_train_val(shapes, val_path=None, val_fraction=0.2, seed=0)
     of_shards, _ = load_train_val(out, val_path=None, val_fraction=0.2, seed=0)
     assert contents(of_shards) == contents(of_folder)
-    read, real = [], ShardPictures.__call__
+    read, real = [], ShardImages.__call__
 
-    def record(self: ShardPictures, number: int) -> bytes:
+    def record(self: ShardImages, number: int) -> bytes:
         read.append(real(self, number))
         return read[-1]
 
-    monkeypatch.setattr(ShardPictures, "__call__", record)
+    monkeypatch.setattr(ShardImages, "__call__", record)
     result = train(dataclasses.replace(tiny, data=out, epochs=1))
-    # The epoch comes first, then the pictures held out.
+    # The epoch comes first, then the images held out.
     assert set(read[: len(of_folder)]) == {pixels for pixels, _ in contents(of_folder)}
     assert result.report.num_images == 60 - len(of_folder)
     config = TrainConfig.from_json(tmp_path / "run/config.json")

@@ -19,8 +19,9 @@ from mobilevit.data.transforms import (
     random_crop,
     read_mask,
 )
+from mobilevit.errors import ImageError
+from mobilevit.imaging.preprocessing import Preprocessing
 from mobilevit.models.deeplabv3 import IGNORE
-from mobilevit.preprocessing import ImageError, Preprocessing
 
 # -- classification ---------------------------------------------------------------------------------------------------
 
@@ -37,14 +38,14 @@ def positions(width: int, height: int) -> Image.Image:
 
 
 @pytest.mark.parametrize("size", [(32, 32), (48, 32), (32, 64)])
-@pytest.mark.parametrize("picture", [(100, 80), (20, 90), (1, 1)])
-def test_size_type_and_layout(size: tuple[int, int], picture: tuple[int, int]) -> None:
+@pytest.mark.parametrize("image", [(100, 80), (20, 90), (1, 1)])
+def test_size_type_and_layout(size: tuple[int, int], image: tuple[int, int]) -> None:
     preprocessing = Preprocessing(size=size)
     for randaugment, random_erasing in ((0, 0.0), (9, 1.0)):
         transform = ClassificationTransform(
             preprocessing=preprocessing, min_crop_area=0.2, randaugment=randaugment, random_erasing=random_erasing
         )
-        pixels, label = transform(Image.new("RGB", picture, "teal"), 3)
+        pixels, label = transform(Image.new("RGB", image, "teal"), 3)
         assert label == 3
         assert (pixels.shape, pixels.dtype) == ((3, *size), torch.uint8)
         assert pixels.permute(1, 2, 0).is_contiguous()
@@ -77,7 +78,7 @@ def test_crops_are_as_large_as_they_may_be() -> None:
 
 
 def test_a_jpeg_decoded_smaller_gives_the_same_crop() -> None:
-    """To a mean of two levels: the reduced picture has been averaged over 2 x 2 pixels before the crop is resized."""
+    """To a mean of two levels: the reduced image has been averaged over 2 x 2 pixels before the crop is resized."""
     image = Image.fromarray(
         np.asarray(positions(512, 384)) // 2 + np.asarray(render_scene(3, size=512).image)[:384] // 2
     )
@@ -92,13 +93,13 @@ def test_a_jpeg_decoded_smaller_gives_the_same_crop() -> None:
         assert (reduced.float() - whole.float()).abs().mean() < 2
 
 
-def test_thin_pictures_are_cropped_in_the_middle() -> None:
+def test_thin_images_are_cropped_in_the_middle() -> None:
     assert random_crop((1000, 10), 0.9) == (493, 0, 506, 10)
     assert random_crop((10, 1000), 0.9) == (0, 493, 10, 506)
     assert random_crop((1, 1), 0.35) == (0, 0, 1, 1)
 
 
-def test_half_of_the_pictures_are_mirrored() -> None:
+def test_half_of_the_images_are_mirrored() -> None:
     image = positions(32, 32)
     upright = square(32).resize(image)
     for flip, least, most in ((True, 80, 120), (False, 0, 0)):
@@ -129,7 +130,7 @@ def test_erasing(probability: float, least: int, most: int) -> None:
     assert least <= erased <= most
 
 
-def test_randaugment_changes_pictures_in_many_ways() -> None:
+def test_randaugment_changes_images_in_many_ways() -> None:
     image = render_scene(1, size=48).image
     plain = square(48).resize(image)
     transform = ClassificationTransform(preprocessing=square(48), min_crop_area=1.0, flip=False, randaugment=9)
@@ -144,7 +145,7 @@ def test_randaugment_changes_pictures_in_many_ways() -> None:
     assert gaps[1] > 1.5 * gaps[0]
 
 
-def test_the_same_random_state_gives_the_same_picture() -> None:
+def test_the_same_random_state_gives_the_same_image() -> None:
     transform = ClassificationTransform(preprocessing=square(32), min_crop_area=0.2, randaugment=9, random_erasing=0.5)
     image = render_scene(0, size=64).image
     sent = pickle.loads(pickle.dumps(transform))  # what a reading process gets where there is no fork
@@ -157,11 +158,11 @@ def test_the_same_random_state_gives_the_same_picture() -> None:
         assert torch.equal(sent(image, 0)[0], first)
 
 
-# -- mixing of pictures -----------------------------------------------------------------------------------------------
+# -- mixing of images -----------------------------------------------------------------------------------------------
 
 
-def constant_pictures() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Four pictures, each of one value and a class of its own of six: pictures, labels, value by class."""
+def constant_images() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Four images, each of one value and a class of its own of six: images, labels, value by class."""
     values = torch.tensor([0.0, 0.1, 0.5, 0.0, 0.0, 1.0])
     labels = torch.tensor([1, 5, 0, 2])
     images = values[labels][:, None, None, None].expand(4, 3, 32, 32).contiguous(memory_format=torch.channels_last)
@@ -169,10 +170,10 @@ def constant_pictures() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize(("mixup", "cutmix"), [(0.2, 0.0), (0.0, 1.0), (0.4, 1.0)])
-def test_labels_are_mixed_as_the_pictures_are(mixup: float, cutmix: float) -> None:
+def test_labels_are_mixed_as_the_images_are(mixup: float, cutmix: float) -> None:
     mix = mix_transform(6, mixup=mixup, cutmix=cutmix)
     assert mix is not None
-    images, labels, values = constant_pictures()
+    images, labels, values = constant_images()
     for _ in range(30):
         mixed, shares = mix(images, labels)
         assert (mixed.shape, mixed.dtype, shares.shape) == (images.shape, torch.float32, (4, 6))
@@ -183,7 +184,7 @@ def test_labels_are_mixed_as_the_pictures_are(mixup: float, cutmix: float) -> No
 
 
 def test_mixup_blends_and_cutmix_pastes() -> None:
-    images, labels, values = constant_pictures()
+    images, labels, values = constant_images()
     pasted = {}
     for name, mixup, cutmix in (("mixup", 1.0, 0.0), ("cutmix", 0.0, 1.0), ("both", 1.0, 1.0)):
         mix = mix_transform(6, mixup=mixup, cutmix=cutmix)
@@ -224,7 +225,7 @@ def rectangle(box: tuple[int, int, int, int], size: tuple[int, int] = (120, 90))
 
 
 def bright_part(pixels: Tensor) -> list[float]:
-    """The box around it in pixels: edges lie where the brightness is between that of the rectangle and the grey."""
+    """The box around it in pixels: edges lie where the brightness is between that of the rectangle and the gray."""
     values = pixels.float().mean(dim=0)
     bright = values >= 0.3 * values.min() + 0.7 * values.max()
     columns, rows = bright.any(dim=0).nonzero().flatten(), bright.any(dim=1).nonzero().flatten()
@@ -233,7 +234,7 @@ def bright_part(pixels: Tensor) -> list[float]:
 
 @pytest.mark.parametrize("mode", ["stretch", "pad", "crop"])
 @pytest.mark.parametrize("option", OPTIONS)
-def test_boxes_follow_the_picture(option: str, mode: str) -> None:
+def test_boxes_follow_the_image(option: str, mode: str) -> None:
     preprocessing = sized(mode)
     transform = DetectionTransform(preprocessing=preprocessing, **(PLAIN | OPTIONS[option]))
     (height, width), seen = preprocessing.size, set()
@@ -289,7 +290,7 @@ def test_crowds_are_left_out() -> None:
 
 
 @pytest.mark.parametrize("target", [Boxes.of([], []), Boxes.of([[0, 0, 60, 60]], [0], [True])])
-def test_pictures_without_boxes(target: Boxes) -> None:
+def test_images_without_boxes(target: Boxes) -> None:
     transform = DetectionTransform(preprocessing=sized())
     for seed in range(10):
         torch.manual_seed(seed)
@@ -307,7 +308,7 @@ def test_boxes_that_the_input_does_not_show_are_left_out() -> None:
     assert (corners[:, 2:] > corners[:, :2]).all()  # the loss takes the logarithm of the sides
 
 
-def test_boxes_padded_to_the_fullest_picture() -> None:
+def test_boxes_padded_to_the_fullest_image() -> None:
     first = torch.tensor([[0.0, 0.2, 0.5, 0.4], [0.5, 0.5, 1.0, 1.0]]), torch.tensor([4, 0])
     batch = collate_boxes([first, (torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64)), (first[0][:1], first[1][:1])])
     assert batch.labels.tolist() == [[4, 0], [-1, -1], [4, -1]]
@@ -334,7 +335,7 @@ def save_mask(path: Path, values: np.ndarray, classes: int = 7) -> Mask:
 
 
 def painted(values: np.ndarray) -> Image.Image:
-    """Grey by class: 40, 70, 100 ... so that black is outside of every picture."""
+    """Gray by class: 40, 70, 100 ... so that black is outside of every image."""
     return Image.fromarray((40 + 30 * values).astype(np.uint8)).convert("RGB")
 
 
@@ -362,7 +363,7 @@ def away_from_edges(mask: Tensor, reach: int = 3) -> Tensor:
     ],
 )
 @pytest.mark.parametrize("mode", ["stretch", "pad"])
-def test_masks_follow_the_picture(tmp_path: Path, changes: dict[str, object], mode: str) -> None:
+def test_masks_follow_the_image(tmp_path: Path, changes: dict[str, object], mode: str) -> None:
     transform = SegmentationTransform(
         preprocessing=sized(mode, (96, 128)),
         crop_size=(64, 80),
@@ -385,7 +386,7 @@ def test_masks_follow_the_picture(tmp_path: Path, changes: dict[str, object], mo
     assert len(seen - {IGNORE}) >= 5
 
 
-def test_masks_are_not_shifted_against_the_picture(tmp_path: Path) -> None:
+def test_masks_are_not_shifted_against_the_image(tmp_path: Path) -> None:
     rows, columns = np.mgrid[:256, :256]
     disc = (np.hypot(rows - 120.5, columns - 131.5) < 80).astype(np.uint8)
     target = save_mask(tmp_path / "a.png", disc)
@@ -398,18 +399,18 @@ def test_masks_are_not_shifted_against_the_picture(tmp_path: Path) -> None:
         pixels, mask = transform(image, target)
         y, x = (torch.arange(side) for _ in range(2))
         for weights in (pixels[0].float() / 255, mask.float()):
-            centre = [(weights.sum(dim=1 - d) * axis).sum() / weights.sum() for d, axis in ((0, y), (1, x))]
+            center = [(weights.sum(dim=1 - d) * axis).sum() / weights.sum() for d, axis in ((0, y), (1, x))]
             expected = [(121 * side / 256) - 0.5, (132 * side / 256) - 0.5]
-            np.testing.assert_allclose(centre, expected, atol=0.15)
+            np.testing.assert_allclose(center, expected, atol=0.15)
 
 
-@pytest.mark.parametrize("picture", [(128, 96), (30, 200), (1, 1)])
+@pytest.mark.parametrize("original", [(128, 96), (30, 200), (1, 1)])
 @pytest.mark.parametrize("crop_size", [(32, 32), (64, 160), (300, 40)])
-def test_crops_have_their_size_and_void_is_where_no_picture_is(
-    tmp_path: Path, picture: tuple[int, int], crop_size: tuple[int, int]
+def test_crops_have_their_size_and_void_is_where_no_image_is(
+    tmp_path: Path, original: tuple[int, int], crop_size: tuple[int, int]
 ) -> None:
-    image = Image.new("RGB", picture, "white")
-    target = save_mask(tmp_path / "a.png", np.ones(picture[::-1]))
+    image = Image.new("RGB", original, "white")
+    target = save_mask(tmp_path / "a.png", np.ones(original[::-1]))
     plain = SegmentationTransform(
         preprocessing=sized("pad", (96, 128)), crop_size=crop_size, **(STILL | {"scale_range": (0.5, 1.5)})
     )
@@ -449,16 +450,16 @@ def test_crops_show_more_than_one_thing_where_they_can(tmp_path: Path) -> None:
     assert most[1.0] > 0.8
 
 
-def test_a_picture_of_one_class_is_cropped_all_the_same(tmp_path: Path) -> None:
+def test_a_image_of_one_class_is_cropped_all_the_same(tmp_path: Path) -> None:
     target = save_mask(tmp_path / "a.png", np.ones((64, 100)))
     transform = SegmentationTransform(preprocessing=sized(size=(64, 100)), crop_size=(64, 60), **STILL)
     assert (transform(Image.new("RGB", (100, 64)), target)[1] == 1).all()
 
 
-def test_a_mask_of_another_size_than_its_picture(tmp_path: Path) -> None:
+def test_a_mask_of_another_size_than_its_image(tmp_path: Path) -> None:
     target = save_mask(tmp_path / "a.png", np.ones((30, 40)))
     image = Image.new("RGB", (30, 40))
-    reason = r"a.png: 40 x 30 pixels, its picture has 30 x 40; they must agree"
+    reason = r"a.png: 40 x 30 pixels, its image has 30 x 40; they must agree"
     with pytest.raises(ImageError, match=reason):
         read_mask(image, target)
     with pytest.raises(ImageError, match=reason):
@@ -476,7 +477,7 @@ def test_the_same_random_state_gives_the_same_boxes_and_masks(tmp_path: Path) ->
     boxes, mask = Boxes.of(scene.boxes_xyxy, scene.labels), save_mask(tmp_path / "a.png", scene.mask)
     detection = DetectionTransform(preprocessing=sized())
     segmentation = SegmentationTransform(preprocessing=sized(), crop_size=(48, 48))
-    pictures = set()
+    images = set()
     for seed in range(8):
         results = []
         for first, second in ((detection, segmentation), pickle.loads(pickle.dumps((detection, segmentation)))):
@@ -484,5 +485,5 @@ def test_the_same_random_state_gives_the_same_boxes_and_masks(tmp_path: Path) ->
             pixels, (corners, labels) = first(scene.image, boxes)
             results.append([pixels, corners, labels, *second(scene.image, mask)])
         assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
-        pictures.add(bytes(results[0][0].numpy()))
-    assert len(pictures) == 8
+        images.add(bytes(results[0][0].numpy()))
+    assert len(images) == 8

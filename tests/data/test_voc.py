@@ -4,10 +4,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from box_files import boxes, problems, read, write_picture
+from box_files import boxes, problems, read, write_image
 
 from mobilevit.data.detection import detection_splits, has_boxes
-from mobilevit.preprocessing import read_image
+from mobilevit.imaging.decode import read_image
 
 
 def voc_object(name: str, box: tuple[Any, ...], difficult: int = 0) -> str:
@@ -24,9 +24,9 @@ def write_xml(path: Path, *objects: str, size: tuple[int, int] = (40, 30), filen
 
 
 def write_voc(folder: Path, **objects: list[str]) -> Path:
-    """A picture of 40 x 30 and an annotation for each name."""
+    """An image of 40 x 30 and an annotation for each name."""
     for name, found in objects.items():
-        write_picture(folder / f"JPEGImages/{name}.jpg")
+        write_image(folder / f"JPEGImages/{name}.jpg")
         write_xml(folder / f"Annotations/{name}.xml", *found)
     return folder
 
@@ -65,9 +65,9 @@ def test_voc_lists_divide_and_all_parts_share_the_classes(tmp_path: Path) -> Non
     }
     assert {data.classes for data in splits.values()} == {("cat", "dog")}
     assert problems(splits["train"], lists.parents[1]) == [
-        "ImageSets/Main: pictures in no list (d); not used; add them to a list if they should be"
+        "ImageSets/Main: images in no list (d); not used; add them to a list if they should be"
     ]
-    assert problems(splits["val"], lists) == ["val.txt: listed picture that is missing (missing); left out"]
+    assert problems(splits["val"], lists) == ["val.txt: listed image that is missing (missing); left out"]
     assert [p.detail for p in splits["val"].problems if p.kind == "class without objects"] == ["cat"]
     assert splits["val"].origin == str(lists / "val.txt")
 
@@ -83,9 +83,9 @@ def test_voc_trainval_is_for_training_where_train_is_missing(tmp_path: Path) -> 
     }
 
 
-def test_voc_beside_the_pictures_and_in_parts(tmp_path: Path) -> None:
+def test_voc_beside_the_images_and_in_parts(tmp_path: Path) -> None:
     for part in ("train", "valid"):
-        write_picture(tmp_path / part / "x.png")
+        write_image(tmp_path / part / "x.png")
         write_xml(tmp_path / part / "x.xml", GOOD)
     assert has_boxes(tmp_path)
     splits = detection_splits(tmp_path)
@@ -94,7 +94,7 @@ def test_voc_beside_the_pictures_and_in_parts(tmp_path: Path) -> None:
 
 
 def test_voc_other_folder_names_and_a_class_list(tmp_path: Path) -> None:
-    write_picture(tmp_path / "images/x.jpg")
+    write_image(tmp_path / "images/x.jpg")
     write_xml(tmp_path / "annotations/xmls/x.xml", GOOD, voc_object("cow", (1, 1, 5, 5)))
     (tmp_path / "classes.txt").write_text("dog\ncat\n")
     data = read(tmp_path)
@@ -102,12 +102,12 @@ def test_voc_other_folder_names_and_a_class_list(tmp_path: Path) -> None:
     assert boxes(data) == {"x.jpg": [("dog", 1, 2, 11, 22)]}
     assert [str(p).replace(f"{tmp_path}/", "") for p in data.problems] == [
         "annotations/xmls/x.xml, object 2: label without a class (cow); left out; add it to classes.txt or correct it",
-        f"{tmp_path}: class without objects (cat); it cannot be learnt or measured here",
+        f"{tmp_path}: class without objects (cat); it cannot be learned or measured here",
     ]
 
 
-def test_voc_finds_a_renamed_picture_by_its_filename(tmp_path: Path) -> None:
-    write_picture(tmp_path / "JPEGImages/old.jpg")
+def test_voc_finds_a_renamed_image_by_its_filename(tmp_path: Path) -> None:
+    write_image(tmp_path / "JPEGImages/old.jpg")
     write_xml(tmp_path / "Annotations/new.xml", GOOD, filename="old.jpg")
     assert read(tmp_path).names == ["JPEGImages/old.jpg"]
     assert read(tmp_path).problems == ()
@@ -117,9 +117,9 @@ def test_voc_finds_a_renamed_picture_by_its_filename(tmp_path: Path) -> None:
     ("box", "kept", "line"),
     [
         ((10, 10, 10, 20), None, "object 2: box without area (10 10 10 20 in 40 x 30); left out"),
-        ((50, 1, 60, 9), None, "object 2: box outside the picture (50 1 60 9 in 40 x 30); left out"),
-        ((-9, 1, 0, 9), None, "object 2: box outside the picture (-9 1 0 9 in 40 x 30); left out"),
-        ((30, -4, 50, 9), (30, 0, 40, 9), "object 2: box partly outside the picture (30 -4 50 9 in 40 x 30); clipped"),
+        ((50, 1, 60, 9), None, "object 2: box outside the image (50 1 60 9 in 40 x 30); left out"),
+        ((-9, 1, 0, 9), None, "object 2: box outside the image (-9 1 0 9 in 40 x 30); left out"),
+        ((30, -4, 50, 9), (30, 0, 40, 9), "object 2: box partly outside the image (30 -4 50 9 in 40 x 30); clipped"),
         ((9, 8, 3, 2), (3, 2, 9, 8), "object 2: corners in the wrong order (9 8 3 2 in 40 x 30); put in order"),
         (("nan", 1, 2, 3), None, "object 2: coordinates that are no numbers (nan 1 2 3 in 40 x 30); left out"),
         (("x", 1, 2, 3), None, "object 2: malformed box; left out; it needs xmin, ymin, xmax, ymax"),
@@ -143,24 +143,24 @@ def test_voc_files_that_do_not_match(tmp_path: Path) -> None:
     write_voc(tmp_path, a=[GOOD, voc_object(" ", (1, 1, 2, 2))])
     write_xml(tmp_path / "Annotations/gone.xml", GOOD)
     (tmp_path / "Annotations/torn.xml").write_text("<annotation><object>")
-    write_picture(tmp_path / "JPEGImages/torn.jpg")
-    write_picture(tmp_path / "JPEGImages/alone.jpg")
-    (tmp_path / "JPEGImages/text.jpg").write_text("no picture")
+    write_image(tmp_path / "JPEGImages/torn.jpg")
+    write_image(tmp_path / "JPEGImages/alone.jpg")
+    (tmp_path / "JPEGImages/text.jpg").write_text("no image")
     write_xml(tmp_path / "Annotations/text.xml", GOOD)
-    write_picture(tmp_path / "JPEGImages/other.jpg", (30, 40))
+    write_image(tmp_path / "JPEGImages/other.jpg", (30, 40))
     write_xml(tmp_path / "Annotations/other.xml", GOOD)
     data = read(tmp_path)
     assert boxes(data) == {"a.jpg": [("dog", 1, 2, 11, 22)], "other.jpg": [("dog", 1, 2, 11, 22)], "alone.jpg": []}
     lines = problems(data, tmp_path)
     assert lines[:3] == [
         "Annotations/a.xml, object 2: object without a name; left out; name it",
-        "Annotations/gone.xml: annotation for a missing picture (gone.jpg); left out",
-        "Annotations/other.xml: annotation of another size than its picture (40 x 30, the picture 30 x 40); boxes "
-        "taken as they are, though the picture seems to have been turned (EXIF) since; draw them again",
+        "Annotations/gone.xml: annotation for a missing image (gone.jpg); left out",
+        "Annotations/other.xml: annotation of another size than its image (40 x 30, the image 30 x 40); boxes "
+        "taken as they are, though the image seems to have been turned (EXIF) since; draw them again",
     ]
-    assert lines[3].startswith("JPEGImages/text.jpg: picture that cannot be read (cannot identify image file")
+    assert lines[3].startswith("JPEGImages/text.jpg: image that cannot be read (cannot identify image file")
     assert lines[4].startswith("Annotations/torn.xml: malformed annotation (no element found")
-    assert lines[5:] == ["JPEGImages/alone.jpg: picture without an annotation file; taken as one without objects"]
+    assert lines[5:] == ["JPEGImages/alone.jpg: image without an annotation file; taken as one without objects"]
 
 
 @pytest.mark.parametrize(
@@ -175,7 +175,7 @@ def test_voc_refuses_entities(tmp_path: Path, text: str) -> None:
     (tmp_path / "Annotations/b.xml").write_text(text)
     assert problems(read(tmp_path), tmp_path) == [
         "Annotations/b.xml: malformed annotation (declares a DOCTYPE or entities, which is not safe to read); its "
-        "picture is left out; write the file again"
+        "image is left out; write the file again"
     ]
     (tmp_path / "Annotations/b.xml").write_bytes(text.encode("utf-16"))
     assert "malformed annotation (not in UTF-8)" in problems(read(tmp_path), tmp_path)[0]
@@ -183,20 +183,18 @@ def test_voc_refuses_entities(tmp_path: Path, text: str) -> None:
 
 def test_useless_voc(tmp_path: Path) -> None:
     write_voc(tmp_path / "none", a=[], b=[])
-    with pytest.raises(ValueError, match=r"none: 2 pictures, but not one usable box$"):
+    with pytest.raises(ValueError, match=r"none: 2 images, but not one usable box$"):
         detection_splits(tmp_path / "none")
     write_voc(tmp_path / "flat", a=[voc_object("dog", (1, 1, 1, 1))])
-    with pytest.raises(
-        ValueError, match=r"1 pictures, but not one usable box; first trouble: .*a.xml, object 1: box wi"
-    ):
+    with pytest.raises(ValueError, match=r"1 images, but not one usable box; first trouble: .*a.xml, object 1: box wi"):
         detection_splits(tmp_path / "flat")
     write_xml(tmp_path / "lost/Annotations/a.xml", GOOD)
-    with pytest.raises(ValueError, match=r"lost: no picture of it can be used .*missing picture"):
+    with pytest.raises(ValueError, match=r"lost: no image of it can be used .*missing image"):
         detection_splits(tmp_path / "lost")
     write_voc(tmp_path / "list", a=[GOOD])
     (tmp_path / "list/ImageSets/Main").mkdir(parents=True)
     (tmp_path / "list/ImageSets/Main/train.txt").write_text("b\nc")
-    with pytest.raises(ValueError, match=r"train.txt: no picture of it can be used .*listed picture that is missing"):
+    with pytest.raises(ValueError, match=r"train.txt: no image of it can be used .*listed image that is missing"):
         detection_splits(tmp_path / "list")
     for year in ("VOC2007", "VOC2012"):
         write_voc(tmp_path / "years" / year, a=[GOOD])
@@ -211,4 +209,4 @@ def test_voc_names_with_spaces_are_whole_names(tmp_path: Path) -> None:
     write_xml(tmp_path / "Annotations/dog 1.xml", voc_object("cat", (1, 1, 9, 9)))  # not of dog.jpg
     data = read(tmp_path)
     assert boxes(data) == {"dog.jpg": [("dog", 1, 2, 11, 22)]}
-    assert problems(data, tmp_path) == ["Annotations/dog 1.xml: annotation for a missing picture (dog 1.jpg); left out"]
+    assert problems(data, tmp_path) == ["Annotations/dog 1.xml: annotation for a missing image (dog 1.jpg); left out"]

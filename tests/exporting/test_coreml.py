@@ -12,7 +12,7 @@ from test_export import SIZE, TASKS, make
 
 from mobilevit.exporting import export as exporting
 from mobilevit.exporting.export import FORMATS, export
-from mobilevit.inference.artefact import read_sidecar
+from mobilevit.runtime.artifact import read_sidecar
 
 coremltools = pytest.importorskip("coremltools", reason="coremltools is not installed")
 
@@ -51,7 +51,7 @@ def test_packages_say_what_they_are(task: Any, tmp_path: Path, monkeypatch: pyte
         assert (source.type.imageType.height, source.type.imageType.width) == SIZE
     else:
         assert list(source.type.multiArrayType.shape) == [1, 3, *SIZE]
-    assert tuple(output.name for output in spec.description.output) == report.artefact.outputs
+    assert tuple(output.name for output in spec.description.output) == report.artifact.outputs
     kinds = {operation.type for operation in operations(spec)}
     assert "conv" in kinds
     assert not {kind for kind in kinds if "resize" in kind or "upsample" in kind}

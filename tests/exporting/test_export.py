@@ -17,16 +17,18 @@ from torch import nn
 
 import mobilevit
 from golden_weights import fill_with_golden_weights
+from mobilevit.card import Task
 from mobilevit.cli import main
 from mobilevit.data import shapes as drawn
+from mobilevit.errors import ImageError
 from mobilevit.exporting import export as exporting
 from mobilevit.exporting.export import FORMATS, ExportError, export
-from mobilevit.inference.artefact import SUFFIXES, is_artefact, read_sidecar, sidecar_of
-from mobilevit.inference.backends import available_cores
-from mobilevit.inference.session import ArtefactSession
+from mobilevit.imaging.decode import find_images
+from mobilevit.imaging.preprocessing import Preprocessing
 from mobilevit.models import Model
-from mobilevit.models.card import Task
-from mobilevit.preprocessing import ImageError, Preprocessing, find_images
+from mobilevit.runtime.artifact import SUFFIXES, is_artifact, read_sidecar, sidecar_of
+from mobilevit.runtime.backends import available_cores
+from mobilevit.runtime.session import ArtifactSession
 from test_cli import refused
 
 TASKS: tuple[Task, ...] = ("classification", "detection", "segmentation")
@@ -48,8 +50,8 @@ def make(task: Task) -> Model:
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("pictures")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("images")
     drawn.write_folder(folder / "shapes", num_images=6, size=96)
     return folder
 
@@ -67,21 +69,21 @@ def checkpoint(task: Task, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("baked", [False, True])
 @pytest.mark.parametrize("format_", ["onnx", "openvino", "pt2"])
-def test_predictors_of_artefacts_answer_as_that_of_the_checkpoint(
-    task: Task, checkpoint: Path, format_: str, baked: bool, pictures: Path, tmp_path: Path
+def test_predictors_of_artifacts_answer_as_that_of_the_checkpoint(
+    task: Task, checkpoint: Path, format_: str, baked: bool, images: Path, tmp_path: Path
 ) -> None:
-    report = export(checkpoint, tmp_path, format=format_, bake_preprocessing=baked, pictures=pictures)
+    report = export(checkpoint, tmp_path, format=format_, bake_preprocessing=baked, images=images)
     assert report.verified == "yes"
     assert report.parity is not None
     assert report.parity.max_difference is not None
     assert report.parity.max_difference < 1e-4
     assert report.parity.agreement == 1
-    assert is_artefact(report.path)
+    assert is_artifact(report.path)
     before, after = mobilevit.Predictor(checkpoint), mobilevit.Predictor(report.path, threads=1, batch_size=3)
     after.warm_up()
     assert after.card.classes == before.card.classes
     assert after.card.preprocessing == before.card.preprocessing
-    paths = list(find_images(pictures))
+    paths = list(find_images(images))
     for one, other in zip(before(paths), after(paths), strict=True):
         assert type(one) is type(other)
         if task == "classification":
@@ -113,45 +115,45 @@ def test_an_onnx_file_says_everything_and_holds_nothing_odd(task: Task, checkpoi
 
 
 @pytest.mark.parametrize("format_", ["onnx", "openvino", "pt2"])
-def test_any_number_of_pictures_at_once(format_: str, pictures: Path, tmp_path: Path) -> None:
-    report = export(make("classification"), tmp_path, format=format_, dynamic=["batch"], pictures=pictures)
+def test_any_number_of_images_at_once(format_: str, images: Path, tmp_path: Path) -> None:
+    report = export(make("classification"), tmp_path, format=format_, dynamic=["batch"], images=images)
     assert report.path.name.startswith("mobilevit_xxs")
-    session = ArtefactSession(report.path, threads=available_cores())
+    session = ArtifactSession(report.path, threads=available_cores())
     pixels = torch.randint(0, 256, (5, 3, *SIZE), dtype=torch.uint8)
-    alone = torch.cat([session(picture[None]) for picture in pixels])
+    alone = torch.cat([session(image[None]) for image in pixels])
     assert torch.allclose(session(pixels), alone, atol=1e-5)
-    with pytest.raises(ValueError, match="pictures of 64 x 64 for a model exported at 64 x 128 only"):
+    with pytest.raises(ValueError, match="images of 64 x 64 for a model exported at 64 x 128 only"):
         session(pixels[..., :64])
 
 
-def test_a_fixed_batch_takes_any_number_of_pictures(pictures: Path, tmp_path: Path) -> None:
+def test_a_fixed_batch_takes_any_number_of_images(images: Path, tmp_path: Path) -> None:
     model = make("segmentation")
-    whole = ArtefactSession(export(model, tmp_path, batch_size=2, pictures=pictures).path)
+    whole = ArtifactSession(export(model, tmp_path, batch_size=2, images=images).path)
     pixels = torch.randint(0, 256, (3, 3, *SIZE), dtype=torch.uint8)
     assert whole(pixels).logits.shape == (3, 4, *SIZE)
-    labels = ArtefactSession(export(model, tmp_path, label_map=True, pictures=pictures, name="labels").path)
+    labels = ArtifactSession(export(model, tmp_path, label_map=True, images=images, name="labels").path)
     expected = whole(pixels).logits.argmax(1)
     assert (labels(pixels).logits == expected).float().mean() > 0.999
-    picture = np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)
-    assert mobilevit.Predictor(tmp_path / "labels.onnx")(picture).label_map.shape == (50, 70)
+    image = np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)
+    assert mobilevit.Predictor(tmp_path / "labels.onnx")(image).label_map.shape == (50, 70)
 
 
-def test_any_size_where_it_may_change(pictures: Path, tmp_path: Path) -> None:
+def test_any_size_where_it_may_change(images: Path, tmp_path: Path) -> None:
     model = make("classification")
-    report = export(model, tmp_path, dynamic=["size"], format="pt2", pictures=pictures)
+    report = export(model, tmp_path, dynamic=["size"], format="pt2", images=images)
     pixels = torch.randint(0, 256, (1, 3, 128, 192), dtype=torch.uint8)
     assert model.card is not None
     with torch.no_grad():
         expected = model(model.card.preprocessing.normalize(pixels))
-    assert torch.allclose(ArtefactSession(report.path)(pixels), expected, atol=1e-4)
+    assert torch.allclose(ArtifactSession(report.path)(pixels), expected, atol=1e-4)
 
 
-def test_suppression_inside_the_graph(pictures: Path, tmp_path: Path) -> None:
+def test_suppression_inside_the_graph(images: Path, tmp_path: Path) -> None:
     model = make("detection")
     nn.init.normal_(model.get_submodule("heads.1.predict").weight, std=0.2)  # something to find
-    plain = export(model, tmp_path, pictures=pictures, name="plain").path
-    inside = export(model, tmp_path, pictures=pictures, name="inside", nms=True).path
-    paths = find_images(pictures)
+    plain = export(model, tmp_path, images=images, name="plain").path
+    inside = export(model, tmp_path, images=images, name="inside", nms=True).path
+    paths = find_images(images)
     found = 0
     for one, other in zip(mobilevit.Predictor(plain)(paths), mobilevit.Predictor(inside)(paths), strict=True):
         surest = one.scores > 0.1
@@ -161,7 +163,7 @@ def test_suppression_inside_the_graph(pictures: Path, tmp_path: Path) -> None:
     assert found > 10
 
 
-def test_a_wrong_artefact_is_not_called_good(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_artifact_is_not_called_good(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A conversion that spoils one weight is noticed, and nothing but the report is left."""
     model = make("classification")
     convert = exporting.importlib.import_module("mobilevit.exporting.pt2").convert
@@ -174,13 +176,13 @@ def test_a_wrong_artefact_is_not_called_good(pictures: Path, tmp_path: Path, mon
 
     monkeypatch.setattr("mobilevit.exporting.pt2.convert", spoil)
     with pytest.raises(ExportError, match=r"not written; its answers differ by up to 1\.0e-02"):
-        export(model, tmp_path, format="pt2", pictures=pictures)
+        export(model, tmp_path, format="pt2", images=images)
     assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
     entry = json.loads((tmp_path / "report.json").read_text())["mobilevit_xxs.pt2"]
     assert entry["parity"]["good"] is False
     told: list[str] = []
     monkeypatch.setattr(exporting.log, "warning", lambda text, *values: told.append(text % values))
-    report = export(model, tmp_path, format="pt2", pictures=pictures, verify=False)
+    report = export(model, tmp_path, format="pt2", images=images, verify=False)
     assert report.path.exists()
     assert len(told) == 1
     assert told[0].startswith("NOT VERIFIED")
@@ -197,11 +199,11 @@ def test_a_failed_conversion_leaves_nothing(tmp_path: Path, monkeypatch: pytest.
     assert list(tmp_path.iterdir()) == []
 
 
-def test_accuracy_before_and_after(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    model = mobilevit.create_model("mobilevit_xxs", classes=sorted(p.name for p in (pictures / "shapes").iterdir()))
+def test_accuracy_before_and_after(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = mobilevit.create_model("mobilevit_xxs", classes=sorted(p.name for p in (images / "shapes").iterdir()))
     assert model.card is not None
     checkpoint = mobilevit.save(model, tmp_path / "m.safetensors", preprocessing=Preprocessing(size=(64, 64)))
-    data = str(pictures / "shapes")
+    data = str(images / "shapes")
     arguments = ["--format", "onnx", "pt2", "--out", str(tmp_path / "out"), "--data", data]
     assert main(["export", str(checkpoint), *arguments, "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
@@ -229,7 +231,7 @@ BAD = {
     "dynamic what": ({"dynamic": ["width"]}, "dynamic is 'width'"),
     "label map": ({"label_map": True}, "--label-map is for segmentation; this checkpoint does classification"),
     "nms": ({"nms": True}, "--nms is for detection in onnx"),
-    "no pictures": ({"pictures": "nowhere"}, "nowhere: no such folder"),
+    "no images": ({"images": "nowhere"}, "nowhere: no such folder"),
 }  # fmt: skip
 
 
@@ -247,47 +249,47 @@ def test_detectors_have_one_size(tmp_path: Path) -> None:
         export(make("detection"), tmp_path, dynamic=["size"])
 
 
-def test_pictures_for_int8_must_be_many_and_real(pictures: Path, tmp_path: Path) -> None:
+def test_images_for_int8_must_be_many_and_real(images: Path, tmp_path: Path) -> None:
     model = make("classification")
-    with pytest.raises(ValueError, match="6 readable pictures; int8 needs 32 or more"):
-        export(model, tmp_path, precision="int8", calibration=pictures)
+    with pytest.raises(ValueError, match="6 readable images; int8 needs 32 or more"):
+        export(model, tmp_path, precision="int8", calibration=images)
     noise = np.random.default_rng(0)
     noisy = [noise.integers(0, 256, (*SIZE, 3), dtype=np.uint8) for _ in range(40)]
-    with pytest.raises(ValueError, match="40 pictures: most of these pictures are noise"):
+    with pytest.raises(ValueError, match="40 images: most of these images are noise"):
         export(model, tmp_path, precision="int8", calibration=noisy)
     broken = tmp_path / "broken"
     broken.mkdir()
     for number in range(40):
-        (broken / f"{number}.jpg").write_bytes(b"no picture")
-    with pytest.raises(ValueError, match=r"0 readable pictures \(40 cannot be read, such as .*0.jpg"):
+        (broken / f"{number}.jpg").write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"0 readable images \(40 cannot be read, such as .*0.jpg"):
         export(model, tmp_path, precision="int8", calibration=broken)
 
 
 @pytest.fixture(scope="module")
-def artefact(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return export(make("classification"), tmp_path_factory.mktemp("artefact"), format="openvino").path
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return export(make("classification"), tmp_path_factory.mktemp("artifact"), format="openvino").path
 
 
-def copied(artefact: Path, folder: Path) -> Path:
-    for part in artefact.parent.iterdir():
+def copied(artifact: Path, folder: Path) -> Path:
+    for part in artifact.parent.iterdir():
         shutil.copy(part, folder)
-    return folder / artefact.name
+    return folder / artifact.name
 
 
-def test_artefacts_that_are_not_as_they_were_written(
-    artefact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_artifacts_that_are_not_as_they_were_written(
+    artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = copied(artefact, tmp_path)
+    path = copied(artifact, tmp_path)
     sidecar = sidecar_of(path)
     good = sidecar.read_text()
-    predict = ["predict", str(path), "picture.jpg"]
+    predict = ["predict", str(path), "image.jpg"]
     sidecar.unlink()
     assert "its sidecar mobilevit_xxs.xml.json is missing" in refused(predict, capsys)
     sidecar.write_text("{")
     assert "damaged, or no sidecar of this package" in refused(predict, capsys)
     sidecar.write_text(good.replace("kind 1", "kind 9"))
     assert "was edited after the export" in refused(predict, capsys)
-    sidecar.write_text(good.replace('"artefact_version": 1', '"artefact_version": 7'))
+    sidecar.write_text(good.replace('"artifact_version": 1', '"artifact_version": 7'))
     assert "which is newer than this one; upgrade mobilevit" in refused(predict, capsys)
     sidecar.write_text(good)
     weights = path.with_suffix(".bin")
@@ -299,44 +301,44 @@ def test_artefacts_that_are_not_as_they_were_written(
     assert f"{tmp_path}/no.onnx: no such file" in refused(["predict", f"{tmp_path}/no.onnx", "p.jpg"], capsys)
 
 
-def test_a_core_ml_package_runs_on_a_mac(tmp_path: Path, artefact: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_core_ml_package_runs_on_a_mac(tmp_path: Path, artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
     if FORMATS["coreml"].runs_here():
         pytest.skip("this is a Mac")
-    from mobilevit.inference.artefact import write_sidecar
+    from mobilevit.runtime.artifact import write_sidecar
 
     package = tmp_path / "m.mlpackage"
     package.mkdir()
     (package / "model").write_bytes(b"weights")
-    write_sidecar(package, dataclasses.replace(read_sidecar(artefact), format="coreml"))
-    assert "copy the package to a Mac" in refused(["predict", str(package), "picture.jpg"], capsys)
+    write_sidecar(package, dataclasses.replace(read_sidecar(artifact), format="coreml"))
+    assert "copy the package to a Mac" in refused(["predict", str(package), "image.jpg"], capsys)
 
 
-def test_exported_files_have_no_engine(artefact: Path) -> None:
+def test_exported_files_have_no_engine(artifact: Path) -> None:
     with pytest.raises(ValueError, match="runs in its own runtime"):
-        mobilevit.Predictor(artefact, engine="auto")
+        mobilevit.Predictor(artifact, engine="auto")
     with pytest.raises(ValueError, match="threads is 0"):
-        mobilevit.Predictor(artefact, threads=0)
+        mobilevit.Predictor(artifact, threads=0)
     with pytest.raises(ImageError):
-        mobilevit.Predictor(artefact)(b"no picture")
+        mobilevit.Predictor(artifact)(b"no image")
 
 
-def test_built_in_photographs_are_used_without_any(artefact: Path) -> None:
-    report = json.loads((artefact.parent / "report.json").read_text())[artefact.name]
+def test_built_in_photographs_are_used_without_any(artifact: Path) -> None:
+    report = json.loads((artifact.parent / "report.json").read_text())[artifact.name]
     assert report["parity"]["source"] == "built-in photographs"
-    assert report["parity"]["pictures"] == 30
+    assert report["parity"]["images"] == 30
 
 
-def test_an_unknown_runtime_is_named(monkeypatch: pytest.MonkeyPatch, artefact: Path) -> None:
+def test_an_unknown_runtime_is_named(monkeypatch: pytest.MonkeyPatch, artifact: Path) -> None:
     monkeypatch.setitem(__import__("sys").modules, "openvino", None)
     with pytest.raises(ValueError, match=r"openvino is not installed; pip install 'mobilevit\[openvino\]'"):
-        ArtefactSession(artefact)
+        ArtifactSession(artifact)
 
 
-def test_the_report_goes_on(pictures: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_report_goes_on(images: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """A damaged report.json does not stop an export."""
     (tmp_path / "report.json").write_text("{")
     with caplog.at_level(logging.WARNING, "mobilevit"):
-        export(make("classification"), tmp_path, format="pt2", pictures=[Image.new("RGB", (64, 64), "red")])
+        export(make("classification"), tmp_path, format="pt2", images=[Image.new("RGB", (64, 64), "red")])
     assert set(json.loads((tmp_path / "report.json").read_text())) == {"mobilevit_xxs.pt2"}
 
 

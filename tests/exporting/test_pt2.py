@@ -19,9 +19,9 @@ from mobilevit.data import shapes as drawn
 from mobilevit.exporting.export import export
 from mobilevit.exporting.graph import ExportGraph
 from mobilevit.exporting.pt2 import in_bfloat16
-from mobilevit.inference import pt2
-from mobilevit.inference.artefact import read_sidecar, write_sidecar
-from mobilevit.preprocessing import find_images
+from mobilevit.imaging.decode import find_images
+from mobilevit.runtime import pt2
+from mobilevit.runtime.artifact import read_sidecar, write_sidecar
 
 
 @pytest.fixture(scope="module")
@@ -65,10 +65,10 @@ def test_bfloat16_computes_in_bfloat16_and_answers_in_float32(task: Any) -> None
 
 def test_bfloat16_files_are_smaller_and_run(program: Path, tmp_path: Path) -> None:
     drawn.write_folder(tmp_path / "shapes", num_images=2, size=96)
-    pictures = find_images(tmp_path / "shapes")
-    report = export(make("classification"), tmp_path, format="pt2", precision="bf16", pictures=pictures)
+    images = find_images(tmp_path / "shapes")
+    report = export(make("classification"), tmp_path, format="pt2", precision="bf16", images=images)
     assert report.num_bytes < 0.7 * program.stat().st_size
-    assert len(mobilevit.Predictor(report.path)(pictures)[0].probabilities) == 4
+    assert len(mobilevit.Predictor(report.path)(images)[0].probabilities) == 4
 
 
 class _Payload:

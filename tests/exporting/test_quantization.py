@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 import mobilevit
+from mobilevit.card import card_of
 from mobilevit.data.shapes import render_scene
 from mobilevit.exporting import onnx as onnx_format
 from mobilevit.exporting import openvino as openvino_format
@@ -24,9 +25,8 @@ from mobilevit.exporting.graph import ExportGraph
 from mobilevit.exporting.plan import Plan
 from mobilevit.exporting.quantization import float_modules, is_below
 from mobilevit.exporting.sensitivity import choose_float, save_plot, sensitivity
-from mobilevit.inference.artefact import Artefact, write_sidecar
-from mobilevit.inference.session import ArtefactSession
-from mobilevit.models.card import card_of
+from mobilevit.runtime.artifact import Artifact, write_sidecar
+from mobilevit.runtime.session import ArtifactSession
 
 SIZE = (64, 64)
 CONVERT = {"onnx": onnx_format.convert, "openvino": openvino_format.convert}
@@ -34,7 +34,7 @@ SUFFIX = {"onnx": ".onnx", "openvino": ".xml"}
 KEPT = ("model.layer5.1.transformer.0", "model.classifier")
 
 
-def pictures(start: int, number: int) -> Tensor:
+def images(start: int, number: int) -> Tensor:
     """uint8 (number, 3, 64, 64)."""
     scenes = [np.asarray(render_scene(index, size=SIZE[0]).image) for index in range(start, start + number)]
     return torch.from_numpy(np.stack(scenes)).permute(0, 3, 1, 2)
@@ -54,9 +54,9 @@ def plan_for(model: Any, format_: Any, precision: Any, *, keep_float: tuple[str,
     open_batch = settings.pop("open_batch", False)
     graph = ExportGraph(model, image_size=SIZE, **settings).eval()
     card = card_of(model)
-    pixels = pictures(0, 32)
+    pixels = images(0, 32)
     inputs = pixels.permute(0, 2, 3, 1) if graph.baked else card.preprocessing.normalize(pixels)
-    artefact = Artefact(
+    artifact = Artifact(
         format=format_,
         precision=precision,
         card=card,
@@ -66,23 +66,23 @@ def plan_for(model: Any, format_: Any, precision: Any, *, keep_float: tuple[str,
         outputs=graph.output_names,
     )
     example = graph.example(2 if open_batch else 1, SIZE)
-    calibration = [picture.contiguous() for picture in inputs.split(1)]
-    return Plan(graph=graph, artefact=artefact, example=example, calibration=calibration, keep_float=keep_float)
+    calibration = [image.contiguous() for image in inputs.split(1)]
+    return Plan(graph=graph, artifact=artifact, example=example, calibration=calibration, keep_float=keep_float)
 
 
 def write(plan: Plan, folder: Path) -> Path:
-    path = folder / f"model{SUFFIX[plan.artefact.format]}"
-    CONVERT[plan.artefact.format](plan, path)
-    write_sidecar(path, plan.artefact)
+    path = folder / f"model{SUFFIX[plan.artifact.format]}"
+    CONVERT[plan.artifact.format](plan, path)
+    write_sidecar(path, plan.artifact)
     return path
 
 
 @torch.inference_mode()
 def answers(plan: Plan, path: Path) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """Of the graph and of the file, on pictures that nothing was calibrated on."""
-    pixels = pictures(100, 12)
-    inputs = pixels.permute(0, 2, 3, 1) if plan.graph.baked else plan.artefact.card.preprocessing.normalize(pixels)
-    return plan.graph(inputs), ArtefactSession(path, threads=1).raw(pixels)
+    """Of the graph and of the file, on images that nothing was calibrated on."""
+    pixels = images(100, 12)
+    inputs = pixels.permute(0, 2, 3, 1) if plan.graph.baked else plan.artifact.card.preprocessing.normalize(pixels)
+    return plan.graph(inputs), ArtifactSession(path, threads=1).raw(pixels)
 
 
 def decibels(expected: Tensor, found: Tensor) -> float:
@@ -161,7 +161,7 @@ def test_onnx_file_says_what_it_is_and_speaks_float32(made: tuple[Plan, Path]) -
     if path.suffix != ".onnx":
         pytest.skip("of the other format")
     loaded = onnx.load(path)
-    assert {entry.key: entry.value for entry in loaded.metadata_props} == {"mobilevit": plan.artefact.to_json()}
+    assert {entry.key: entry.value for entry in loaded.metadata_props} == {"mobilevit": plan.artifact.to_json()}
     ports = (*loaded.graph.input, *loaded.graph.output)
     assert [port.type.tensor_type.elem_type for port in ports] == [onnx.TensorProto.FLOAT] * 2
     assert [port.name for port in ports] == ["images", "logits"]
@@ -191,9 +191,9 @@ def test_int8_of_other_tasks_with_all_that_can_be_inside(task: str, format_: str
 def test_int8_with_any_batch(format_: str, model: Any, tmp_path: Path) -> None:
     plan = plan_for(model, format_, "int8", open_batch=True)
     path = write(plan, tmp_path)
-    pixels = pictures(100, 5)
-    found = ArtefactSession(path, threads=1)(pixels)
-    assert decibels(plan.graph(plan.artefact.card.preprocessing.normalize(pixels))[0].detach(), found) > 20
+    pixels = images(100, 5)
+    found = ArtifactSession(path, threads=1)(pixels)
+    assert decibels(plan.graph(plan.artifact.card.preprocessing.normalize(pixels))[0].detach(), found) > 20
 
 
 @pytest.mark.parametrize("task", ["classification", "detection", "segmentation"])
@@ -249,12 +249,12 @@ def test_sensitivity_of_other_tasks_and_inputs(task: str) -> None:
 
 
 @pytest.mark.parametrize("precision", ["int8"])
-def test_too_few_pictures_or_noise_are_refused(precision: str, model: Any, tmp_path: Path) -> None:
+def test_too_few_images_or_noise_are_refused(precision: str, model: Any, tmp_path: Path) -> None:
     few = [render_scene(index, size=64).image for index in range(31)]
     noise = [Image.fromarray(np.random.default_rng(n).integers(0, 256, (256, 256, 3), np.uint8)) for n in range(32)]
-    for pictures_, words in ((few, "31 readable pictures; int8 needs 32"), (noise, "are noise")):
+    for images_, words in ((few, "31 readable images; int8 needs 32"), (noise, "are noise")):
         with pytest.raises(ValueError, match=words):
-            export(model, tmp_path / "out", precision=precision, calibration=pictures_)
+            export(model, tmp_path / "out", precision=precision, calibration=images_)
     with pytest.raises(ValueError, match="calibrat"):
         export(model, tmp_path / "out", precision=precision)
     assert not list(tmp_path.rglob("*.onnx"))

@@ -14,8 +14,8 @@ import mobilevit
 from mobilevit.cli import main
 from mobilevit.data.shapes import render_scene
 from mobilevit.exporting.web import _AT_ONCE, _FOR_GPU, RUNTIME_VARIABLE, RUNTIME_VERSION, find_runtime
-from mobilevit.inference.predictor import Predictor
-from mobilevit.preprocessing import Preprocessing
+from mobilevit.imaging.preprocessing import Preprocessing
+from mobilevit.runtime.predictor import Predictor
 
 CLASSES = ("circle", "cross", "ring")
 
@@ -42,7 +42,7 @@ def checkpoint(tmp_path: Path) -> Path:
 
 def test_the_folder(runtime: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["export", str(checkpoint), "--format", "web", "--out", str(tmp_path / "out")]) == 0
-    assert "pictures with the same class" in capsys.readouterr().out
+    assert "images with the same class" in capsys.readouterr().out
     folder = tmp_path / "out" / "shapes-web"
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["shapes-web"]
     described = json.loads((folder / "model.json").read_text())
@@ -89,7 +89,7 @@ def test_mistakes(
 ) -> None:
     command = ["export", str(checkpoint), "--format", "web", "--out", str(tmp_path / "out")]
     assert main([*command, "--dynamic", "batch"]) == 2
-    assert "a page takes one picture at a time" in capsys.readouterr().err
+    assert "a page takes one image at a time" in capsys.readouterr().err
     (runtime / "dist" / _AT_ONCE[1]).unlink()
     assert main(command) == 2
     assert f"dist/{_AT_ONCE[1]} is missing" in capsys.readouterr().err

@@ -73,7 +73,7 @@ def test_a_pixel_attends_to_its_own_offset_only() -> None:
     x = torch.randn(1, 8, 8, 8).requires_grad_()
     tokens = block.norm(block.transformer(unfold(x, (2, 2))))
     y = fold(tokens, (8, 8), (2, 2))
-    (y[0, :, 2, 3] * torch.randn(8)).sum().backward()  # a plain sum of normalised values is constant
+    (y[0, :, 2, 3] * torch.randn(8)).sum().backward()  # a plain sum of normalized values is constant
     assert x.grad is not None
     reached = x.grad[0].abs().sum(0) > 0
     expected = torch.zeros(8, 8, dtype=torch.bool)
@@ -159,8 +159,8 @@ def test_fast_dropout_is_dropout(p: float, count: int) -> None:
     assert torch.equal(dropout.eval()(x), x)
     dropped = (dropout.train()(x.requires_grad_()) == 0).float()
     assert dropped.sum() > 0
-    neighbours = torch.corrcoef(torch.stack([dropped[:-1], dropped[1:]]))[0, 1]
-    assert abs(neighbours) < 5 / count**0.5
+    neighbors = torch.corrcoef(torch.stack([dropped[:-1], dropped[1:]]))[0, 1]
+    assert abs(neighbors) < 5 / count**0.5
 
 
 def test_classifier_is_replaceable() -> None:

@@ -38,11 +38,11 @@ def anchors_by_hand(map_sizes: list[tuple[int, int]], config: SSDLiteConfig) -> 
         small, large = scales[level], math.sqrt(scales[level] * scales[level + 1])
         for y in range(height):
             for x in range(width):
-                centre = ((x + 0.5) / width, (y + 0.5) / height)
-                anchors += [(*centre, small, small), (*centre, large, large)]
+                center = ((x + 0.5) / width, (y + 0.5) / height)
+                anchors += [(*center, small, small), (*center, large, large)]
                 for ratio in config.aspect_ratios[level]:
                     root = math.sqrt(ratio)
-                    anchors += [(*centre, small * root, small / root), (*centre, small / root, small * root)]
+                    anchors += [(*center, small * root, small / root), (*center, small / root, small * root)]
     return torch.tensor(anchors).clamp(0, 1)
 
 
@@ -80,12 +80,12 @@ def test_any_input_size(size: tuple[int, int]) -> None:
 
 
 def test_an_anchor_answers_for_its_own_place() -> None:
-    """A change of one corner of the picture changes the answers of that corner most."""
+    """A change of one corner of the image changes the answers of that corner most."""
     model = fill_with_golden_weights(detector())
-    pictures = torch.zeros(2, 3, 256, 512)
-    pictures[1, :, :32, -32:] = 1
+    images = torch.zeros(2, 3, 256, 512)
+    images[1, :, :32, -32:] = 1
     with torch.no_grad():
-        output = model(pictures)
+        output = model(images)
     change = (output.class_logits[1] - output.class_logits[0]).abs().sum(1)[: 16 * 32 * 6]
     x, y = output.anchors_cxcywh[int(change.argmax()), :2].tolist()
     assert x > 0.85

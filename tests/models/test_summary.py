@@ -22,7 +22,7 @@ def classifier(config: MobileViTConfig, num_classes: int) -> Model:
 @pytest.mark.parametrize(("name", "published"), PUBLISHED_GMACS.items())
 def test_multiply_adds_are_the_published_ones(name: str, published: float) -> None:
     summary = summarize(classifier(MODELS[name], 1000), (256, 256))
-    # The published figures also count normalisation and activation, a few percent.
+    # The published figures also count normalization and activation, a few percent.
     assert 0.96 * published <= summary.macs / 1e9 <= published
     assert_rows_add_up(summary)
 

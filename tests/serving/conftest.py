@@ -7,7 +7,7 @@ import pytest
 
 import mobilevit
 from golden_weights import fill_with_golden_weights
-from mobilevit.models.card import Task
+from mobilevit.card import Task
 from running_server import Server
 
 TASKS: tuple[Task, ...] = ("classification", "detection", "segmentation")

@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from running_server import Server, picture, until
+from running_server import Server, image, until
 
 
 class Load:
@@ -22,7 +22,7 @@ class Load:
 
     def __init__(self, server: Server, connections: int = 8) -> None:
         self.outcomes: Counter[str] = Counter()
-        self._server, self._data, self._on = server, picture(0, (200, 160), "JPEG"), True
+        self._server, self._data, self._on = server, image(0, (200, 160), "JPEG"), True
         self._threads = [threading.Thread(target=self._ask, args=(number,)) for number in range(connections)]
         for thread in self._threads:
             thread.start()
@@ -75,10 +75,10 @@ def test_a_worker_that_is_killed_is_replaced(checkpoints: dict[str, Path]) -> No
     server = Server([checkpoints["classification"], "--workers", "2", "--threads", "1"])
     parent = psutil.Process(server.process.pid)
     try:
-        data = picture()
+        data = image()
         for _ in range(20):
             assert server.post("/v1/predict", data).status == 200
-        assert server.metric("mobilevit_pictures_total") == 20  # over both
+        assert server.metric("mobilevit_images_total") == 20  # over both
         workers = [
             child for child in parent.children() if child.name() != "resource_tracker" and child.num_threads() > 2
         ]
@@ -87,7 +87,7 @@ def test_a_worker_that_is_killed_is_replaced(checkpoints: dict[str, Path]) -> No
         assert server.post("/v1/predict", data).status == 200  # by the other
         until(lambda: sum("ready in" in line for line in list(server.log)) == 3)
         assert any("died (-9); starting another" in line for line in server.log)
-        assert server.metric("mobilevit_pictures_total") == 21  # nothing forgotten
+        assert server.metric("mobilevit_images_total") == 21  # nothing forgotten
     finally:
         assert server.stop() == 0
     assert not psutil.pid_exists(workers[1].pid)

@@ -19,10 +19,10 @@ from PIL import Image
 
 import mobilevit
 from mobilevit.cli import main
-from mobilevit.inference.explain import explain
-from mobilevit.inference.predictor import Result
+from mobilevit.explain.attention import explain
+from mobilevit.runtime.predictor import Result
 from mobilevit.tasks.segmentation import SegmentationResult
-from running_server import Server, form, picture, until
+from running_server import Server, form, image, until
 
 TASKS = ("classification", "detection", "segmentation")
 
@@ -45,7 +45,7 @@ def assert_same(item: Any, expected: Any) -> None:
 
 @pytest.mark.parametrize("task", TASKS)
 def test_answers_are_those_of_the_predictor(server: Server, checkpoints: dict[str, Path], task: str) -> None:
-    files = [(f"{number}.png", picture(number, (70 + 10 * number, 60))) for number in range(4)]
+    files = [(f"{number}.png", image(number, (70 + 10 * number, 60))) for number in range(4)]
     answer = server.post_files(f"/v1/predict?model={task}", files).json()
     assert (answer["model"], answer["task"]) == (task, task)
     results: list[Result] = mobilevit.Predictor(checkpoints[task], threads=1)([data for _, data in files])
@@ -62,15 +62,15 @@ def test_answers_are_those_of_the_predictor(server: Server, checkpoints: dict[st
             assert_same(item, {**expected.to_dict(), "source": name})
 
 
-def test_one_picture_alone_is_exactly_the_predictors(server: Server, checkpoints: dict[str, Path]) -> None:
+def test_one_image_alone_is_exactly_the_predictors(server: Server, checkpoints: dict[str, Path]) -> None:
     predictor = mobilevit.Predictor(checkpoints["classification"], threads=1)
     for number in range(3):
-        data = picture(number)
+        data = image(number)
         assert server.post("/v1/predict", data).json()["results"] == [predictor(data).to_dict()]
 
 
 def test_parameters(server: Server) -> None:
-    data = picture()
+    data = image()
     assert len(server.post("/v1/predict?top=2", data).json()["results"][0]["top"]) == 2
     found = server.post("/v1/predict?model=detection&min_score=0", data).json()["results"][0]["detections"]
     assert len(found) > 10
@@ -105,30 +105,30 @@ def png_header(width: int, height: int) -> bytes:
 
 BAD = {
     "empty": (b"", "image/png", "", 400, "the body is empty"),
-    "no picture": (b"hello", "image/png", "", 400, "picture 1: not a picture in a known format"),
-    "truncated": (picture()[:500], "image/png", "", 400, "cannot be read"),
+    "no image": (b"hello", "image/png", "", 400, "image 1: not an image in a known format"),
+    "truncated": (image()[:500], "image/png", "", 400, "cannot be read"),
     "too many bytes": (bytes(2_000_001), "image/png", "", 413, "larger than the limit of 2 MB"),
     "too many pixels": (png_header(2000, 2000), "image/png", "", 413, "more than the limit of 1000000"),
     "a bomb": (png_header(60000, 60000), "image/png", "", 413, "more pixels than the limit"),
-    "text": (b"hello", "text/plain", "", 415, "content type text/plain; send a picture"),
+    "text": (b"hello", "text/plain", "", 415, "content type text/plain; send an image"),
     "no type": (b"hello", "", "", 415, "content type missing"),
     "form without boundary": (b"hello", "multipart/form-data", "", 400, "malformed form: Missing boundary"),
     "form of nonsense": (b"hello", "multipart/form-data; boundary=x", "", 400, "malformed form"),
-    "form without files": (*form([]), "", 400, "no picture in the form; send files under the name files"),
-    "too many files": (*form([("a.png", b"")] * 40), "", 413, "more than 32 pictures in a request"),
-    "no model": (picture(), "image/png", "?model=x", 404, "no model 'x'; there are classification, detection"),
-    "top": (picture(), "image/png", "?top=0", 422, "top: input should be greater than or equal to 1"),
-    "top, not a number": (picture(), "image/png", "?top=a", 422, "top: input should be a valid integer"),
-    "score": (picture(), "image/png", "?model=detection&min_score=nan", 422, "min_score: input should be"),
+    "form without files": (*form([]), "", 400, "no image in the form; send files under the name files"),
+    "too many files": (*form([("a.png", b"")] * 40), "", 413, "more than 32 images in a request"),
+    "no model": (image(), "image/png", "?model=x", 404, "no model 'x'; there are classification, detection"),
+    "top": (image(), "image/png", "?top=0", 422, "top: input should be greater than or equal to 1"),
+    "top, not a number": (image(), "image/png", "?top=a", 422, "top: input should be a valid integer"),
+    "score": (image(), "image/png", "?model=detection&min_score=nan", 422, "min_score: input should be"),
     "a parameter in the form": (
         b'--x\r\nContent-Disposition: form-data; name="model"\r\n\r\ndetection\r\n--x\r\n'
-        b'Content-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n' + picture() + b"\r\n--x--\r\n",
+        b'Content-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n' + image() + b"\r\n--x--\r\n",
         "multipart/form-data; boundary=x",
         "",
         422,
         "model stands in the form; write it into the address, as in",
     ),
-    "score of a classifier": (picture(), "image/png", "?min_score=0.5", 422, "min_score is for detection"),
+    "score of a classifier": (image(), "image/png", "?min_score=0.5", 422, "min_score is for detection"),
 }
 
 
@@ -149,8 +149,8 @@ def test_unknown_paths_and_methods(server: Server) -> None:
     assert server.get("/v1/predict").status == 405
 
 
-def test_one_bad_picture_of_several_does_not_spoil_the_others(server: Server) -> None:
-    files = [("a.png", picture()), ("b: c.png", b"nonsense"), ("c.png", picture(1))]
+def test_one_bad_image_of_several_does_not_spoil_the_others(server: Server) -> None:
+    files = [("a.png", image()), ("b: c.png", b"nonsense"), ("c.png", image(1))]
     answer = server.post_files("/v1/predict", files)
     assert answer.status == 200
     first, second, third = answer.json()["results"]
@@ -158,7 +158,7 @@ def test_one_bad_picture_of_several_does_not_spoil_the_others(server: Server) ->
     assert "label" in third
     assert list(second) == ["source", "error"]
     assert second["source"] == "b: c.png"
-    assert second["error"].startswith("not a picture in a known format")
+    assert second["error"].startswith("not an image in a known format")
     assert server.post_files("/v1/predict", files[1:2]).status == 400
 
 
@@ -171,35 +171,35 @@ def test_request_ids(server: Server) -> None:
 
 
 def test_every_request_leaves_a_line(server: Server) -> None:
-    server.post_files("/v1/predict", [("a.png", picture()), ("b.png", picture())], {"X-Request-ID": "for-the-log"})
+    server.post_files("/v1/predict", [("a.png", image()), ("b.png", image())], {"X-Request-ID": "for-the-log"})
     until(lambda: any(line["request_id"] == "for-the-log" for line in server.access()))
     line = next(line for line in server.access() if line["request_id"] == "for-the-log")
     assert line["ms"] > 0
-    assert {k: line[k] for k in ("method", "path", "status", "pictures", "client")} == {
-        "method": "POST", "path": "/v1/predict", "status": 200, "pictures": 2, "client": "127.0.0.1",
+    assert {k: line[k] for k in ("method", "path", "status", "images", "client")} == {
+        "method": "POST", "path": "/v1/predict", "status": 200, "images": 2, "client": "127.0.0.1",
     }  # fmt: skip
 
 
 def test_probes_and_metrics(server: Server) -> None:
     assert server.get("/healthz").json() == {"status": "ok"}
     assert server.get("/readyz").json() == {"status": "ready"}
-    before = server.metric("mobilevit_pictures_total")
-    server.post_files("/v1/predict", [("a.png", picture()), ("b.png", b"")])
-    assert server.metric("mobilevit_pictures_total") == before + 2
+    before = server.metric("mobilevit_images_total")
+    server.post_files("/v1/predict", [("a.png", image()), ("b.png", b"")])
+    assert server.metric("mobilevit_images_total") == before + 2
     text = server.get("/metrics").body.decode()
     assert 'mobilevit_requests_total{method="POST",route="/v1/predict",status="400"}' in text
     assert 'mobilevit_request_seconds_bucket{le="0.1",route="/v1/predict"}' in text
-    until(lambda: server.metric("mobilevit_queue_pictures") == 0)
+    until(lambda: server.metric("mobilevit_queue_images") == 0)
 
 
-def test_pictures_of_many_connections_go_together(server: Server) -> None:
-    batches = "mobilevit_batch_pictures_count"
-    pictures = "mobilevit_batch_pictures_sum"
-    before, data = (server.metric(batches), server.metric(pictures)), picture()
+def test_images_of_many_connections_go_together(server: Server) -> None:
+    batches = "mobilevit_batch_images_count"
+    images = "mobilevit_batch_images_sum"
+    before, data = (server.metric(batches), server.metric(images)), image()
     with ThreadPoolExecutor(16) as pool:
         answers = list(pool.map(lambda _: server.post("/v1/predict?model=detection", data), range(64)))
     assert {answer.status for answer in answers} == {200}
-    assert server.metric(pictures) - before[1] == 64
+    assert server.metric(images) - before[1] == 64
     assert server.metric(batches) - before[0] <= 32
 
 
@@ -212,7 +212,7 @@ def test_clients_that_hang_up(server: Server) -> None:
         sock.sendall(head + b"Content-Length: 100000\r\n\r\n" + bytes(1000))
     until(lambda: any(line["request_id"] == "gone" for line in server.access()))
     assert next(line["status"] for line in server.access() if line["request_id"] == "gone") == 499
-    assert server.post("/v1/predict", picture()).status == 200
+    assert server.post("/v1/predict", image()).status == 200
 
 
 def test_who_sends_too_much_learns_why(server: Server) -> None:
@@ -263,20 +263,20 @@ def test_openapi(server: Server) -> None:
 
 @pytest.mark.parametrize("task", TASKS)
 def test_explanations_are_those_of_the_package(server: Server, checkpoints: dict[str, Path], task: str) -> None:
-    data = picture(3, (96, 64))
+    data = image(3, (96, 64))
     answer = server.post_files(f"/v1/explain?model={task}&x=50&y=30", [("a.png", data)])
     told = answer.json()
     expected = explain(mobilevit.load(checkpoints[task]), data, pixel=(50, 30))
-    assert Image.open(io.BytesIO(base64.b64decode(told.pop("picture_png")))).size == expected.draw().size
+    assert Image.open(io.BytesIO(base64.b64decode(told.pop("image_png")))).size == expected.draw().size
     assert told == {"model": task, **json.loads(json.dumps(expected.to_dict())), "source": "a.png"}
     assert server.post(f"/v1/explain?model={task}", data).json()["label"] == told["label"] or task == "segmentation"
 
 
 def test_mistakes_in_asking_for_explanations(server: Server) -> None:
-    data = picture(3, (96, 64))
+    data = image(3, (96, 64))
     for query, status, message in (
         ("x=3", 422, "x and y name a pixel together"),
-        ("x=96&y=3", 422, "pixel 96 3 is not in the picture of 96 x 64"),
+        ("x=96&y=3", 422, "pixel 96 3 is not in the image of 96 x 64"),
         ("x=-1&y=3", 422, "x: input should be greater than or equal to 0"),
         ("model=b", 404, "no model 'b'"),
     ):
@@ -293,12 +293,12 @@ def test_mutated_uploads_never_break_it(server: Server) -> None:
     kinds = ("PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP", "PPM")
     seen = set()
     for number in range(300):
-        data = bytearray(picture(number, (24, 16), kinds[number % len(kinds)]))
+        data = bytearray(image(number, (24, 16), kinds[number % len(kinds)]))
         for _ in range(random.integers(1, 8)):
             data[random.integers(len(data))] = random.integers(256)
         if number % 3 == 0:
             del data[random.integers(len(data)) :]
-        body, kind = (bytes(data), "image/png") if number % 2 else form([("a", bytes(data)), ("b", picture())])
+        body, kind = (bytes(data), "image/png") if number % 2 else form([("a", bytes(data)), ("b", image())])
         if number % 10 == 0:  # the form itself
             body = body[: random.integers(len(body))]
         seen.add(server.post("/v1/predict", body, kind).status)
@@ -316,7 +316,7 @@ def test_key_cors_and_limits(checkpoints: dict[str, Path]) -> None:
         environment={"MOBILEVIT_API_KEY": "sesame"},
     )
     try:
-        data = picture()
+        data = image()
         refused = server.post("/v1/predict", data)
         assert refused.status == 401
         assert refused.json()["error"].startswith("this service asks for an API key")
@@ -352,7 +352,7 @@ def test_overload_is_refused_at_once(checkpoints: dict[str, Path]) -> None:
     options = ["--threads", "1", "--max-queue", "4", "--max-batch", "2"]
     server = Server([checkpoints["segmentation"], *options])
     try:
-        data = picture(0, (1200, 900), "JPEG")
+        data = image(0, (1200, 900), "JPEG")
         with ThreadPoolExecutor(24) as pool:
             answers = list(pool.map(lambda _: server.post("/v1/predict", data), range(72)))
         statuses = [answer.status for answer in answers]
@@ -360,9 +360,9 @@ def test_overload_is_refused_at_once(checkpoints: dict[str, Path]) -> None:
         busy = next(answer for answer in answers if answer.status == 503)
         assert int(busy.headers["retry-after"]) >= 1
         assert "the service is busy; try again in" in busy.json()["error"]
-        assert server.metric("mobilevit_pictures_total") == statuses.count(200)
+        assert server.metric("mobilevit_images_total") == statuses.count(200)
         assert server.post_files("/v1/predict", [("a.jpg", data)] * 5).status == 503
-        until(lambda: server.metric("mobilevit_queue_pictures") == 0)
+        until(lambda: server.metric("mobilevit_queue_images") == 0)
         assert server.post("/v1/predict", data).status == 200
     finally:
         assert server.stop() == 0
@@ -437,9 +437,9 @@ def test_exported_files_are_served(checkpoints: dict[str, Path], tmp_path: Path)
     try:
         (model,) = server.get("/v1/models").json()["models"]
         assert (model["engine"], model["explain"]) == ("onnx fp32", False)
-        expected = mobilevit.Predictor(report.path, threads=1)(picture()).to_dict()
-        assert_same(server.post("/v1/predict", picture()).json()["results"][0], expected)
-        refused = server.post("/v1/explain", picture())
+        expected = mobilevit.Predictor(report.path, threads=1)(image()).to_dict()
+        assert_same(server.post("/v1/predict", image()).json()["results"][0], expected)
+        refused = server.post("/v1/explain", image())
         assert refused.status == 404
         assert "exported files cannot be explained" in refused.json()["error"]
         assert json.loads(server.log[0])["level"] == "info"

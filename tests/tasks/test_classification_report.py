@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mobilevit.drawing import GREEN, RED
+from mobilevit.imaging.drawing import GREEN, RED
 from mobilevit.tasks.classification_report import (
     ClassificationMeter,
     classification_report,
@@ -131,7 +131,7 @@ def test_report_as_json() -> None:
 
 def test_worst_mistakes() -> None:
     probabilities = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.3, 0.7], [0.01, 0.99], [0.45, 0.55], [0.6, 0.4]])
-    labels = torch.tensor([1, 0, 0, 0, 0, 1])  # picture 1 is right
+    labels = torch.tensor([1, 0, 0, 0, 0, 1])  # image 1 is right
     assert worst_mistakes(probabilities.log(), labels) == [3, 0, 2, 5, 4]
     assert worst_mistakes(probabilities.log(), labels, count=2) == [3, 0]
     assert worst_mistakes(probabilities.log(), probabilities.argmax(dim=1)) == []
@@ -140,13 +140,13 @@ def test_worst_mistakes() -> None:
 # -- meter ------------------------------------------------------------------------------------------------------------
 
 
-def test_meter_counts_each_picture_once() -> None:
+def test_meter_counts_each_image_once() -> None:
     meter = ClassificationMeter(["a", "b"])
     assert (meter.indices, meter.logits.shape, meter.labels.shape) == ([], (0, 2), (0,))
     meter.update([7, 2], torch.tensor([[3.0, 0.0], [0.0, 1.0]]), torch.tensor([1, 0]))
     meter.update([2, 4], torch.tensor([[5.0, 0.0], [2.0, 1.0]]), torch.tensor([0, 0]))
     assert meter.indices == [2, 4, 7]
-    assert meter.logits.tolist() == [[5, 0], [2, 1], [3, 0]]  # of picture 2, what came last
+    assert meter.logits.tolist() == [[5, 0], [2, 1], [3, 0]]  # of image 2, what came last
     assert meter.labels.tolist() == [0, 0, 1]
     assert meter.report().confusion.tolist() == [[2, 0], [1, 0]]
 
@@ -162,7 +162,7 @@ def test_a_meter_keeps_its_own_logits(dtype: torch.dtype) -> None:
     assert meter.logits.tolist() == expected
 
 
-def test_the_report_does_not_depend_on_how_pictures_are_divided() -> None:
+def test_the_report_does_not_depend_on_how_images_are_divided() -> None:
     logits, labels, classes = torch.randn(40, 7), torch.randint(7, (40,)), list("abcdefg")
     expected = classification_report(logits, labels, classes).to_dict()
 
@@ -176,7 +176,7 @@ def test_the_report_does_not_depend_on_how_pictures_are_divided() -> None:
     shuffled = torch.randperm(40).tolist()
     whole = meter(shuffled)
     assert whole.report().to_dict() == expected
-    parts = [shuffled[:15], shuffled[12:30], shuffled[30:], []]  # three pictures are seen by two
+    parts = [shuffled[:15], shuffled[12:30], shuffled[30:], []]  # three images are seen by two
     for order in ([0, 1, 2, 3], [3, 2, 0, 1], [1, 3, 2, 0]):
         first, *others = (pickle.loads(pickle.dumps(meter(parts[part]))) for part in order)
         for other in others:
@@ -200,7 +200,7 @@ def test_texts() -> None:
     assert dict(report.headline())["top-1"] == "75.00%"
     assert dict(report.headline())["loss"] == f"{report.loss:.4f}"
     heading, rows = report.table()
-    assert heading == ["class", "precision", "recall", "F1", "pictures"]
+    assert heading == ["class", "precision", "recall", "F1", "images"]
     assert rows[0] == ["ant", "0.500", "1.000", "0.667", "1"]
     assert rows[1] == ["b", "1.000", "0.500", "0.667", "2"]
     few = classification_report(torch.eye(2), torch.tensor([0, 1]), ["a", "b"])
@@ -231,7 +231,7 @@ def test_prediction_sheet_is_green_where_right_and_red_where_wrong() -> None:
 
     def inks(labels: list[int]) -> list[bool]:
         pixels = np.asarray(prediction_sheet(images, logits, labels, ["cat", "dog"]))
-        return [bool((pixels[:, half] == colour).all(axis=2).any()) for half in halves for colour in (GREEN, RED)]
+        return [bool((pixels[:, half] == color).all(axis=2).any()) for half in halves for color in (GREEN, RED)]
 
     width = prediction_sheet(images, logits, [0, 1], ["cat", "dog"]).width
     halves = [slice(0, width // 2), slice(width // 2, None)]

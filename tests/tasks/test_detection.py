@@ -7,10 +7,10 @@ import torch
 from PIL import Image
 from torchvision.ops import box_convert, box_iou, nms
 
-from golden_weights import golden_manifest, golden_outputs, golden_pictures, golden_weights
+from golden_weights import golden_images, golden_manifest, golden_outputs, golden_weights
 from mobilevit.factory import create_model
+from mobilevit.imaging.preprocessing import Preprocessing
 from mobilevit.models.ssdlite import DetectionOutput, SSDLiteConfig, decode_boxes, encode_boxes, make_anchors
-from mobilevit.preprocessing import Preprocessing
 from mobilevit.tasks.detection import (
     NO_OBJECT,
     DetectionResult,
@@ -67,7 +67,7 @@ def test_loss_by_hand():
     # One object on anchor 0; three negatives, all of them counted. Uniform logits: log 3 each. Boxes: smooth L1.
     box = [[[0.3, 0.25, 0.5, 0.5]]]
     loss = detection_loss(_output([[[0.0, 0.0, 0.0]] * 4]), torch.tensor(box), torch.tensor([[1]]))
-    wanted = 0.05 / (0.1 * 0.5)  # regression of the centre, exactly one: where smooth L1 turns from square to line
+    wanted = 0.05 / (0.1 * 0.5)  # regression of the center, exactly one: where smooth L1 turns from square to line
     assert loss.item() == pytest.approx(4 * math.log(3) + 0.5 * wanted**2, rel=1e-5)
 
 
@@ -85,7 +85,7 @@ def test_only_the_worst_negatives_count():
     assert loss.item() == pytest.approx(((ce[positive].sum() + worst.sum()) / positive.sum()).item(), rel=1e-5)
 
 
-def test_a_picture_without_objects_teaches_the_background():
+def test_a_image_without_objects_teaches_the_background():
     logits = torch.zeros(1, 4, 3, requires_grad=True)
     output = DetectionOutput(logits, torch.zeros(1, 4, 4), ANCHORS)
     loss = detection_loss(output, torch.tensor([[NOTHING]]), torch.tensor([[NO_OBJECT]]))
@@ -145,14 +145,14 @@ def test_nothing_above_the_threshold():
 
 @pytest.mark.parametrize("size", ["xxs", "xs", "s"])
 def test_detections_of_the_official_code(size):
-    """From pictures to boxes; as sets, for random weights give many nearly equal scores."""
+    """From images to boxes; as sets, for random weights give many nearly equal scores."""
     name = f"detection.ssdlite_mobilevit_{size}"
     shapes = golden_manifest("cvnets_detection_manifest.json")[name]
     weights = convert_state_dict(golden_weights(shapes), to="mobilevit", source_channel_order="rgb")
     model = create_model(f"mobilevit_{size}", task="detection", num_classes=80)
     model.load_state_dict(weights)
     with torch.inference_mode():
-        (found,) = postprocess(model(golden_pictures(1, 320, 320)))
+        (found,) = postprocess(model(golden_images(1, 320, 320)))
     golden = golden_outputs("detection")
     boxes, scores, labels = (golden[f"{name}.detections.{w}.320x320"].squeeze(0) for w in ("boxes", "scores", "labels"))
     assert len(found.scores) == len(scores)
@@ -164,7 +164,7 @@ def test_detections_of_the_official_code(size):
 
 
 @pytest.mark.parametrize("mode", ["stretch", "pad", "crop"])
-def test_boxes_find_their_way_back_to_the_picture(mode):
+def test_boxes_find_their_way_back_to_the_image(mode):
     preprocessing = Preprocessing(size=(320, 256), resize_mode=mode)
     placement = preprocessing.placement((480, 640))
     inside = np.array([[200.0, 150.0, 400.0, 300.0]])

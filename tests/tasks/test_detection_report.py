@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mobilevit.drawing import GREEN, RED, class_colours
+from mobilevit.imaging.drawing import GREEN, RED, class_colors
 from mobilevit.tasks.detection_report import (
     NOT_COUNTED,
     RECALLS,
@@ -28,15 +28,15 @@ pytest.importorskip("matplotlib.figure")
 coco = pytest.importorskip("pycocotools.coco")
 cocoeval = pytest.importorskip("pycocotools.cocoeval")
 
-Picture = dict[str, Any]
+Entry = dict[str, Any]
 """What `DetectionMeter.update` takes."""
 
-NOTHING: Picture = {"boxes_xyxy": [], "scores": [], "labels": [], "true_xyxy": [], "true_labels": []}
+NOTHING: Entry = {"boxes_xyxy": [], "scores": [], "labels": [], "true_xyxy": [], "true_labels": []}
 A, B, C = (10, 10, 60, 50), (100, 20, 180, 90), (30, 120, 90, 190)
 """Boxes that do not touch, of medium size."""
 
 
-def picture(found: list[tuple[Any, ...]] = [], true: list[tuple[Any, ...]] = [], **more: Any) -> Picture:  # noqa: B006
+def entry(found: list[tuple[Any, ...]] = [], true: list[tuple[Any, ...]] = [], **more: Any) -> Entry:  # noqa: B006
     """Of (box, score, class) and (box, class)."""
     return {
         "boxes_xyxy": [box for box, _, _ in found],
@@ -48,18 +48,18 @@ def picture(found: list[tuple[Any, ...]] = [], true: list[tuple[Any, ...]] = [],
     }
 
 
-def meter_of(*pictures: Picture, classes: str = "ab") -> DetectionMeter:
+def meter_of(*images: Entry, classes: str = "ab") -> DetectionMeter:
     meter = DetectionMeter(list(classes))
-    for index, each in enumerate(pictures):
+    for index, each in enumerate(images):
         meter.update(index, **each)
     return meter
 
 
-def report_of(*pictures: Picture, classes: str = "ab") -> DetectionReport:
-    return meter_of(*pictures, classes=classes).report()
+def report_of(*images: Entry, classes: str = "ab") -> DetectionReport:
+    return meter_of(*images, classes=classes).report()
 
 
-def random_pictures(seed: int, num_classes: int = 4, num_pictures: int = 12) -> list[Picture]:
+def random_images(seed: int, num_classes: int = 4, num_images: int = 12) -> list[Entry]:
     """Of all sizes, some crowds, some without anything; the last class has no object, and no score comes twice.
 
     Coordinates are quarters of pixels, so that sums of them are exact.
@@ -71,8 +71,8 @@ def random_pictures(seed: int, num_classes: int = 4, num_pictures: int = 12) -> 
         corners = random.uniform(0, 320, (count, 2))
         return np.round(np.concatenate([corners, corners + sides], axis=1) * 4) / 4
 
-    pictures = []
-    for number in range(num_pictures):
+    images = []
+    for number in range(num_images):
         num_objects = 0 if number in (3, 7) else int(random.integers(0, 9))
         true, true_labels = boxes(num_objects), random.integers(0, num_classes - 1, num_objects)
         copies = random.integers(0, 3, num_objects)  # of each object: missed, found, found twice
@@ -84,7 +84,7 @@ def random_pictures(seed: int, num_classes: int = 4, num_pictures: int = 12) -> 
         labels = true_labels.repeat(copies)
         labels = np.where(random.random(len(labels)) < 0.9, labels, random.integers(0, num_classes, len(labels)))
         areas = (true[:, 2:] - true[:, :2]).prod(axis=1)
-        each: Picture = {
+        each: Entry = {
             "boxes_xyxy": np.concatenate([near, false]),
             "labels": np.concatenate([labels, random.integers(0, num_classes, len(false))]),
             "true_xyxy": true,
@@ -95,23 +95,23 @@ def random_pictures(seed: int, num_classes: int = 4, num_pictures: int = 12) -> 
         if random.random() < 0.5:  # as of masks: smaller than the box; or not known
             shares = random.uniform(0.3, 1, num_objects) * (random.random(num_objects) < 0.8)
             each["true_areas"] = np.floor(areas * shares)
-        pictures.append(each)
-    counts = [len(each["labels"]) for each in pictures]
+        images.append(each)
+    counts = [len(each["labels"]) for each in images]
     scores = (random.permutation(sum(counts)) + 1) / (sum(counts) + 1)
-    for each, part in zip(pictures, np.split(scores, np.cumsum(counts)[:-1]), strict=True):
+    for each, part in zip(images, np.split(scores, np.cumsum(counts)[:-1]), strict=True):
         each["scores"] = part
-    return pictures
+    return images
 
 
-def coco_evaluation(pictures: list[Picture], num_classes: int) -> Any:
+def coco_evaluation(images: list[Entry], num_classes: int) -> Any:
     """What COCO's own code says."""
     truth: dict[str, list[dict[str, Any]]] = {
-        "images": [{"id": index} for index in range(len(pictures))],
+        "images": [{"id": index} for index in range(len(images))],
         "categories": [{"id": label} for label in range(num_classes)],
         "annotations": [],
     }
     found: list[dict[str, Any]] = []
-    for index, each in enumerate(pictures):
+    for index, each in enumerate(images):
         true = np.asarray(each["true_xyxy"], float).reshape(-1, 4)
         crowd, areas = each.get("true_crowd"), each.get("true_areas")
         for row, (left, top, right, bottom) in enumerate(true.tolist()):
@@ -154,9 +154,9 @@ def mean_of(values: np.ndarray) -> float:
 
 @pytest.mark.parametrize("seed", range(20))
 def test_figures_are_those_of_coco(seed: int) -> None:
-    pictures = random_pictures(seed)
-    report = report_of(*pictures, classes="abcd")
-    evaluation = coco_evaluation(pictures, 4)
+    images = random_images(seed)
+    report = report_of(*images, classes="abcd")
+    evaluation = coco_evaluation(images, 4)
     ours = (report.ap, report.ap50, report.ap75, report.ap_small, report.ap_medium, report.ap_large)
     assert 0.05 < report.ap < 0.95
     assert [or_missing(value) for value in ours] == pytest.approx(evaluation.stats[:6].tolist(), abs=1e-6)
@@ -175,15 +175,15 @@ def test_figures_are_those_of_coco(seed: int) -> None:
 
 @pytest.mark.parametrize("seed", range(5))
 def test_outcomes_are_those_of_coco(seed: int) -> None:
-    pictures = random_pictures(seed)
+    images = random_images(seed)
     # A box without a surface lies in no crowd.
-    pictures.append(picture([((50, 50, 50, 80), 0.5, 0)], [((200, 200, 300, 300), 0)], true_crowd=[True]))
-    meter = meter_of(*pictures, classes="abcd")
+    images.append(entry([((50, 50, 50, 80), 0.5, 0)], [((200, 200, 300, 300), 0)], true_crowd=[True]))
+    meter = meter_of(*images, classes="abcd")
     seen = set()
-    for result in coco_evaluation(pictures, 4).evalImgs:
+    for result in coco_evaluation(images, 4).evalImgs:
         if result is None or result["aRng"] != [0, 1e10]:
             continue
-        ours = meter.pictures[result["image_id"]]
+        ours = meter.images[result["image_id"]]
         mine = ours.labels == result["category_id"]
         order = np.argsort(-ours.scores[mine], kind="stable")
         matched, ignored = result["dtMatches"][0] > 0, result["dtIgnore"][0]
@@ -193,9 +193,9 @@ def test_outcomes_are_those_of_coco(seed: int) -> None:
     assert seen == {RIGHT, WRONG, NOT_COUNTED}
 
 
-def test_no_more_than_a_hundred_detections_a_class_and_picture() -> None:
+def test_no_more_than_a_hundred_detections_a_class_and_image() -> None:
     places = [(12 * (n % 16), 12 * (n // 16), 12 * (n % 16) + 10, 12 * (n // 16) + 10) for n in range(130)]
-    many = picture([(box, 0.99 - n / 200, n % 13 == 0) for n, box in enumerate(places)], [(box, 0) for box in places])
+    many = entry([(box, 0.99 - n / 200, n % 13 == 0) for n, box in enumerate(places)], [(box, 0) for box in places])
     report, evaluation = report_of(many), coco_evaluation([many], 2)
     assert report.ap == pytest.approx(evaluation.stats[0], abs=1e-6)
     assert report.ar100 == pytest.approx(evaluation.stats[8], abs=1e-6)
@@ -207,7 +207,7 @@ def test_no_more_than_a_hundred_detections_a_class_and_picture() -> None:
 
 
 def test_all_found() -> None:
-    report = report_of(picture([(A, 0.9, 0), (B, 0.8, 1)], [(A, 0), (B, 1)]), picture([(C, 0.7, 0)], [(C, 0)]))
+    report = report_of(entry([(A, 0.9, 0), (B, 0.8, 1)], [(A, 0), (B, 1)]), entry([(C, 0.7, 0)], [(C, 0)]))
     assert (report.num_images, report.num_objects) == (2, 3)
     assert (report.ap, report.ap50, report.ap75, report.ar100) == (1, 1, 1, 1)
     assert (report.ap_small, report.ap_medium, report.ap_large) == (None, 1, None)
@@ -225,17 +225,17 @@ def test_all_found() -> None:
 def test_sizes() -> None:
     boxes = [(0, 0, 31, 31), (50, 50, 120, 120), (150, 100, 350, 300)]
     true = [(box, 0) for box in boxes]
-    report = report_of(picture([(boxes[0], 0.9, 0), (boxes[2], 0.8, 0)], true))
+    report = report_of(entry([(boxes[0], 0.9, 0), (boxes[2], 0.8, 0)], true))
     assert (report.ap_small, report.ap_medium, report.ap_large) == (1, 0, 1)
     # The areas that are given count, not those of the boxes, except where they are zero.
-    report = report_of(picture([(boxes[0], 0.9, 0), (boxes[2], 0.8, 0)], true, true_areas=[0, 900, 5000]))
+    report = report_of(entry([(boxes[0], 0.9, 0), (boxes[2], 0.8, 0)], true, true_areas=[0, 900, 5000]))
     assert report.ap_medium == 1
     assert report.ap_large is None
     assert report.ap_small == pytest.approx(51 / 101)
 
 
 def test_nothing_found() -> None:
-    report = report_of(picture(true=[(A, 0), (B, 1)]), NOTHING)
+    report = report_of(entry(true=[(A, 0), (B, 1)]), NOTHING)
     assert (report.num_images, report.num_objects) == (2, 2)
     assert (report.ap, report.ap50, report.ap75, report.ap_medium, report.ar100) == (0, 0, 0, 0, 0)
     assert (report.score_threshold, report.precision, report.recall, report.f1) == (0.5, 0, 0, 0)
@@ -243,7 +243,7 @@ def test_nothing_found() -> None:
 
 
 def test_one_of_two_found() -> None:
-    report = report_of(picture([(A, 0.9, 0)], [(A, 0), (B, 0)]))
+    report = report_of(entry([(A, 0.9, 0)], [(A, 0), (B, 0)]))
     # Precision is 1 up to recall 0.5 and 0 above, so 1 at 51 of the 101 recalls 0.00, 0.01, ... 1.00.
     assert report.ap == pytest.approx(51 / 101)
     assert report.ar100 == 0.5
@@ -256,12 +256,12 @@ def test_one_of_two_found() -> None:
 
 def test_a_box_that_fits_badly_is_found_at_low_thresholds_only() -> None:
     # IoU 0.72: found at 0.50, 0.55, 0.60, 0.65 and 0.70 of the ten thresholds.
-    report = report_of(picture([((0, 0, 72, 100), 0.9, 0)], [((0, 0, 100, 100), 0)]))
+    report = report_of(entry([((0, 0, 72, 100), 0.9, 0)], [((0, 0, 100, 100), 0)]))
     assert (report.ap, report.ap50, report.ap75) == (pytest.approx(0.5), 1, 0)
     assert report.ar100 == pytest.approx(0.5)
-    badly = report_of(picture([((0, 0, 49, 100), 0.9, 0)], [((0, 0, 100, 100), 0)]))
+    badly = report_of(entry([((0, 0, 49, 100), 0.9, 0)], [((0, 0, 100, 100), 0)]))
     assert (badly.ap, badly.precision, badly.recall) == (0, 0, 0)
-    just = report_of(picture([((0, 0, 50, 100), 0.9, 0)], [((0, 0, 100, 100), 0)]))
+    just = report_of(entry([((0, 0, 50, 100), 0.9, 0)], [((0, 0, 100, 100), 0)]))
     assert (just.ap, just.precision, just.recall) == (pytest.approx(0.1), 1, 1)
 
 
@@ -273,19 +273,19 @@ def test_a_box_that_fits_badly_is_found_at_low_thresholds_only() -> None:
     ],
 )
 def test_a_wrong_detection_above_and_below_the_right_one(score: float, ap: float) -> None:
-    here = report_of(picture([(A, 0.9, 0), (B, score, 0)], [(A, 0)]))
-    in_an_empty_picture = report_of(picture([(A, 0.9, 0)], [(A, 0)]), picture([(B, score, 0)]))
-    of_another_class = report_of(picture([(A, 0.9, 0), (A, score, 1)], [(A, 0)]))
-    assert (here.ap, in_an_empty_picture.ap) == (pytest.approx(ap), pytest.approx(ap))
+    here = report_of(entry([(A, 0.9, 0), (B, score, 0)], [(A, 0)]))
+    in_an_empty_image = report_of(entry([(A, 0.9, 0)], [(A, 0)]), entry([(B, score, 0)]))
+    of_another_class = report_of(entry([(A, 0.9, 0), (A, score, 1)], [(A, 0)]))
+    assert (here.ap, in_an_empty_image.ap) == (pytest.approx(ap), pytest.approx(ap))
     assert of_another_class.ap == 1
     assert of_another_class.per_class[1].ap is None
-    for report in (here, in_an_empty_picture, of_another_class):
+    for report in (here, in_an_empty_image, of_another_class):
         assert (report.precision, report.recall) == ((0.5, 1) if ap < 1 else (1, 1))
 
 
 def test_a_second_detection_of_an_object_is_wrong() -> None:
-    meter = meter_of(picture([(A, 0.9, 0), (A, 0.8, 0), (B, 0.7, 0)], [(A, 0), (B, 0)]))
-    assert meter.pictures[0].outcome.tolist() == [RIGHT, WRONG, RIGHT]
+    meter = meter_of(entry([(A, 0.9, 0), (A, 0.8, 0), (B, 0.7, 0)], [(A, 0), (B, 0)]))
+    assert meter.images[0].outcome.tolist() == [RIGHT, WRONG, RIGHT]
     # Precision 1 at recall 0.5, which is 51 recalls, and 2/3 at recall 1, which is the other 50.
     assert meter.report().ap == pytest.approx((51 + 50 * 2 / 3) / 101)
     assert meter.report().precision == pytest.approx(2 / 3)
@@ -294,19 +294,19 @@ def test_a_second_detection_of_an_object_is_wrong() -> None:
 def test_the_surest_detection_chooses_first() -> None:
     left, right = (0, 0, 100, 100), (20, 0, 120, 100)
     between = (8, 0, 108, 100)  # nearer to the left one
-    meter = meter_of(picture([(left, 0.5, 0), (between, 0.9, 0)], [(left, 0), (right, 0)]))
-    assert meter.pictures[0].outcome.tolist() == [RIGHT, RIGHT]  # at IoU 0.50 the second finds what is left: 100/120
-    meter = meter_of(picture([(left, 0.5, 0), (between, 0.9, 0)], [(left, 0)]))
-    assert meter.pictures[0].outcome.tolist() == [WRONG, RIGHT]
+    meter = meter_of(entry([(left, 0.5, 0), (between, 0.9, 0)], [(left, 0), (right, 0)]))
+    assert meter.images[0].outcome.tolist() == [RIGHT, RIGHT]  # at IoU 0.50 the second finds what is left: 100/120
+    meter = meter_of(entry([(left, 0.5, 0), (between, 0.9, 0)], [(left, 0)]))
+    assert meter.images[0].outcome.tolist() == [WRONG, RIGHT]
 
 
 def test_crowds_are_neither_missed_nor_found() -> None:
     crowd = (100, 100, 300, 300)
     inside, outside = (120, 120, 160, 160), (280, 280, 360, 360)
     found = [(A, 0.6, 0), (inside, 0.9, 0), (crowd, 0.8, 0)]
-    meter = meter_of(picture(found, [(crowd, 0), (A, 0)], true_crowd=[True, False]))
-    assert meter.pictures[0].outcome.tolist() == [RIGHT, NOT_COUNTED, NOT_COUNTED]
-    assert meter.pictures[0].count(0.5) == (1, 0, 0)
+    meter = meter_of(entry(found, [(crowd, 0), (A, 0)], true_crowd=[True, False]))
+    assert meter.images[0].outcome.tolist() == [RIGHT, NOT_COUNTED, NOT_COUNTED]
+    assert meter.images[0].count(0.5) == (1, 0, 0)
     assert meter.worst() == []
     report = meter.report()
     assert (report.ap, report.ar100, report.num_objects) == (1, 1, 1)
@@ -315,24 +315,24 @@ def test_crowds_are_neither_missed_nor_found() -> None:
     assert report.score_threshold == pytest.approx(0.6, abs=2e-6)
     # Not those of another class, nor those that are mostly beside it.
     others = [(A, 0.6, 0), (inside, 0.9, 1), (outside, 0.8, 0)]
-    meter = meter_of(picture(others, [(crowd, 0), (A, 0)], true_crowd=[True, False]))
-    assert meter.pictures[0].outcome.tolist() == [RIGHT, WRONG, WRONG]
+    meter = meter_of(entry(others, [(crowd, 0), (A, 0)], true_crowd=[True, False]))
+    assert meter.images[0].outcome.tolist() == [RIGHT, WRONG, WRONG]
     assert meter.report().ap == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize(
-    "pictures",
+    "images",
     [
         [],
         [NOTHING],
-        [NOTHING, picture([(A, 0.9, 0), (B, 0.1, 1)])],
-        [picture([(A, 0.9, 0)], [(A, 0)], true_crowd=[True])],
+        [NOTHING, entry([(A, 0.9, 0), (B, 0.1, 1)])],
+        [entry([(A, 0.9, 0)], [(A, 0)], true_crowd=[True])],
     ],
 )
-def test_no_object_at_all(pictures: list[Picture], tmp_path: Path) -> None:
-    meter = meter_of(*pictures)
+def test_no_object_at_all(images: list[Entry], tmp_path: Path) -> None:
+    meter = meter_of(*images)
     report = meter.report()
-    assert (report.num_images, report.num_objects) == (len(pictures), 0)
+    assert (report.num_images, report.num_objects) == (len(images), 0)
     assert (report.ap, report.ap50, report.ap75, report.ar100) == (0, 0, 0, 0)
     assert (report.ap_small, report.ap_medium, report.ap_large) == (None, None, None)
     assert (report.score_threshold, report.recall, report.f1) == (0.5, 0, 0)
@@ -354,7 +354,7 @@ def test_no_object_at_all(pictures: list[Picture], tmp_path: Path) -> None:
 def test_best_threshold_by_hand() -> None:
     far = [(600 + 50 * n, 0, 640 + 50 * n, 40) for n in range(3)]
     found = [(A, 0.875, 0), (far[0], 0.75, 0), (B, 0.625, 1), (far[1], 0.5, 1), (far[2], 0.375, 1)]
-    meter = meter_of(picture(found, [(A, 0), (B, 1), (C, 1)]))
+    meter = meter_of(entry(found, [(A, 0), (B, 1), (C, 1)]))
     # F1 = 2 * right / (detections + 3 objects): 2/4, 2/5, 4/6, 4/7, 4/8.
     assert meter.best_threshold() == 0.625
     report = meter.report()
@@ -363,7 +363,7 @@ def test_best_threshold_by_hand() -> None:
     a, b = report.per_class
     assert (a.precision, a.recall) == (0.5, 1)
     assert (b.precision, b.recall) == (1, 0.5)
-    assert [meter.pictures[0].count(score) for score in (0.9, 0.625, 0.626, 0)] == [
+    assert [meter.images[0].count(score) for score in (0.9, 0.625, 0.626, 0)] == [
         (0, 3, 0), (2, 1, 1), (1, 2, 1), (2, 1, 3),
     ]  # fmt: skip
 
@@ -371,7 +371,7 @@ def test_best_threshold_by_hand() -> None:
 def test_detections_of_one_score_are_not_parted() -> None:
     far = [(600 + 50 * n, 0, 640 + 50 * n, 40) for n in range(6)]
     tied = [(B, 0.5, 0), *((box, 0.5, 0) for box in far)]
-    meter = meter_of(picture([(A, 0.75, 0), *tied], [(A, 0), (B, 0)]))
+    meter = meter_of(entry([(A, 0.75, 0), *tied], [(A, 0), (B, 0)]))
     # With B alone F1 would be 4/4, but the six others come along: 4/10, and 2/3 without any of them.
     assert meter.best_threshold() == 0.75
     assert meter.report().f1 == pytest.approx(2 / 3)
@@ -380,15 +380,15 @@ def test_detections_of_one_score_are_not_parted() -> None:
 def test_detections_in_crowds_do_not_move_the_threshold() -> None:
     crowd = (300, 300, 400, 400)
     found = [(A, 0.75, 0), *((crowd, 0.625, 0),) * 5, (B, 0.5, 0)]
-    meter = meter_of(picture(found, [(A, 0), (B, 0), (crowd, 0)], true_crowd=[False, False, True]))
+    meter = meter_of(entry(found, [(A, 0), (B, 0), (crowd, 0)], true_crowd=[False, False, True]))
     assert meter.best_threshold() == 0.5
     assert meter.report().f1 == 1
 
 
 @pytest.mark.parametrize("seed", range(6))
 def test_best_threshold_is_the_best_of_all(seed: int) -> None:
-    meter = meter_of(*random_pictures(seed), classes="abcd")
-    seen = list(meter.pictures.values())
+    meter = meter_of(*random_images(seed), classes="abcd")
+    seen = list(meter.images.values())
 
     def figures(threshold: float) -> tuple[float, float, float]:
         found, missed, wrong = np.sum([each.count(threshold) for each in seen], axis=0)
@@ -402,30 +402,30 @@ def test_best_threshold_is_the_best_of_all(seed: int) -> None:
 
 @pytest.mark.parametrize("score", [0.1, 1 / 3, 0.7, 0.9999999, 1.0, 1e-9])
 def test_the_threshold_survives_a_file_and_keeps_its_detection(score: float) -> None:
-    meter = meter_of(picture([(A, score, 0)], [(A, 0)]))
+    meter = meter_of(entry([(A, score, 0)], [(A, 0)]))
     threshold = json.loads(json.dumps(meter.report().to_dict()))["score_threshold"]
     assert threshold == meter.best_threshold() == round(threshold, 6)
     assert threshold == pytest.approx(score, abs=2e-6)
-    assert meter.pictures[0].count(threshold) == (1, 0, 0)
+    assert meter.images[0].count(threshold) == (1, 0, 0)
 
 
 # -- meter ------------------------------------------------------------------------------------------------------------
 
 
 def test_tensors_and_nothing_at_all() -> None:
-    given = picture([(A, 0.9, 0), (B, 0.5, 1)], [(A, 0), (C, 1)], true_crowd=[False, True], true_areas=[7.0, 0.0])
+    given = entry([(A, 0.9, 0), (B, 0.5, 1)], [(A, 0), (C, 1)], true_crowd=[False, True], true_areas=[7.0, 0.0])
     meter, other = meter_of(given, NOTHING), DetectionMeter("ab")
     other.update(0, **{name: torch.tensor(value) for name, value in given.items()})
     other.update(1, **{name: torch.tensor(value) for name, value in NOTHING.items()})
     assert other.report().to_dict() == meter.report().to_dict()
-    shapes = {name: np.shape(value) for name, value in vars(meter.pictures[1]).items()}
+    shapes = {name: np.shape(value) for name, value in vars(meter.images[1]).items()}
     assert {name for name, shape in shapes.items() if shape == (0, 4)} == {"boxes_xyxy", "true_xyxy"}
     assert {shape for name, shape in shapes.items() if not name.endswith("xyxy")} == {(0,)}
-    assert meter.pictures[0].true_areas.tolist() == [7, 60 * 70]
+    assert meter.images[0].true_areas.tolist() == [7, 60 * 70]
 
 
 def test_a_meter_keeps_its_own_arrays() -> None:
-    given = {name: np.array(value, np.float32) for name, value in picture([(A, 0.9, 0)], [(A, 0)]).items()}
+    given = {name: np.array(value, np.float32) for name, value in entry([(A, 0.9, 0)], [(A, 0)]).items()}
     meter = meter_of(given)
     for values in given.values():
         values[:] = 0
@@ -433,14 +433,14 @@ def test_a_meter_keeps_its_own_arrays() -> None:
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 2, 0)])
-def test_the_report_does_not_depend_on_how_pictures_are_divided(order: tuple[int, ...]) -> None:
-    pictures = random_pictures(3)
-    whole = meter_of(*pictures, classes="abcd")
+def test_the_report_does_not_depend_on_how_images_are_divided(order: tuple[int, ...]) -> None:
+    images = random_images(3)
+    whole = meter_of(*images, classes="abcd")
     parts = []
-    for indices in ([11, 0, 4, 2], [2, 1, 3, 4, 5], [10, 9, 8, 7, 6]):  # two pictures are seen by two
+    for indices in ([11, 0, 4, 2], [2, 1, 3, 4, 5], [10, 9, 8, 7, 6]):  # two images are seen by two
         part = DetectionMeter("abcd")
         for index in indices:
-            part.update(index, **pictures[index])
+            part.update(index, **images[index])
         parts.append(pickle.loads(pickle.dumps(part)))
     merged = parts[order[0]]
     for part in order[1:]:
@@ -453,11 +453,11 @@ def test_the_report_does_not_depend_on_how_pictures_are_divided(order: tuple[int
 
 def test_worst() -> None:
     meter = DetectionMeter("a")
-    meter.update(8, **picture([(A, 0.9, 0)], [(A, 0)]))  # flawless
-    meter.update(5, **picture([(A, 0.9, 0)], [(A, 0), (B, 0)]))  # one missed
-    meter.update(3, **picture([(A, 0.9, 0), (B, 0.9, 0)], [(A, 0)]))  # one of none
-    meter.update(9, **picture([(A, 0.9, 0)], [(B, 0), (C, 0)]))  # two missed, one of none
-    meter.update(1, **picture([(A, 0.9, 0), (B, 0.1, 0)], [(A, 0)]))  # flawless above the threshold
+    meter.update(8, **entry([(A, 0.9, 0)], [(A, 0)]))  # flawless
+    meter.update(5, **entry([(A, 0.9, 0)], [(A, 0), (B, 0)]))  # one missed
+    meter.update(3, **entry([(A, 0.9, 0), (B, 0.9, 0)], [(A, 0)]))  # one of none
+    meter.update(9, **entry([(A, 0.9, 0)], [(B, 0), (C, 0)]))  # two missed, one of none
+    meter.update(1, **entry([(A, 0.9, 0), (B, 0.1, 0)], [(A, 0)]))  # flawless above the threshold
     assert meter.best_threshold() == pytest.approx(0.9, abs=2e-6)
     assert meter.worst() == [9, 3, 5]
     assert meter.worst(2) == [9, 3]
@@ -469,8 +469,8 @@ def test_worst() -> None:
 
 def a_report() -> DetectionReport:
     """Class a: one of two found. Class b: found, and a wrong one below. Class c: no object."""
-    first = picture([(A, 0.75, 0), (B, 0.5, 1)], [(A, 0), (C, 0), (B, 1)])
-    return report_of(first, picture([(C, 0.25, 1), (A, 0.125, 2)]), classes="abc")
+    first = entry([(A, 0.75, 0), (B, 0.5, 1)], [(A, 0), (C, 0), (B, 1)])
+    return report_of(first, entry([(C, 0.25, 1), (A, 0.125, 2)]), classes="abc")
 
 
 def test_report_as_json() -> None:
@@ -515,9 +515,9 @@ def test_texts() -> None:
     ]
 
 
-def colours_of(path: Path) -> dict[tuple[int, int, int], int]:
+def colors_of(path: Path) -> dict[tuple[int, int, int], int]:
     with Image.open(path) as image:
-        return {colour: count for count, colour in image.convert("RGB").getcolors(1 << 20)}
+        return {color: count for count, color in image.convert("RGB").getcolors(1 << 20)}
 
 
 def test_save_plots(tmp_path: Path) -> None:
@@ -533,8 +533,8 @@ def test_save_plots(tmp_path: Path) -> None:
     assert [float(value) for value in rows[0][1:]] == pytest.approx([51 / 101, 51 / 101, 1, 0.5, 2])
     assert [float(value) for value in rows[1][1:]] == [1, 1, 1, 1, 1]
     assert rows[2] == ["c", "", "", "", "", "0"]
-    curves, bars = (colours_of(tmp_path / "new" / name) for name in ("pr_curves.png", "per_class.png"))
-    a, b, c = class_colours(3)
+    curves, bars = (colors_of(tmp_path / "new" / name) for name in ("pr_curves.png", "per_class.png"))
+    a, b, c = class_colors(3)
     assert min(curves[a], curves[b]) > 50
     assert c not in curves  # no object, no curve
     # Bars of AP are dark, those of AP50 pale blue; here they are of the same length.
@@ -546,27 +546,27 @@ def test_plots_of_many_classes_and_of_odd_names(tmp_path: Path) -> None:
     names = ["US$ 5 and $6", r"$\frac$", "a\udcffb", "x" * 200, *(f"c{n}" for n in range(40))]
     meter = DetectionMeter(names)
     for index in range(len(names)):
-        meter.update(index, **picture([(A, 0.9 - index / 100, index)], [(A, index), (B, index)][: 1 + index % 2]))
+        meter.update(index, **entry([(A, 0.9 - index / 100, index)], [(A, index), (B, index)][: 1 + index % 2]))
     few = DetectionMeter(names[:4])
-    few.pictures = {index: meter.pictures[index] for index in range(4)}
+    few.images = {index: meter.images[index] for index in range(4)}
     for number, each in enumerate((meter, few)):
         each.report().save_plots(tmp_path / str(number))
-        assert len(colours_of(tmp_path / str(number) / "pr_curves.png")) > 50
-        assert len(colours_of(tmp_path / str(number) / "per_class.png")) > 50
+        assert len(colors_of(tmp_path / str(number) / "pr_curves.png")) > 50
+        assert len(colors_of(tmp_path / str(number) / "per_class.png")) > 50
 
 
 def test_sheet_is_green_where_all_is_right_and_red_elsewhere() -> None:
     image = Image.new("RGB", (200, 200), (200, 200, 255))
-    good, bad = picture([(A, 0.9, 0), (B, 0.1, 0)], [(A, 0)]), picture([(B, 0.9, 1)], [(A, 0)])
+    good, bad = entry([(A, 0.9, 0), (B, 0.1, 0)], [(A, 0)]), entry([(B, 0.9, 1)], [(A, 0)])
     meter = meter_of(good, bad)
     for each, ink, other in ((0, GREEN, RED), (1, RED, GREEN)):
-        sheet = detection_sheet([image], [meter.pictures[each]], ["a", "b"], 0.5)
+        sheet = detection_sheet([image], [meter.images[each]], ["a", "b"], 0.5)
         pixels = np.asarray(sheet)
         assert (pixels == ink).all(axis=2).any()
         assert not (pixels == other).all(axis=2).any()
-        own, absent = class_colours(2) if each == 0 else class_colours(2)[::-1]
+        own, absent = class_colors(2) if each == 0 else class_colors(2)[::-1]
         assert (pixels == own).all(axis=2).sum() > 100
         assert not (pixels == absent).all(axis=2).any()
-    both = detection_sheet([image] * 2, [meter.pictures[index] for index in (0, 1)], ["a", "b"], 0.5)
+    both = detection_sheet([image] * 2, [meter.images[index] for index in (0, 1)], ["a", "b"], 0.5)
     assert math.isclose(both.width, 2 * sheet.width, rel_tol=0.05)
     assert detection_sheet([], [], ["a", "b"], 0.5).height > 0

@@ -18,7 +18,7 @@ def random_confusion(num_classes: int) -> np.ndarray:
 
 
 def texts_in(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[int, int], str]:
-    """What is written into the squares of the pictures to come, by row and column."""
+    """What is written into the squares of the images to come, by row and column."""
     written: dict[tuple[int, int], str] = {}
     write = Axes.text
 
@@ -50,9 +50,9 @@ def test_confusion_matrix_files(tmp_path: Path, names: list[str]) -> None:
 def test_confusion_matrix_shades(tmp_path: Path) -> None:
     save_confusion_matrix(np.array([[10, 0], [0, 10]]), ["a", "b"], tmp_path, title="all right")
     with Image.open(tmp_path / "confusion_matrix.png") as image:
-        colours = image.convert("RGB").getcolors(1 << 20)
-    dark_blue = sum(count for count, colour in colours if colour == (8, 48, 107))  # the end of the scale
-    pale_blue = sum(count for count, colour in colours if colour == (247, 251, 255))
+        colors = image.convert("RGB").getcolors(1 << 20)
+    dark_blue = sum(count for count, color in colors if color == (8, 48, 107))  # the end of the scale
+    pale_blue = sum(count for count, color in colors if color == (247, 251, 255))
     assert 0.8 < dark_blue / pale_blue < 1.1  # the diagonal and the rest; the digits stand on the dark squares
 
 
@@ -73,7 +73,7 @@ def test_squares_hold_counts_or_shares_of_the_row(
     assert (tmp_path / "confusion_matrix.csv").read_text().splitlines()[1:] == ["a,2999,1,0", "b,5,15,0", "c,0,0,0"]
 
 
-def test_no_picture_of_too_many_classes(tmp_path: Path) -> None:
+def test_no_image_of_too_many_classes(tmp_path: Path) -> None:
     names = [f"c{number}" for number in range(7)]
     save_confusion_matrix(random_confusion(7), names, tmp_path, title="", most_classes=6)
     assert [path.name for path in tmp_path.iterdir()] == ["confusion_matrix.csv"]

@@ -7,8 +7,8 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
+from mobilevit.imaging.preprocessing import Preprocessing
 from mobilevit.models.deeplabv3 import IGNORE, SegmentationOutput
-from mobilevit.preprocessing import Preprocessing
 from mobilevit.tasks.segmentation import SegmentationResult, segmentation_loss, to_label_map
 
 
@@ -41,20 +41,20 @@ def test_a_batch_of_ignored_pixels_has_no_loss():
     assert torch.isfinite(logits.grad).all()
 
 
-@pytest.mark.parametrize("picture", [(48, 64), (300, 200), (33, 511), (20, 31)])
-def test_label_map_is_that_of_the_enlarged_logits(picture, monkeypatch):
+@pytest.mark.parametrize("image", [(48, 64), (300, 200), (33, 511), (20, 31)])
+def test_label_map_is_that_of_the_enlarged_logits(image, monkeypatch):
     torch.manual_seed(0)
     logits = F.interpolate(torch.randn(1, 5, 6, 8), size=(48, 64), mode="bilinear")[0]
-    placement = Preprocessing(size=(48, 64), resize_mode="stretch").placement(picture)
-    expected = F.interpolate(logits[None], size=picture, mode="bilinear", align_corners=False)[0].argmax(dim=0)
+    placement = Preprocessing(size=(48, 64), resize_mode="stretch").placement(image)
+    expected = F.interpolate(logits[None], size=image, mode="bilinear", align_corners=False)[0].argmax(dim=0)
     label_map = to_label_map(logits, placement)
     assert label_map.dtype == np.uint8
-    assert label_map.shape == picture
+    assert label_map.shape == image
     assert (label_map == expected.numpy()).mean() > 0.9999
 
 
 def test_label_map_in_many_bands(monkeypatch):
-    """A picture so large that its rows are done band by band."""
+    """An image so large that its rows are done band by band."""
     torch.manual_seed(0)
     logits = torch.randn(40, 32, 32)
     placement = Preprocessing(size=(32, 32), resize_mode="stretch").placement((700, 1000))
@@ -81,7 +81,7 @@ def test_result_says_what_covers_how_much(tmp_path):
         source="road.jpg",
         classes=("ground", "sky", "car"),
         label_map=label_map,
-        image=Image.new("RGB", (50, 40), "grey"),
+        image=Image.new("RGB", (50, 40), "gray"),
     )
     assert result.shares == {"ground": 0.8, "car": 0.2}
     assert list(result.shares) == ["ground", "car"]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mobilevit.drawing import class_colours
+from mobilevit.imaging.drawing import class_colors
 from mobilevit.tasks.segmentation_report import (
     KEPT_WORST,
     SegmentationMeter,
@@ -67,7 +67,7 @@ def test_report_by_hand() -> None:
     assert meter.pixel_accuracy_of(0) == pytest.approx(3 / 5)
 
 
-def test_pixels_of_all_pictures_count_together() -> None:
+def test_pixels_of_all_images_count_together() -> None:
     large, small = np.zeros((10, 10), np.uint8), np.zeros((1, 1), np.uint8)
     meter = meter_of((large, large), (small + 1, small))
     report = meter.report()
@@ -134,7 +134,7 @@ def test_figures_are_those_of_torchmetrics(num_classes: int) -> None:
 
 def test_sizes_that_differ_are_refused() -> None:
     meter = SegmentationMeter("abcd")
-    with pytest.raises(ValueError, match=r"picture 7: a prediction of \(3, 2\) for a truth of \(2, 3\)"):
+    with pytest.raises(ValueError, match=r"image 7: a prediction of \(3, 2\) for a truth of \(2, 3\)"):
         meter.update(7, LABEL_MAP.T, TRUTH)
     assert meter.indices == []
 
@@ -144,10 +144,10 @@ def test_values_that_are_no_class_are_refused(value: int) -> None:
     meter = SegmentationMeter("abcd")
     wrong = TRUTH.copy()
     wrong[0, 0] = value
-    with pytest.raises(ValueError, match="picture 7: a value above 3 for 4 classes"):
+    with pytest.raises(ValueError, match="image 7: a value above 3 for 4 classes"):
         meter.update(7, wrong, TRUTH)
     if value != 255:
-        with pytest.raises(ValueError, match="picture 7: a value above 3 for 4 classes"):
+        with pytest.raises(ValueError, match="image 7: a value above 3 for 4 classes"):
             meter.update(7, LABEL_MAP, wrong)
     assert meter.indices == []
     assert meter.label_maps == {}
@@ -157,25 +157,25 @@ def test_values_that_are_no_class_are_refused(value: int) -> None:
     assert meter.report().confusion.sum() == 5
 
 
-def picture_with_errors(errors: int) -> tuple[np.ndarray, np.ndarray]:
+def image_with_errors(errors: int) -> tuple[np.ndarray, np.ndarray]:
     truth = np.zeros((10, 10), np.uint8)
     label_map = truth.copy()
     label_map.ravel()[:errors] = 1
     return label_map, truth
 
 
-def test_label_maps_are_kept_of_some_pictures_only() -> None:
+def test_label_maps_are_kept_of_some_images_only() -> None:
     meter = SegmentationMeter("ab", keep=[3, 59])
-    errors = np.random.default_rng(0).permutation(60)  # picture by picture; one is all right
+    errors = np.random.default_rng(0).permutation(60)  # image by image; one is all right
     for index, number in enumerate(errors.tolist()):
-        meter.update(index, *picture_with_errors(number))
+        meter.update(index, *image_with_errors(number))
     worst = np.argsort(-errors).tolist()
     assert meter.worst() == worst[:KEPT_WORST]
     assert meter.worst(60) == worst[:59]  # not what is all right
     assert set(meter.label_maps) == {3, 59, *worst[:KEPT_WORST]}
     for index, kept in meter.label_maps.items():
         assert kept.dtype == np.uint8
-        assert np.array_equal(kept, picture_with_errors(int(errors[index]))[0])
+        assert np.array_equal(kept, image_with_errors(int(errors[index]))[0])
 
 
 def test_what_is_all_right_is_kept_only_where_asked() -> None:
@@ -186,22 +186,22 @@ def test_what_is_all_right_is_kept_only_where_asked() -> None:
     assert meter.worst() == []
 
 
-def test_pictures_equally_bad_come_in_order() -> None:
+def test_images_equally_bad_come_in_order() -> None:
     meter = SegmentationMeter("ab")
     for index, errors in ((9, 5), (2, 5), (4, 7), (1, 0)):
-        meter.update(index, *picture_with_errors(errors))
+        meter.update(index, *image_with_errors(errors))
     assert meter.worst() == [4, 2, 9]
     assert meter.worst(1) == [4]
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 2, 0)])
-def test_the_report_does_not_depend_on_how_pictures_are_divided(order: tuple[int, ...]) -> None:
+def test_the_report_does_not_depend_on_how_images_are_divided(order: tuple[int, ...]) -> None:
     maps = random_maps(1, 6, 60)
     whole = SegmentationMeter("abcdef", keep=[0, 33])
     for index in np.random.default_rng(0).permutation(60).tolist():
         whole.update(index, *maps[index])
     parts = []
-    for indices in (range(22), range(50, 18, -1), range(50, 60)):  # some pictures are seen by two
+    for indices in (range(22), range(50, 18, -1), range(50, 60)):  # some images are seen by two
         part = SegmentationMeter("abcdef", keep=[0, 33])
         for index in indices:
             part.update(index, *maps[index])
@@ -273,12 +273,12 @@ def test_save_plots(tmp_path: Path) -> None:
     pixels = {}
     for name in ("per_class_iou", "confusion_matrix"):
         with Image.open(tmp_path / "new" / f"{name}.png") as image:
-            pixels[name] = {colour: count for count, colour in image.convert("RGB").getcolors(1 << 20)}
+            pixels[name] = {color: count for count, color in image.convert("RGB").getcolors(1 << 20)}
         assert len(pixels[name]) > 30
-    a, b, *none = class_colours(4)
+    a, b, *none = class_colors(4)
     assert pixels["per_class_iou"][a] == pytest.approx(pixels["per_class_iou"][b], rel=0.05)  # bars of one length
     assert pixels["per_class_iou"][a] > 1000
-    assert all(pixels["per_class_iou"].get(colour, 0) < 100 for colour in none)  # of no length
+    assert all(pixels["per_class_iou"].get(color, 0) < 100 for color in none)  # of no length
 
 
 def test_plots_of_many_classes_and_of_odd_names(tmp_path: Path) -> None:
@@ -307,8 +307,8 @@ def test_sheet(count: int, across: int, down: int) -> None:
     captioned = cell + 11 + 2 * 3
     cells = down * (captioned + gap) + gap
     assert cells + 12 < sheet.height < cells + 60  # a line of legend
-    a, b, c = class_colours(3)
-    blended = [tuple(round(0.3 * x + 0.7 * y) for x, y in zip(ground, colour, strict=True)) for colour in (a, b)]
+    a, b, c = class_colors(3)
+    blended = [tuple(round(0.3 * x + 0.7 * y) for x, y in zip(ground, color, strict=True)) for color in (a, b)]
     pixels = np.asarray(sheet)
     for number in range(3 * count):
         left, top = gap + number % across * (cell + gap), gap + number // across * (captioned + gap)
@@ -316,10 +316,10 @@ def test_sheet(count: int, across: int, down: int) -> None:
         expected = [(ground, ground), (blended[0], blended[0]), (ground, blended[1])][number % 3]
         assert (above, below) == expected
     legend = pixels[cells:]
-    assert [(legend == colour).all(axis=2).any() for colour in (a, b, c)] == [True, True, False]
+    assert [(legend == color).all(axis=2).any() for color in (a, b, c)] == [True, True, False]
 
 
-def test_sheet_of_nothing_and_of_pictures_that_are_not_square() -> None:
+def test_sheet_of_nothing_and_of_images_that_are_not_square() -> None:
     assert segmentation_sheet([], [], [], ["a"]).height > 0
     images = [Image.new(mode, (30, 90)) for mode in ("RGB", "L")]
     maps = [np.zeros((90, 30), np.uint8)] * 2

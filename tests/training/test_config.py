@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mobilevit.models.card import Task
+from mobilevit.card import Task
 from mobilevit.training.config import TrainConfig
 
 
@@ -24,7 +24,7 @@ def test_json_round_trip(tmp_path: Path) -> None:
         ('{"data": "a", "epochs": true}', "epochs is True"),
         ('{"data": "a", "amp": "fp8"}', "amp is 'fp8'"),
         ('{"data": "a", "patch_size": [2, 2]}', "patch_size is"),
-        ('{"data": "a", "colour": 1}', "unknown setting colour"),
+        ('{"data": "a", "color": 1}', "unknown setting color"),
         ("{}", "data"),
     ],
 )

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch.nn import functional as F
 
 import mobilevit
-from mobilevit.preprocessing import Preprocessing
+from mobilevit.imaging.preprocessing import Preprocessing
 from mobilevit.training.config import TrainConfig
 from mobilevit.training.distillation import distillation_loss, open_teacher
 from mobilevit.training.loop import train
@@ -39,7 +39,7 @@ def test_gradients_do_not_shrink_with_the_temperature() -> None:
     assert norms[1] == pytest.approx(norms[0], rel=0.02)
 
 
-def test_a_teacher_sees_pictures_as_its_own_training_did(tmp_path: Path) -> None:
+def test_a_teacher_sees_images_as_its_own_training_did(tmp_path: Path) -> None:
     network = timm.create_model("resnet18", num_classes=6).eval()
     save_file(network.state_dict(), tmp_path / "resnet.safetensors")
     ours = Preprocessing(size=(64, 64), mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))

@@ -18,9 +18,9 @@ import pytest
 import torch
 
 import mobilevit
+from mobilevit.card import card_of
 from mobilevit.data.datasets import load_train_val
 from mobilevit.data.loaders import BatchLoader
-from mobilevit.models.card import card_of
 from mobilevit.training import distributed
 from mobilevit.training.config import TrainConfig
 from mobilevit.training.learner import build_model
@@ -166,7 +166,7 @@ def test_accumulated_gradients_and_another_number_of_processes(settings: TrainCo
     state = torch.load(out / "last.pt", weights_only=True)
     assert len(state["ranks"]) == 2
     # As if it had been stopped after the second step of the second epoch.
-    state["position"] |= {"epoch": 1, "step": 2, "pictures": 16}
+    state["position"] |= {"epoch": 1, "step": 2, "images": 16}
     torch.save(state, out / "last.pt")
     result = train(TrainConfig.from_json(out / "config.json"), resume=True)
     assert result.epochs == 2

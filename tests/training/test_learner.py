@@ -40,7 +40,7 @@ def test_bf16_by_itself_only_where_it_is_no_emulation(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("clip_grad_norm", [None, 1.0])
-def test_a_scaler_outlives_a_batch_that_nothing_can_be_learnt_from(
+def test_a_scaler_outlives_a_batch_that_nothing_can_be_learned_from(
     tiny: TrainConfig, clip_grad_norm: float | None
 ) -> None:
     learner = learner_of(dataclasses.replace(tiny, clip_grad_norm=clip_grad_norm))
@@ -54,7 +54,7 @@ def test_a_scaler_outlives_a_batch_that_nothing_can_be_learnt_from(
 
 
 @pytest.mark.parametrize("seen", [False, True])
-def test_one_of_several_without_pictures_gives_the_others_gradients_of_zero(tiny: TrainConfig, seen: bool) -> None:
+def test_one_of_several_without_images_gives_the_others_gradients_of_zero(tiny: TrainConfig, seen: bool) -> None:
     learner = learner_of(tiny)
     learner.train_mode()
     if seen:

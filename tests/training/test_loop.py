@@ -17,11 +17,11 @@ from PIL import Image
 from torch import nn
 
 import mobilevit
-from mobilevit.models.card import card_of
+from mobilevit.card import card_of
 from mobilevit.training.config import TrainConfig
+from mobilevit.training.loading import num_reading_processes
 from mobilevit.training.loop import _random_state, _set_random_state, train
-from mobilevit.training.pictures import num_reading_processes
-from mobilevit.training.run import RunFolder, TrainingInterrupted
+from mobilevit.training.run_folder import RunFolder, TrainingInterrupted
 
 MEASURED = ("images_per_second", "peak_memory_mb")
 """What `metrics.jsonl` has of the machine rather than of the model."""
@@ -62,12 +62,12 @@ def test_the_run_folder_is_the_record(tiny: TrainConfig) -> None:
 
 
 def test_it_learns(tmp_path: Path) -> None:
-    for colour in ((200, 30, 30), (30, 30, 200)):
-        folder = tmp_path / "data" / f"colour{colour[0]}"
+    for color in ((200, 30, 30), (30, 30, 200)):
+        folder = tmp_path / "data" / f"color{color[0]}"
         folder.mkdir(parents=True)
         for number in range(16):
             noise = np.random.default_rng(number).integers(0, 60, (32, 32, 3))
-            Image.fromarray((noise + np.array(colour) * 0.7).astype(np.uint8)).save(folder / f"{number}.png")
+            Image.fromarray((noise + np.array(color) * 0.7).astype(np.uint8)).save(folder / f"{number}.png")
     config = TrainConfig(
         data=tmp_path / "data", out=tmp_path / "run", image_size=32, epochs=40, batch_size=8, num_workers=0,
         learning_rate=2e-3,
@@ -138,28 +138,28 @@ def test_early_stopping(tiny: TrainConfig) -> None:
     assert result.epochs == len(rows) == best + 3 < 30
 
 
-def test_bad_pictures_are_counted_and_skipped(
+def test_bad_images_are_counted_and_skipped(
     tiny: TrainConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     data = tmp_path / "data"
     shutil.copytree(tiny.data, data)
     (data / "circle" / "zero.jpg").write_bytes(b"")
-    (data / "ring" / "foreign.png").write_text("no picture")
+    (data / "ring" / "foreign.png").write_text("no image")
     whole = next((data / "star").glob("*.png"))
     whole.write_bytes(whole.read_bytes()[:200])
     with caplog.at_level(logging.WARNING):
-        train(dataclasses.replace(tiny, data=data, epochs=3))  # an epoch leaves some pictures out
+        train(dataclasses.replace(tiny, data=data, epochs=3))  # an epoch leaves some images out
     for name in ("circle/zero.jpg", "ring/foreign.png", whole.relative_to(data).as_posix()):
         assert name in caplog.text
     assert caplog.text.count("foreign.png") == 1, "each is named once"
 
 
-def test_only_bad_pictures_is_an_error(tmp_path: Path) -> None:
+def test_only_bad_images_is_an_error(tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / "data" / name).mkdir(parents=True)
         for number in range(4):
             (tmp_path / "data" / name / f"{number}.jpg").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"no picture to train on can be read; [ab]/\d.jpg: the file is empty"):
+    with pytest.raises(ValueError, match=r"no image to train on can be read; [ab]/\d.jpg: the file is empty"):
         train(TrainConfig(data=tmp_path / "data", out=tmp_path / "run", image_size=32, num_workers=0))
 
 
@@ -176,7 +176,7 @@ class Explodes(nn.Module):
         return self.linear(x.mean((2, 3))) * (float("nan") if self.calls > 2 else 1.0)
 
 
-def test_a_loss_that_is_not_finite_stops_with_the_pictures(tiny: TrainConfig) -> None:
+def test_a_loss_that_is_not_finite_stops_with_the_images(tiny: TrainConfig) -> None:
     with pytest.raises(ValueError, match=r"the loss became nan in epoch 1; lower --learning-rate.*\d\.png, "):
         train(tiny, network=Explodes)
     assert not (tiny.out / "last.pt").exists(), "nothing of it is saved"
@@ -203,7 +203,7 @@ def test_folders_of_other_runs_are_safe(tiny: TrainConfig, tmp_path: Path) -> No
     shutil.copytree(tiny.data, tmp_path / "data")
     next((tmp_path / "data" / "star").iterdir()).unlink()
     moved = dataclasses.replace(tiny, epochs=1, data=tmp_path / "data")
-    with pytest.raises(ValueError, match="not the pictures this run began with"):
+    with pytest.raises(ValueError, match="not the images this run began with"):
         train(moved, resume=True)
     (tiny.out / "last.pt").write_bytes(b"half")
     with pytest.raises(ValueError, match=r"last\.pt: damaged"):

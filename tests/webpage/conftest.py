@@ -15,7 +15,7 @@ import mobilevit
 from golden_weights import fill_with_golden_weights
 from mobilevit.data.shapes import render_scene
 from mobilevit.exporting.web import find_runtime
-from mobilevit.preprocessing import Preprocessing
+from mobilevit.imaging.preprocessing import Preprocessing
 
 CLASSES = ("circle", "cross", "ring", "square", "star", "triangle")
 MODES: dict[str, Any] = {"classification": "crop", "detection": "stretch", "segmentation": "pad"}
@@ -80,9 +80,9 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="session")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+def images(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """PNGs, which every decoder reads alike."""
-    folder = tmp_path_factory.mktemp("pictures")
+    folder = tmp_path_factory.mktemp("images")
     paths = []
     for number in range(3):
         path = folder / f"scene{number}.png"

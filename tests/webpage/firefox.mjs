@@ -1,8 +1,8 @@
-// What a headless Firefox makes of a page: node firefox.mjs PUPPETEER FIREFOX ADDRESS SCREENSHOT SCRIPT PICTURE..., JSON out.
+// What a headless Firefox makes of a page: node firefox.mjs PUPPETEER FIREFOX ADDRESS SCREENSHOT SCRIPT IMAGE..., JSON out.
 import { readFileSync } from "node:fs";
 import { createRequire } from "node:module";
 
-const [puppeteerFolder, executablePath, address, screenshot, script, ...pictures] = process.argv.slice(2);
+const [puppeteerFolder, executablePath, address, screenshot, script, ...images] = process.argv.slice(2);
 const puppeteer = createRequire(import.meta.url)(puppeteerFolder);
 const browser = await puppeteer.launch({
   browser: "firefox", executablePath, headless: true, defaultViewport: null, args: ["--width=1200", "--height=850"],
@@ -11,10 +11,10 @@ const page = await browser.newPage();
 await page.goto(address);
 await page.waitForSelector("html[data-ready=true]", { timeout: 60000 });
 const found = [];
-for (const picture of pictures) {
-  const answer = await page.evaluate(`(${script})(${JSON.stringify([...readFileSync(picture)])})`);
+for (const image of images) {
+  const answer = await page.evaluate(`(${script})(${JSON.stringify([...readFileSync(image)])})`);
   await page.$eval("#status", (element) => { element.textContent = ""; });
-  await (await page.$("#file")).uploadFile(picture);
+  await (await page.$("#file")).uploadFile(image);
   // Not waitForFunction, which the page's policy forbids.
   while (!(await page.$eval("#status", (element) => element.textContent)).endsWith(" ms")) {
     await new Promise((resolve) => setTimeout(resolve, 100));

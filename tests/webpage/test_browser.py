@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from watched_page import ARTEFACTS, ENGINE_ANSWER, TASKS, Site, Watched, same_answer, serve_folder
+from watched_page import ARTIFACTS, ENGINE_ANSWER, TASKS, Site, Watched, same_answer, serve_folder
 
 from mobilevit.data.shapes import render_scene
-from mobilevit.inference.predictor import Predictor
+from mobilevit.runtime.predictor import Predictor
 from running_server import Server
 
 pytestmark = pytest.mark.usefixtures("chromium")
@@ -28,22 +28,22 @@ def site(apps: dict[str, Path], request: pytest.FixtureRequest) -> Iterator[Site
     served.stop()
 
 
-def engine_answer(watched: Watched, picture: Path) -> dict[str, Any]:
+def engine_answer(watched: Watched, image: Path) -> dict[str, Any]:
     """What the page's engine says of a file, in full."""
-    found: dict[str, Any] = watched.page.evaluate(ENGINE_ANSWER, list(picture.read_bytes()))
+    found: dict[str, Any] = watched.page.evaluate(ENGINE_ANSWER, list(image.read_bytes()))
     return found
 
 
 @pytest.mark.parametrize("site", TASKS, indirect=True)
 def test_the_model_in_the_browser_answers_as_the_predictor(
-    site: Site, watched: Watched, checkpoints: dict[str, Path], pictures: list[Path], request: pytest.FixtureRequest
+    site: Site, watched: Watched, checkpoints: dict[str, Path], images: list[Path], request: pytest.FixtureRequest
 ) -> None:
     task = request.node.callspec.params["site"]
     predictor = Predictor(checkpoints[task])
     watched.open(site.address)
-    for picture in pictures:
-        watched.show(picture)
-        found, expected = engine_answer(watched, picture), predictor(str(picture))
+    for image in images:
+        watched.show(image)
+        found, expected = engine_answer(watched, image), predictor(str(image))
         same_answer(found, expected)
         if task == "classification":
             shown = [(label, round(share, 3)) for label, share in watched.rows()]
@@ -57,7 +57,7 @@ def drawn_difference(watched: Watched) -> float:
         const canvas = document.querySelector("#canvas");
         const read = (c) => c.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data;
         const drawn = read(canvas), plain = new OffscreenCanvas(canvas.width, canvas.height);
-        const bitmap = await createImageBitmap(window.lastPicture);
+        const bitmap = await createImageBitmap(window.lastImage);
         plain.getContext("2d").drawImage(bitmap, 0, 0);
         const before = read(plain);
         let changed = 0;
@@ -68,11 +68,11 @@ def drawn_difference(watched: Watched) -> float:
 
 
 @pytest.mark.parametrize("site", ["detection", "segmentation"], indirect=True)
-def test_boxes_and_masks_are_drawn(site: Site, watched: Watched, pictures: list[Path]) -> None:
+def test_boxes_and_masks_are_drawn(site: Site, watched: Watched, images: list[Path]) -> None:
     watched.open(site.address)
-    data = pictures[0].read_bytes()
-    watched.page.evaluate("bytes => { window.lastPicture = new Blob([new Uint8Array(bytes)]); }", list(data))
-    watched.show(pictures[0])
+    data = images[0].read_bytes()
+    watched.page.evaluate("bytes => { window.lastImage = new Blob([new Uint8Array(bytes)]); }", list(data))
+    watched.show(images[0])
     if watched.page.locator("#score-control").is_visible():
         set_slider(watched, "#score", 0.0)
         assert drawn_difference(watched) > 0.01
@@ -92,15 +92,15 @@ def set_slider(watched: Watched, name: str, value: float) -> None:
 
 
 @pytest.mark.parametrize("site", ["classification"], indirect=True)
-def test_after_the_first_visit_it_works_without_a_network(site: Site, watched: Watched, pictures: list[Path]) -> None:
+def test_after_the_first_visit_it_works_without_a_network(site: Site, watched: Watched, images: list[Path]) -> None:
     watched.open(site.address)
     assert watched.page.evaluate("() => self.crossOriginIsolated"), "threads, on a server without special headers"
     assert "thread" in watched.page.locator("#footer").text_content()
-    watched.show(pictures[0])
+    watched.show(images[0])
     before = watched.rows()
     site.stop()
     watched.open(site.address)
-    watched.show(pictures[0])
+    watched.show(images[0])
     assert watched.rows() == before
 
 
@@ -134,7 +134,7 @@ def test_the_keyboard_suffices(site: Site, watched: Watched) -> None:
     watched.open(site.address)
     for _ in range(12):
         watched.page.keyboard.press("Tab")
-        if watched.page.evaluate("() => document.activeElement.getAttribute('aria-label')") == "Use the picture coffee":
+        if watched.page.evaluate("() => document.activeElement.getAttribute('aria-label')") == "Use the image coffee":
             break
     else:
         pytest.fail("Tab does not reach the gallery")
@@ -147,7 +147,7 @@ def test_the_keyboard_suffices(site: Site, watched: Watched) -> None:
 def test_the_camera(site: Site, watched: Watched) -> None:
     watched.open(site.address)
     watched.page.click("#camera")
-    watched.page.wait_for_function("() => document.querySelector('#status').textContent.endsWith('pictures a second')")
+    watched.page.wait_for_function("() => document.querySelector('#status').textContent.endsWith('images a second')")
     assert len(watched.rows()) == 5
     watched.page.click("#camera")
     assert watched.page.get_attribute("#camera", "aria-pressed") == "false"
@@ -174,7 +174,7 @@ def test_the_camera_starts_once(site: Site, watched: Watched) -> None:
 
 
 @pytest.mark.parametrize("site", ["classification"], indirect=True)
-def test_pictures_that_are_not_looked_at_are_let_go(site: Site, watched: Watched, pictures: list[Path]) -> None:
+def test_images_that_are_not_looked_at_are_let_go(site: Site, watched: Watched, images: list[Path]) -> None:
     watched.page.add_init_script("""
         window.open_now = new Set();
         const make = window.createImageBitmap, close = ImageBitmap.prototype.close;
@@ -189,9 +189,9 @@ def test_pictures_that_are_not_looked_at_are_let_go(site: Site, watched: Watched
         URL.revokeObjectURL = (url) => { window.open_now.delete(url); forget(url); };
     """)
     watched.open(site.address)
-    watched.show(*pictures)
+    watched.show(*images)
     before = watched.page.evaluate("window.open_now.size")
-    assert before == 1 + len(pictures)  # one picture, and the addresses of all in the strip
+    assert before == 1 + len(images)  # one image, and the addresses of all in the strip
     for number in (1, 2, 0):
         watched.page.locator("#strip button").nth(number).click()
         watched.page.wait_for_function(
@@ -246,22 +246,22 @@ def test_it_works_where_the_files_cannot_be_kept(apps: dict[str, Path], watched:
 
 
 @pytest.mark.parametrize("site", ["classification"], indirect=True)
-def test_what_is_no_picture(site: Site, watched: Watched, tmp_path: Path) -> None:
-    (tmp_path / "notes.jpg").write_text("no picture")
+def test_what_is_no_image(site: Site, watched: Watched, tmp_path: Path) -> None:
+    (tmp_path / "notes.jpg").write_text("no image")
     watched.open(site.address)
     watched.page.set_input_files("#file", str(tmp_path / "notes.jpg"))
     watched.page.wait_for_function("() => document.querySelector('#error').textContent.length > 0")
-    assert watched.page.locator("#error").text_content() == "notes.jpg is not a picture that this browser can read."
+    assert watched.page.locator("#error").text_content() == "notes.jpg is not an image that this browser can read."
 
 
 @pytest.mark.parametrize("site", ["segmentation"], indirect=True)
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_small_screens_and_accessibility(site: Site, watched: Watched, pictures: list[Path], scheme: Any) -> None:
+def test_small_screens_and_accessibility(site: Site, watched: Watched, images: list[Path], scheme: Any) -> None:
     watched.page.set_viewport_size({"width": 390, "height": 800})
     watched.page.emulate_media(color_scheme=scheme)
     watched.open(site.address)
     violations_of(watched)
-    watched.show(*pictures)
+    watched.show(*images)
     assert watched.page.evaluate("() => document.documentElement.scrollWidth") <= 390
     watched.keep(f"app-390-{scheme}")
     violations_of(watched)
@@ -269,7 +269,7 @@ def test_small_screens_and_accessibility(site: Site, watched: Watched, pictures:
 
 def violations_of(watched: Watched) -> None:
     """None, says axe-core."""
-    axe = Path(os.environ.get("AXE_CORE", ARTEFACTS / "node_modules" / "axe-core")) / "axe.min.js"
+    axe = Path(os.environ.get("AXE_CORE", ARTIFACTS / "node_modules" / "axe-core")) / "axe.min.js"
     if not axe.exists():
         warnings.warn(
             "accessibility is not checked: npm install axe-core, and name its folder in AXE_CORE", stacklevel=2
@@ -277,16 +277,16 @@ def violations_of(watched: Watched) -> None:
         return
     # As text and not as a script tag, which the page's policy forbids.
     watched.page.context.new_cdp_session(watched.page).send("Runtime.evaluate", {"expression": axe.read_text()})
-    watched.page.wait_for_timeout(300)  # for transitions of colour
+    watched.page.wait_for_timeout(300)  # for transitions of color
     found = watched.page.evaluate("axe.run().then(r => r.violations.map(v => v.id + ': ' + v.nodes[0].html))")
     assert found == []
 
 
 @pytest.mark.parametrize("site", ["classification"], indirect=True)
-def test_another_device_and_back(site: Site, watched: Watched, pictures: list[Path]) -> None:
+def test_another_device_and_back(site: Site, watched: Watched, images: list[Path]) -> None:
     """Where there is no graphics card, asking for it leaves the processor at work; and that may be asked for again."""
     watched.open(site.address)
-    before = engine_answer(watched, pictures[0])
+    before = engine_answer(watched, images[0])
     told = watched.page.evaluate("""async () => {
         const engine = await import(new URL("engine.js", location.href).href);
         const failed = await engine.useDevice("webgpu").then(() => "", (error) => String(error));
@@ -296,10 +296,10 @@ def test_another_device_and_back(site: Site, watched: Watched, pictures: list[Pa
     }""")
     if told["failed"]:
         assert told["between"] == "wasm"
-    assert engine_answer(watched, pictures[0]) == before
+    assert engine_answer(watched, images[0]) == before
 
 
-def test_the_page_of_the_service(watched: Watched, checkpoints: dict[str, Path], pictures: list[Path]) -> None:
+def test_the_page_of_the_service(watched: Watched, checkpoints: dict[str, Path], images: list[Path]) -> None:
     """All three tasks, and the attention of a pixel."""
     server = Server([*checkpoints.values(), "--threads", "1"])
     try:
@@ -308,18 +308,18 @@ def test_the_page_of_the_service(watched: Watched, checkpoints: dict[str, Path],
         violations_of(watched)
         for number, task in enumerate(TASKS):
             watched.page.select_option("#model", str(number))
-            watched.show(pictures[0])
+            watched.show(images[0])
             watched.page.wait_for_function(
                 "task => document.querySelector('#about').textContent.includes(task)", arg=task
             )
             watched.keep(f"service-{task}")
             violations_of(watched)
             if task == "classification":
-                expected = Predictor(checkpoints[task])(str(pictures[0])).top(5)
+                expected = Predictor(checkpoints[task])(str(images[0])).top(5)
                 assert watched.rows() == [(label, pytest.approx(share, abs=1e-3)) for label, share in expected]
                 watched.page.click("#canvas", position={"x": 50, "y": 60})
                 watched.page.wait_for_selector("#explanation:not([hidden])", timeout=60_000)
-                assert watched.page.evaluate("() => document.querySelector('#explanation-picture').naturalWidth") > 500
+                assert watched.page.evaluate("() => document.querySelector('#explanation-image').naturalWidth") > 500
                 watched.keep("service-explanation")
         with urllib.request.urlopen(f"{address}v1/models") as told:
             assert len(json.load(told)["models"]) == 3

@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from watched_page import ARTEFACTS, ENGINE_ANSWER, TASKS, same_answer, serve_folder
+from watched_page import ARTIFACTS, ENGINE_ANSWER, TASKS, same_answer, serve_folder
 
-from mobilevit.inference.predictor import Predictor
+from mobilevit.runtime.predictor import Predictor
 
 Look = Callable[[str, Path, list[Path]], list[dict[str, Any]]]
-"""From an address, a file for a screenshot, and pictures: of each picture the engine's answer, and the rows shown."""
+"""From an address, a file for a screenshot, and images: of each image the engine's answer, and the rows shown."""
 
 
 @pytest.fixture(scope="session")
@@ -31,9 +31,9 @@ def firefox() -> Look:
     if not (node and program and puppeteer):
         pytest.skip("wants Firefox, Node.js, and puppeteer-core's folder in PUPPETEER")
 
-    def look(address: str, screenshot: Path, pictures: list[Path]) -> list[dict[str, Any]]:
+    def look(address: str, screenshot: Path, images: list[Path]) -> list[dict[str, Any]]:
         script = Path(__file__).with_name("firefox.mjs")
-        command = [node, script, puppeteer, program, address, screenshot, ENGINE_ANSWER, *pictures]
+        command = [node, script, puppeteer, program, address, screenshot, ENGINE_ANSWER, *images]
         done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=120, check=False)
         assert done.returncode == 0, done.stderr
         found: list[dict[str, Any]] = json.loads(done.stdout)
@@ -50,7 +50,7 @@ def webkit() -> Look:
     if not (driver and browsers and "DISPLAY" in os.environ):
         pytest.skip("wants WebKitGTK, its driver, and a display")
 
-    def look(address: str, screenshot: Path, pictures: list[Path]) -> list[dict[str, Any]]:
+    def look(address: str, screenshot: Path, images: list[Path]) -> list[dict[str, Any]]:
         options = webdriver.WebKitGTKOptions()
         options.binary_location = str(browsers[-1])
         options.add_argument("--automation")
@@ -60,12 +60,12 @@ def webkit() -> Look:
             browser.get(address)
             wait_for(lambda: browser.execute_script("return document.documentElement.dataset.ready") == "true")
             found = []
-            for picture in pictures:
+            for image in images:
                 script = (
                     f"const done = arguments[1]; ({ENGINE_ANSWER})(arguments[0]).then(done, (e) => done(String(e)))"
                 )
-                answer = browser.execute_async_script(script, list(picture.read_bytes()))
-                browser.find_element("id", "file").send_keys(str(picture))
+                answer = browser.execute_async_script(script, list(image.read_bytes()))
+                browser.find_element("id", "file").send_keys(str(image))
                 wait_for(lambda: browser.find_element("id", "status").text.endswith(" ms"))
                 rows = [name.text for name in browser.find_elements("css selector", "#results .name")]
                 found.append({"answer": answer, "rows": rows})
@@ -87,17 +87,17 @@ def wait_for(condition: Callable[[], bool]) -> None:
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("browser", ["firefox", "webkit"])
 def test_the_answers_are_those_of_the_predictor(
-    browser: str, task: str, request: pytest.FixtureRequest, checkpoints: dict[str, Path], pictures: list[Path]
+    browser: str, task: str, request: pytest.FixtureRequest, checkpoints: dict[str, Path], images: list[Path]
 ) -> None:
     look = request.getfixturevalue(browser)
     site = serve_folder(request.getfixturevalue("apps")[task])
-    ARTEFACTS.mkdir(parents=True, exist_ok=True)
+    ARTIFACTS.mkdir(parents=True, exist_ok=True)
     try:
-        found = look(site.address, ARTEFACTS / f"{browser}-{task}.png", pictures)
+        found = look(site.address, ARTIFACTS / f"{browser}-{task}.png", images)
     finally:
         site.stop()
-    for one, picture in zip(found, pictures, strict=True):
-        expected = Predictor(checkpoints[task])(str(picture))
+    for one, image in zip(found, images, strict=True):
+        expected = Predictor(checkpoints[task])(str(image))
         same_answer(one["answer"], expected)
         if task == "classification":
             assert one["rows"] == [label for label, _ in expected.top(5)]

@@ -1,4 +1,4 @@
-"""What the browser does to pictures and answers, run by Node.js, against Python."""
+"""What the browser does to arrays and answers, run by Node.js, against Python."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mobilevit.preprocessing import RESAMPLING, Preprocessing
+from mobilevit.imaging.preprocessing import RESAMPLING, Preprocessing
 from mobilevit.tasks.detection import DecodedOutput, postprocess, to_pixels
 from mobilevit.tasks.segmentation import to_label_map
 from mobilevit.webpage import page_files
@@ -46,7 +46,7 @@ def run(folder: Path, script: str, files: dict[str, bytes], told: Any) -> bytes:
     return (folder / "out").read_bytes()
 
 
-def picture(width: int, height: int) -> np.ndarray:
+def random_pixels(width: int, height: int) -> np.ndarray:
     """Noise over slopes, with hard edges."""
     y, x = np.mgrid[:height, :width]
     slopes = np.stack([255 * x / width, 255 * y / height, 127 + 127 * np.sin(x / 3)], axis=2)
@@ -65,20 +65,20 @@ def test_inputs_are_pythons_byte_for_byte(scripts: Path, resize_mode: Any, inter
     script = """
 import { prepare } from "./preprocessing.mjs";
 const all = told.sizes.map(([width, height], n) => {
-  const rgb = new Uint8Array(readFileSync(`picture${n}`));
+  const rgb = new Uint8Array(readFileSync(`image${n}`));
   return prepare(told.preprocessing, rgb, height, width).pixels;
 });
 writeFileSync("out", Buffer.concat(all));
 """
-    pictures = [picture(*size) for size in SIZES]
-    files = {f"picture{n}": pixels.tobytes() for n, pixels in enumerate(pictures)}
+    arrays = [random_pixels(*size) for size in SIZES]
+    files = {f"image{n}": pixels.tobytes() for n, pixels in enumerate(arrays)}
     out = run(scripts, script, files, {"sizes": SIZES, "preprocessing": preprocessing.to_dict()})
     found = np.frombuffer(out, np.uint8).reshape(len(SIZES), 96, 128, 3)
-    for size, ours, pixels in zip(SIZES, found, pictures, strict=True):
+    for size, ours, pixels in zip(SIZES, found, arrays, strict=True):
         image = Image.fromarray(pixels)
         expected = preprocessing.resize(image).permute(1, 2, 0).numpy()
         if size[0] < size[1] and interpolation != "nearest":
-            # Pillow resamples such pictures vertically first, since version 13; horizontally first, it is the same.
+            # Pillow resamples such arrays vertically first, since version 13; horizontally first, it is the same.
             place = preprocessing.placement((image.height, image.width))
             left, top, right, bottom = place.region
             height, width = place.filled
@@ -129,8 +129,8 @@ writeFileSync("out", Buffer.concat(all));
 
 def test_boxes_are_pythons(scripts: Path) -> None:
     generator = torch.Generator().manual_seed(0)
-    centres, sides = torch.rand(50, 2, generator=generator), 0.1 + 0.3 * torch.rand(50, 2, generator=generator)
-    boxes = torch.cat([centres - sides / 2, centres + sides / 2], dim=1)
+    centers, sides = torch.rand(50, 2, generator=generator), 0.1 + 0.3 * torch.rand(50, 2, generator=generator)
+    boxes = torch.cat([centers - sides / 2, centers + sides / 2], dim=1)
     scores = torch.rand(50, 3, generator=generator) * 0.5
     (expected,) = postprocess(DecodedOutput(boxes[None], scores[None]))
     flat = {(round(float(scores[a, k]), 7)): (k, a) for a in range(50) for k in range(3)}

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, get_args
 import numpy as np
 import pytest
 
-from mobilevit.models.card import Task
+from mobilevit.card import Task
 
 TASKS: tuple[Task, ...] = get_args(Task)
 
@@ -23,7 +23,7 @@ ENGINE_ANSWER = """async (bytes) => {
 }"""
 """What the page's engine says of a file, in full, as a function of the file's bytes."""
 
-ARTEFACTS = Path(__file__).parents[2] / "runs" / "browser-tests"
+ARTIFACTS = Path(__file__).parents[2] / "runs" / "browser-tests"
 """Where screenshots are kept, to be looked at."""
 
 
@@ -37,8 +37,8 @@ class Watched:
 
     def keep(self, name: str, *, full: bool = True) -> None:
         """A screenshot."""
-        ARTEFACTS.mkdir(parents=True, exist_ok=True)
-        self.page.screenshot(path=ARTEFACTS / f"{name}.png", full_page=full)
+        ARTIFACTS.mkdir(parents=True, exist_ok=True)
+        self.page.screenshot(path=ARTIFACTS / f"{name}.png", full_page=full)
 
     def open(self, address: str) -> None:
         """Wait until the model is ready."""
@@ -46,7 +46,7 @@ class Watched:
         self.page.wait_for_selector("html[data-ready=true]", timeout=60_000)
 
     def show(self, *files: Path) -> None:
-        """Give pictures to the page, and wait for the answer to the first."""
+        """Give images to the page, and wait for the answer to the first."""
         before = self.page.locator("#status").text_content()
         self.page.set_input_files("#file", [str(file) for file in files])
         self.page.wait_for_function(
@@ -57,7 +57,7 @@ class Watched:
         )
 
     def rows(self) -> list[tuple[str, float]]:
-        """Label and share of each row beside the picture."""
+        """Label and share of each row beside the image."""
         return [
             (row.locator(".name").text_content().strip(), float(row.locator(".value").text_content().split()[0]) / 100)
             for row in self.page.locator("#results .row").all()

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import mobilevit
 from golden_weights import fill_with_golden_weights
-from mobilevit.models.card import card_of
+from mobilevit.card import card_of
 from mobilevit.models.deeplabv3 import DeepLabv3Config
 from mobilevit.models.ssdlite import SSDLiteConfig
 

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from golden_weights import GOLDEN, fill_with_golden_weights, golden_manifest, golden_pictures, golden_weights
+from golden_weights import GOLDEN, fill_with_golden_weights, golden_images, golden_manifest, golden_weights
 from mobilevit.models.mobilevit import XS, XXS, MobileViT, MobileViTConfig, S
 from mobilevit.weights.convert import Family, convert_state_dict, detect_family, unwrap_state_dict
 
@@ -19,7 +19,7 @@ CONFIGS: dict[str, MobileViTConfig] = {"xxs": XXS, "xs": XS, "s": S}
 SIZES = [(256, 256), (192, 320), (250, 230)]
 PEERS: list[Family] = ["cvnets", "timm", "transformers"]
 TOLERANCE = 1e-4  # for maps, whose values reach 2
-LOGIT_TOLERANCE = 1e-5  # pooling over pictures of noise hides a wrong channel order up to about 1e-4
+LOGIT_TOLERANCE = 1e-5  # pooling over images of noise hides a wrong channel order up to about 1e-4
 
 each_size = pytest.mark.parametrize("size", CONFIGS)
 each_peer = pytest.mark.parametrize("peer", PEERS)
@@ -109,7 +109,7 @@ def test_timm_computes_the_same(size: str) -> None:
     theirs = timm_model(size)
     ours = our_model(size, theirs.state_dict())
     for height, width in SIZES:
-        x = golden_pictures(1, height, width)
+        x = golden_images(1, height, width)
         with torch.inference_mode():
             maps = theirs.forward_intermediates(x, intermediates_only=True, exclude_final_conv=True)
             features = ours.forward_features(x)
@@ -124,7 +124,7 @@ def test_transformers_computes_the_same_on_bgr(size: str) -> None:
     theirs = transformers_model(size)
     ours = our_model(size, theirs.state_dict())
     for height, width in SIZES:
-        x = golden_pictures(1, height, width)
+        x = golden_images(1, height, width)
         with torch.inference_mode():
             output = theirs(x.flip(1), output_hidden_states=True)
             features = ours.forward_features(x)
@@ -141,8 +141,8 @@ def test_golden_outputs_of_cvnets(size: str) -> None:
     with torch.inference_mode():
         for height, width in SIZES:
             logits = golden[f"{name}.logits.{height}x{width}"]
-            assert difference(model(golden_pictures(2, height, width)), logits) <= LOGIT_TOLERANCE
-        features = model.forward_features(golden_pictures(1, 256, 256))
+            assert difference(model(golden_images(2, height, width)), logits) <= LOGIT_TOLERANCE
+        features = model.forward_features(golden_images(1, 256, 256))
         for level, feature in enumerate(features.values(), start=1):
             mean = golden[f"{name}.feature_mean_c.out_l{level}.256x256"]
             assert difference(feature.mean((2, 3)), mean) <= LOGIT_TOLERANCE, level
@@ -159,7 +159,7 @@ def test_output_stride_agrees_with_transformers(size: str, output_stride: int, s
     assert list(ours.feature_channels) == strides
     assert ours.feature_channels[output_stride] == CONFIGS[size].channels[-1]
 
-    x = golden_pictures(1, 128, 160)
+    x = golden_images(1, 128, 160)
     with torch.inference_mode():
         output = theirs(x.flip(1), output_hidden_states=True)
         features = ours.forward_features(x)
@@ -234,7 +234,7 @@ def test_every_result_can_be_written_to_safetensors(peer: Family, tmp_path: Any)
 def test_other_models_take_the_result() -> None:
     """Ours to theirs, where the other tests go from theirs to ours."""
     ours = fill_with_golden_weights(MobileViT(XXS))
-    x = golden_pictures(1, 64, 96)
+    x = golden_images(1, 64, 96)
     timm, transformers = timm_model("xxs"), transformers_model("xxs")
     timm.load_state_dict(convert_state_dict(ours.state_dict(), to="timm"))
     transformers.load_state_dict(convert_state_dict(ours.state_dict(), to="transformers"))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from golden_weights import fill_with_golden_weights, golden_manifest, golden_outputs, golden_pictures, golden_weights
+from golden_weights import fill_with_golden_weights, golden_images, golden_manifest, golden_outputs, golden_weights
 from mobilevit.models import MODELS, Model, build_model
 from mobilevit.models.deeplabv3 import DeepLabv3, DeepLabv3Config
 from mobilevit.weights.convert import convert_state_dict, detect_family, detect_task, unwrap_state_dict
@@ -74,7 +74,7 @@ def test_there_and_back_is_bit_exact(form: str, size: str) -> None:
 def test_golden_detection(size: str) -> None:
     golden, name = golden_outputs("detection"), f"detection.ssdlite_mobilevit_{size}"
     with torch.inference_mode():
-        output = golden_model("detection.ssdlite", size)(golden_pictures(1, 320, 320))
+        output = golden_model("detection.ssdlite", size)(golden_images(1, 320, 320))
     logits = golden[f"{name}.class_logits.320x320"].float()
     assert output.class_logits.shape == logits.shape
     assert (output.class_logits - logits).abs().max() <= 1e-3 * logits.abs().max()  # kept in half precision
@@ -87,7 +87,7 @@ def test_golden_detection(size: str) -> None:
 def test_golden_segmentation(form: str, size: str) -> None:
     golden, name = golden_outputs("segmentation"), f"{form}_mobilevit_{size}"
     with torch.inference_mode():
-        output = golden_model(form, size)(golden_pictures(1, 256, 256))
+        output = golden_model(form, size)(golden_images(1, 256, 256))
     assert output.aux_logits is None
     assert (output.logits[..., ::8, ::8] - golden[f"{name}.logits_every8.256x256"]).abs().max() <= 1e-4
     assert (output.logits.argmax(1) == golden[f"{name}.argmax.256x256"]).float().mean() >= 0.9999
@@ -112,14 +112,14 @@ def low_resolution_logits(model: DeepLabv3, x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("size", ["xxs", "s"])
-@pytest.mark.parametrize("picture", [(128, 128), (160, 96)])
-def test_transformers_computes_the_same_on_bgr(size: str, picture: tuple[int, int]) -> None:
+@pytest.mark.parametrize("image", [(128, 128), (160, 96)])
+def test_transformers_computes_the_same_on_bgr(size: str, image: tuple[int, int]) -> None:
     theirs, ours = transformers_model(size), fresh_model("segmentation.deeplabv3_os16", size).eval()
     assert isinstance(ours, DeepLabv3)
     state = theirs.state_dict()
     assert (detect_family(state), detect_task(state)) == ("transformers", "segmentation")
     ours.load_state_dict(convert_state_dict(state, to="mobilevit"))
-    x = golden_pictures(1, *picture)
+    x = golden_images(1, *image)
     with torch.inference_mode():
         assert (low_resolution_logits(ours, x) - theirs(x.flip(1)).logits).abs().max() <= 1e-4
 

@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 
+from mobilevit.imaging.preprocessing import Preprocessing
 from mobilevit.models import MODELS
-from mobilevit.preprocessing import Preprocessing
 from mobilevit.weights.pretrained import (
     COCO_CLASSES,
     PRETRAINED,
@@ -31,7 +31,7 @@ from mobilevit.weights.pretrained import (
 NAME = "mobilevit_xxs.cvnets_in1k"
 TIMM_FILE = "timm/mobilevit_xxs.cvnets_in1k/resolve/main/model.safetensors"
 APPLE_FILE = "apple/mobilevit-xx-small/resolve/main/pytorch_model.bin"
-NOTICE = "Apple sample code licence, https://github.com/apple/ml-cvnets/blob/main/LICENSE"
+NOTICE = "Apple sample code license, https://github.com/apple/ml-cvnets/blob/main/LICENSE"
 
 
 @contextmanager
@@ -113,7 +113,7 @@ def nobody_listens() -> str:
         return f"http://127.0.0.1:{free.getsockname()[1]}"
 
 
-def test_download_then_cache_without_a_server_and_the_licence_once(tmp_path: Path) -> None:
+def test_download_then_cache_without_a_server_and_the_license_once(tmp_path: Path) -> None:
     with hub({TIMM_FILE: b"weights"}) as (endpoint, requests):
         path, log = resolve_elsewhere(tmp_path, endpoint)
         assert Path(path).read_bytes() == b"weights"

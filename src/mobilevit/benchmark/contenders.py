@@ -1,4 +1,4 @@
-"""What is timed: a network in an engine, at a precision, with so many pictures and threads."""
+"""What is timed: a network in an engine, at a precision, with so many images and threads."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from mobilevit.errors import MobileViTError
 from mobilevit.exporting.export import FORMATS
-from mobilevit.inference.artefact import Format
+from mobilevit.runtime.artifact import Format
 
 Engine = Literal["eager", "compile", "onnx", "openvino", "executorch", "litert", "pt2"]
 """PyTorch as it is, PyTorch through `torch.compile`, or the runtime of an exported format."""
@@ -55,7 +56,7 @@ class Network:
     weights: str = ""
     """What its answers may be compared with: networks with the same word here compute the same."""
     channels_last: bool = False
-    """Memory layout of weights and pictures; ours are always channels-last."""
+    """Memory layout of weights and images; ours are always channels-last."""
     clone: str | None = None
     """Of ml-cvnets: its folder."""
     published_top1: float | None = None
@@ -72,7 +73,7 @@ class Contender:
     batch_size: int = 1
     threads: int = 1
     device: str = "cpu"
-    artefact: str | None = None
+    artifact: str | None = None
     """The exported file, for engines that run one."""
 
     @property
@@ -126,15 +127,15 @@ def pick_engines(wanted: Sequence[str], device: str) -> tuple[list[Engine], list
         ValueError: one is unknown, or was named and is not installed.
     """
     if not wanted:
-        raise ValueError(f"no engine is named; choose all, or from {', '.join(ENGINES)}")
+        raise MobileViTError(f"no engine is named; choose all, or from {', '.join(ENGINES)}")
     for name in wanted:
         if name not in (*ENGINES, "all"):
-            raise ValueError(f"unknown engine {name!r}; choose all, or from {', '.join(ENGINES)}")
+            raise MobileViTError(f"unknown engine {name!r}; choose all, or from {', '.join(ENGINES)}")
     named = ENGINES if "all" in wanted else [engine for engine in ENGINES if engine in wanted]
     why = {engine: missing(engine, device) for engine in named}
     left_out = [reason for reason in why.values() if reason]
     if left_out and "all" not in wanted:
-        raise ValueError(left_out[0])
+        raise MobileViTError(left_out[0])
     return [engine for engine in named if not why[engine]], left_out
 
 
@@ -187,9 +188,9 @@ def enter(
     return contenders, left_out
 
 
-def size_of(artefact: str) -> int:
+def size_of(artifact: str) -> int:
     """Bytes of an exported file, with what belongs to it."""
-    path = Path(artefact)
+    path = Path(artifact)
     if path.is_dir():
         return sum(part.stat().st_size for part in path.rglob("*") if part.is_file())
     weights = path.with_suffix(".bin")

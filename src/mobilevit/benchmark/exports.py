@@ -64,7 +64,7 @@ def _with_file(contender: Contender, found: dict[_Key, str | WorkerError]) -> Co
     file = found[_key(contender)]
     if isinstance(file, WorkerError):
         return Failure(contender=contender, reason=str(file))
-    return dataclasses.replace(contender, artefact=file)
+    return dataclasses.replace(contender, artifact=file)
 
 
 def _key(contender: Contender) -> _Key:
@@ -72,7 +72,7 @@ def _key(contender: Contender) -> _Key:
 
 
 def _file_batch(contender: Contender) -> int:
-    """Pictures in a run of the file. Runtimes on a CPU are given several pictures side by side, one thread each."""
+    """Images in a run of the file. Runtimes on a CPU are given several images side by side, one thread each."""
     whole = contender.engine == "pt2" or contender.device != "cpu"
     return contender.batch_size if whole else 1
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from mobilevit.errors import MobileViTError
 from mobilevit.models import MODELS
 
 PEERS = ("timm", "transformers")
@@ -91,7 +92,7 @@ def check_cvnets(clone: str | os.PathLike[str]) -> Path:
     folder = Path(clone).resolve()
     for part in (Path("cvnets", "models"), Path("options", "opts.py"), _CVNETS_CONFIG):
         if not (folder / part).exists():
-            raise ValueError(
+            raise MobileViTError(
                 f"--cvnets {clone}: no clone of https://github.com/apple/ml-cvnets, as it has no {part.as_posix()}"
             )
     return folder
@@ -112,7 +113,7 @@ def cvnets_model(name: str, clone: str | os.PathLike[str], num_classes: int = 10
         arguments = importlib.import_module("options.opts").get_training_arguments
         get_model = importlib.import_module("cvnets").get_model
     except ImportError as error:
-        raise ValueError(
+        raise MobileViTError(
             f"--cvnets {clone}: cannot be imported ({error}); pip install what its requirements.txt names"
         ) from None
     options = arguments(args=["--common.config-file", str(folder / _CVNETS_CONFIG)])

@@ -1,4 +1,4 @@
-"""The picture of a benchmark: bars of pictures a second, and speed against accuracy where that is known."""
+"""The image of a benchmark: bars of images a second, and speed against accuracy where that is known."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from mobilevit.benchmark.report import BenchmarkReport, case_title
 from mobilevit.benchmark.rounds import Measurement
-from mobilevit.drawing import class_colours
 from mobilevit.files import write_atomically
+from mobilevit.imaging.drawing import class_colors
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -21,7 +21,7 @@ _SCORES = {"top1": "top-1 accuracy", "ap": "average precision", "miou": "mean Io
 
 
 def save_plot(report: BenchmarkReport, path: Path) -> None:
-    """Write the picture: a row a case, the fastest on top; whiskers span half of the runs."""
+    """Write the image: a row a case, the fastest on top; whiskers span half of the runs."""
     from matplotlib.figure import Figure
 
     cases = [(case, report.of_case(case)) for case in report.cases]
@@ -50,10 +50,10 @@ def _bars(axes: Axes, measurements: Sequence[Measurement], baseline: str) -> Non
         [max(speed - slow, 0.0) for speed, (_, slow) in zip(speeds, quartiles, strict=True)],
         [max(fast - speed, 0.0) for speed, (fast, _) in zip(speeds, quartiles, strict=True)],
     ]
-    colours = [_OURS if m.contender.network.origin == "mobilevit" else _OTHERS for m in measurements]
+    colors = [_OURS if m.contender.network.origin == "mobilevit" else _OTHERS for m in measurements]
     places = range(len(measurements))
     whiskers = {"ecolor": "#404040", "elinewidth": 1, "capsize": 2.5}
-    axes.barh(places, speeds, xerr=errors, color=colours, height=0.72, error_kw=whiskers)
+    axes.barh(places, speeds, xerr=errors, color=colors, height=0.72, error_kw=whiskers)
     axes.set_yticks(places, names, fontsize=9)
     axes.set_ylim(len(measurements) - 0.4, -0.6)
     reach = max(fast for fast, _ in quartiles)
@@ -64,7 +64,7 @@ def _bars(axes: Axes, measurements: Sequence[Measurement], baseline: str) -> Non
         end = max(fast, measurement.images_per_second)
         axes.text(end + 0.012 * reach, place, text, va="center", fontsize=8.5)
     axes.set_xlim(0, reach * 1.34)
-    axes.set_xlabel("pictures a second" + (f"   (x: times as fast as {baseline})" if baseline else ""))
+    axes.set_xlabel("images a second" + (f"   (x: times as fast as {baseline})" if baseline else ""))
     axes.spines[["top", "right"]].set_visible(False)
 
 
@@ -93,15 +93,15 @@ def _speed_and_score(axes: Axes, measurements: Sequence[Measurement], scores: di
         axes.set_axis_off()
         return
     engines = list(dict.fromkeys(m.contender.engine for m in shown))
-    colour = {
+    color = {
         engine: tuple(part / 255 for part in rgb)
-        for engine, rgb in zip(engines, class_colours(len(engines)), strict=True)
+        for engine, rgb in zip(engines, class_colors(len(engines)), strict=True)
     }
     precisions = list(dict.fromkeys(m.contender.precision for m in shown))
     points = [(m.median_ms, scores[id(m)]) for m in shown]
     axes.set_xscale("log")
     for m, (x, y) in zip(shown, points, strict=True):
-        style: dict[str, Any] = {"color": colour[m.contender.engine], "marker": _MARKERS[m.contender.precision]}
+        style: dict[str, Any] = {"color": color[m.contender.engine], "marker": _MARKERS[m.contender.precision]}
         axes.plot([x], [y], markersize=8, markeredgecolor="white", markeredgewidth=0.8, linestyle="", **style)
     xs, ys = [x for x, _ in points], [y for _, y in points]
     axes.set_xlim(min(xs) / 1.35, max(xs) * 1.35)
@@ -123,7 +123,7 @@ def _speed_and_score(axes: Axes, measurements: Sequence[Measurement], scores: di
             axes.plot([x for x, _ in own], [y for _, y in own], color="#c8c8c8", linewidth=1, zorder=1)
             x, y = own[0]
             axes.annotate(network, (x, y), xytext=(0, 7), textcoords="offset points", ha="left", fontsize=8.5)
-    handles = [Line2D([], [], color=colour[e], marker="o", linestyle="", label=e) for e in engines]
+    handles = [Line2D([], [], color=color[e], marker="o", linestyle="", label=e) for e in engines]
     if len(precisions) > 1:
         handles += [Line2D([], [], color="#606060", marker=_MARKERS[p], linestyle="", label=p) for p in precisions]
     axes.legend(handles=handles, loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=8.5, frameon=False)

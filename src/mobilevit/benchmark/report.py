@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from mobilevit.benchmark.rounds import Failure, Measurement
+from mobilevit.errors import MobileViTError
 from mobilevit.files import write_json
-from mobilevit.inference.machine import Machine
+from mobilevit.machine import Machine
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +108,7 @@ def read_report(path: str | os.PathLike[str]) -> BenchmarkReport:
     try:
         return BenchmarkReport.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
     except (ValueError, KeyError, TypeError, OSError):
-        raise ValueError(f"{path}: cannot be read as a result of mobilevit benchmark") from None
+        raise MobileViTError(f"{path}: cannot be read as a result of mobilevit benchmark") from None
 
 
 def case_title(case: Sequence[int], device: str) -> str:

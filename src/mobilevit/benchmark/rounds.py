@@ -61,7 +61,7 @@ class Measurement:
     deviation: float | None
     """Largest difference of an answer from float32 PyTorch's on photographs, as a share of the largest answer."""
     metrics: dict[str, float] = field(default_factory=dict)
-    """Measured on labelled pictures, if there were any."""
+    """Measured on labeled images, if there were any."""
 
     @property
     def images_per_second(self) -> float:

@@ -24,16 +24,17 @@ from mobilevit.benchmark.contenders import (
     pick_engines,
 )
 from mobilevit.benchmark.rounds import Failure, Measurement, measure
+from mobilevit.card import Task, card_of
+from mobilevit.errors import MobileViTError
 from mobilevit.exporting.export import Evaluate, ExportReport, export
-from mobilevit.exporting.pictures import Pictures
+from mobilevit.exporting.images import Images
 from mobilevit.files import write_json
-from mobilevit.inference.artefact import sidecar_of
-from mobilevit.inference.backends import available_cores
-from mobilevit.inference.machine import Machine, this_machine, versions
-from mobilevit.inference.tuned import RUNTIME_PACKAGES, TUNED_VERSION, digest_of_file, tuned_file
+from mobilevit.machine import Machine, this_machine, versions
 from mobilevit.models import Model
-from mobilevit.models.card import Task, card_of
 from mobilevit.progress import Progress
+from mobilevit.runtime.artifact import sidecar_of
+from mobilevit.runtime.backends import available_cores
+from mobilevit.runtime.tuned import RUNTIME_PACKAGES, TUNED_VERSION, digest_of_file, tuned_file
 from mobilevit.weights import checkpoint as checkpoints
 
 log = logging.getLogger("mobilevit")
@@ -48,7 +49,7 @@ class Tuned:
 
     path: Path
     """`NAME.tuned.json`."""
-    artefact: Path | None
+    artifact: Path | None
     """The file to run; None: the checkpoint in PyTorch is the fastest."""
     engine: Engine
     precision: str
@@ -84,7 +85,7 @@ class Tuned:
         """Plain values for JSON."""
         return {
             "path": str(self.path),
-            "artefact": None if self.artefact is None else str(self.artefact),
+            "artifact": None if self.artifact is None else str(self.artifact),
             "engine": self.engine,
             "precision": self.precision,
             "threads": self.threads,
@@ -101,8 +102,8 @@ def tune(
     checkpoint: str | os.PathLike[str],
     *,
     out: str | os.PathLike[str] | None = None,
-    pictures: Pictures | None = None,
-    calibration: Pictures | None = None,
+    images: Images | None = None,
+    calibration: Images | None = None,
     max_loss: float = 0.01,
     batch_size: int = 1,
     threads: int | None = None,
@@ -114,22 +115,22 @@ def tune(
     """Measure the engines that are installed, drop those that change the answers, and keep the fastest.
 
     Beside the checkpoint appear `NAME.tuned.json` and, unless PyTorch is the fastest, the folder `NAME.tuned` with the
-    artefact. `Predictor(..., engine="auto")` finds them there. Those of an earlier run are replaced.
+    artifact. `Predictor(..., engine="auto")` finds them there. Those of an earlier run are replaced.
 
     Args:
         checkpoint: of any known origin.
         out: another folder for the result; `Predictor` looks beside the checkpoint only.
-        pictures: folder or pictures to compare answers on; built-in photographs, or those of `calibration`, if not
+        images: folder or images to compare answers on; built-in photographs, or those of `calibration`, if not
             given.
-        calibration: for int8: a folder of pictures of what the model will see, or 32 pictures and more. Without it,
+        calibration: for int8: a folder of images of what the model will see, or 32 images and more. Without it,
             int8 takes no part.
         max_loss: of accuracy, or, without `evaluate`, of agreement with float32 PyTorch; 0.01 is one in a hundred.
-        batch_size: pictures in a run.
+        batch_size: images in a run.
         threads: to compute with. If not given, all cores and half of them are tried.
         engines: "onnx", "openvino", "executorch", "litert", "pt2", or "all" that are installed. PyTorch itself takes
             part always; `torch.compile` never, as it compiles anew in every process.
         precisions: to try, in each engine that has them.
-        evaluate: measures accuracy on labelled pictures.
+        evaluate: measures accuracy on labeled images.
         rounds: turns of each.
 
     Raises:
@@ -140,7 +141,7 @@ def tune(
     formats, left_out = _formats(engines)
     dropped: list[tuple[str, str]] = [(line.partition(":")[0], line.partition(": ")[2]) for line in left_out]
     if "int8" in precisions and calibration is None:
-        dropped.append(("int8", "not tried, as no --calibration pictures were given"))
+        dropped.append(("int8", "not tried, as no --calibration images were given"))
         precisions = [precision for precision in precisions if precision != "int8"]
     model = factory.load(path)
     folder = path.parent if out is None else Path(out)
@@ -161,7 +162,7 @@ def tune(
                         precision=precision,
                         calibration=calibration if precision == "int8" else None,
                         batch_size=batch_size if engine == "pt2" else 1,
-                        pictures=pictures or calibration,
+                        images=images or calibration,
                         evaluate=evaluate,
                         name=path.stem,
                     )
@@ -179,7 +180,7 @@ def tune(
         measured = sorted((r for r in results if isinstance(r, Measurement)), key=lambda m: m.median_ms)
         dropped += [(_name(r.contender), r.reason) for r in results if isinstance(r, Failure)]
         if not measured:
-            raise ValueError(f"{path}: nothing could be measured; {dropped[-1][0]}: {dropped[-1][1]}")
+            raise MobileViTError(f"{path}: nothing could be measured; {dropped[-1][0]}: {dropped[-1][1]}")
         for name, why in dropped:
             log.info("left out: %s: %s", name, why)
         return _keep(path, folder, measured, tuple(dropped), losses)
@@ -187,25 +188,27 @@ def tune(
 
 def _check(max_loss: float, batch_size: int, threads: int | None, rounds: int, precisions: Sequence[str]) -> None:
     if not 0 <= max_loss < 1:
-        raise ValueError(f"max_loss is {max_loss}; give a share from 0 to 1, such as 0.01")
+        raise MobileViTError(f"max_loss is {max_loss}; give a share from 0 to 1, such as 0.01")
     for name, count in (("batch_size", batch_size), ("threads", threads), ("rounds", rounds)):
         if count is not None and count < 1:
-            raise ValueError(f"{name} is {count}; give 1 or more")
+            raise MobileViTError(f"{name} is {count}; give 1 or more")
     for precision in precisions:
         if precision not in PRECISIONS:
-            raise ValueError(f"unknown precision {precision!r}; choose from {', '.join(PRECISIONS)}")
+            raise MobileViTError(f"unknown precision {precision!r}; choose from {', '.join(PRECISIONS)}")
 
 
 def _formats(engines: Sequence[str]) -> tuple[list[Engine], list[str]]:
     if "compile" in engines:
-        raise ValueError("torch.compile compiles anew in every process, so it is not tuned for; choose it by --engine")
+        raise MobileViTError(
+            "torch.compile compiles anew in every process, so it is not tuned for; choose it by --engine"
+        )
     picked, left_out = pick_engines(engines, "cpu")
     return [engine for engine in picked if engine not in ("eager", "compile")], left_out
 
 
 def _loss(report: ExportReport) -> float:
     """Of accuracy if it was measured, else of agreement."""
-    score = _SCORE[report.artefact.card.task]
+    score = _SCORE[report.artifact.card.task]
     if score in report.metrics:
         return max(0.0, report.torch_metrics[score] - report.metrics[score])
     return 0.0 if report.parity is None else 1.0 - report.parity.agreement
@@ -229,8 +232,8 @@ def _contenders(
     counts = [threads] if threads is not None else list(dict.fromkeys([cores, max(1, cores // 2)]))
     plain = Contender(network=network, engine="eager", batch_size=batch_size)
     return [
-        dataclasses.replace(plain, engine=engine, precision=precision, artefact=artefact, threads=count)
-        for engine, precision, artefact in [("eager", "fp32", None), *files]
+        dataclasses.replace(plain, engine=engine, precision=precision, artifact=artifact, threads=count)
+        for engine, precision, artifact in [("eager", "fp32", None), *files]
         for count in counts
     ]
 
@@ -250,18 +253,18 @@ def _keep(
     file.unlink(missing_ok=True)
     if home.is_dir():
         shutil.rmtree(home)
-    artefact = None
-    if contender.artefact is not None:
+    artifact = None
+    if contender.artifact is not None:
         home.mkdir(parents=True)
-        found = Path(contender.artefact)
-        artefact = home / found.name
+        found = Path(contender.artifact)
+        artifact = home / found.name
         for part in (found, found.with_suffix(".bin") if found.suffix == ".xml" else found, sidecar_of(found)):
             if part.exists():
                 part.replace(home / part.name)
     machine = this_machine()
     tuned = Tuned(
         path=file,
-        artefact=artefact,
+        artifact=artifact,
         engine=contender.engine,
         precision=contender.precision,
         threads=contender.threads,
@@ -281,7 +284,7 @@ def _keep(
         "batch_size": contender.batch_size,
         **tuned.to_dict(),
         # Beside this file, wherever both are copied to.
-        "artefact": None if artefact is None else f"{home.name}/{artefact.name}",
+        "artifact": None if artifact is None else f"{home.name}/{artifact.name}",
     }
     del values["path"]
     write_json(file, values)

@@ -25,17 +25,17 @@ from torch import Tensor, nn
 from mobilevit import factory
 from mobilevit.benchmark import peers
 from mobilevit.benchmark.contenders import Contender, Network, size_of
+from mobilevit.card import ModelCard, card_of, default_classes
 from mobilevit.exporting.export import export
 from mobilevit.exporting.graph import ExportGraph
-from mobilevit.exporting.pictures import parity_pixels
-from mobilevit.inference.artefact import read_sidecar
-from mobilevit.inference.backends import open_backend
-from mobilevit.models.card import ModelCard, card_of, default_classes
-from mobilevit.preprocessing import Preprocessing
+from mobilevit.exporting.images import parity_pixels
+from mobilevit.imaging.preprocessing import Preprocessing
+from mobilevit.runtime.artifact import read_sidecar
+from mobilevit.runtime.backends import open_backend
 from mobilevit.weights.convert import convert_state_dict
 
 KEPT_ANSWERS = 4
-"""Pictures whose answers are handed over, to be compared with others'."""
+"""Images whose answers are handed over, to be compared with others'."""
 
 _WARM_UP_SECONDS = 1.0
 _AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -76,7 +76,7 @@ def one_line(error: BaseException) -> str:
 
 
 def build(network: Network) -> tuple[nn.Module, Preprocessing]:
-    """A network in eval mode, with the weights of its checkpoint; and how its pictures are prepared."""
+    """A network in eval mode, with the weights of its checkpoint; and how its images are prepared."""
     preprocessing = Preprocessing(size=network.image_size)
     if network.checkpoint is None:
         return peers.timm_model(network.architecture).eval(), preprocessing
@@ -150,7 +150,7 @@ class Ready:
             self.run, self.weight_bytes = self._in_a_runtime()
 
     def warm_up(self, answers: Path) -> dict[str, Any]:
-        """Run until times have settled, and write the answers for a few pictures."""
+        """Run until times have settled, and write the answers for a few images."""
         outputs = self.run()
         started = time.perf_counter() - self._start
         np.savez(answers, *(part[:KEPT_ANSWERS] for part in _arrays(outputs)))
@@ -191,7 +191,7 @@ class Ready:
         pixels, _ = parity_pixels(None, preprocessing)
         pixels = pixels[torch.arange(self.contender.batch_size) % len(pixels)]
         images = preprocessing.normalize(pixels)
-        # The weights that came from ours were turned to the order of these two, which read pictures as BGR.
+        # The weights that came from ours were turned to the order of these two, which read images as BGR.
         return images.flip(1) if self.contender.network.origin in ("transformers", "cvnets") else images
 
     def _in_torch(self) -> tuple[Callable[[], Any], int]:
@@ -224,11 +224,11 @@ class Ready:
 
     def _in_a_runtime(self) -> tuple[Callable[[], Any], int]:
         contender = self.contender
-        assert contender.artefact is not None
-        artefact = read_sidecar(Path(contender.artefact))
-        backend = open_backend(Path(contender.artefact), artefact, threads=contender.threads, device=contender.device)
-        images = np.ascontiguousarray(self._images(artefact.card.preprocessing).numpy())
-        return lambda: backend.run(images), size_of(contender.artefact)
+        assert contender.artifact is not None
+        artifact = read_sidecar(Path(contender.artifact))
+        backend = open_backend(Path(contender.artifact), artifact, threads=contender.threads, device=contender.device)
+        images = np.ascontiguousarray(self._images(artifact.card.preprocessing).numpy())
+        return lambda: backend.run(images), size_of(contender.artifact)
 
 
 def _arrays(outputs: Any) -> Iterator[NDArray[Any]]:

@@ -8,9 +8,10 @@ from typing import Literal
 
 from tyro.conf import Positional
 
-from mobilevit.cli.labelled import measure_on
+from mobilevit.cli.labeled import measure_on
 from mobilevit.cli.options import height_and_width
 from mobilevit.cli.printing import print_json, print_rows
+from mobilevit.errors import MobileViTError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +29,7 @@ class Benchmark:
     precisions: tuple[Literal["fp32", "bf16", "fp16", "int8"], ...] = ("fp32",)
     """An engine takes part in those it has; int8 needs --calibration."""
     batch_sizes: tuple[int, ...] = (1,)
-    """Pictures in a run."""
+    """Images in a run."""
     threads: tuple[int, ...] = ()
     """Numbers of threads, one after the other; all cores if not given."""
     device: str = "cpu"
@@ -44,9 +45,9 @@ class Benchmark:
     patches: bool = False
     """Also the same model with the paper's patch configuration B (8, 4, 2)."""
     calibration: Path | None = None
-    """int8: a folder of pictures of what the model will see."""
+    """int8: a folder of images of what the model will see."""
     data: str | None = None
-    """Labelled pictures, as for training: also accuracy, of our model in each engine."""
+    """Labeled images, as for training: also accuracy, of our model in each engine."""
     rounds: int = 15
     """Turns of each contender."""
     max_workers: int | None = None
@@ -59,16 +60,16 @@ class Benchmark:
     def run(self) -> int:
         """Measure, print, write; 1 if some could not be measured."""
         from mobilevit import factory
+        from mobilevit.benchmark.engines import benchmark
         from mobilevit.benchmark.report import case_title
-        from mobilevit.benchmark.run import benchmark
+        from mobilevit.card import card_of
         from mobilevit.models import MODELS
-        from mobilevit.models.card import card_of
 
         image_size = height_and_width(self.image_size)
         measure = None
         if self.data is not None:
             if self.model in MODELS:
-                raise ValueError(f"--data: {self.model} by name has fresh weights; name a checkpoint")
+                raise MobileViTError(f"--data: {self.model} by name has fresh weights; name a checkpoint")
             measure = measure_on(self.data, card_of(factory.load(self.model)))
         report = benchmark(
             self.model,
@@ -98,5 +99,5 @@ class Benchmark:
         for line in report.notes():
             print(line)
         if self.out is not None:
-            print(f"\nfigures, picture and exported files: {self.out}")
+            print(f"\nfigures, image and exported files: {self.out}")
         return 1 if report.failures else 0

@@ -8,13 +8,15 @@ from typing import Literal
 
 from tyro.conf import Positional
 
+from mobilevit.errors import MobileViTError
+
 
 @dataclass(frozen=True, kw_only=True)
 class Convert:
     """Convert a checkpoint between this package, ml-cvnets, timm and transformers."""
 
     source: Positional[Path]
-    """A checkpoint of any of the four; which one is recognised."""
+    """A checkpoint of any of the four; which one is recognized."""
     target: Positional[Path]
     """The .safetensors to write."""
     to: Literal["mobilevit", "cvnets", "timm", "transformers"] = "mobilevit"
@@ -23,7 +25,7 @@ class Convert:
     """rgb: leave the stem's channels as they are; bgr: turn them round. Without it, by the families' conventions."""
 
     def run(self) -> int:
-        """Convert and say what was recognised."""
+        """Convert and say what was recognized."""
         from safetensors.torch import save as serialize
 
         from mobilevit import factory
@@ -32,7 +34,7 @@ class Convert:
         from mobilevit.weights.convert import convert_state_dict, detect_family, unwrap_state_dict
 
         if self.target.suffix != ".safetensors":
-            raise ValueError(f"{self.target}: name the target .safetensors")
+            raise MobileViTError(f"{self.target}: name the target .safetensors")
         content, _ = checkpoint.read(self.source)
         state = unwrap_state_dict(content)
         family = detect_family(state)

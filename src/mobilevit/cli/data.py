@@ -12,33 +12,33 @@ from mobilevit.cli.errors import UsageError
 from mobilevit.cli.printing import print_json
 
 if TYPE_CHECKING:
-    from mobilevit.models.card import Task
+    from mobilevit.card import Task
 
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """Labelled data before training: `data check DIR` finds what is wrong, `data shard DIR --out DIR` packs tar files.
+    """Labeled data before training: `data check DIR` finds what is wrong, `data shard DIR --out DIR` packs tar files.
 
-    Check draws a sheet of labelled pictures. Shard writes tar files as WebDataset has them, with an index: few large
+    Check draws a sheet of labeled images. Shard writes tar files as WebDataset has them, with an index: few large
     files instead of many small ones, for network file systems, object stores and spinning disks.
     """
 
     action: Positional[Literal["check", "shard"]]
     """What to do."""
     path: Positional[str]
-    """Labelled pictures, as for training."""
+    """Labeled images, as for training."""
     task: Literal["auto", "classification", "detection", "segmentation"] = "auto"
-    """auto: what the data are labelled for; shards are for classification."""
+    """auto: what the data are labeled for; shards are for classification."""
     out: Path | None = None
     """check: the sheet to draw; data-check.png if not given. shard: the folder to write."""
     max_mb: float = 256.0
     """shard: size of a tar file in megabytes."""
     shorter_side: int | None = None
-    """shard: make larger pictures this small on their shorter side, as JPEG of quality 95. Without it, as they are."""
+    """shard: make larger images this small on their shorter side, as JPEG of quality 95. Without it, as they are."""
     val_fraction: float | None = None
     """shard: share of every class for a val part, where the data are not divided. Without it, all is one part."""
     seed: int = 0
-    """shard: decides the order of the pictures, and with --val-fraction the parts, as it does in training."""
+    """shard: decides the order of the images, and with --val-fraction the parts, as it does in training."""
     overwrite: bool = False
     """shard: replace the shards in --out."""
     json: bool = False
@@ -50,7 +50,7 @@ class Data:
         if self.action == "shard":
             return self._shard(task)
         from mobilevit.data.check import check, contact_sheet
-        from mobilevit.drawing import save_image
+        from mobilevit.imaging.drawing import save_image
 
         out = self.out or Path("data-check.png")
         report = check(self.path, task)
@@ -59,7 +59,7 @@ class Data:
             print_json(report.to_dict())
         else:
             print(*report.lines(), sep="\n")
-            print(f"\nlabelled pictures: {out}")
+            print(f"\nlabeled images: {out}")
         return 0
 
     def _shard(self, task: Task | None) -> int:

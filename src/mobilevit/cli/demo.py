@@ -9,18 +9,18 @@ from typing import Literal
 
 @dataclass(frozen=True, kw_only=True)
 class Demo:
-    """Train, evaluate, save, reload and predict on built-in pictures: some minutes on two cores, no download."""
+    """Train, evaluate, save, reload and predict on built-in images: some minutes on two cores, no download."""
 
     task: Literal["classification", "detection", "segmentation"] = "classification"
     """What the model is to learn."""
     out: Path = Path("demo")
     """Folder for data, run and report.html; a former demo in it is replaced."""
     epochs: int | None = None
-    """Passes over the training pictures. By the task, if not given."""
+    """Passes over the training images. By the task, if not given."""
     num_images: int | None = None
-    """Pictures to draw. By the task, if not given."""
+    """Images to draw. By the task, if not given."""
     seed: int = 0
-    """Decides pictures and training."""
+    """Decides images and training."""
 
     def run(self) -> int:
         """Run the demo."""

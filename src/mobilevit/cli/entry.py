@@ -117,7 +117,7 @@ def _log_to_stderr() -> None:
 def _overview() -> str:
     width = max(map(len, COMMANDS))
     lines = [f"  {name:<{width}}  {_summary(command)}" for name, command in COMMANDS.items()]
-    head = ("usage: mobilevit COMMAND ...", "", "MobileViT: from a folder of pictures to a small, fast model.", "")
+    head = ("usage: mobilevit COMMAND ...", "", "MobileViT: from a folder of images to a small, fast model.", "")
     return "\n".join([*head, "commands:", *lines, "", "mobilevit COMMAND --help shows the options of a command."])
 
 

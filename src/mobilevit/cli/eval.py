@@ -9,26 +9,27 @@ from typing import Literal
 
 from tyro.conf import Positional
 
-from mobilevit.cli.labelled import data_to_evaluate, evaluate_on
+from mobilevit.cli.labeled import data_to_evaluate, evaluate_on
 from mobilevit.cli.printing import print_json, print_report
+from mobilevit.errors import MobileViTError
 
 log = logging.getLogger("mobilevit")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Eval:
-    """Measure a checkpoint on labelled pictures: accuracy, AP or mean IoU, per class, with plots and mistakes."""
+    """Measure a checkpoint on labeled images: accuracy, AP or mean IoU, per class, with plots and mistakes."""
 
     checkpoint: Positional[Path]
     """A .safetensors of this package, a file of ml-cvnets, timm or transformers, or an exported file."""
     data: str
-    """Labelled pictures, as for training."""
+    """Labeled images, as for training."""
     split: Literal["auto", "train", "val", "test", "all"] = "auto"
     """auto: the val part if there is one; of the data it was trained on, what was held out; of other data, all."""
     out: Path | None = None
-    """Folder for plots and pictures; beside the checkpoint if not given."""
+    """Folder for plots and images; beside the checkpoint if not given."""
     batch_size: int = 32
-    """Pictures that go through the model together."""
+    """Images that go through the model together."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1 or mps."""
     threads: int | None = None
@@ -36,25 +37,25 @@ class Eval:
     engine: Literal["torch", "compile", "auto"] = "torch"
     """What runs a checkpoint; auto: what `mobilevit tune` found."""
     num_workers: int | None = None
-    """Processes that read pictures."""
+    """Processes that read images."""
     json: bool = False
     """Print the report as JSON."""
 
     def run(self) -> int:
-        """Evaluate, print, write pictures."""
-        from mobilevit.inference.session import open_session
-        from mobilevit.training.evaluate import report_problems, report_unreadable, write_evaluation
+        """Evaluate, print, write images."""
+        from mobilevit.evaluation import report_problems, report_unreadable, write_evaluation
+        from mobilevit.runtime.session import open_session
 
         if self.batch_size < 1:
-            raise ValueError(f"--batch-size is {self.batch_size}; it must be 1 or more")
+            raise MobileViTError(f"--batch-size is {self.batch_size}; it must be 1 or more")
         card, session = open_session(self.checkpoint, device=self.device, threads=self.threads, engine=self.engine)
         data, which = data_to_evaluate(self.data, self.split, card)
-        log.info("%s on %s: %s, %d pictures", self.checkpoint, self.data, which, len(data))
+        log.info("%s on %s: %s, %d images", self.checkpoint, self.data, which, len(data))
         report_problems(data)
         evaluation = evaluate_on(session, data, card, self.batch_size, self.num_workers)
         out = self.out or self.checkpoint.parent / "evaluation"
         write_evaluation(evaluation, data, out)
-        report_unreadable(evaluation.errors, "labelled", len(data))
+        report_unreadable(evaluation.errors, "labeled", len(data))
         if self.json:
             print_json({"checkpoint": str(self.checkpoint), "split": which, **evaluation.report.to_dict()})
         else:

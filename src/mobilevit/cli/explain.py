@@ -9,34 +9,37 @@ from typing import Literal
 from tyro.conf import Positional
 
 from mobilevit.cli.printing import print_json
+from mobilevit.errors import MobileViTError
 
 
 @dataclass(frozen=True, kw_only=True)
 class Explain:
-    """Draw what a pixel attends to in every block, layer and head, and which parts of the picture decided."""
+    """Draw what a pixel attends to in every block, layer and head, and which parts of the image decided."""
 
     checkpoint: Positional[Path]
     """A .safetensors of this package, or a file of ml-cvnets, timm or transformers."""
-    picture: Positional[Path]
-    """The picture."""
+    image: Positional[Path]
+    """The image."""
     pixel: tuple[int, int] | None = None
     """x and y of the pixel to look from, counted from 0 at the top left. Without it, where the most decided."""
     figure: Literal["attention", "patches", "both"] = "attention"
-    """attention: what the pixel attends to. patches: how this picture is unfolded into sequences, for teaching."""
+    """attention: what the pixel attends to. patches: how this image is unfolded into sequences, for teaching."""
     out: Path = Path("explanation.png")
-    """The picture to write; with both, the second gets "-patches" behind its name."""
+    """The image to write; with both, the second gets "-patches" behind its name."""
     json: bool = False
     """Print figures as JSON, too."""
 
     def run(self) -> int:
         """Explain, draw, print."""
         from mobilevit import factory
-        from mobilevit.inference.artefact import is_artefact
-        from mobilevit.inference.explain import explain
+        from mobilevit.explain.attention import explain
+        from mobilevit.runtime.artifact import is_artifact
 
-        if is_artefact(self.checkpoint):
-            raise ValueError(f"{self.checkpoint}: explain looks inside; give it the checkpoint it was exported from")
-        explanation = explain(factory.load(self.checkpoint), self.picture, pixel=self.pixel)
+        if is_artifact(self.checkpoint):
+            raise MobileViTError(
+                f"{self.checkpoint}: explain looks inside; give it the checkpoint it was exported from"
+            )
+        explanation = explain(factory.load(self.checkpoint), self.image, pixel=self.pixel)
         patches = self.out if self.figure == "patches" else self.out.with_stem(f"{self.out.stem}-patches")
         if self.figure != "patches":
             explanation.draw(self.out)

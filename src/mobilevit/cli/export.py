@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Literal
 
 from tyro.conf import Positional
 
-from mobilevit.cli.labelled import measure_on
+from mobilevit.cli.labeled import measure_on
 from mobilevit.cli.options import height_and_width
 from mobilevit.cli.printing import print_json
+from mobilevit.errors import MobileViTError
 
 if TYPE_CHECKING:
     from mobilevit.exporting.export import ExportReport
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Export:
-    """Write a checkpoint as a file for a device, compared with the model on real pictures before it is called good."""
+    """Write a checkpoint as a file for a device, compared with the model on real images before it is called good."""
 
     checkpoint: Positional[Path]
     """A .safetensors of this package, or a file of ml-cvnets, timm or transformers."""
@@ -30,27 +31,27 @@ class Export:
     out: Path | None = None
     """Folder to write to; "exported" beside the checkpoint if not given."""
     calibration: Path | None = None
-    """int8: a folder of pictures of what the model will see."""
+    """int8: a folder of images of what the model will see."""
     keep_float: tuple[str, ...] = ()
     """int8: layers to leave in floating point, as --sensitivity names them, with all below them."""
     sensitivity: bool = False
-    """int8: measure what quantising each layer alone costs, and draw it."""
+    """int8: measure what quantizing each layer alone costs, and draw it."""
     image_size: tuple[int, ...] = ()
     """Input size in pixels: one number, or height and width. What the checkpoint was made for, if not given."""
     batch_size: int = 1
-    """Pictures in a run."""
+    """Images in a run."""
     dynamic: tuple[Literal["batch", "size"], ...] = ()
     """What may change from run to run (onnx, openvino, pt2)."""
     bake_preprocessing: bool = False
-    """Take uint8 (B, H, W, 3), as pictures are; scaling happens inside."""
+    """Take uint8 (B, H, W, 3), as images are; scaling happens inside."""
     label_map: bool = False
     """Segmentation: give the class of every pixel instead of logits."""
     nms: bool = False
     """Detection to onnx: suppress overlapping boxes inside, too."""
-    pictures: Path | None = None
-    """Folder of pictures to compare on; built-in photographs, or those of --calibration, if not given."""
+    images: Path | None = None
+    """Folder of images to compare on; built-in photographs, or those of --calibration, if not given."""
     data: str | None = None
-    """Labelled pictures, as for training: report accuracy before and after."""
+    """Labeled images, as for training: report accuracy before and after."""
     verify: bool = True
     """Compare the file with the model. Without it, nobody knows whether it is right."""
     json: bool = False
@@ -59,12 +60,14 @@ class Export:
     def run(self) -> int:
         """Export to each format; say how each compares."""
         from mobilevit import factory
+        from mobilevit.card import card_of
         from mobilevit.exporting.export import export
-        from mobilevit.models.card import card_of
 
         image_size = height_and_width(self.image_size)
         if not self.format:
-            raise ValueError("--format names no format; choose onnx, openvino, executorch, litert, coreml, pt2 or web")
+            raise MobileViTError(
+                "--format names no format; choose onnx, openvino, executorch, litert, coreml, pt2 or web"
+            )
         model = factory.load(self.checkpoint)
         measure = None if self.data is None else measure_on(self.data, card_of(model))
         reports = [
@@ -82,7 +85,7 @@ class Export:
                 bake_preprocessing=self.bake_preprocessing,
                 label_map=self.label_map,
                 nms=self.nms,
-                pictures=self.pictures,
+                images=self.images,
                 verify=self.verify,
                 evaluate=measure,
                 name=self.checkpoint.stem,

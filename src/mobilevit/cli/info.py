@@ -13,7 +13,7 @@ from mobilevit.cli.options import height_and_width
 from mobilevit.cli.printing import new_table, print_json, print_table
 
 if TYPE_CHECKING:
-    from mobilevit.models.card import ModelCard
+    from mobilevit.card import ModelCard
     from mobilevit.models.summary import Summary
 
 
@@ -41,10 +41,10 @@ class Info:
         import torch
 
         from mobilevit import factory
+        from mobilevit.card import card_of
+        from mobilevit.imaging.preprocessing import Preprocessing
         from mobilevit.models import MODELS
-        from mobilevit.models.card import card_of
         from mobilevit.models.summary import summarize
-        from mobilevit.preprocessing import Preprocessing
 
         named = self.model in MODELS or not (Path(self.model).suffix or Path(self.model).exists())
         if named:

@@ -15,36 +15,37 @@ from tyro.conf import Positional
 
 from mobilevit.cli.errors import UsageError
 from mobilevit.cli.printing import print_json, print_json_line
+from mobilevit.errors import MobileViTError
 
 if TYPE_CHECKING:
     from io import BufferedReader
 
-    from mobilevit.inference.predictor import Result
-    from mobilevit.preprocessing import Source
+    from mobilevit.imaging.decode import Source
+    from mobilevit.runtime.predictor import Result
 
 log = logging.getLogger("mobilevit")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Predict:
-    """Classify, detect or segment: files, folders, globs, or - for standard input (a picture, or a path a line)."""
+    """Classify, detect or segment: files, folders, globs, or - for standard input (an image, or a path a line)."""
 
     checkpoint: Positional[Path]
     """A .safetensors of this package, a file of ml-cvnets, timm or transformers, or an exported file."""
-    pictures: Positional[tuple[str, ...]]
-    """Files, folders (all pictures below), globs, or -; with --out, places such as s3://bucket/folder, too."""
+    images: Positional[tuple[str, ...]]
+    """Files, folders (all images below), globs, or -; with --out, places such as s3://bucket/folder, too."""
     save: Path | None = None
-    """Write the pictures with their labels, boxes or colours into this folder."""
+    """Write the images with their labels, boxes or colors into this folder."""
     top: int = 3
     """Classification: how many labels to show."""
     min_score: float | None = None
     """Detection: show objects from this score on. Without it, what balanced precision and recall in validation."""
     coco: Path | None = None
-    """Detection: write all objects into this file, as COCO's results are; image_id counts the pictures from 1."""
+    """Detection: write all objects into this file, as COCO's results are; image_id counts the images from 1."""
     masks: Path | None = None
     """Segmentation: write label maps as palette PNGs into this folder."""
     batch_size: int | None = None
-    """Pictures that go through the model together; without it, 16 of 256 x 256 pixels and more of smaller inputs."""
+    """Images that go through the model together; without it, 16 of 256 x 256 pixels and more of smaller inputs."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1 or mps."""
     threads: int | None = None
@@ -53,10 +54,10 @@ class Predict:
     """What runs a checkpoint; auto: what `mobilevit tune` found. ray, with --out: PyTorch, or an exported file's own
     runtime, in many processes of Ray Data, on this machine or a cluster."""
     json: bool = False
-    """One line of JSON a picture; with --out, what was done."""
+    """One line of JSON an image; with --out, what was done."""
     out: Path | None = None
-    """For many pictures: write rows into parquet files in this folder instead of printing. The same command goes on
-    where it was stopped; a picture that cannot be read gets a row with its error."""
+    """For many images: write rows into parquet files in this folder instead of printing. The same command goes on
+    where it was stopped; an image that cannot be read gets a row with its error."""
     overwrite: bool = False
     """With --out: replace what is there."""
     workers: int | None = None
@@ -65,7 +66,7 @@ class Predict:
     """With ray: the cluster, such as auto or ray://head:10001. Without it, RAY_ADDRESS, or this machine alone."""
 
     def run(self) -> int:
-        """Predict; 2 if a picture could not be read, after the others."""
+        """Predict; 2 if an image could not be read, after the others."""
         if self.out is not None:
             return self._run_in_bulk(self.out)
         for flag, is_given in (
@@ -74,15 +75,15 @@ class Predict:
         ):  # fmt: skip
             if is_given:
                 raise UsageError(f"{flag} is for parquet files; name a folder for them with --out")
+        from mobilevit.errors import ImageError
         from mobilevit.files import write_json
-        from mobilevit.inference.predictor import Predictor
-        from mobilevit.preprocessing import ImageError
         from mobilevit.progress import Progress
+        from mobilevit.runtime.predictor import Predictor
         from mobilevit.tasks.detection import DetectionResult
         from mobilevit.tasks.segmentation import SegmentationResult
 
-        if not self.pictures:
-            raise UsageError("no pictures; name files, folders, globs, or - for standard input")
+        if not self.images:
+            raise UsageError("no images; name files, folders, globs, or - for standard input")
         assert self.engine != "ray"
         predictor = Predictor(
             self.checkpoint,
@@ -97,8 +98,8 @@ class Predict:
             ("--masks", self.masks, "segmentation"),
         ):  # fmt: skip
             if given is not None and task != its_task:
-                raise ValueError(f"{flag} is for {its_task}; this checkpoint does {task}")
-        sources, total = _sources(self.pictures)
+                raise MobileViTError(f"{flag} is for {its_task}; this checkpoint does {task}")
+        sources, total = _sources(self.images)
         width = min(max((len(str(s)) for s in sources if isinstance(s, str)), default=20), 60) if total else 40
         failed, names = 0, _FreeNames()
         coco: list[dict[str, Any]] = []
@@ -132,21 +133,21 @@ class Predict:
         if self.coco is not None:
             write_json(self.coco, coco)
         if failed:
-            log.error("error: %d of the pictures cannot be read; the others are done", failed)
+            log.error("error: %d of the images cannot be read; the others are done", failed)
         return 2 if failed else 0
 
     def _run_in_bulk(self, out: Path) -> int:
-        """Rows into parquet files; 2 if a picture could not be read, 1 if it was stopped."""
-        from mobilevit.inference.bulk import BulkJob, predict_in_bulk
-        from mobilevit.inference.sources import find_sources
+        """Rows into parquet files; 2 if an image could not be read, 1 if it was stopped."""
+        from mobilevit.runtime.bulk import BulkJob, predict_in_bulk
+        from mobilevit.runtime.sources import find_sources
 
         for flag, given in (("--save", self.save), ("--coco", self.coco)):
             if given is not None:
                 raise UsageError(f"{flag} and --out do not go together; leave one out")
         if self.ray_address is not None and self.engine != "ray":
             raise UsageError("--ray-address is for --engine ray")
-        if not self.pictures:
-            raise UsageError("no pictures; name files, folders, globs, places such as s3://bucket/folder, or -")
+        if not self.images:
+            raise UsageError("no images; name files, folders, globs, places such as s3://bucket/folder, or -")
         job = BulkJob(
             model=self.checkpoint,
             out=out,
@@ -161,7 +162,7 @@ class Predict:
             ray_address=self.ray_address,
             overwrite=self.overwrite,
         )
-        named: Sequence[str] = self.pictures
+        named: Sequence[str] = self.images
         if list(named) == ["-"]:
             lines = (os.fsdecode(line).strip() for line in sys.stdin.buffer)
             named = [line for line in lines if line]
@@ -174,8 +175,8 @@ class Predict:
 
 
 def _sources(arguments: Sequence[str]) -> tuple[Sequence[Source] | Iterator[Source], int]:
-    """Pictures for what a user named, and how many (0: not known)."""
-    from mobilevit.inference.sources import find_local
+    """Images for what a user named, and how many (0: not known)."""
+    from mobilevit.runtime.sources import find_local
 
     if list(arguments) == ["-"]:
         return _from_standard_input(), 0
@@ -195,7 +196,7 @@ def _from_standard_input() -> Iterator[Source]:
 
 
 class _FreeNames:
-    """Gives each saved picture a name of its own: pictures in different folders may share theirs."""
+    """Gives each saved image a name of its own: images in different folders may share theirs."""
 
     def __init__(self) -> None:
         self._taken: set[str] = set()

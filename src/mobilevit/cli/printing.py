@@ -30,7 +30,7 @@ def as_json(value: dict[str, Any], indent: int | None = None) -> str:
 def print_report(report: Report) -> None:
     """Of an evaluation: what sums it up, and a row for each of the classes, if they are not too many to read."""
     headline = report.headline()
-    print(f"\n{report.num_images:,} pictures")
+    print(f"\n{report.num_images:,} images")
     width = max(len(name) for name, _ in headline)
     for name, value in headline:
         print(f"  {name:<{width}}  {value:>8}")

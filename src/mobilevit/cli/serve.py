@@ -8,6 +8,7 @@ from typing import Annotated
 
 from tyro.conf import Positional, arg
 
+from mobilevit.errors import MobileViTError
 from mobilevit.serving.settings import ServeConfig
 
 
@@ -25,11 +26,11 @@ class Serve:
         from mobilevit.webpage import page_files
 
         models = name_models(self.checkpoints)
-        # Threads that wait for each other while they spin take the cores from those that read pictures.
+        # Threads that wait for each other while they spin take the cores from those that read images.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         try:
-            from mobilevit.serving.run import serve
+            from mobilevit.serving.server import serve
         except ImportError as error:
-            raise ValueError(f"{error.name} is not installed; pip install 'mobilevit[serve]'") from None
+            raise MobileViTError(f"{error.name} is not installed; pip install 'mobilevit[serve]'") from None
         pages = page_files("server")
         return serve(self.settings, models, pages, lambda address: print(f"serving at {address}", flush=True))

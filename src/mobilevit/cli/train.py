@@ -52,7 +52,7 @@ class Train:
             print_json({"best": str(result.best), "epochs": result.epochs, **result.report.to_dict()})
             return 0
         print_report(result.report)
-        print(f"\n{result.best}  (pictures of the run beside it, in {result.best.parent})")
+        print(f"\n{result.best}  (images of the run beside it, in {result.best.parent})")
         return 0
 
 

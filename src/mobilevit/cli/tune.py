@@ -8,7 +8,7 @@ from typing import Literal
 
 from tyro.conf import Positional
 
-from mobilevit.cli.labelled import measure_on
+from mobilevit.cli.labeled import measure_on
 from mobilevit.cli.printing import print_json, print_rows
 
 
@@ -25,15 +25,15 @@ class Tune:
     max_loss: float = 0.01
     """What may be lost of accuracy (with --data) or of agreement with float32 PyTorch: 0.01 is one in a hundred."""
     batch_size: int = 1
-    """Pictures in a run."""
+    """Images in a run."""
     threads: int | None = None
     """To compute with; all cores and half of them are tried, if not given."""
-    pictures: Path | None = None
-    """Folder of pictures to compare answers on; built-in photographs, or those of --calibration, if not given."""
+    images: Path | None = None
+    """Folder of images to compare answers on; built-in photographs, or those of --calibration, if not given."""
     calibration: Path | None = None
-    """int8: a folder of pictures of what the model will see."""
+    """int8: a folder of images of what the model will see."""
     data: str | None = None
-    """Labelled pictures, as for training: --max-loss is then of accuracy."""
+    """Labeled images, as for training: --max-loss is then of accuracy."""
     rounds: int = 10
     """Turns of each engine."""
     out: Path | None = None
@@ -45,12 +45,12 @@ class Tune:
         """Measure, keep the winner, print."""
         from mobilevit import factory
         from mobilevit.benchmark.tune import tune
-        from mobilevit.models.card import card_of
+        from mobilevit.card import card_of
 
         tuned = tune(
             self.checkpoint,
             out=self.out,
-            pictures=self.pictures,
+            images=self.images,
             calibration=self.calibration,
             max_loss=self.max_loss,
             batch_size=self.batch_size,

@@ -1,1 +1,1 @@
-"""Pictures and their labels: from files, and the built-in drawings."""
+"""Images and their labels: from files, and the built-in drawings."""

@@ -13,32 +13,33 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from mobilevit.data.imageset import Boxes, ImageSet, Problem
-from mobilevit.preprocessing import IMAGE_SUFFIXES
+from mobilevit.errors import MobileViTError
+from mobilevit.imaging.decode import IMAGE_SUFFIXES
 
-PICTURE_FOLDERS = ("jpegimages", "images", "imgs", "img", "image", "pictures")
-"""What folders of pictures are called, in small letters."""
+IMAGE_FOLDERS = ("jpegimages", "images", "imgs", "img", "image", "pictures")
+"""What folders of images are called, in small letters."""
 
 _ROUNDING = 1.0  # pixels that a box may pass the border by without a word
 
 
 @dataclass(kw_only=True)
 class BoxTable:
-    """Pictures and boxes of one part as they stand in the files; `image_set` makes sense of them."""
+    """Images and boxes of one part as they stand in the files; `image_set` makes sense of them."""
 
     root: Path
-    """What the names of the pictures are relative to."""
+    """What the names of the images are relative to."""
     origin: str
     """Where the part comes from, for messages."""
     word: str
     """What a mark counts, for messages: "line", "object", "annotation"."""
-    pictures: list[Path] = field(default_factory=list)
+    images: list[Path] = field(default_factory=list)
     """Their paths."""
     files: list[str] = field(default_factory=list)
-    """Of each picture: where its boxes stand."""
+    """Of each image: where its boxes stand."""
     sizes: list[tuple[int, int]] = field(default_factory=list)
-    """Of each picture: (width, height)."""
+    """Of each image: (width, height)."""
     owners: list[int] = field(default_factory=list)
-    """Of each box, like all below: number of its picture."""
+    """Of each box, like all below: number of its image."""
     marks: list[int] = field(default_factory=list)
     """Number or id in the file."""
     labels: list[Hashable] = field(default_factory=list)
@@ -52,12 +53,12 @@ class BoxTable:
     problems: list[Problem] = field(default_factory=list)
     """What was wrong so far."""
 
-    def add_picture(self, picture: Path, file: str | Path, size: tuple[int, int]) -> int:
-        """Returns the number of the picture."""
-        self.pictures.append(picture)
+    def add_image(self, image: Path, file: str | Path, size: tuple[int, int]) -> int:
+        """Returns the number of the image."""
+        self.images.append(image)
         self.files.append(str(file))
         self.sizes.append(size)
-        return len(self.pictures) - 1
+        return len(self.images) - 1
 
     def add_box(
         self,
@@ -68,7 +69,7 @@ class BoxTable:
         crowd: bool = False,
         area: float = float("nan"),
     ) -> None:
-        """A box of the picture with the number `owner`; nothing is checked yet."""
+        """A box of the image with the number `owner`; nothing is checked yet."""
         self.owners.append(owner)
         self.marks.append(mark)
         self.labels.append(label)
@@ -80,13 +81,13 @@ class BoxTable:
         """Note a `Problem`."""
         self.problems.append(Problem(file=str(file), kind=kind, detail=detail, remedy=remedy))
 
-    def report_unreadable(self, picture: Path, error: OSError) -> None:
-        """Note why `picture_size` refused a picture, which is left out."""
-        reason = (error.strerror or str(error)).replace(f"{picture}: ", "").replace(f" {str(picture)!r}", "")
-        self.report(picture, "picture that cannot be read", reason, "left out")
+    def report_unreadable(self, image: Path, error: OSError) -> None:
+        """Note why `image_size` refused an image, which is left out."""
+        reason = (error.strerror or str(error)).replace(f"{image}: ", "").replace(f" {str(image)!r}", "")
+        self.report(image, "image that cannot be read", reason, "left out")
 
     def image_set(self, classes: tuple[str, ...], index_of: Mapping[Hashable, int], known: str) -> ImageSet[Boxes]:
-        """Check every box against its picture and put the usable ones into `Boxes`.
+        """Check every box against its image and put the usable ones into `Boxes`.
 
         Args:
             classes: names.
@@ -94,25 +95,25 @@ class BoxTable:
             known: where the classes are listed, for messages.
 
         Raises:
-            ValueError: no picture.
+            ValueError: no image.
         """
-        if not self.pictures:
+        if not self.images:
             why = f" ({self.problems[0]})" if self.problems else ""
-            raise ValueError(f"{self.origin}: no picture of it can be used{why}; are the pictures where they belong?")
+            raise MobileViTError(f"{self.origin}: no image of it can be used{why}; are the images where they belong?")
         labels = np.asarray([index_of.get(label, -1) for label in self.labels], np.int64)
         xyxy, usable = self._check(labels >= 0, known)
         targets = self._targets(xyxy, labels, usable)
         counted = labels[usable & ~np.asarray(self.crowd, np.bool_)]
         for name, count in zip(classes, np.bincount(counted, minlength=len(classes)).tolist(), strict=True):
             if not count:
-                self.report(self.origin, "class without objects", name, "it cannot be learnt or measured here")
+                self.report(self.origin, "class without objects", name, "it cannot be learned or measured here")
         return ImageSet(
             task="detection",
             origin=self.origin,
-            names=[relative(picture, self.root) for picture in self.pictures],
+            names=[relative(image, self.root) for image in self.images],
             targets=targets,
             classes=classes,
-            open=self.pictures.__getitem__,
+            open=self.images.__getitem__,
             problems=tuple(self.problems),
             sizes=self.sizes,
         )
@@ -132,11 +133,11 @@ class BoxTable:
         for passed, kind in (
             (np.isfinite(raw).all(axis=1), "coordinates that are no numbers"),
             ((ordered[:, 2:] > ordered[:, :2]).all(axis=1), "box without area"),
-            ((clipped[:, 2:] > clipped[:, :2]).all(axis=1), "box outside the picture"),
+            ((clipped[:, 2:] > clipped[:, :2]).all(axis=1), "box outside the image"),
         ):
             self._report_boxes(usable & ~passed, kind, "left out")
             usable = usable & passed
-        self._report_boxes(usable & beyond, "box partly outside the picture", "clipped")
+        self._report_boxes(usable & beyond, "box partly outside the image", "clipped")
         self._report_boxes(usable & (ordered != raw).any(axis=1), "corners in the wrong order", "put in order")
         return clipped, usable
 
@@ -149,7 +150,7 @@ class BoxTable:
             self.report(f"{self.files[owner]}, {self.word} {self.marks[box]}", kind, detail, remedy)
 
     def _targets(self, xyxy: NDArray[np.float32], labels: NDArray[np.int64], usable: NDArray[np.bool_]) -> list[Boxes]:
-        """The usable boxes of each picture, in the order of the file."""
+        """The usable boxes of each image, in the order of the file."""
         owners = np.asarray(self.owners, np.int64)
         kept = np.flatnonzero(usable)
         kept = kept[np.argsort(owners[kept], kind="stable")]
@@ -157,7 +158,7 @@ class BoxTable:
         stated = np.asarray(self.areas, np.float32)[kept]
         sides = xyxy[:, 2:] - xyxy[:, :2]
         areas = np.where(stated > 0, stated, sides[:, 0] * sides[:, 1])
-        ends = np.bincount(owners[kept], minlength=len(self.pictures)).cumsum().tolist()
+        ends = np.bincount(owners[kept], minlength=len(self.images)).cumsum().tolist()
         return [
             Boxes(xyxy=xyxy[a:b], labels=labels[a:b], crowd=crowd[a:b], areas=areas[a:b])
             for a, b in zip([0, *ends], ends, strict=False)
@@ -165,23 +166,23 @@ class BoxTable:
 
 
 def size_problem(file: str, stated: tuple[int, int], actual: tuple[int, int]) -> Problem:
-    """What to say where an annotation was made on a picture of another size."""
+    """What to say where an annotation was made on an image of another size."""
     remedy = "boxes taken as they are; look at them"
     if stated == actual[::-1]:
-        remedy = "boxes taken as they are, though the picture seems to have been turned (EXIF) since; draw them again"
+        remedy = "boxes taken as they are, though the image seems to have been turned (EXIF) since; draw them again"
     return Problem(
         file=file,
-        kind="annotation of another size than its picture",
-        detail=f"{stated[0]} x {stated[1]}, the picture {actual[0]} x {actual[1]}",
+        kind="annotation of another size than its image",
+        detail=f"{stated[0]} x {stated[1]}, the image {actual[0]} x {actual[1]}",
         remedy=remedy,
     )
 
 
-def picture_size(path: Path) -> tuple[int, int]:
-    """(width, height) of the upright picture, from the head of the file.
+def image_size(path: Path) -> tuple[int, int]:
+    """(width, height) of the upright image, from the head of the file.
 
     Raises:
-        OSError: missing, or not a picture.
+        OSError: missing, or not an image.
     """
     try:
         with warnings.catch_warnings():
@@ -190,7 +191,7 @@ def picture_size(path: Path) -> tuple[int, int]:
                 if image.format == "TIFF":  # turned on loading, and in some versions of Pillow the size before that
                     image.load()
                     return image.size
-                # Not the PNG reader's own method, which decodes the picture in search of a tag behind it.
+                # Not the PNG reader's own method, which decodes the image in search of a tag behind it.
                 turned = Image.Image.getexif(image).get(0x0112, 1) in (5, 6, 7, 8)
                 return (image.height, image.width) if turned else image.size
     except OSError:
@@ -217,7 +218,7 @@ def read_class_names(file: Path) -> list[str]:
         lines.pop()
     if not lines or "" in lines:
         where = f", line {lines.index('') + 1}" if lines else ""
-        raise ValueError(f"{file}{where}: no class name; write one a line")
+        raise MobileViTError(f"{file}{where}: no class name; write one a line")
     return lines
 
 
@@ -244,7 +245,7 @@ class Listing:
 
 
 def stem(name: str) -> str:
-    """A name without the suffix of a picture or annotation; "scene.2" has none."""
+    """A name without the suffix of an image or annotation; "scene.2" has none."""
     suffix = Path(name).suffix
     return name[: -len(suffix)] if suffix.lower() in {*IMAGE_SUFFIXES, ".xml"} else name
 

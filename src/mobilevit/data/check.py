@@ -14,15 +14,16 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from mobilevit import drawing
+from mobilevit.card import Task
 from mobilevit.data.boxes import size_problem
 from mobilevit.data.datasets import find_splits
 from mobilevit.data.imageset import Boxes, ImageSet, Mask, Problem, read_label_map
 from mobilevit.data.segmentation import unusable_mask, values_without_class
 from mobilevit.data.shards import holds_shards
-from mobilevit.models.card import Task
+from mobilevit.errors import ImageError
+from mobilevit.imaging import drawing
+from mobilevit.imaging.decode import IMAGE_SUFFIXES, read_image
 from mobilevit.models.deeplabv3 import IGNORE
-from mobilevit.preprocessing import IMAGE_SUFFIXES, ImageError, read_image
 from mobilevit.progress import Progress
 
 _SHOWN_PROBLEMS = 10
@@ -35,16 +36,16 @@ _SMALL, _LARGE = 32**2, 96**2  # pixels; COCO's limits between small, medium and
 class SplitStatistics:
     """What is in one part of the data."""
 
-    pictures: int
-    """Pictures in use."""
+    images: int
+    """Images in use."""
     readable: int
     """Of these, how many could be decoded."""
     smallest: tuple[int, int]
-    """(width, height) of the picture with the fewest pixels; (0, 0) where none is readable."""
+    """(width, height) of the image with the fewest pixels; (0, 0) where none is readable."""
     largest: tuple[int, int]
     """Of the one with the most."""
-    pictures_of: dict[str, int]
-    """Of each class: pictures that show it."""
+    images_of: dict[str, int]
+    """Of each class: images that show it."""
     objects_of: dict[str, int] = field(default_factory=dict)
     """Detection, of each class: boxes, without crowds."""
     pixels_of: dict[str, float] = field(default_factory=dict)
@@ -52,7 +53,7 @@ class SplitStatistics:
     void: float = 0.0
     """Segmentation: share of all pixels that have no class."""
     without_objects: int = 0
-    """Detection: pictures without any."""
+    """Detection: images without any."""
     crowds: int = 0
     """Detection: boxes that are neither trained on nor counted."""
     box_sizes: dict[str, int] = field(default_factory=dict)
@@ -66,7 +67,7 @@ class CheckReport:
     path: str
     """What was checked."""
     task: Task
-    """What the data are labelled for."""
+    """What the data are labeled for."""
     classes: tuple[str, ...]
     """Class names."""
     statistics: dict[str, SplitStatistics]
@@ -96,8 +97,8 @@ class CheckReport:
 
     def lines(self) -> list[str]:
         """The report to print: the parts, a table of the classes, the problems by kind, the first ten of each."""
-        pictures = sum(part.pictures for part in self.statistics.values())
-        lines = [f"{self.path}: {self.task}, {len(self.classes)} classes, {pictures:,} pictures"]
+        images = sum(part.images for part in self.statistics.values())
+        lines = [f"{self.path}: {self.task}, {len(self.classes)} classes, {images:,} images"]
         lines += [f"  {part}: {_described(statistics)}" for part, statistics in self.statistics.items()]
         lines += ["", *self._table(), ""]
         if not self.problems:
@@ -111,7 +112,7 @@ class CheckReport:
         return lines
 
     def _table(self) -> list[str]:
-        what = {"classification": "pictures", "detection": "objects (pictures)", "segmentation": "pixels (pictures)"}
+        what = {"classification": "images", "detection": "objects (images)", "segmentation": "pixels (images)"}
         rows = [[f"class, {what[self.task]}", *self.statistics]]
         rows += [
             [name, *(_cell(part, name, self.task) for part in self.statistics.values())]
@@ -132,23 +133,23 @@ def _without_kind(problem: Problem) -> str:
 
 
 def _cell(part: SplitStatistics, name: str, task: Task) -> str:
-    pictures = f"{part.pictures_of[name]:,}"
+    images = f"{part.images_of[name]:,}"
     if task == "classification":
-        return pictures
+        return images
     first = f"{part.objects_of[name]:,}" if task == "detection" else f"{part.pixels_of[name]:.2%}"
-    return f"{first} ({pictures})"
+    return f"{first} ({images})"
 
 
 def _described(part: SplitStatistics) -> str:
-    words = [f"{part.pictures:,} pictures"]
-    if part.readable < part.pictures:
-        words.append(f"{part.pictures - part.readable:,} of them unreadable")
+    words = [f"{part.images:,} images"]
+    if part.readable < part.images:
+        words.append(f"{part.images - part.readable:,} of them unreadable")
     small, large = (f"{width} x {height}" for width, height in (part.smallest, part.largest))
     words.append(small if small == large else f"{small} to {large}")
     if part.box_sizes:
         sizes = ", ".join(f"{count:,} {size}" for size, count in part.box_sizes.items())
         words.append(f"{sum(part.objects_of.values()):,} objects ({sizes})")
-        words.append(f"{part.without_objects:,} pictures without any")
+        words.append(f"{part.without_objects:,} images without any")
         if part.crowds:
             words.append(f"{part.crowds:,} crowds, not counted")
     if part.pixels_of:
@@ -157,11 +158,11 @@ def _described(part: SplitStatistics) -> str:
 
 
 def check(path: str | os.PathLike[str], task: Task | None = None) -> CheckReport:
-    """Read the annotations and open every picture and mask.
+    """Read the annotations and open every image and mask.
 
     Args:
         path: as for training.
-        task: None recognises it by the layout.
+        task: None recognizes it by the layout.
 
     Raises:
         ValueError: nothing usable there.
@@ -188,9 +189,9 @@ def check(path: str | os.PathLike[str], task: Task | None = None) -> CheckReport
     if first.task == "classification" and Path(path).is_dir() and not holds_shards(Path(path)):
         problems += _odd_files(Path(path))
     for part, data in splits.items() if first.task != "detection" else ():
-        for name, count in statistics[part].pictures_of.items():
+        for name, count in statistics[part].images_of.items():
             if not count:
-                problems.append(Problem(file=data.origin, kind="class without pictures", detail=name))
+                problems.append(Problem(file=data.origin, kind="class without images", detail=name))
     return CheckReport(
         path=str(path),
         task=first.task,
@@ -204,12 +205,12 @@ def check(path: str | os.PathLike[str], task: Task | None = None) -> CheckReport
 def contact_sheet(
     splits: Mapping[str, ImageSet[Any]], *, num_images: int = 24, columns: int = 6, cell: int = 320
 ) -> Image.Image:
-    """Pictures evenly spaced over all parts, with their class, their boxes or the colours of their masks.
+    """Images evenly spaced over all parts, with their class, their boxes or the colors of their masks.
 
     Args:
         splits: as of `find_splits`.
-        num_images: how many; pictures that cannot be read are passed over.
-        columns: pictures in a row.
+        num_images: how many; images that cannot be read are passed over.
+        columns: images in a row.
         cell: side of each in pixels.
     """
     everything = [(part, data, number) for part, data in splits.items() for number in range(len(data))]
@@ -231,17 +232,17 @@ def contact_sheet(
     first = next(iter(splits.values()))
     if first.task == "classification" or _named_at_boxes(first):
         return sheet
-    colours = drawing.class_colours(len(first.classes))
-    return drawing.with_legend(sheet, [(first.classes[label], colours[label]) for label in sorted(shown)])
+    colors = drawing.class_colors(len(first.classes))
+    return drawing.with_legend(sheet, [(first.classes[label], colors[label]) for label in sorted(shown)])
 
 
 def _named_at_boxes(data: ImageSet[Any]) -> bool:
-    """Many classes are hard to tell by colour alone; few are easier on the eye without a word at each box."""
+    """Many classes are hard to tell by color alone; few are easier on the eye without a word at each box."""
     return data.task == "detection" and len(data.classes) > _LEGEND_CLASSES
 
 
 def _drawn(data: ImageSet[Any], number: int, cell: int) -> tuple[Image.Image, set[int]]:
-    """A picture with what is known of it, small, and which classes it shows."""
+    """An image with what is known of it, small, and which classes it shows."""
     image, target = read_image(data.open(number), data.names[number]), data.targets[number]
     scale = cell / max(image.size)
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
@@ -249,11 +250,11 @@ def _drawn(data: ImageSet[Any], number: int, cell: int) -> tuple[Image.Image, se
     if isinstance(target, Boxes):
         counted = ~target.crowd
         labels = target.labels[counted].tolist()
-        colours = drawing.class_colours(len(data.classes))
+        colors = drawing.class_colors(len(data.classes))
         texts = [data.classes[label] if _named_at_boxes(data) else "" for label in labels]
         small = drawing.draw_outlines(small, target.xyxy[target.crowd] * scale)
         boxes = target.xyxy[counted] * scale
-        return drawing.draw_boxes(small, boxes, texts, [colours[label] for label in labels]), set(labels)
+        return drawing.draw_boxes(small, boxes, texts, [colors[label] for label in labels]), set(labels)
     if isinstance(target, Mask):
         label_map = np.asarray(Image.fromarray(target.read()).resize(size, Image.Resampling.NEAREST))
         labels = set(np.unique(label_map).tolist()) - {IGNORE}
@@ -261,12 +262,12 @@ def _drawn(data: ImageSet[Any], number: int, cell: int) -> tuple[Image.Image, se
     return small, {target}
 
 
-# -- looking at each picture ------------------------------------------------------------------------------------------
+# -- looking at each image ------------------------------------------------------------------------------------------
 
 
 @dataclass(kw_only=True)
 class _Look:
-    """What opening a picture, and its mask, showed."""
+    """What opening an image, and its mask, showed."""
 
     digest: bytes = b""
     size: tuple[int, int] | None = None
@@ -293,7 +294,7 @@ class _Looker:
         except (ImageError, OSError) as error:
             reason = getattr(error, "strerror", None) or str(error).removeprefix(f"{file}: ")
             remedy = "training leaves it out; remove or replace it"
-            look.problems.append(Problem(file=file, kind="picture that cannot be read", detail=reason, remedy=remedy))
+            look.problems.append(Problem(file=file, kind="image that cannot be read", detail=reason, remedy=remedy))
         target = self.data.targets[number]
         if isinstance(target, Mask):
             _look_at_mask(target, look)
@@ -311,12 +312,10 @@ def _look_at_mask(mask: Mask, look: _Look) -> None:
     size = (values.shape[1], values.shape[0])
     if look.size and size != look.size:
         turned = size == look.size[::-1]
-        remedy = (
-            "the picture has been turned (EXIF) since; turn the mask" if turned else "save it in the picture's size"
-        )
-        sizes = f"{size[0]} x {size[1]}, the picture {look.size[0]} x {look.size[1]}"
+        remedy = "the image has been turned (EXIF) since; turn the mask" if turned else "save it in the image's size"
+        sizes = f"{size[0]} x {size[1]}, the image {look.size[0]} x {look.size[1]}"
         look.problems.append(
-            Problem(file=str(mask.path), kind="mask of another size than its picture", detail=sizes, remedy=remedy)
+            Problem(file=str(mask.path), kind="mask of another size than its image", detail=sizes, remedy=remedy)
         )
     counts = np.bincount(values.ravel(), minlength=256)
     class_of = np.frombuffer(mask.class_of, np.uint8)
@@ -340,28 +339,28 @@ def _num_threads() -> int:
 def _statistics(data: ImageSet[Any], looks: Sequence[_Look]) -> SplitStatistics:
     sizes = sorted((look.size for look in looks if look.size), key=lambda size: size[0] * size[1]) or [(0, 0)]
     num_classes = len(data.classes)
-    pictures = np.zeros(num_classes, np.int64)
+    images = np.zeros(num_classes, np.int64)
     pixels = np.zeros(256, np.int64)
     areas = [np.zeros(0, np.float32)]
     crowds = without = 0
     for target, look in zip(data.targets, looks, strict=True):
         if isinstance(target, Boxes):
             counted = ~target.crowd
-            pictures[np.unique(target.labels[counted])] += 1
+            images[np.unique(target.labels[counted])] += 1
             areas.append(target.areas[counted])
             crowds += int(target.crowd.sum())
             without += not target.labels.size
         elif not isinstance(target, Mask):
-            pictures[target] += 1
+            images[target] += 1
         elif look.pixels is not None:
-            pictures += look.pixels[:num_classes] > 0
+            images += look.pixels[:num_classes] > 0
             pixels += look.pixels
     common: dict[str, Any] = {
-        "pictures": len(data),
+        "images": len(data),
         "readable": sum(look.size is not None for look in looks),
         "smallest": sizes[0],
         "largest": sizes[-1],
-        "pictures_of": dict(zip(data.classes, pictures.tolist(), strict=True)),
+        "images_of": dict(zip(data.classes, images.tolist(), strict=True)),
     }
     if data.task == "detection":
         area = np.concatenate(areas)
@@ -395,23 +394,23 @@ def _duplicates(splits: Mapping[str, ImageSet[Any]], looks: Mapping[str, Sequenc
             if (other_part, other) == (part, number):
                 continue
             where = _file_of(splits[other_part], other)
-            kind, remedy = "same picture twice", "remove one of them"
+            kind, remedy = "same image twice", "remove one of them"
             if other_part != part:
-                kind = "same picture in two parts"
+                kind = "same image in two parts"
                 remedy = f"remove one of them, or what is measured on {part} will be too good"
             elif data.task == "classification" and data.targets[number] != data.targets[other]:
-                kind, remedy = "same picture in two classes", "keep the one that is right"
+                kind, remedy = "same image in two classes", "keep the one that is right"
             detail = f"also in {other_part}: {where}" if other_part != part else f"also {where}"
             problems.append(Problem(file=_file_of(data, number), kind=kind, detail=detail, remedy=remedy))
     return problems
 
 
 def _odd_files(path: Path) -> list[Problem]:
-    """Files in the folders of the classes that no name of theirs makes pictures."""
+    """Files in the folders of the classes that no name of theirs makes images."""
     found = []
     for parent, folders, names in os.walk(path, followlinks=True):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         if Path(parent) != path:
             found += [Path(parent, name) for name in sorted(names) if not name.startswith(".")]
     odd = [str(file) for file in found if file.suffix.lower() not in IMAGE_SUFFIXES]
-    return [Problem(file=file, kind="file of no known kind of picture", remedy="passed over") for file in odd]
+    return [Problem(file=file, kind="file of no known kind of image", remedy="passed over") for file in odd]

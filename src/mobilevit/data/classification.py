@@ -1,4 +1,4 @@
-"""Pictures of one class each: a folder per class, a CSV file, a parquet file, or shards (see `shards.py`)."""
+"""Images of one class each: a folder per class, a CSV file, a parquet file, or shards (see `shards.py`)."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from typing import Any
 
 from mobilevit.data.imageset import ImageSet, some
 from mobilevit.data.shards import holds_shards, shard_splits
-from mobilevit.preprocessing import IMAGE_SUFFIXES, Source, find_images
+from mobilevit.errors import MobileViTError
+from mobilevit.imaging.decode import IMAGE_SUFFIXES, Source, find_images
 
 TRAIN_NAMES = ("train", "training")
 VAL_NAMES = ("val", "valid", "validation", "test", "testing")
 
 
 def classification_splits(path: Path) -> dict[str, ImageSet[int]]:
-    """Recognise what lies at `path`: a folder of pictures, a CSV or parquet file, or a folder of train/val parts.
+    """Recognize what lies at `path`: a folder of images, a CSV or parquet file, or a folder of train/val parts.
 
     Folders hold one sub-folder per class. CSV files have columns `path` (relative to the file), `label` and, if you
     like, `split` (train or val). Parquet files have columns `image` (encoded bytes, or a struct with them) and `label`.
@@ -34,7 +35,7 @@ def classification_splits(path: Path) -> dict[str, ImageSet[int]]:
     if path.is_file():
         return _from_file(path)
     train, val = _find_part(path, TRAIN_NAMES), _find_part(path, VAL_NAMES)
-    # Among folders of pictures, one called "train" without folders in it is a class: vehicles.
+    # Among folders of images, one called "train" without folders in it is a class: vehicles.
     if train is None or (val is None and train.is_dir() and not _class_folders(train)):
         return {"all": _from_folder(path)}
     to_train_on = _from_folder(train) if train.is_dir() else _single(_from_file(train))
@@ -52,7 +53,7 @@ def _from_folder(folder: Path) -> ImageSet[int]:
     class_folders = _class_folders(folder)
     if not class_folders:
         loose = "only loose files" if any(folder.iterdir()) else "nothing"
-        raise ValueError(f"{folder}: {loose} in it; put the pictures into one sub-folder per class")
+        raise MobileViTError(f"{folder}: {loose} in it; put the images into one sub-folder per class")
     paths: list[Path] = []
     labels: list[int] = []
     for label, class_folder in enumerate(class_folders):
@@ -61,7 +62,7 @@ def _from_folder(folder: Path) -> ImageSet[int]:
         labels += [label] * len(found)
     if not paths:
         kinds = ", ".join(sorted(IMAGE_SUFFIXES))
-        raise ValueError(f"{folder}: no pictures in its sub-folders; known kinds are {kinds}")
+        raise MobileViTError(f"{folder}: no images in its sub-folders; known kinds are {kinds}")
     return ImageSet(
         task="classification",
         origin=str(folder),
@@ -77,7 +78,7 @@ def _from_file(path: Path) -> dict[str, ImageSet[int]]:
         return _from_csv(path)
     if path.suffix.lower() == ".parquet":
         return {"all": _from_parquet(path)}
-    raise ValueError(f"{path}: not a kind of data; give a folder, a .csv file (path, label) or a .parquet file")
+    raise MobileViTError(f"{path}: not a kind of data; give a folder, a .csv file (path, label) or a .parquet file")
 
 
 def _from_csv(path: Path) -> dict[str, ImageSet[int]]:
@@ -86,15 +87,15 @@ def _from_csv(path: Path) -> dict[str, ImageSet[int]]:
             reader = csv.DictReader(file)
             numbered = [(reader.line_num, row) for row in reader]
     except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{path}: not a CSV file in UTF-8 ({error})") from None
+        raise MobileViTError(f"{path}: not a CSV file in UTF-8 ({error})") from None
     rows = [row for _, row in numbered]
     if not rows:
-        raise ValueError(f"{path}: no rows; a line a picture is needed, under the heading path,label")
+        raise MobileViTError(f"{path}: no rows; a line an image is needed, under the heading path,label")
     if missing := {"path", "label"} - set(rows[0]):
-        raise ValueError(f"{path}: no column {' and '.join(sorted(missing))}; the heading must name path and label")
+        raise MobileViTError(f"{path}: no column {' and '.join(sorted(missing))}; the heading must name path and label")
     for line, row in numbered:
         if not row["path"] or not row["label"]:
-            raise ValueError(f"{path}, line {line}: path or label is empty; fill it in or remove the line")
+            raise MobileViTError(f"{path}, line {line}: path or label is empty; fill it in or remove the line")
     names = [row["path"] for row in rows]
     classes = _sorted_classes({row["label"] for row in rows})
     index_of = {name: index for index, name in enumerate(classes)}
@@ -110,7 +111,7 @@ def _from_csv(path: Path) -> dict[str, ImageSet[int]]:
         return {"all": everything}
     kinds = [(row["split"] or "").lower() for row in rows]
     if unknown := sorted(set(kinds) - {*TRAIN_NAMES, *VAL_NAMES}):
-        raise ValueError(f"{path}: split {some(unknown)} is neither train nor val")
+        raise MobileViTError(f"{path}: split {some(unknown)} is neither train nor val")
     train = [i for i, kind in enumerate(kinds) if kind in TRAIN_NAMES]
     val = [i for i, kind in enumerate(kinds) if kind in VAL_NAMES]
     if not train or not val:
@@ -123,24 +124,26 @@ def _from_parquet(path: Path) -> ImageSet[int]:
         import pyarrow as pa
         import pyarrow.parquet as pq
     except ImportError:
-        raise ValueError(f"{path}: reading parquet needs pyarrow; pip install 'mobilevit[train]'") from None
+        raise MobileViTError(f"{path}: reading parquet needs pyarrow; pip install 'mobilevit[train]'") from None
     try:
         table = pq.read_table(path, memory_map=True)
     except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{path}: damaged or not a parquet file ({str(error).splitlines()[0]})") from None
+        raise MobileViTError(f"{path}: damaged or not a parquet file ({str(error).splitlines()[0]})") from None
     if missing := {"image", "label"} - set(table.column_names):
-        raise ValueError(f"{path}: no column {' and '.join(sorted(missing))}; it needs image (encoded bytes) and label")
+        raise MobileViTError(
+            f"{path}: no column {' and '.join(sorted(missing))}; it needs image (encoded bytes) and label"
+        )
     if not table.num_rows:
-        raise ValueError(f"{path}: no rows")
+        raise MobileViTError(f"{path}: no rows")
     images = table["image"]
     if pa.types.is_struct(images.type) and images.type.get_field_index("bytes") >= 0:
         # The layout of Hugging Face datasets: {bytes, path}.
         images = pa.chunked_array([chunk.field("bytes") for chunk in images.chunks])
     if not any(is_kind(images.type) for is_kind in (pa.types.is_binary, pa.types.is_large_binary)):
-        raise ValueError(f"{path}: column image holds {images.type}; it needs encoded pictures (bytes)")
+        raise MobileViTError(f"{path}: column image holds {images.type}; it needs encoded images (bytes)")
     values = table["label"].to_pylist()
     if None in values:
-        raise ValueError(f"{path}: row {values.index(None)} has no label; fill it in or remove the row")
+        raise MobileViTError(f"{path}: row {values.index(None)} has no label; fill it in or remove the row")
     classes, labels = _parquet_labels(values, _parquet_class_names(table.schema.metadata or {}), path)
     return ImageSet(
         task="classification",
@@ -153,14 +156,14 @@ def _from_parquet(path: Path) -> ImageSet[int]:
 
 
 class _ParquetImages:
-    """Encoded pictures by row; a process it is sent to reads the file itself."""
+    """Encoded images by row; a process it is sent to reads the file itself."""
 
     def __init__(self, path: Path, column: Any) -> None:
         self.path, self.column = path, column
 
     def __call__(self, row: int) -> bytes:
-        picture: bytes = self.column[row].as_py()
-        return picture
+        image: bytes = self.column[row].as_py()
+        return image
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _open_parquet, (self.path,)
@@ -176,7 +179,7 @@ def _parquet_labels(values: list[Any], names: list[str] | None, path: Path) -> t
         index_of = {name: index for index, name in enumerate(classes)}
         return classes, [index_of[str(value)] for value in values]
     if not all(isinstance(value, int) and 0 <= value < len(names) for value in values):
-        raise ValueError(f"{path}: labels outside 0..{len(names) - 1}, for which the file's metadata has names")
+        raise MobileViTError(f"{path}: labels outside 0..{len(names) - 1}, for which the file's metadata has names")
     return tuple(names), values
 
 

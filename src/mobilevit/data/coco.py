@@ -1,4 +1,4 @@
-"""COCO's format for boxes: a `.json` file for all pictures of a part."""
+"""COCO's format for boxes: a `.json` file for all images of a part."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mobilevit.data.boxes import BoxTable, Listing, index_classes, picture_size, relative, sub_folder
+from mobilevit.data.boxes import BoxTable, Listing, image_size, index_classes, relative, sub_folder
 from mobilevit.data.imageset import PARTS, Boxes, ImageSet, find_parts, some
+from mobilevit.errors import MobileViTError
 from mobilevit.progress import Progress
 
 _OTHER_KINDS = ("captions", "person_keypoints", "stuff", "panoptic", "image_info")  # of COCO's own files
@@ -41,7 +42,7 @@ def find_coco(folder: Path) -> list[Path]:
 
 
 def read_coco_file(file: Path) -> dict[str, ImageSet[Boxes]]:
-    """A single file, with its pictures somewhere around it."""
+    """A single file, with its images somewhere around it."""
     inside = file.parent.name.lower() == "annotations"
     return _read({"all": file}, file.parent.parent if inside else file.parent)
 
@@ -58,7 +59,7 @@ def read_coco(folder: Path, files: Sequence[Path]) -> dict[str, ImageSet[Boxes]]
     for same in by_part.values():
         if len(same) > 1:
             names = some([relative(p, folder) for p in same])
-            raise ValueError(f"{folder}: {names} are of the same part; give the path of one of them")
+            raise MobileViTError(f"{folder}: {names} are of the same part; give the path of one of them")
     return _read({part: by_part[part][0] for part in (*PARTS, "all") if part in by_part}, folder)
 
 
@@ -83,7 +84,7 @@ def _read(files: Mapping[str, Path], root: Path) -> dict[str, ImageSet[Boxes]]:
             index_of = {key: classes.index(name) for key, name in categories.items() if name in classes}
             known = f"the categories of {next(iter(files.values()))}"
         place = part if part in PARTS else _part_of(file.stem)
-        numbers = _add_pictures(table, content["images"], file, root, place)
+        numbers = _add_images(table, content["images"], file, root, place)
         _add_boxes(table, content["annotations"], numbers, file)
         del content  # gigabytes, perhaps
         splits[part] = table.image_set(classes, index_of, known)
@@ -94,10 +95,10 @@ def _load(file: Path) -> dict[str, list[_Entry]]:
     try:
         content = json.loads(file.read_bytes())
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file}: not JSON ({error}); write or download it again") from None
+        raise MobileViTError(f"{file}: not JSON ({error}); write or download it again") from None
     lists = [content.get(key) for key in _LISTS] if isinstance(content, dict) else [None]
     if not all(isinstance(entries, list) and all(isinstance(entry, dict) for entry in entries) for entries in lists):
-        raise ValueError(f"{file}: not COCO's format; it needs the lists images, annotations and categories")
+        raise MobileViTError(f"{file}: not COCO's format; it needs the lists images, annotations and categories")
     return {key: content[key] for key in _LISTS}
 
 
@@ -107,28 +108,28 @@ def _categories(content: dict[str, list[_Entry]], table: BoxTable) -> dict[Hasha
         categories = {int(entry["id"]): entry for entry in content["categories"]}
         names: dict[Hashable, str] = {number: str(categories[number]["name"]) for number in sorted(categories)}
     except (KeyError, TypeError, ValueError):
-        raise ValueError(f"{table.origin}: a category without id or name; each needs both") from None
+        raise MobileViTError(f"{table.origin}: a category without id or name; each needs both") from None
     # Roboflow's files begin with the name of the whole as category 0.
     unused = not any(entry.get("category_id") == 0 for entry in content["annotations"])
     topmost = [number for number, entry in categories.items() if entry.get("supercategory") == "none"]
     if len(names) > 1 and unused and topmost == [0]:
         table.report(table.origin, "category that stands for all others", names.pop(0), "not taken as a class")
     if not names:
-        raise ValueError(f"{table.origin}: no categories; list the classes there")
+        raise MobileViTError(f"{table.origin}: no categories; list the classes there")
     return names
 
 
-# -- pictures ---------------------------------------------------------------------------------------------------------
+# -- images ---------------------------------------------------------------------------------------------------------
 
 
-def _add_pictures(table: BoxTable, entries: Sequence[_Entry], file: Path, root: Path, part: str) -> dict[Hashable, int]:
-    """Number of the picture of each id; -1 where it is missing."""
+def _add_images(table: BoxTable, entries: Sequence[_Entry], file: Path, root: Path, part: str) -> dict[Hashable, int]:
+    """Number of the image of each id; -1 where it is missing."""
     named = [e for e in entries if isinstance(e.get("file_name"), str) and isinstance(e.get("id"), int | str)]
     if len(named) < len(entries):
         detail = f"{len(entries) - len(named)} of {len(entries)}"
-        table.report(file, "pictures without id or file_name", detail, "left out")
+        table.report(file, "images without id or file_name", detail, "left out")
     if not named:
-        raise ValueError(f"{file}: lists no pictures")
+        raise MobileViTError(f"{file}: lists no images")
     names = [entry["file_name"].replace("\\", "/") for entry in named]
     listing = Listing()
     place = _place(names, file, root, part, listing)
@@ -137,31 +138,31 @@ def _add_pictures(table: BoxTable, entries: Sequence[_Entry], file: Path, root: 
     with Progress("read annotations", len(named)) as progress:
         for entry, name in zip(named, names, strict=True):
             progress.advance(1)
-            where, picture = f"{file}, image {entry['id']}", place(name)
-            if picture in known:
-                table.report(where, "picture listed twice", name, "its boxes are put together")
-            elif picture not in listing:
-                table.report(where, "annotation for a missing picture", name, "left out")
-            elif size := _size(table, entry, picture):
-                known[picture] = table.add_picture(picture, file, size)
-            numbers[entry["id"]] = known.get(picture, -1)
+            where, image = f"{file}, image {entry['id']}", place(name)
+            if image in known:
+                table.report(where, "image listed twice", name, "its boxes are put together")
+            elif image not in listing:
+                table.report(where, "annotation for a missing image", name, "left out")
+            elif size := _size(table, entry, image):
+                known[image] = table.add_image(image, file, size)
+            numbers[entry["id"]] = known.get(image, -1)
     return numbers
 
 
-def _size(table: BoxTable, entry: _Entry, picture: Path) -> tuple[int, int] | None:
-    """(width, height) as stated, which spares opening the picture, else its own."""
+def _size(table: BoxTable, entry: _Entry, image: Path) -> tuple[int, int] | None:
+    """(width, height) as stated, which spares opening the image, else its own."""
     width, height = entry.get("width"), entry.get("height")
     if isinstance(width, int) and isinstance(height, int) and min(width, height) > 0:
         return width, height
     try:
-        return picture_size(picture)
+        return image_size(image)
     except OSError as error:
-        table.report_unreadable(picture, error)
+        table.report_unreadable(image, error)
         return None
 
 
 def _place(names: Sequence[str], file: Path, root: Path, part: str, listing: Listing) -> Callable[[str], Path]:
-    """From a picture's name in the file to its path: the folder is the one that has most of a few of them."""
+    """From an image's name in the file to its path: the folder is the one that has most of a few of them."""
     year = re.search(r"(?:train|val|test)\d+$", file.stem)
     folders = [*([year.group()] if year else []), *PARTS.get(part, ()), ""]
     bases = [file.parent]
@@ -172,7 +173,7 @@ def _place(names: Sequence[str], file: Path, root: Path, part: str, listing: Lis
     ways = [partial(way, base) for base in dict.fromkeys(bases) for way in (_whole_name, _last_name)]
     found = [sum(way(name) in listing for name in probe) for way in ways]
     if not any(found):
-        raise ValueError(f"{file}: none of its pictures found, such as {names[0]}; put them into {root / 'images'}")
+        raise MobileViTError(f"{file}: none of its images found, such as {names[0]}; put them into {root / 'images'}")
     return ways[found.index(max(found))]
 
 
@@ -202,7 +203,7 @@ def _add_boxes(table: BoxTable, entries: Sequence[_Entry], numbers: Mapping[Hash
             continue
         if owner is None:
             where = f"{file}, annotation {entry.get('id')}"
-            table.report(where, "annotation for a picture that is not listed", f"image {entry['image_id']}", "left out")
+            table.report(where, "annotation for an image that is not listed", f"image {entry['image_id']}", "left out")
         elif owner >= 0:
             box = (x, y, x + width, y + height)
             table.add_box(owner, entry.get("id", 0), label, box, bool(entry.get("iscrowd")), area)

@@ -7,12 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from mobilevit.card import Task
 from mobilevit.data.classification import classification_splits
 from mobilevit.data.detection import detection_splits, has_boxes
 from mobilevit.data.imageset import ImageSet, check_classes, split
 from mobilevit.data.segmentation import has_masks, segmentation_splits
 from mobilevit.data.shards import holds_shards, is_elsewhere_or_pattern, shard_splits
-from mobilevit.models.card import Task
+from mobilevit.errors import MobileViTError
 
 _READERS: dict[Task, Callable[[Path], dict[str, ImageSet[Any]]]] = {
     "classification": classification_splits,
@@ -22,13 +23,13 @@ _READERS: dict[Task, Callable[[Path], dict[str, ImageSet[Any]]]] = {
 
 
 def find_splits(path: str | os.PathLike[str], task: Task | None = None) -> dict[str, ImageSet[Any]]:
-    """Recognise what lies at `path` and read it: labels at once, pictures and masks when they are asked for.
+    """Recognize what lies at `path` and read it: labels at once, images and masks when they are asked for.
 
     The layouts of each task are those of `classification_splits`, `detection_splits` and `segmentation_splits`.
 
     Args:
         path: a folder or file; of shards, also a pattern or URL.
-        task: None recognises it by the layout.
+        task: None recognizes it by the layout.
 
     Returns:
         {"train": ..., "val": ..., "test": ...}, as far as the data are divided, else {"all": ...}.
@@ -38,16 +39,16 @@ def find_splits(path: str | os.PathLike[str], task: Task | None = None) -> dict[
     """
     if is_elsewhere_or_pattern(path):
         if task not in (None, "classification"):
-            raise ValueError(f"{path}: shards are for classification; --task {task} takes local folders")
+            raise MobileViTError(f"{path}: shards are for classification; --task {task} takes local folders")
         return shard_splits(path)
     path = Path(path)
     if not path.exists():
-        raise ValueError(f"{path}: no such file or folder; --data takes a folder per class, or boxes or masks")
-    return _READERS[task or recognise_task(path)](path)
+        raise MobileViTError(f"{path}: no such file or folder; --data takes a folder per class, or boxes or masks")
+    return _READERS[task or recognize_task(path)](path)
 
 
-def recognise_task(path: Path) -> Task:
-    """The task that the files at `path` are labelled for.
+def recognize_task(path: Path) -> Task:
+    """The task that the files at `path` are labeled for.
 
     Raises:
         ValueError: boxes and masks alike.
@@ -56,7 +57,7 @@ def recognise_task(path: Path) -> Task:
         return "classification"
     boxes, masks = has_boxes(path), has_masks(path)
     if boxes and masks:
-        raise ValueError(f"{path}: has both boxes and masks; choose with --task detection or --task segmentation")
+        raise MobileViTError(f"{path}: has both boxes and masks; choose with --task detection or --task segmentation")
     if boxes:
         return "detection"
     return "segmentation" if masks else "classification"
@@ -77,7 +78,7 @@ def load_train_val(
     """
     splits = find_splits(path, task)
     if "all" not in splits and "train" not in splits:
-        raise ValueError(f"{path}: holds {' and '.join(splits)}, but nothing to train on; add a train part")
+        raise MobileViTError(f"{path}: holds {' and '.join(splits)}, but nothing to train on; add a train part")
     if val_path is not None:
         train = splits.get("train") or splits["all"]
         other = find_splits(val_path, train.task)

@@ -1,4 +1,4 @@
-"""Pictures with boxes around objects. The formats are in `voc`, `coco` and `yolo`, what they share in `boxes`."""
+"""Images with boxes around objects. The formats are in `voc`, `coco` and `yolo`, what they share in `boxes`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from mobilevit.data.coco import find_coco, looks_like_coco, read_coco, read_coco
 from mobilevit.data.imageset import Boxes, ImageSet, some
 from mobilevit.data.voc import find_voc, read_voc
 from mobilevit.data.yolo import find_yolo, find_yolo_yaml, looks_like_yolo_yaml, read_yolo, read_yolo_yaml
+from mobilevit.errors import MobileViTError
 
 _LAYOUTS = (
     "Pascal VOC (Annotations/*.xml, JPEGImages/), COCO (annotations/*.json, images/) or YOLO (data.yaml, or images/, "
@@ -26,9 +27,9 @@ def has_boxes(path: Path) -> bool:
 
 
 def detection_splits(path: Path) -> dict[str, ImageSet[Boxes]]:
-    """Recognise and read boxes in one of three layouts, given as a folder, a COCO `.json` or a YOLO `.yaml`.
+    """Recognize and read boxes in one of three layouts, given as a folder, a COCO `.json` or a YOLO `.yaml`.
 
-    - Pascal VOC: a folder of `.xml` files (`Annotations`) and one of pictures (`JPEGImages`, `images`), or both in
+    - Pascal VOC: a folder of `.xml` files (`Annotations`) and one of images (`JPEGImages`, `images`), or both in
       one folder; divided by `ImageSets/Main/{train,val,test}.txt` or by sub-folders. Coordinates are taken as they
       are: the original VOC counts pixels from 1, most tools that write the format from 0. Classes are sorted by
       name. Objects marked `difficult` become crowd.
@@ -43,12 +44,12 @@ def detection_splits(path: Path) -> dict[str, ImageSet[Boxes]]:
         {"train": ..., "val": ..., "test": ...}, as far as the data are divided, else {"all": ...}.
 
     Raises:
-        ValueError: none of these layouts, no picture, no usable box, or a part that names nothing that exists.
+        ValueError: none of these layouts, no image, no usable box, or a part that names nothing that exists.
     """
     splits = _read_file(path) if path.is_file() else _read_folder(path)
     if not any(boxes.labels.size for data in splits.values() for boxes in data.targets):
         first = next((f"; first trouble: {problem}" for data in splits.values() for problem in data.problems), "")
-        raise ValueError(f"{path}: {sum(map(len, splits.values()))} pictures, but not one usable box{first}")
+        raise MobileViTError(f"{path}: {sum(map(len, splits.values()))} images, but not one usable box{first}")
     return splits if len(splits) > 1 else {"all": next(iter(splits.values()))}
 
 
@@ -57,7 +58,7 @@ def _read_file(path: Path) -> dict[str, ImageSet[Boxes]]:
         return read_coco_file(path)
     if path.suffix.lower() in (".yaml", ".yml"):
         return read_yolo_yaml(path)
-    raise ValueError(f"{path}: not a file with boxes; give a folder, a COCO .json or a YOLO .yaml")
+    raise MobileViTError(f"{path}: not a file with boxes; give a folder, a COCO .json or a YOLO .yaml")
 
 
 def _read_folder(path: Path) -> dict[str, ImageSet[Boxes]]:
@@ -72,9 +73,9 @@ def _read_folder(path: Path) -> dict[str, ImageSet[Boxes]]:
         return read_voc(folders[0])
     if parts := find_yolo(path):
         return read_yolo(path, parts)
-    raise ValueError(f"{path}: no boxes found; the layouts are {_LAYOUTS}")
+    raise MobileViTError(f"{path}: no boxes found; the layouts are {_LAYOUTS}")
 
 
 def _refuse_several(path: Path, names: Sequence[str]) -> None:
     if len(names) > 1:
-        raise ValueError(f"{path}: holds {some(names)}; give the path of one of them")
+        raise MobileViTError(f"{path}: holds {some(names)}; give the path of one of them")

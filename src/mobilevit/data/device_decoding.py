@@ -1,6 +1,6 @@
 """JPEGs decoded, cropped and resized where the model is: for GPUs that few cores cannot feed.
 
-Reading processes then only read, and draw crop and flip; the compressed pictures travel to the training process.
+Reading processes then only read, and draw crop and flip; the compressed images travel to the training process.
 """
 
 from __future__ import annotations
@@ -17,14 +17,16 @@ from torch import Tensor, nn
 from torchvision.io import ImageReadMode, decode_jpeg
 
 from mobilevit.data.transforms import random_crop
-from mobilevit.preprocessing import EncodedImage, ImageError, Preprocessing, Source, open_image
+from mobilevit.errors import ImageError, MobileViTError
+from mobilevit.imaging.decode import EncodedImage, Source, open_image
+from mobilevit.imaging.preprocessing import Preprocessing
 
 MOST_AT_ONCE = 16
-"""How many times smaller one antialiased resize may make a picture; the kernel for GPUs ends with an error near 47."""
+"""How many times smaller one antialiased resize may make an image; the kernel for GPUs ends with an error near 47."""
 
 
 class EncodedCrop(NamedTuple):
-    """A picture that is still to be decoded, and what is to be shown of it."""
+    """An image that is still to be decoded, and what is to be shown of it."""
 
     name: str
     """For errors."""
@@ -45,15 +47,15 @@ class EncodedCropTransform:
     preprocessing: Preprocessing
     """Size."""
     min_crop_area: float
-    """Smallest share of the picture's area a crop may have."""
+    """Smallest share of the image's area a crop may have."""
     flip: bool = True
-    """Mirror half of the pictures."""
+    """Mirror half of the images."""
 
     def __call__(
-        self, picture: Source | EncodedImage, label: int, size: tuple[int, int] | None = None
+        self, image: Source | EncodedImage, label: int, size: tuple[int, int] | None = None
     ) -> tuple[EncodedCrop, int]:
         """`size` is (height, width), where it is not that of the preprocessing."""
-        encoded = open_image(picture)
+        encoded = open_image(image)
         crop = random_crop(encoded.size, self.min_crop_area)
         flip = self.flip and bool(torch.rand(()) < 0.5)
         data: bytes | Tensor = encoded.plain_jpeg if encoded.plain_jpeg is not None else encoded.pixels()
@@ -65,7 +67,7 @@ def decode_crops(crops: Sequence[EncodedCrop], device: torch.device) -> tuple[Te
 
     Returns:
         uint8 (B, 3, height, width), channels-last in memory; the places in `crops` of those B; and a line for each
-        picture that cannot be decoded.
+        image that cannot be decoded.
     """
     shown, places, errors = [], [], []
     for place, (crop, pixels) in enumerate(zip(crops, _decoded(crops, device), strict=True)):
@@ -95,13 +97,13 @@ def require_decoder(device: torch.device) -> None:
     """
     if device.type != "cuda":
         return
-    grey = io.BytesIO()
-    Image.new("RGB", (64, 64), "grey").save(grey, "JPEG")
+    gray = io.BytesIO()
+    Image.new("RGB", (64, 64), "gray").save(gray, "JPEG")
     try:
-        _decode([torch.frombuffer(bytearray(grey.getvalue()), dtype=torch.uint8)], device)
+        _decode([torch.frombuffer(bytearray(gray.getvalue()), dtype=torch.uint8)], device)
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"--decode device: this GPU cannot decode JPEGs ({reason}); use --decode cpu") from None
+        raise MobileViTError(f"--decode device: this GPU cannot decode JPEGs ({reason}); use --decode cpu") from None
 
 
 def _decode(files: list[Tensor], device: torch.device) -> list[Tensor]:

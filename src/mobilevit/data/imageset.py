@@ -1,4 +1,4 @@
-"""Pictures with what is known of them, as one simple thing for all tasks: an `ImageSet`."""
+"""Images with what is known of them, as one simple thing for all tasks: an `ImageSet`."""
 
 from __future__ import annotations
 
@@ -15,17 +15,18 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from mobilevit.models.card import Task
+from mobilevit.card import Task
+from mobilevit.errors import ImageError, MobileViTError
+from mobilevit.imaging.decode import Source
 from mobilevit.models.deeplabv3 import IGNORE
-from mobilevit.preprocessing import ImageError, Source
 
 
 @dataclass(frozen=True, kw_only=True)
 class Boxes:
-    """The objects of one picture; none at all is fine."""
+    """The objects of one image; none at all is fine."""
 
     xyxy: NDArray[np.float32]
-    """(N, 4): left, top, right, bottom in pixels of the upright picture."""
+    """(N, 4): left, top, right, bottom in pixels of the upright image."""
     labels: NDArray[np.int64]
     """(N,): index into the classes."""
     crowd: NDArray[np.bool_]
@@ -54,7 +55,7 @@ class Boxes:
 
 @dataclass(frozen=True, kw_only=True)
 class Mask:
-    """A label map in a file: a grey or palette picture whose values are class numbers."""
+    """A label map in a file: a gray or palette image whose values are class numbers."""
 
     path: Path
     class_of: bytes
@@ -73,13 +74,13 @@ def read_label_map(path: Path) -> NDArray[np.uint8]:
     """The raw values of a mask file. Shape: uint8 (H, W).
 
     Raises:
-        ImageError: missing, unreadable, in colour, or with values above 255.
+        ImageError: missing, unreadable, in color, or with values above 255.
     """
     try:
         with Image.open(path, formats=("PNG", "BMP", "TIFF", "GIF")) as image:
             if image.mode not in ("L", "P", "1", "I", "I;16"):
                 raise ImageError(
-                    f"{path}: a mask in {image.mode}; save it as a grey or palette PNG whose values are class numbers"
+                    f"{path}: a mask in {image.mode}; save it as a gray or palette PNG whose values are class numbers"
                 )
             values = np.asarray(image)
     except ImageError:
@@ -116,33 +117,33 @@ Target = TypeVar("Target", int, Boxes, Mask)
 
 @dataclass(frozen=True, kw_only=True)
 class ImageSet(Generic[Target]):
-    """Pictures that are opened by number, and what is known of each."""
+    """Images that are opened by number, and what is known of each."""
 
     task: Task
     """Which of the three sorts of target."""
     origin: str
     """Where they come from, for messages."""
     names: Sequence[str]
-    """What to call each picture: a path relative to the origin, or a row."""
+    """What to call each image: a path relative to the origin, or a row."""
     targets: Sequence[Target]
-    """One a picture. Classification: index into `classes`; detection: `Boxes`; segmentation: `Mask`."""
+    """One an image. Classification: index into `classes`; detection: `Boxes`; segmentation: `Mask`."""
     classes: tuple[str, ...]
     """Class names."""
     open: Callable[[int], Source]
-    """Number of a picture -> what `read_image` takes. Can be pickled, for reading processes that are not forked."""
+    """Number of an image -> what `read_image` takes. Can be pickled, for reading processes that are not forked."""
     problems: tuple[Problem, ...] = field(default=(), repr=False)
     """What was found wrong in the annotations while reading them."""
     sizes: Sequence[tuple[int, int]] | None = field(default=None, repr=False)
-    """(width, height) of each picture, where the annotations or the reader know it; to be compared with the file."""
+    """(width, height) of each image, where the annotations or the reader know it; to be compared with the file."""
     shards: Sequence[range] | None = field(default=None, repr=False)
-    """Consecutive numbers of pictures that lie in one file, where reading one makes the others cheap; samplers shuffle
-    with that in mind. Every picture is in one of them."""
+    """Consecutive numbers of images that lie in one file, where reading one makes the others cheap; samplers shuffle
+    with that in mind. Every image is in one of them."""
 
     def __len__(self) -> int:
         return len(self.names)
 
     def subset(self, indices: Sequence[int]) -> ImageSet[Target]:
-        """The pictures at `indices`, in that order."""
+        """The images at `indices`, in that order."""
         return replace(
             self,
             names=[self.names[i] for i in indices],
@@ -168,7 +169,7 @@ class ImageSet(Generic[Target]):
         return self.classes[target]
 
     def class_counts(self) -> list[int]:
-        """Pictures (classification) or objects (detection) of each class; masks are not opened for this."""
+        """Images (classification) or objects (detection) of each class; masks are not opened for this."""
         counts: Counter[int] = Counter()
         for target in self.targets:
             if isinstance(target, Boxes):
@@ -178,7 +179,7 @@ class ImageSet(Generic[Target]):
         return [counts[index] for index in range(len(self.classes))]
 
     def relabel(self, classes: tuple[str, ...]) -> ImageSet[Target]:
-        """The same pictures, labelled in the order of a model's `classes`.
+        """The same images, labeled in the order of a model's `classes`.
 
         Raises:
             ValueError: a class the model does not know.
@@ -189,7 +190,7 @@ class ImageSet(Generic[Target]):
         used = [self.task == "segmentation" or count > 0 for count in counts]
         unknown = [name for name, is_used in zip(self.classes, used, strict=True) if is_used and name not in classes]
         if unknown:
-            raise ValueError(
+            raise MobileViTError(
                 f"{self.origin}: the checkpoint does not know {some(unknown)}; its classes are {some(classes)}. "
                 "Rename the classes of the data or choose another checkpoint"
             )
@@ -214,44 +215,44 @@ def _relabel(target: int | Boxes | Mask, new: NDArray[np.int64]) -> int | Boxes 
 
 
 def check_classes(data: ImageSet[Any]) -> None:
-    """Refuse data that nothing can be learnt from.
+    """Refuse data that nothing can be learned from.
 
     Raises:
-        ValueError: no picture or object of some class, or too few classes.
+        ValueError: no image or object of some class, or too few classes.
     """
     if data.task == "segmentation":
         if len(data.classes) < 2:
-            raise ValueError(f"{data.origin}: only one class ({data.classes[0]}); segmentation needs two or more")
+            raise MobileViTError(f"{data.origin}: only one class ({data.classes[0]}); segmentation needs two or more")
         if len(data.classes) > IGNORE:
-            raise ValueError(f"{data.origin}: {len(data.classes)} classes; masks of bytes have room for {IGNORE}")
+            raise MobileViTError(f"{data.origin}: {len(data.classes)} classes; masks of bytes have room for {IGNORE}")
         return
-    what = "pictures" if data.task == "classification" else "objects"
+    what = "images" if data.task == "classification" else "objects"
     empty = [name for name, count in zip(data.classes, data.class_counts(), strict=True) if not count]
     if empty and (data.task == "classification" or len(empty) == len(data.classes)):
-        raise ValueError(f"{data.origin}: no {what} of {some(empty)}; add some or remove the class")
+        raise MobileViTError(f"{data.origin}: no {what} of {some(empty)}; add some or remove the class")
     if data.task == "classification" and len(data.classes) < 2:
-        raise ValueError(
+        raise MobileViTError(
             f"{data.origin}: only one class ({data.classes[0]}); a classifier needs two or more, one sub-folder each"
         )
 
 
 def split(data: ImageSet[Target], *, val_fraction: float, seed: int) -> tuple[ImageSet[Target], ImageSet[Target]]:
-    """Hold out `val_fraction` of the pictures; the same for the same names and seed.
+    """Hold out `val_fraction` of the images; the same for the same names and seed.
 
-    Classification: of every class, at least one picture. Detection: of the pictures with each rarest class, so that
+    Classification: of every class, at least one image. Detection: of the images with each rarest class, so that
     rare classes are in both parts. Segmentation: of all.
 
     Raises:
-        ValueError: a single picture of a class, or in all.
+        ValueError: a single image of a class, or in all.
     """
     train: list[int] = []
     val: list[int] = []
     for name, numbers in _strata(data):
         if len(numbers) < 2 and (data.task == "classification" or len(data) < 2):
             whose = f"class {name} has" if data.task == "classification" else "there is"
-            raise ValueError(
-                f"{data.origin}: {whose} only one picture; two are needed, one to train on and "
-                "one to validate on. Add pictures, or give --val-data"
+            raise MobileViTError(
+                f"{data.origin}: {whose} only one image; two are needed, one to train on and "
+                "one to validate on. Add images, or give --val-data"
             )
         # Seeded by the class's name, so that adding a class leaves the others' division as it was.
         random.Random(f"{seed}/{name}").shuffle(numbers)
@@ -262,7 +263,7 @@ def split(data: ImageSet[Target], *, val_fraction: float, seed: int) -> tuple[Im
 
 
 def _strata(data: ImageSet[Any]) -> list[tuple[str, list[int]]]:
-    """Numbers of the pictures, in order of their names, grouped by what decides their class."""
+    """Numbers of the images, in order of their names, grouped by what decides their class."""
     counts = data.class_counts()
     groups: dict[int, list[int]] = {}
     for number in sorted(range(len(data)), key=lambda i: data.names[i]):
@@ -290,9 +291,9 @@ def find_parts(folder: Path) -> dict[str, Path]:
 
 
 def read_lists(folder: Path) -> dict[str, tuple[Path, list[str]]]:
-    """Which pictures belong to which part, from `train.txt`, `val.txt` and `test.txt`: a name without suffix a line.
+    """Which images belong to which part, from `train.txt`, `val.txt` and `test.txt`: a name without suffix a line.
 
-    `trainaug.txt`, which adds SBD's pictures to VOC's, comes before `train.txt`; without either, `trainval.txt` is the
+    `trainaug.txt`, which adds SBD's images to VOC's, comes before `train.txt`; without either, `trainval.txt` is the
     training part. What is also in `val.txt` is not trained on.
     """
     found = {}

@@ -17,7 +17,8 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from mobilevit.data.device_decoding import EncodedCrop, decode_crops
 from mobilevit.data.imageset import ImageSet
 from mobilevit.data.samplers import EpochSampler, Key, OrderedSampler, Segment, SizedBatch, Step
-from mobilevit.preprocessing import ImageError, open_image
+from mobilevit.errors import ImageError
+from mobilevit.imaging.decode import open_image
 
 Transform = Callable[..., tuple[Tensor | EncodedCrop, Any]]
 """What `open_image` has opened, its target and, where steps differ in size, (H, W) -> uint8 (3, H, W) or what the
@@ -26,18 +27,18 @@ device is to decode, and what the batch is to hold of the target."""
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """Pictures that could be read, and word of those that could not."""
+    """Images that could be read, and word of those that could not."""
 
     images: Tensor
     """uint8 (B, 3, H, W), channels-last in memory."""
     targets: Any
-    """Of each picture: what the loader's `collate` makes of them; a tensor, a named tuple of tensors, or a list."""
+    """Of each image: what the loader's `collate` makes of them; a tensor, a named tuple of tensors, or a list."""
     indices: list[int]
-    """Position of each picture in its `ImageSet`."""
+    """Position of each image in its `ImageSet`."""
     errors: list[str]
-    """One line for each picture left out."""
+    """One line for each image left out."""
     crops: Sequence[EncodedCrop] = ()
-    """Instead of `images`, where the device decodes: pictures that `to` makes images of."""
+    """Instead of `images`, where the device decodes: images that `to` makes images of."""
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -76,7 +77,7 @@ def _map_tensors(targets: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 
 def ahead_on(device: torch.device, batches: Iterable[Batch]) -> Iterator[Batch]:
-    """The batches on a device; on a GPU, each is copied while the one before is learnt from."""
+    """The batches on a device; on a GPU, each is copied while the one before is learned from."""
     if device.type != "cuda":
         for batch in batches:
             yield batch.to(device)
@@ -105,10 +106,10 @@ def _arrived(batch: Batch, copied: torch.cuda.Event, device: torch.device) -> Ba
 
 
 _Item = tuple[int, Tensor | EncodedCrop | str, Any]
-"""Number of a picture; pixels, what is to be decoded, or why there is neither; target."""
+"""Number of an image; pixels, what is to be decoded, or why there is neither; target."""
 
 
-class _Pictures(Dataset[_Item]):
+class _Images(Dataset[_Item]):
     """Items are asked for with their seed, so that a worker process has no random state worth keeping."""
 
     def __init__(self, data: ImageSet[Any], transform: Transform) -> None:
@@ -130,13 +131,13 @@ class BatchLoader:
     """Batches of one `ImageSet`, epoch by epoch.
 
     Args:
-        data: the pictures.
-        transform: of every picture and its target.
+        data: the images.
+        transform: of every image and its target.
         collate: makes one thing of the targets of a batch.
-        batch_size: pictures in a batch.
+        batch_size: images in a batch.
         num_workers: processes that read and transform; 0 does it in this one.
         shuffle_seed: None keeps the order; a number shuffles, differently each epoch.
-        sizes: where steps differ in picture size, these with their batches instead of `batch_size`; the transform is
+        sizes: where steps differ in image size, these with their batches instead of `batch_size`; the transform is
             then given the size as a third argument. For a shuffled order.
         pin_memory: for a GPU.
         shard: (i, n): the share of the ith of n processes.
@@ -169,9 +170,9 @@ class BatchLoader:
                 rank=rank,
                 world_size=world_size,
             )
-        num_workers = min(num_workers, len(self._sampler))  # 0 also for a share without pictures
+        num_workers = min(num_workers, len(self._sampler))  # 0 also for a share without images
         self._loader = DataLoader(
-            _Pictures(data, transform),
+            _Images(data, transform),
             batch_sampler=self._sampler,
             collate_fn=partial(_collate, collate),
             num_workers=num_workers,
@@ -187,11 +188,11 @@ class BatchLoader:
 
     @property
     def num_images(self) -> int:
-        """Pictures in one epoch, of all processes where the order is shuffled."""
+        """Images in one epoch, of all processes where the order is shuffled."""
         return len(self._sampler.numbers) if isinstance(self._sampler, OrderedSampler) else self._sampler.count
 
     def epoch(self) -> Iterator[Batch]:
-        """All pictures in their order, or, shuffled, those of the epoch that was started last."""
+        """All images in their order, or, shuffled, those of the epoch that was started last."""
         # A loader draws a base seed for its workers from the global generator; ours have no use for it, and the
         # caller's random numbers must not depend on how often loaders were started.
         with torch.random.fork_rng(devices=[]):
@@ -205,31 +206,31 @@ class BatchLoader:
 
 
 def _collate(collate: Callable[[Sequence[Any]], Any], items: Sequence[_Item]) -> Batch:
-    good = [(index, picture, target) for index, picture, target in items if not isinstance(picture, str)]
-    pixels = [picture for _, picture, _ in good if isinstance(picture, Tensor)]
+    good = [(index, image, target) for index, image, target in items if not isinstance(image, str)]
+    pixels = [image for _, image, _ in good if isinstance(image, Tensor)]
     images = _stacked(pixels) if pixels else torch.empty(0, 1, 1, 3, dtype=torch.uint8)
     return Batch(
         images=images.permute(0, 3, 1, 2),
         targets=collate([target for _, _, target in good]) if good else None,
         indices=[index for index, _, _ in good],
-        errors=[picture for _, picture, _ in items if isinstance(picture, str)],
-        crops=[picture for _, picture, _ in good if not isinstance(picture, Tensor)],
+        errors=[image for _, image, _ in items if isinstance(image, str)],
+        crops=[image for _, image, _ in good if not isinstance(image, Tensor)],
     )
 
 
-def _stacked(pictures: Sequence[Tensor]) -> Tensor:
+def _stacked(tensors: Sequence[Tensor]) -> Tensor:
     """uint8 (3, H, W) each -> (B, H, W, 3): pixels are copied once, in the order they lie.
 
     In a reading process, straight into the memory that it shares with the training process.
     """
-    _, height, width = pictures[0].shape
-    shape = (len(pictures), height, width, 3)
+    _, height, width = tensors[0].shape
+    shape = (len(tensors), height, width, 3)
     if get_worker_info() is None:
         images = torch.empty(shape, dtype=torch.uint8)
     else:
         storage = torch.UntypedStorage._new_shared(math.prod(shape))  # type: ignore[no-untyped-call]
         images = torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)
-    return torch.stack([pixels.permute(1, 2, 0) for pixels in pictures], out=images)
+    return torch.stack([pixels.permute(1, 2, 0) for pixels in tensors], out=images)
 
 
 def _start_worker(_: int) -> None:

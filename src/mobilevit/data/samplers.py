@@ -1,10 +1,10 @@
-"""Which pictures a process reads in each step of an epoch, and at what size.
+"""Which images a process reads in each step of an epoch, and at what size.
 
 Everything follows from a seed, the epoch and the position in it, so that all processes agree without talking to each
 other, and a run that is resumed reads what an uninterrupted one would have read.
 
-An epoch is one shuffled sequence of all pictures. It is cut into as many equal parts as there are processes; step by
-step, each reads its own part from front to back. Steps differ in picture size and so in how many pictures they take.
+An epoch is one shuffled sequence of all images. It is cut into as many equal parts as there are processes; step by
+step, each reads its own part from front to back. Steps differ in image size and so in how many images they take.
 """
 
 from __future__ import annotations
@@ -16,21 +16,23 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
+from mobilevit.errors import MobileViTError
+
 Size = tuple[int, int]
 """(height, width)"""
 Key = tuple[int, int, Size | None]
-"""Number of a picture, the seed of its augmentation, and the size to show it at; None: the transform's own."""
+"""Number of an image, the seed of its augmentation, and the size to show it at; None: the transform's own."""
 
 MULTI_SCALE_SIDES = (160, 192, 256, 288, 320)
-"""Of square pictures, for a base of 256 (arXiv:2110.02178, section 3.2)."""
+"""Of square images, for a base of 256 (arXiv:2110.02178, section 3.2)."""
 
 SHARDS_AT_ONCE = 16
-"""Files whose pictures are mixed: few enough to keep at hand, enough to make neighbours strangers."""
+"""Files whose images are mixed: few enough to keep at hand, enough to make neighbors strangers."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SizedBatch:
-    """A size that steps may have, and how many pictures of it one process takes."""
+    """A size that steps may have, and how many images of it one process takes."""
 
     size: Size | None
     batch_size: int
@@ -42,7 +44,7 @@ class Step:
 
     size: Size | None
     start: int
-    """Pictures of the epoch's sequence (or of what was left of it) that are done before, over all processes."""
+    """Images of the epoch's sequence (or of what was left of it) that are done before, over all processes."""
     stop: int
     """And after."""
 
@@ -56,15 +58,15 @@ def multi_scale_sizes(base: Size) -> tuple[Size, ...]:
 def level_batches(
     base: Size, batch_size: int, sizes: Sequence[Size], *, never_below: bool = False, most: int | None = None
 ) -> tuple[SizedBatch, ...]:
-    """Batches of about equal cost: height x width x pictures is what it is at the base (arXiv:2110.02178, equation 3).
+    """Batches of about equal cost: height x width x images is what it is at the base (arXiv:2110.02178, equation 3).
 
     Args:
-        base: (height, width) at which `batch_size` pictures are a batch.
+        base: (height, width) at which `batch_size` images are a batch.
         batch_size: of one process.
         sizes: to be drawn from, each as often as the others.
-        never_below: take as many pictures above the base as at it, which the paper does not, but the code published
+        never_below: take as many images above the base as at it, which the paper does not, but the code published
             with it (v0.1); costs memory.
-        most: pictures in a batch, whatever their size.
+        most: images in a batch, whatever their size.
     """
     batches = []
     for height, width in sizes:
@@ -81,9 +83,9 @@ def relative_updates(batches: Sequence[SizedBatch], batch_size: int) -> float:
 
 
 def plan_steps(count: int, batches: Sequence[SizedBatch], world_size: int, generator: torch.Generator) -> list[Step]:
-    """Steps through `count` pictures, each once; sizes are drawn anew for each step, one for all processes.
+    """Steps through `count` images, each once; sizes are drawn anew for each step, one for all processes.
 
-    What would be left for a step with fewer than two pictures for every process joins the step before.
+    What would be left for a step with fewer than two images for every process joins the step before.
     """
     steps = []
     start = 0
@@ -114,7 +116,7 @@ def shuffled(count: int, shards: Sequence[range] | None, generator: torch.Genera
 def part_of(sequence: Tensor, rank: int, world_size: int, start: int, stop: int) -> Tensor:
     """What one process reads of a sequence while all together go from `start` to `stop`; of each step an equal share.
 
-    Where pictures do not divide evenly, first processes have one more.
+    Where images do not divide evenly, first processes have one more.
     """
     count = len(sequence)
     first = rank * (count // world_size) + min(rank, count % world_size)
@@ -126,19 +128,19 @@ def part_of(sequence: Tensor, rank: int, world_size: int, start: int, stop: int)
 
 
 def rest_of(sequence: Tensor, world_size: int, done: int) -> Tensor:
-    """What nobody has read yet after `done` pictures in all, by that many processes."""
+    """What nobody has read yet after `done` images in all, by that many processes."""
     return torch.cat([part_of(sequence, rank, world_size, done, len(sequence)) for rank in range(world_size)])
 
 
 Segment = tuple[int, int]
-"""A part of an epoch that ended because the number of processes changed: their number, and pictures done."""
+"""A part of an epoch that ended because the number of processes changed: their number, and images done."""
 
 
 class EpochSampler(Sampler[list[Key]]):
-    """The batches of one process, epoch by epoch: every picture once, whatever the number of processes.
+    """The batches of one process, epoch by epoch: every image once, whatever the number of processes.
 
     Args:
-        count: pictures in the data.
+        count: images in the data.
         batches: what sizes there are.
         seed: decides order, sizes and the seeds of augmentation.
         shards: see `ImageSet.shards`.
@@ -146,7 +148,7 @@ class EpochSampler(Sampler[list[Key]]):
         world_size: processes in all.
 
     Raises:
-        ValueError: too few pictures for so many processes.
+        ValueError: too few images for so many processes.
     """
 
     def __init__(
@@ -160,8 +162,8 @@ class EpochSampler(Sampler[list[Key]]):
         world_size: int = 1,
     ) -> None:
         if world_size > 1 and count < 2 * world_size:
-            raise ValueError(
-                f"{count} pictures are too few for {world_size} processes, each of which needs 2 or more; use fewer"
+            raise MobileViTError(
+                f"{count} images are too few for {world_size} processes, each of which needs 2 or more; use fewer"
             )
         self.count, self.batches, self.seed, self.shards = count, batches, seed, shards
         self.rank, self.world_size = rank, world_size
@@ -171,7 +173,7 @@ class EpochSampler(Sampler[list[Key]]):
         """Make iteration begin there; returns the steps of the epoch, or of what is left of it after `segments`."""
         generator = torch.Generator().manual_seed((self.seed << 20) + epoch)
         sequence = shuffled(self.count, self.shards, generator)
-        self._seeds = torch.randint(2**62, (self.count,), generator=generator)  # by picture
+        self._seeds = torch.randint(2**62, (self.count,), generator=generator)  # by image
         for world_size, done in segments:
             sequence = rest_of(sequence, world_size, done)
         self._sequence, self._first_step = sequence, first_step
@@ -189,7 +191,7 @@ class EpochSampler(Sampler[list[Key]]):
 
 
 class OrderedSampler(Sampler[list[Key]]):
-    """Every `world_size`th picture from the `rank`th on, in their order."""
+    """Every `world_size`th image from the `rank`th on, in their order."""
 
     def __init__(self, count: int, batch_size: int, *, rank: int = 0, world_size: int = 1) -> None:
         self.numbers = range(rank, count, world_size)

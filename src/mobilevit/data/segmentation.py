@@ -1,4 +1,4 @@
-"""Pictures with a class for every pixel: a folder of pictures and one of masks, or Pascal VOC."""
+"""Images with a class for every pixel: a folder of images and one of masks, or Pascal VOC."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mobilevit.data.imageset import ImageSet, Mask, Problem, find_parts, read_label_map, read_lists, some
+from mobilevit.errors import ImageError, MobileViTError
+from mobilevit.imaging.decode import find_images
 from mobilevit.models.deeplabv3 import IGNORE
-from mobilevit.preprocessing import ImageError, find_images
 from mobilevit.progress import Progress
 from mobilevit.weights.pretrained import VOC_CLASSES
 
 _IMAGE_FOLDERS = ("images", "jpegimages", "image", "imgs", "img")
 _MASK_FOLDERS = ("masks", "mask", "annotations", "labels")
 _MASK_SUFFIXES = (".gif", ".tiff", ".tif", ".bmp", ".png")  # the last one that a name has is taken
-_LAYOUTS = "images/ and masks/ (PNG, called as the pictures), or Pascal VOC (JPEGImages/, SegmentationClass/)"
+_LAYOUTS = "images/ and masks/ (PNG, called as the images), or Pascal VOC (JPEGImages/, SegmentationClass/)"
 _NAME_255 = 'add classes.json to name it, such as {"0": "background", "255": "object"}'
 
 
@@ -30,10 +31,10 @@ def has_masks(path: Path) -> bool:
 
 
 def segmentation_splits(path: Path) -> dict[str, ImageSet[Mask]]:
-    """Recognise and read masks, grey or palette pictures whose values are class numbers, in one of two layouts.
+    """Recognize and read masks, gray or palette images whose values are class numbers, in one of two layouts.
 
     - `images/` and `masks/` (or `annotations/`, `labels/`), with sub-folders `train`, `val`, `test` or without, or
-      both in each of `train`, `val`, `test`. A mask is called as its picture.
+      both in each of `train`, `val`, `test`. A mask is called as its image.
     - Pascal VOC: `JPEGImages/`, `SegmentationClass/` and `ImageSets/Segmentation/{train,val,test}.txt`; where the masks
       of SBD were added as `SegmentationClassAug/`, these, and `trainaug.txt` (or `train_aug.txt`) beside the lists.
 
@@ -47,19 +48,19 @@ def segmentation_splits(path: Path) -> dict[str, ImageSet[Mask]]:
         {"train": ..., "val": ..., "test": ...}, as far as the data are divided, else {"all": ...}.
 
     Raises:
-        ValueError: none of these layouts, no picture with a mask, or a part that names nothing that exists.
+        ValueError: none of these layouts, no image with a mask, or a part that names nothing that exists.
     """
     layouts = _layouts(path)
     if not layouts:
-        raise ValueError(f"{path}: no masks found; the layouts are {_LAYOUTS}")
+        raise MobileViTError(f"{path}: no masks found; the layouts are {_LAYOUTS}")
     if len(layouts) > 1:
-        raise ValueError(f"{path}: holds {some([str(layout.root) for layout in layouts])}; give the path of one")
+        raise MobileViTError(f"{path}: holds {some([str(layout.root) for layout in layouts])}; give the path of one")
     layout = layouts[0]
     pairs = _pairs(layout)
     for part, found in pairs.items():
         if not found.masks:
             why = found.problems[0] if found.problems else f"nothing in {found.origin}"
-            raise ValueError(f"{layout.root}: not one picture of {part} has a mask ({why}); {_LAYOUTS}")
+            raise MobileViTError(f"{layout.root}: not one image of {part} has a mask ({why}); {_LAYOUTS}")
     names, problems = _name_values([path, layout.root], layout, [m for found in pairs.values() for m in found.masks])
     next(iter(pairs.values())).problems += problems
     numbers: dict[str, int] = {}
@@ -70,10 +71,10 @@ def segmentation_splits(path: Path) -> dict[str, ImageSet[Mask]]:
         part: ImageSet(
             task="segmentation",
             origin=found.origin,
-            names=[picture.relative_to(layout.root).as_posix() for picture in found.pictures],
+            names=[image.relative_to(layout.root).as_posix() for image in found.images],
             targets=[Mask(path=mask, class_of=bytes(class_of)) for mask in found.masks],
             classes=tuple(numbers),
-            open=found.pictures.__getitem__,
+            open=found.images.__getitem__,
             problems=tuple(found.problems),
         )
         for part, found in pairs.items()
@@ -81,36 +82,36 @@ def segmentation_splits(path: Path) -> dict[str, ImageSet[Mask]]:
     return splits if len(splits) > 1 else {"all": next(iter(splits.values()))}
 
 
-# -- pictures and their masks -----------------------------------------------------------------------------------------
+# -- images and their masks -----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Layout:
     root: Path
     folders: Mapping[str, tuple[Path, Path]]
-    """Of each part: where its pictures are, and its masks."""
+    """Of each part: where its images are, and its masks."""
     is_voc: bool = False
 
 
 @dataclass(kw_only=True)
 class _Pairs:
-    """The pictures of one part that have a mask, with it."""
+    """The images of one part that have a mask, with it."""
 
     origin: str
-    pictures: list[Path] = field(default_factory=list)
+    images: list[Path] = field(default_factory=list)
     masks: list[Path] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
 
-    def add(self, name: str, picture: Path | None, mask: Path | None) -> None:
-        if picture and mask:
-            self.pictures.append(picture)
+    def add(self, name: str, image: Path | None, mask: Path | None) -> None:
+        if image and mask:
+            self.images.append(image)
             self.masks.append(mask)
-        elif picture:
-            self.problems.append(Problem(file=str(picture), kind="picture without a mask", remedy="left out"))
+        elif image:
+            self.problems.append(Problem(file=str(image), kind="image without a mask", remedy="left out"))
         elif mask:
-            self.problems.append(Problem(file=str(mask), kind="mask without a picture", remedy="left out"))
+            self.problems.append(Problem(file=str(mask), kind="mask without an image", remedy="left out"))
         else:
-            kind = "listed picture that is missing"
+            kind = "listed image that is missing"
             self.problems.append(Problem(file=self.origin, kind=kind, detail=name, remedy="left out"))
 
 
@@ -126,27 +127,27 @@ def _layouts(path: Path) -> list[_Layout]:
         added = base / "SegmentationClassAug"
         found.append((base, base / "JPEGImages", added if added.is_dir() else base / "SegmentationClass"))
     return [
-        _Layout(root=base, folders={"all": (pictures, masks)}, is_voc=True)
-        for base, pictures, masks in found
-        if pictures.is_dir() and _has_masks(masks)
+        _Layout(root=base, folders={"all": (images, masks)}, is_voc=True)
+        for base, images, masks in found
+        if images.is_dir() and _has_masks(masks)
     ]
 
 
 def _folders(path: Path) -> dict[str, tuple[Path, Path]]:
-    pictures, masks = _sub_folder(path, _IMAGE_FOLDERS), _sub_folder(path, _MASK_FOLDERS, of_masks=True)
-    if pictures and masks:
-        divided = find_parts(pictures)
+    images, masks = _sub_folder(path, _IMAGE_FOLDERS), _sub_folder(path, _MASK_FOLDERS, of_masks=True)
+    if images and masks:
+        divided = find_parts(images)
         if not divided:
-            return {"all": (pictures, masks)}
+            return {"all": (images, masks)}
         parts_of_masks = find_parts(masks) or dict.fromkeys(divided, masks)
-        if "test" not in parts_of_masks:  # pictures to test on are often handed out without masks
+        if "test" not in parts_of_masks:  # images to test on are often handed out without masks
             divided.pop("test", None)
         return {part: (p, parts_of_masks.get(part, masks / part)) for part, p in divided.items()}
     both = {}
     for part, folder in find_parts(path).items():
-        pictures, masks = _sub_folder(folder, _IMAGE_FOLDERS), _sub_folder(folder, _MASK_FOLDERS, of_masks=True)
-        if pictures and masks:
-            both[part] = (pictures, masks)
+        images, masks = _sub_folder(folder, _IMAGE_FOLDERS), _sub_folder(folder, _MASK_FOLDERS, of_masks=True)
+        if images and masks:
+            both[part] = (images, masks)
     return both
 
 
@@ -164,20 +165,20 @@ def _has_masks(folder: Path) -> bool:
 def _pairs(layout: _Layout) -> dict[str, _Pairs]:
     lists = read_lists(layout.root / "ImageSets/Segmentation") if layout.is_voc else {}
     if lists:
-        pictures, masks = _by_stem(*layout.folders["all"])
+        images, masks = _by_stem(*layout.folders["all"])
         pairs = {}
         for part, (file, names) in lists.items():
             pairs[part] = _Pairs(origin=str(file))
             for name in names:
-                pairs[part].add(name, pictures.get(name), masks.get(name))
+                pairs[part].add(name, images.get(name), masks.get(name))
         return pairs
     pairs = {}
     unused: dict[Path, None] = {}
-    for part, (picture_folder, mask_folder) in layout.folders.items():
-        pictures, masks = _by_stem(picture_folder, mask_folder)
-        pairs[part] = _Pairs(origin=str(picture_folder))
-        for name, picture in pictures.items():
-            pairs[part].add(name, picture, masks.get(name))
+    for part, (image_folder, mask_folder) in layout.folders.items():
+        images, masks = _by_stem(image_folder, mask_folder)
+        pairs[part] = _Pairs(origin=str(image_folder))
+        for name, image in images.items():
+            pairs[part].add(name, image, masks.get(name))
         unused |= dict.fromkeys(masks.values())
     used = {mask for found in pairs.values() for mask in found.masks}
     for mask in unused:  # of all parts, which may share a folder of masks
@@ -186,11 +187,11 @@ def _pairs(layout: _Layout) -> dict[str, _Pairs]:
     return pairs
 
 
-def _by_stem(pictures: Path, masks: Path) -> tuple[dict[str, Path], dict[str, Path]]:
+def _by_stem(images: Path, masks: Path) -> tuple[dict[str, Path], dict[str, Path]]:
     """Files by their path in the folder without suffix, such as "city/0001"."""
     files = find_images(masks)
     ordered = sorted((p for p in files if p.suffix.lower() in _MASK_SUFFIXES), key=_mask_rank)
-    return {_stem(p, pictures): p for p in find_images(pictures)}, {_stem(p, masks): p for p in ordered}
+    return {_stem(p, images): p for p in find_images(images)}, {_stem(p, masks): p for p in ordered}
 
 
 def _mask_rank(mask: Path) -> tuple[int, Path]:
@@ -213,7 +214,9 @@ def _name_values(
     if file is None and not layout.is_voc:
         used, problems = _values(masks, 200)
         if used and max(used) == IGNORE and len(used) <= 2:
-            raise ValueError(f"{layout.root}: its masks have only the values {some([*map(str, used)])}; {_NAME_255}")
+            raise MobileViTError(
+                f"{layout.root}: its masks have only the values {some([*map(str, used)])}; {_NAME_255}"
+            )
         names = {value: f"class_{value}" for value in used if value != IGNORE}
         detail = f"values {some([*map(str, names)], 20)}"
         remedy = "classes are numbered; add a classes.txt with a name a line"
@@ -245,11 +248,13 @@ def _read_names(file: Path) -> dict[int, str]:
             names = {value: line.strip() for value, line in enumerate(text.rstrip().splitlines())}
     except (ValueError, AttributeError, RecursionError):
         what = 'a list of names, or {"0": "name"}' if file.suffix == ".json" else "a name a line, in UTF-8"
-        raise ValueError(f"{file}: cannot be read; it needs {what}") from None
+        raise MobileViTError(f"{file}: cannot be read; it needs {what}") from None
     if not names or not all(names.values()) or not all(0 <= value <= IGNORE for value in names):
-        raise ValueError(f"{file}: names are missing, or values outside 0..255; each class needs a name and a value")
+        raise MobileViTError(
+            f"{file}: names are missing, or values outside 0..255; each class needs a name and a value"
+        )
     if file.suffix == ".txt" and len(names) > IGNORE:
-        raise ValueError(f"{file}: {len(names)} classes; a mask can have 255, as the value 255 is the ignore label")
+        raise MobileViTError(f"{file}: {len(names)} classes; a mask can have 255, as the value 255 is the ignore label")
     return dict(sorted(names.items()))
 
 
@@ -268,7 +273,7 @@ def _values(masks: Sequence[Path], limit: int) -> tuple[list[int], list[Problem]
                 reason = str(error)
                 problems.append(unusable_mask(mask, error))
     if not counts.any():
-        raise ValueError(reason)
+        raise MobileViTError(reason)
     return np.flatnonzero(counts).tolist(), problems
 
 

@@ -1,9 +1,9 @@
 """Built-in data: drawn scenes of simple shapes, for `mobilevit demo` and for tests without files.
 
-A scene is described in units of the picture's side, so the same scene can be drawn at any size, and every shape is a
+A scene is described in units of the image's side, so the same scene can be drawn at any size, and every shape is a
 signed distance (negative inside, zero on the edge): one number per pixel gives smooth edge, shadow and mask.
 
-Letters used in shape comments: H, W height and width of the picture; h, w of the window around one shape.
+Letters used in shape comments: H, W height and width of the image; h, w of the window around one shape.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from mobilevit.errors import MobileViTError
 from mobilevit.files import write_json, write_text
 from mobilevit.progress import Progress
 
@@ -63,14 +64,14 @@ CLASSES: tuple[str, ...] = tuple(_SHAPES)
 
 _TEXTURES = ("solid", "stripes", "checker", "dots", "gradient")
 _SCALE = (0.3, 0.8)  # diameter of the circle around a shape, when it is alone
-_APART = 0.85  # least distance of two centres, over the sum of their radii
+_APART = 0.85  # least distance of two centers, over the sum of their radii
 _LIGHT_X, _LIGHT_Y = -0.10, -0.14  # brightening per radius rightwards and downwards: the lamp is at the top left
-_GRAIN = 128  # side of the noise that becomes the film grain of a picture of any size
+_GRAIN = 128  # side of the noise that becomes the film grain of an image of any size
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scene:
-    """A picture with everything a classifier, a detector or a segmentation model can be asked about it."""
+    """An image with everything a classifier, a detector or a segmentation model can be asked about it."""
 
     image: Image.Image
     """RGB, size x size."""
@@ -86,21 +87,21 @@ def render_scene(index: int, *, seed: int = 0, size: int = 64, num_objects: int 
     """Draw one scene; the same arguments always give the same scene, and another `size` the same scene enlarged.
 
     The first object is of class `index % len(CLASSES)`, the others of any. A single object lies wholly inside the
-    picture. Several are smaller and may be cut by the border, by a fifth of their radius at most; their centres are at
+    image. Several are smaller and may be cut by the border, by a fifth of their radius at most; their centers are at
     least 0.85 times the sum of their radii apart, so that one hides a third of another at the very most. Place, size,
-    rotation, texture and colour say nothing of the class; objects are always lighter than the background.
+    rotation, texture and color say nothing of the class; objects are always lighter than the background.
 
     Args:
         index: which scene, from 0.
         seed: which series of scenes, from 0.
-        size: side of the picture in pixels, at least 32 and at least 8 * num_objects.
+        size: side of the image in pixels, at least 32 and at least 8 * num_objects.
         num_objects: from 1 to 8.
 
     Raises:
         ValueError: an argument is out of range.
     """
     if not 1 <= num_objects <= 8 or size < max(32, 8 * num_objects):
-        raise ValueError(
+        raise MobileViTError(
             f"size is {size}, num_objects {num_objects}; draw 1 to 8 objects, on at least 32 pixels and 8 per object"
         )
     rng = np.random.default_rng((seed, index))
@@ -182,7 +183,7 @@ def _scenes(num_images: int, *, seed: int, size: int) -> Iterator[tuple[int, str
 
 
 def _place(rng: np.random.Generator, num_objects: int) -> list[tuple[float, float, float]]:
-    """Centre and radius of each object, by the rule that `render_scene` states."""
+    """Center and radius of each object, by the rule that `render_scene` states."""
     shrink = min(1, 1.3 / num_objects**0.5)
     inset = 1 if num_objects == 1 else 0.8
     places: list[tuple[float, float, float]] = []
@@ -192,15 +193,15 @@ def _place(rng: np.random.Generator, num_objects: int) -> list[tuple[float, floa
         if all(hypot(x - x2, y - y2) >= _APART * (radius + radius2) for x2, y2, radius2 in places):
             places.append((x, y, radius))
         else:
-            shrink *= 0.98  # so that a full picture never keeps us here
+            shrink *= 0.98  # so that a full image never keeps us here
     return places
 
 
 def _background(rng: np.random.Generator, axis: Array, lightness: float) -> Array:
-    """Two related colours, blended along a line or in soft clouds. Shape: (H, W, 3)."""
+    """Two related colors, blended along a line or in soft clouds. Shape: (H, W, 3)."""
     steps = np.array([0, 1])
     lightnesses = lightness - rng.uniform(0, 0.12) * steps
-    first, second = _colours(lightnesses, rng.uniform(0.02, 0.09), rng.uniform(0, tau) + rng.uniform(-1.2, 1.2) * steps)
+    first, second = _colors(lightnesses, rng.uniform(0.02, 0.09), rng.uniform(0, tau) + rng.uniform(-1.2, 1.2) * steps)
     angle = rng.uniform(0, tau)
     blend = 0.5 + cos(angle) * (axis - 0.5) + sin(angle) * (axis[:, None] - 0.5)
     cells = int(rng.integers(3, 9))
@@ -216,15 +217,15 @@ def _draw_clutter(rng: np.random.Generator, axis: Array, canvas: Array) -> None:
     half_width = rng.uniform(0.006, 0.013) if length else rng.uniform(0.012, 0.026)
     half_angle = max(rng.uniform(-0.8, 1.2), 0.02)  # two in five are as good as straight
     radius = length / (2 * half_angle)
-    centre_x, centre_y, angle = rng.uniform((0, 0, 0), (1, 1, tau)).tolist()
-    window, x, y = _local(axis, centre_x, centre_y, length / 2 + half_width, angle)
+    center_x, center_y, angle = rng.uniform((0, 0, 0), (1, 1, tau)).tolist()
+    window, x, y = _local(axis, center_x, center_y, length / 2 + half_width, angle)
     x, y = np.abs(x), y + radius  # an arc of a circle around the origin, half of it on each side of the y axis
     end_x, end_y = sin(half_angle), cos(half_angle)
     beyond = end_y * x > end_x * y
     from_end = np.hypot(x - radius * end_x, y - radius * end_y)
     distance = np.where(beyond, from_end, np.abs(np.hypot(x, y) - radius)) - half_width
-    (colour,) = _colours(rng.uniform(0.2, 0.95, 1), rng.uniform(0, 0.2), rng.uniform(0, tau, 1))
-    _paint(canvas[window], colour, rng.uniform(0.2, 0.5) * _coverage(distance, len(axis)))
+    (color,) = _colors(rng.uniform(0.2, 0.95, 1), rng.uniform(0, 0.2), rng.uniform(0, tau, 1))
+    _paint(canvas[window], color, rng.uniform(0.2, 0.5) * _coverage(distance, len(axis)))
 
 
 def _draw_object(
@@ -238,30 +239,30 @@ def _draw_object(
     number: int,
 ) -> None:
     """Paint one object with its shadow onto `canvas`, and its `number` onto `owner`."""
-    centre_x, centre_y, radius = place
+    center_x, center_y, radius = place
     angle = rng.uniform(0, tau)
-    window, x, y = _local(axis, centre_x, centre_y, 1.3 * radius, angle)
+    window, x, y = _local(axis, center_x, center_y, 1.3 * radius, angle)
     x, y = x / radius, y / radius
     distance = _SHAPES[shape](x, y) * radius
     size = len(axis)
 
-    # Lighter than any background by a clear step; the second colour of a texture differs in hue more than in lightness.
+    # Lighter than any background by a clear step; the second color of a texture differs in hue more than in lightness.
     steps = np.array([0, 1])
     lightness = np.minimum(rng.uniform(ground + 0.3, 0.93) + rng.uniform(-0.1, 0.1) * steps, 0.96)
-    first, second = _colours(lightness, rng.uniform(0.08, 0.2, 2), rng.uniform(0, tau) + rng.uniform(1, 5) * steps)
+    first, second = _colors(lightness, rng.uniform(0.08, 0.2, 2), rng.uniform(0, tau) + rng.uniform(1, 5) * steps)
     blend = _texture(rng, x, y, radius * size)
     light_x, light_y = cos(angle) * _LIGHT_X + sin(angle) * _LIGHT_Y, cos(angle) * _LIGHT_Y - sin(angle) * _LIGHT_X
     light = light_x * x + light_y * y
-    colour = first + blend[..., None] * (second - first) + light[..., None]
+    color = first + blend[..., None] * (second - first) + light[..., None]
 
     shadow = (0.25 - light) * np.exp(np.maximum(distance, 0) / (-0.12 * radius))
     canvas[window] *= 1 - shadow[..., None]
-    _paint(canvas[window], colour, _coverage(distance, size))
+    _paint(canvas[window], color, _coverage(distance, size))
     owner[window][distance < 0] = number
 
 
 def _texture(rng: np.random.Generator, x: Array, y: Array, radius_px: float) -> Array:
-    """How much of its second colour an object shows at each point. Shape: (h, w) -> (h, w)."""
+    """How much of its second color an object shows at each point. Shape: (h, w) -> (h, w)."""
     kind = _TEXTURES[rng.integers(len(_TEXTURES))]
     period, shift_x, shift_y = rng.uniform(0.45, 0.8), rng.uniform(), rng.uniform()
     if kind == "solid":
@@ -283,17 +284,17 @@ def _texture(rng: np.random.Generator, x: Array, y: Array, radius_px: float) -> 
 
 
 def _local(
-    axis: Array, centre_x: float, centre_y: float, reach: float, angle: float
+    axis: Array, center_x: float, center_y: float, reach: float, angle: float
 ) -> tuple[tuple[slice, slice], Array, Array]:
-    """Pixels within `reach` of a centre, and their coordinates in a frame moved there and turned by `angle`."""
+    """Pixels within `reach` of a center, and their coordinates in a frame moved there and turned by `angle`."""
     size, margin = len(axis), 1  # a pixel for the smooth edge
 
-    def span(centre: float) -> slice:
-        start, stop = floor((centre - reach) * size) - margin, ceil((centre + reach) * size) + margin
+    def span(center: float) -> slice:
+        start, stop = floor((center - reach) * size) - margin, ceil((center + reach) * size) + margin
         return slice(max(start, 0), max(stop, 0))
 
-    rows, columns = span(centre_y), span(centre_x)
-    x, y = axis[columns] - np.float32(centre_x), axis[rows, None] - np.float32(centre_y)
+    rows, columns = span(center_y), span(center_x)
+    x, y = axis[columns] - np.float32(center_x), axis[rows, None] - np.float32(center_y)
     return (rows, columns), *_turn(x, y, angle)
 
 
@@ -307,8 +308,8 @@ def _coverage(distance: Array, pixels_per_unit: float) -> Array:
     return covered
 
 
-def _paint(canvas: Array, colour: Array, opacity: Array) -> None:
-    canvas += opacity[..., None] * (colour - canvas)
+def _paint(canvas: Array, color: Array, opacity: Array) -> None:
+    canvas += opacity[..., None] * (color - canvas)
 
 
 def _resize(noise: Array, size: int) -> Array:
@@ -320,7 +321,7 @@ def _extent(owned: NDArray[np.bool_]) -> tuple[float, float, float, float]:
     return float(columns[0]), float(rows[0]), float(columns[-1] + 1), float(rows[-1] + 1)
 
 
-def _colours(lightness: Array, chroma: float | Array, hue: Array) -> Array:
+def _colors(lightness: Array, chroma: float | Array, hue: Array) -> Array:
     """From Oklch, where equal steps of lightness look equal in every hue, to sRGB in 0..1 (Ottosson, 2020).
 
     Shape: (K,), () or (K,), (K,) -> (K, 3).

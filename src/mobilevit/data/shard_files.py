@@ -24,8 +24,8 @@ from urllib.parse import urlsplit
 import numpy as np
 from numpy.typing import NDArray
 
+from mobilevit.errors import ImageError
 from mobilevit.files import DiskFullError, disk_is_full, write_atomically
-from mobilevit.preprocessing import ImageError
 
 Value = TypeVar("Value")
 
@@ -347,18 +347,18 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:16]
 
 
-# -- pictures ---------------------------------------------------------------------------------------------------------
+# -- images ---------------------------------------------------------------------------------------------------------
 
 
-class ShardPictures:
-    """Encoded pictures by number; what `ImageSet.open` is for shards.
+class ShardImages:
+    """Encoded images by number; what `ImageSet.open` is for shards.
 
     Can be sent to other processes, and lives on in forked ones: each opens the shards for itself.
 
     Args:
         shards: the files.
-        shard_of: (N,) which of them a picture is in.
-        offsets: (N,) where in it the picture begins, in bytes.
+        shard_of: (N,) which of them an image is in.
+        offsets: (N,) where in it the image begins, in bytes.
         sizes: (N,) its length in bytes.
     """
 
@@ -373,7 +373,7 @@ class ShardPictures:
         self._of_process: dict[int, _OpenShards] = {}
 
     def __call__(self, number: int) -> bytes:
-        """The bytes of a picture.
+        """The bytes of an image.
 
         Raises:
             ImageError: its shard is missing, cannot be read or ends before.
@@ -390,7 +390,7 @@ class ShardPictures:
         except OSError as error:
             raise ImageError(f"{shard.place}: cannot be read ({error.strerror})") from None
         if len(data) < size:
-            raise ImageError(f"{shard.place}: ends before its picture at byte {offset}; copy the shard again")
+            raise ImageError(f"{shard.place}: ends before its image at byte {offset}; copy the shard again")
         return data
 
     def __getstate__(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Pack labelled pictures into shards with an index; `shards.py` reads them."""
+"""Pack labeled images into shards with an index; `shards.py` reads them."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ from typing import Any
 
 from PIL import Image
 
+from mobilevit.card import Task
 from mobilevit.data.datasets import find_splits
 from mobilevit.data.imageset import PARTS, ImageSet, check_classes, split
 from mobilevit.data.shard_files import ShardError
 from mobilevit.data.shards import FORMAT, INDEX, TABLE, VERSION, parquet
+from mobilevit.errors import ImageError, MobileViTError
 from mobilevit.files import write_atomically, write_json
-from mobilevit.models.card import Task
-from mobilevit.preprocessing import ImageError, read_image
+from mobilevit.imaging.decode import read_image
 from mobilevit.progress import Progress
 
 _EXTENSIONS = {
@@ -35,7 +36,7 @@ _EXTENSIONS = {
 }  # fmt: skip
 _JPEG_QUALITY = 95
 _READ_AHEAD = 64
-"""Pictures that are read, and checked, before they are written."""
+"""Images that are read, and checked, before they are written."""
 _BLOCK = 512
 """Bytes that everything in a tar file is a multiple of."""
 _OURS = re.compile(rf"({'|'.join(PARTS)})-\d{{6,}}\.tar|{re.escape(INDEX)}|{re.escape(TABLE)}")
@@ -47,10 +48,10 @@ class ShardReport:
 
     out: str
     shards: int
-    pictures: int
+    images: int
     num_bytes: int
     left_out: tuple[str, ...]
-    """One line for each picture that cannot be read."""
+    """One line for each image that cannot be read."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -58,16 +59,16 @@ class ShardReport:
 
     def lines(self) -> list[str]:
         """For people."""
-        lines = [f"{self.out}: {self.pictures:,} pictures in {self.shards} shards, {self.num_bytes / 1e6:,.1f} MB"]
+        lines = [f"{self.out}: {self.images:,} images in {self.shards} shards, {self.num_bytes / 1e6:,.1f} MB"]
         if self.left_out:
-            lines += [f"left out {len(self.left_out)} pictures, which cannot be read:"]
+            lines += [f"left out {len(self.left_out)} images, which cannot be read:"]
             lines += [f"  {line}" for line in self.left_out[:10]]
             lines += [f"  and {len(self.left_out) - 10} more"] if len(self.left_out) > 10 else []
         return lines
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Picture:
+class _Image:
     """Ready to be written."""
 
     number: int
@@ -86,7 +87,7 @@ def write_shards(
     seed: int = 0,
     overwrite: bool = False,
 ) -> ShardReport:
-    """Write the pictures at `data` as shards, shuffled once, so that each shard is a mix of the classes.
+    """Write the images at `data` as shards, shuffled once, so that each shard is a mix of the classes.
 
     Divided data become a sub-folder a part. Nothing is seen in `out` before all of it is written, except a hidden
     folder that goes with an error or Ctrl-C.
@@ -95,8 +96,8 @@ def write_shards(
         data: what `find_splits` reads.
         out: folder; empty, or none yet.
         task: as of `find_splits`.
-        max_bytes: of a shard; one with a single larger picture passes it.
-        shorter_side: larger pictures are made this small, in pixels, and JPEG; None copies their bytes.
+        max_bytes: of a shard; one with a single larger image passes it.
+        shorter_side: larger images are made this small, in pixels, and JPEG; None copies their bytes.
         val_fraction: share of each class for a val part, of data that are not divided; None leaves them so.
         seed: decides order and parts.
         overwrite: replace shards written before.
@@ -105,16 +106,18 @@ def write_shards(
         ValueError: not for classification, `out` has something else in it, or a number out of range.
     """
     if max_bytes < 1:
-        raise ValueError(f"--max-mb is {max_bytes / 1e6:g}; it must be above 0")
+        raise MobileViTError(f"--max-mb is {max_bytes / 1e6:g}; it must be above 0")
     if shorter_side is not None and shorter_side < 32:
-        raise ValueError(f"--shorter-side is {shorter_side}; it must be 32 or more")
+        raise MobileViTError(f"--shorter-side is {shorter_side}; it must be 32 or more")
     if val_fraction is not None and not 0 < val_fraction < 1:
-        raise ValueError(f"--val-fraction is {val_fraction}; it must be between 0 and 1")
+        raise MobileViTError(f"--val-fraction is {val_fraction}; it must be between 0 and 1")
     parquet(str(out))
     _refuse_if_used(out, overwrite)
     splits = find_splits(data, task)
     if any(part.task != "classification" for part in splits.values()):
-        raise ValueError(f"{data}: is labelled for {next(iter(splits.values())).task}; shards are for classification")
+        raise MobileViTError(
+            f"{data}: is labeled for {next(iter(splits.values())).task}; shards are for classification"
+        )
     if val_fraction is not None and "all" in splits:
         check_classes(splits["all"])
         train, val = split(splits["all"], val_fraction=val_fraction, seed=seed)
@@ -124,10 +127,10 @@ def write_shards(
     left_out: list[str] = []
     indexes = []
     try:
-        for part, pictures in splits.items():
+        for part, images in splits.items():
             folder = aside if part == "all" else aside / part
             name = "train" if part == "all" else part
-            indexes.append(_write_part(pictures, folder, name, max_bytes, shorter_side, seed, left_out))
+            indexes.append(_write_part(images, folder, name, max_bytes, shorter_side, seed, left_out))
         _remove_former(out)
         for folder in [aside / part for part in splits if part != "all"] or [aside]:
             there = out if folder == aside else out / folder.name
@@ -141,7 +144,7 @@ def write_shards(
     return ShardReport(
         out=str(out),
         shards=len(shards),
-        pictures=sum(shard["pictures"] for shard in shards),
+        images=sum(shard["pictures"] for shard in shards),
         num_bytes=sum(shard["bytes"] for shard in shards),
         left_out=tuple(left_out),
     )
@@ -149,12 +152,12 @@ def write_shards(
 
 def _refuse_if_used(out: Path, overwrite: bool) -> None:
     if out.exists() and not out.is_dir():
-        raise ValueError(f"{out}: is a file; --out names a folder")
+        raise MobileViTError(f"{out}: is a file; --out names a folder")
     used = [entry for entry in _entries(out) if not entry.name.startswith(".")]
     if others := [entry for entry in used if not _is_former(entry)]:
-        raise ValueError(f"{out}: holds {others[0].name}, which is no shard of ours; choose an empty folder")
+        raise MobileViTError(f"{out}: holds {others[0].name}, which is no shard of ours; choose an empty folder")
     if used and not overwrite:
-        raise ValueError(f"{out}: already holds shards; choose another --out, or replace them with --overwrite")
+        raise MobileViTError(f"{out}: already holds shards; choose another --out, or replace them with --overwrite")
 
 
 def _entries(folder: Path) -> list[Path]:
@@ -218,7 +221,7 @@ def _write_part(
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     if not shards:
-        raise ShardError(f"{data.origin}: no picture can be read; {left_out[0] if left_out else 'there is none'}")
+        raise ShardError(f"{data.origin}: no image can be read; {left_out[0] if left_out else 'there is none'}")
     types = (pa.int32(), pa.string(), pa.int32(), pa.int64(), pa.int64(), pa.string())
     table = pa.table({name: pa.array(rows[name], kind) for name, kind in zip(rows, types, strict=True)})
     write_atomically(folder / TABLE, lambda file: pq.write_table(table, file))
@@ -231,14 +234,14 @@ def _write_part(
 class _Stream:
     """An iterator that can be looked into."""
 
-    def __init__(self, items: Iterator[_Picture]) -> None:
+    def __init__(self, items: Iterator[_Image]) -> None:
         self._items = items
         self._next = next(items, None)
 
-    def peek(self) -> _Picture | None:
+    def peek(self) -> _Image | None:
         return self._next
 
-    def take(self) -> _Picture:
+    def take(self) -> _Image:
         taken = self._next
         assert taken is not None
         self._next = next(self._items, None)
@@ -246,14 +249,14 @@ class _Stream:
 
 
 class _FreeKeys:
-    """Gives each picture a key of its own: its name, without what WebDataset would take for an extension."""
+    """Gives each image a key of its own: its name, without what WebDataset would take for an extension."""
 
     def __init__(self) -> None:
         self._taken: set[str] = set()
 
     def free(self, name: str) -> str:
         stem = re.sub(r"\.\w+$", "", name).encode(errors="replace").decode()
-        key = base = re.sub(r"[.\\?*:\"<>|\x00-\x1f]", "_", stem).strip("/") or "picture"
+        key = base = re.sub(r"[.\\?*:\"<>|\x00-\x1f]", "_", stem).strip("/") or "image"
         number = 1
         while key in self._taken:
             number += 1
@@ -266,16 +269,16 @@ def _fill(
     file: Path, data: ImageSet[int], stream: _Stream, keys: _FreeKeys, max_bytes: int, rows: dict[str, list[Any]]
 ) -> None:
     with tarfile.open(file, "w") as tar:
-        while (picture := stream.peek()) is not None:
-            record = 3 * _BLOCK + _padded(len(picture.data))  # two headers, the label
+        while (image := stream.peek()) is not None:
+            record = 3 * _BLOCK + _padded(len(image.data))  # two headers, the label
             if tar.offset and _padded(tar.offset + record + 2 * _BLOCK, tarfile.RECORDSIZE) > max_bytes:
                 return
             stream.take()
-            key, label = keys.free(data.names[picture.number]), data.targets[picture.number]
-            _add(tar, f"{key}.{picture.extension}", picture.data)
+            key, label = keys.free(data.names[image.number]), data.targets[image.number]
+            _add(tar, f"{key}.{image.extension}", image.data)
             end: int = tar.offset
             _add(tar, f"{key}.cls", str(label).encode())
-            row = (key, label, end - _padded(len(picture.data)), len(picture.data), picture.extension)
+            row = (key, label, end - _padded(len(image.data)), len(image.data), image.extension)
             for name, value in zip(("key", "label", "offset", "size", "extension"), row, strict=True):
                 rows[name].append(value)
 
@@ -285,7 +288,7 @@ def _padded(size: int, to: int = _BLOCK) -> int:
 
 
 def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
-    # Without time or owner, so that equal pictures make equal shards.
+    # Without time or owner, so that equal images make equal shards.
     info = tarfile.TarInfo(name)
     info.size = len(data)
     tar.addfile(info, io.BytesIO(data))
@@ -298,9 +301,9 @@ def _prepared(
     pool: ThreadPoolExecutor,
     progress: Progress,
     left_out: list[str],
-) -> Iterator[_Picture]:
-    """The pictures in order, read some ahead; without those that cannot be."""
-    waiting: deque[Future[_Picture]] = deque()
+) -> Iterator[_Image]:
+    """The images in order, read some ahead; without those that cannot be."""
+    waiting: deque[Future[_Image]] = deque()
     numbers = iter(order)
     prepare = partial(_prepare, data, shorter_side)
     while True:
@@ -309,16 +312,16 @@ def _prepared(
         if not waiting:
             return
         try:
-            picture = waiting.popleft().result()
+            image = waiting.popleft().result()
         except ImageError as error:
             left_out.append(str(error))
-            picture = None
+            image = None
         progress.advance(1)
-        if picture is not None:
-            yield picture
+        if image is not None:
+            yield image
 
 
-def _prepare(data: ImageSet[int], shorter_side: int | None, number: int) -> _Picture:
+def _prepare(data: ImageSet[int], shorter_side: int | None, number: int) -> _Image:
     """Raises: ImageError: it cannot be read."""
     source, name = data.open(number), data.names[number]
     if isinstance(source, str | os.PathLike):
@@ -326,16 +329,16 @@ def _prepare(data: ImageSet[int], shorter_side: int | None, number: int) -> _Pic
             source = Path(source).read_bytes()
         except OSError as error:
             raise ImageError(f"{name}: cannot be read ({error.strerror})") from None
-    assert isinstance(source, bytes), "pictures to classify are files or bytes"
+    assert isinstance(source, bytes), "images to classify are files or bytes"
     image = read_image(source, name)  # decodes all of it, so that a damaged one is found now
     if shorter_side is None or min(image.size) <= shorter_side:
         with Image.open(io.BytesIO(source)) as opened:
-            return _Picture(number=number, data=source, extension=_EXTENSIONS[opened.format or "JPEG"])
+            return _Image(number=number, data=source, extension=_EXTENSIONS[opened.format or "JPEG"])
     scale = shorter_side / min(image.size)
     size = (max(shorter_side, round(image.width * scale)), max(shorter_side, round(image.height * scale)))
     written = io.BytesIO()
     image.resize(size, Image.Resampling.BICUBIC).save(written, "JPEG", quality=_JPEG_QUALITY)
-    return _Picture(number=number, data=written.getvalue(), extension="jpg")
+    return _Image(number=number, data=written.getvalue(), extension="jpg")
 
 
 def _sha256(path: Path) -> str:

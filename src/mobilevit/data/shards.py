@@ -1,10 +1,10 @@
-"""Pictures of one class each in shards: tar files as WebDataset has them, here or elsewhere, opened by number.
+"""Images of one class each in shards: tar files as WebDataset has them, here or elsewhere, opened by number.
 
-An index says where in which shard each picture lies, so that no shard has to be read from its beginning and every
-picture is met once an epoch. `write_shards` writes one beside its shards; for shards of others it is made by reading
+An index says where in which shard each image lies, so that no shard has to be read from its beginning and every
+image is met once an epoch. `write_shards` writes one beside its shards; for shards of others it is made by reading
 the headers of the tar files, and kept.
 
-A record is a picture `KEY.jpg` (or `.jpeg`, `.png`, `.webp` ...) and `KEY.cls`, the number of its class as text, or
+A record is an image `KEY.jpg` (or `.jpeg`, `.png`, `.webp` ...) and `KEY.cls`, the number of its class as text, or
 `KEY.json` with that number, or a name, as `label` or `cls`.
 """
 
@@ -29,7 +29,7 @@ from mobilevit.data.imageset import PARTS, ImageSet, Problem, find_parts
 from mobilevit.data.shard_files import (
     ShardError,
     ShardFile,
-    ShardPictures,
+    ShardImages,
     describe,
     expand,
     folder_of,
@@ -43,7 +43,7 @@ from mobilevit.data.shard_files import (
     user_cache,
 )
 from mobilevit.files import write_atomically
-from mobilevit.preprocessing import IMAGE_SUFFIXES
+from mobilevit.imaging.decode import IMAGE_SUFFIXES
 from mobilevit.progress import Progress
 
 FORMAT = "mobilevit shards"
@@ -69,9 +69,9 @@ class _Records:
     labels: Sequence[str]
     """As they are written: a number, or a name; names where `named`."""
     offsets: NDArray[np.int64]
-    """Where each picture begins, in bytes."""
+    """Where each image begins, in bytes."""
     sizes: NDArray[np.int64]
-    """Length of each picture in bytes."""
+    """Length of each image in bytes."""
     extensions: Sequence[str]
     named: bool = False
     problems: list[Problem] = field(default_factory=list)
@@ -107,7 +107,7 @@ def holds_shards(path: Path) -> bool:
 def _has_shards(folder: Path) -> bool:
     if _is_ours(folder / INDEX):
         return True
-    # Beside folders of pictures, a tar file is what they were unpacked from.
+    # Beside folders of images, a tar file is what they were unpacked from.
     visible = [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
     return any(map(_is_tar, visible)) and not any(entry.is_dir() for entry in visible)
 
@@ -215,11 +215,11 @@ def _read(origin: str, places: Sequence[str]) -> ImageSet[int]:
 
 def _image_set(origin: str, found: Sequence[_Records], classes: tuple[str, ...]) -> ImageSet[int]:
     ends = np.cumsum([0, *(len(records.keys) for records in found)]).tolist()
-    # Of shards that are cut short first: they stand for many pictures.
+    # Of shards that are cut short first: they stand for many images.
     problems = sorted((p for records in found for p in records.problems), key=lambda p: p.kind != _CUT)
     if not ends[-1]:
         why = f"; {problems[0]}" if problems else ""
-        raise ShardError(f"{origin}: no record with a picture (.jpg, .png, .webp) and a label (.cls, .json){why}")
+        raise ShardError(f"{origin}: no record with an image (.jpg, .png, .webp) and a label (.cls, .json){why}")
     index_of = {name: index for index, name in enumerate(classes)}
     return ImageSet(
         task="classification",
@@ -231,7 +231,7 @@ def _image_set(origin: str, found: Sequence[_Records], classes: tuple[str, ...])
         ],
         targets=[index_of[label] for records in found for label in records.labels],
         classes=classes,
-        open=ShardPictures(
+        open=ShardImages(
             [records.shard for records in found],
             np.repeat(np.arange(len(found), dtype=np.int32), np.diff(ends)),
             np.concatenate([records.offsets for records in found]),
@@ -246,7 +246,7 @@ _CUT = "shard cut short"
 
 
 def _cut(records: _Records) -> _Records:
-    """Without the pictures that a local file, shorter than its index says, no longer has."""
+    """Without the images that a local file, shorter than its index says, no longer has."""
     shard = records.shard
     if is_url(shard.place) or shard.num_bytes is None:
         return records
@@ -262,7 +262,7 @@ def _cut(records: _Records) -> _Records:
 
 
 def _cut_short(place: str, detail: str, lost: int) -> Problem:
-    what = f"its last {lost} pictures are left out" if lost else "what is whole is used"
+    what = f"its last {lost} images are left out" if lost else "what is whole is used"
     return Problem(file=place, kind=_CUT, detail=detail, remedy=f"{what}; copy the shard again")
 
 
@@ -429,13 +429,13 @@ def _opened(shard: ShardFile) -> FileIO:
 
 
 def _scan(file: FileIO, shard: ShardFile) -> _Records:
-    """Read the headers of one tar file and the labels in it; pictures are passed over.
+    """Read the headers of one tar file and the labels in it; images are passed over.
 
     Raises:
         ShardError: no tar file, or a compressed one.
     """
     problems: list[Problem] = []
-    pictures: dict[str, tuple[int, int, str]] = {}
+    images: dict[str, tuple[int, int, str]] = {}
     labels: dict[str, str] = {}
     size = file.seek(0, os.SEEK_END)
     last, needed = "", 0
@@ -454,21 +454,21 @@ def _scan(file: FileIO, shard: ShardFile) -> _Records:
             elif extension == "cls" or key not in labels:
                 labels[key] = label
         elif f".{extension}" in IMAGE_SUFFIXES:
-            if key in pictures and pictures[key][2] == extension:
+            if key in images and images[key][2] == extension:
                 problems.append(_problem(shard, key, "key that comes twice"))
             else:
-                pictures.setdefault(key, (member.offset_data, member.size, extension))
+                images.setdefault(key, (member.offset_data, member.size, extension))
     else:
         last, needed = (last, size + _BLOCK) if not _ends_well(file) else ("", 0)
     told = {problem.file for problem in problems}
-    whole = [key for key in pictures if key in labels]
-    for key in sorted(set(pictures) ^ set(labels)):
-        what = "record without a label" if key in pictures else "record without a picture"
+    whole = [key for key in images if key in labels]
+    for key in sorted(set(images) ^ set(labels)):
+        what = "record without a label" if key in images else "record without an image"
         if key != last and f"{shard.place}: {key}" not in told:
             problems.append(_problem(shard, key, what))
     if needed:
         problems.insert(0, _cut_short(shard.place, f"at least {needed - size:,} bytes are missing", 0))
-    rows = [pictures[key] for key in whole]
+    rows = [images[key] for key in whole]
     return _Records(
         shard=shard,
         keys=whole,

@@ -1,6 +1,6 @@
-"""Random changes to training pictures and what is known of them, through torchvision's transforms v2.
+"""Random changes to training images and what is known of them, through torchvision's transforms v2.
 
-A transform takes a picture, perhaps not decoded yet, and its target as the `ImageSet` has it, and returns uint8
+A transform takes an image, perhaps not decoded yet, and its target as the `ImageSet` has it, and returns uint8
 (3, height, width), channels-last in memory, and the target as the loss wants it.
 """
 
@@ -21,16 +21,10 @@ from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as F
 
 from mobilevit.data.imageset import Boxes, Mask
+from mobilevit.errors import ImageError
+from mobilevit.imaging.decode import EncodedImage, Source, open_image, read_image
+from mobilevit.imaging.preprocessing import RESAMPLING, Preprocessing
 from mobilevit.models.deeplabv3 import IGNORE
-from mobilevit.preprocessing import (
-    RESAMPLING,
-    EncodedImage,
-    ImageError,
-    Preprocessing,
-    Source,
-    open_image,
-    read_image,
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,21 +34,21 @@ class ClassificationTransform:
     preprocessing: Preprocessing
     """Size and interpolation."""
     min_crop_area: float
-    """Smallest share of the picture's area a crop may have."""
+    """Smallest share of the image's area a crop may have."""
     flip: bool = True
-    """Mirror half of the pictures."""
+    """Mirror half of the images."""
     randaugment: int = 0
-    """Strength of two random operations a picture (arXiv:1909.13719); 0 leaves them out."""
+    """Strength of two random operations an image (arXiv:1909.13719); 0 leaves them out."""
     random_erasing: float = 0.0
     """Probability that a rectangle is blanked (arXiv:1708.04896)."""
 
     def __call__(
-        self, picture: Source | EncodedImage, label: int, size: tuple[int, int] | None = None
+        self, image: Source | EncodedImage, label: int, size: tuple[int, int] | None = None
     ) -> tuple[Tensor, int]:
         """`size` is (height, width), where it is not that of the preprocessing."""
         height, width = size or self.preprocessing.size
-        encoded = open_image(picture)
-        # The crop is drawn before the picture is decoded: of a JPEG, no more is worked out than the crop can show.
+        encoded = open_image(image)
+        # The crop is drawn before the image is decoded: of a JPEG, no more is worked out than the crop can show.
         crop = random_crop(encoded.size, self.min_crop_area)
         pixels = _cropped(encoded, crop, (height, width), self.preprocessing.interpolation)
         if self.flip and _uniform(0, 1) < 0.5:
@@ -67,16 +61,14 @@ class ClassificationTransform:
         return _channels_last(pixels), label
 
 
-def _cropped(
-    picture: EncodedImage, crop: tuple[int, int, int, int], size: tuple[int, int], interpolation: str
-) -> Tensor:
-    """Left, top, right, bottom of a picture at (height, width), antialiased; uint8 (3, height, width)."""
+def _cropped(image: EncodedImage, crop: tuple[int, int, int, int], size: tuple[int, int], interpolation: str) -> Tensor:
+    """Left, top, right, bottom of an image at (height, width), antialiased; uint8 (3, height, width)."""
     left, top, right, bottom = crop
     reduction = min((right - left) / size[1], (bottom - top) / size[0])
     if interpolation not in ("bilinear", "bicubic"):
-        return _pixels(picture.decode().resize(size[::-1], RESAMPLING[interpolation], crop))
-    pixels = picture.pixels(reduction)
-    down, across = pixels.shape[1] / picture.size[1], pixels.shape[2] / picture.size[0]
+        return _pixels(image.decode().resize(size[::-1], RESAMPLING[interpolation], crop))
+    pixels = image.pixels(reduction)
+    down, across = pixels.shape[1] / image.size[1], pixels.shape[2] / image.size[0]
     rows, columns = slice(round(top * down), round(bottom * down)), slice(round(left * across), round(right * across))
     # As (H, W, 3) with an axis before it, which PyTorch knows as channels-last; its kernels for bytes then do in a
     # third of the time what Pillow's do, to one level.
@@ -85,17 +77,17 @@ def _cropped(
     return resized[0]
 
 
-def random_crop(picture: tuple[int, int], min_area: float) -> tuple[int, int, int, int]:
-    """A part of a picture of random area, shape and place (arXiv:1409.4842, section 6).
+def random_crop(image: tuple[int, int], min_area: float) -> tuple[int, int, int, int]:
+    """A part of an image of random area, shape and place (arXiv:1409.4842, section 6).
 
     Args:
-        picture: (width, height) in pixels.
+        image: (width, height) in pixels.
         min_area: smallest share of the area; shares are even from there to 1, width to height from 3:4 to 4:3.
 
     Returns:
         Left, top, right, bottom. After ten attempts that do not fit: as much of the middle as has an allowed shape.
     """
-    columns, rows = picture
+    columns, rows = image
     draws = torch.rand(10, 2).tolist()
     for area, shape in draws:
         pixels = columns * rows * (min_area + (1 - min_area) * area)
@@ -110,31 +102,31 @@ def random_crop(picture: tuple[int, int], min_area: float) -> tuple[int, int, in
 
 
 class BoxTargets(NamedTuple):
-    """What `detection_loss` wants to know of B pictures."""
+    """What `detection_loss` wants to know of B images."""
 
     boxes_cxcywh: Tensor
-    """float32 (B, N, 4): centre and size in 0..1; rows without an object fill up."""
+    """float32 (B, N, 4): center and size in 0..1; rows without an object fill up."""
     labels: Tensor
     """int64 (B, N): 0..K-1, or -1 in rows without an object."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DetectionTransform:
-    """SSD's augmentation: zoom out, crop by overlap, flip, distort colours (arXiv:1512.02325, section 2.2)."""
+    """SSD's augmentation: zoom out, crop by overlap, flip, distort colors (arXiv:1512.02325, section 2.2)."""
 
     preprocessing: Preprocessing
     """Size, resize mode and interpolation."""
     zoom_out: float = 0.5
-    """Probability that the picture becomes a part of a larger, grey one, up to four times as wide and high."""
+    """Probability that the image becomes a part of a larger, gray one, up to four times as wide and high."""
     iou_crop: bool = True
     """Crop parts that hold some object by 0, 10, 30 ... 90 % at least."""
     flip: bool = True
-    """Mirror half of the pictures."""
+    """Mirror half of the images."""
     photometric_distortion: bool = True
     """Change brightness, contrast, saturation and hue."""
 
-    def __call__(self, picture: Source | EncodedImage, target: Boxes) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        image = read_image(picture)
+    def __call__(self, source: Source | EncodedImage, target: Boxes) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        image = read_image(source)
         keep = ~target.crowd
         boxes = tv_tensors.BoundingBoxes(
             torch.from_numpy(target.xyxy[keep]), format="XYXY", canvas_size=(image.height, image.width)
@@ -142,7 +134,7 @@ class DetectionTransform:
         objects = {"boxes": boxes, "labels": torch.from_numpy(target.labels[keep])}
         steps: list[v2.Transform] = [v2.ClampBoundingBoxes()]
         if self.zoom_out:
-            steps.append(v2.RandomZoomOut(fill=_GREY, side_range=(1.0, 4.0), p=self.zoom_out))
+            steps.append(v2.RandomZoomOut(fill=_GRAY, side_range=(1.0, 4.0), p=self.zoom_out))
         if self.iou_crop and len(boxes):
             steps.append(v2.RandomIoUCrop())
         if self.flip:
@@ -159,7 +151,7 @@ class DetectionTransform:
 
 
 def collate_boxes(targets: Sequence[tuple[Tensor, Tensor]]) -> BoxTargets:
-    """Corner boxes in 0..1 and labels of single pictures as one batch, filled up to the fullest picture."""
+    """Corner boxes in 0..1 and labels of single images as one batch, filled up to the fullest image."""
     most = max((len(labels) for _, labels in targets), default=0)
     boxes = torch.tensor([0.0, 0.0, 1.0, 1.0]).repeat(len(targets), max(most, 1), 1)
     labels = torch.full(boxes.shape[:2], -1, dtype=torch.int64)
@@ -171,25 +163,25 @@ def collate_boxes(targets: Sequence[tuple[Tensor, Tensor]]) -> BoxTargets:
 
 @dataclass(frozen=True, kw_only=True)
 class SegmentationTransform:
-    """Random size, crop, flip, rotation and colours; what lies outside the picture is ignored."""
+    """Random size, crop, flip, rotation and colors; what lies outside the image is ignored."""
 
     preprocessing: Preprocessing
     """Its size at scale 1, and the interpolation."""
     crop_size: tuple[int, int]
     """(height, width) of the crops."""
     scale_range: tuple[float, float] = (0.5, 1.5)
-    """Size of the picture before the crop, relative to its size in evaluation."""
+    """Size of the image before the crop, relative to its size in evaluation."""
     most_of_one_class: float = 0.75
     """Crops in which one class has a larger share are drawn again, up to ten times."""
     flip: bool = True
-    """Mirror half of the pictures."""
+    """Mirror half of the images."""
     rotation: float = 10.0
-    """Turn by up to this many degrees, half of the pictures."""
+    """Turn by up to this many degrees, half of the images."""
     photometric_distortion: bool = True
     """Change brightness, contrast, saturation and hue."""
 
-    def __call__(self, picture: Source | EncodedImage, target: Mask) -> tuple[Tensor, Tensor]:
-        image = read_image(picture)
+    def __call__(self, source: Source | EncodedImage, target: Mask) -> tuple[Tensor, Tensor]:
+        image = read_image(source)
         mask = torch.from_numpy(read_mask(image, target))[None]
         scale = _uniform(*self.scale_range)
         rows, columns = self.preprocessing.placement((image.height, image.width)).filled
@@ -225,7 +217,7 @@ class SegmentationTransform:
 
 
 def read_mask(image: Image.Image, target: Mask) -> NDArray[np.uint8]:
-    """The label map of a picture. Shape: uint8 (H, W), of the picture's size.
+    """The label map of an image. Shape: uint8 (H, W), of the image's size.
 
     Raises:
         ImageError: it cannot be read, or has another size.
@@ -234,13 +226,13 @@ def read_mask(image: Image.Image, target: Mask) -> NDArray[np.uint8]:
     if label_map.shape != (image.height, image.width):
         rows, columns = label_map.shape
         raise ImageError(
-            f"{target.path}: {columns} x {rows} pixels, its picture has {image.width} x {image.height}; they must agree"
+            f"{target.path}: {columns} x {rows} pixels, its image has {image.width} x {image.height}; they must agree"
         )
     return label_map
 
 
-_GREY = (124, 116, 104)
-"""ImageNet's mean colour."""
+_GRAY = (124, 116, 104)
+"""ImageNet's mean color."""
 
 
 def _uniform(low: float, high: float) -> float:
@@ -266,7 +258,7 @@ def mix_transform(
         cutmix: alpha of CutMix's; 0 is off.
 
     Returns:
-        Pictures (B, 3, H, W) and labels (B,) to pictures and label shares (B, num_classes); None if both are off.
+        Images (B, 3, H, W) and labels (B,) to images and label shares (B, num_classes); None if both are off.
     """
     choices: list[v2.Transform] = []
     if mixup:

@@ -1,4 +1,4 @@
-"""Pascal VOC's format for boxes: an `.xml` file a picture."""
+"""Pascal VOC's format for boxes: an `.xml` file an image."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 from mobilevit.data.boxes import (
-    PICTURE_FOLDERS,
+    IMAGE_FOLDERS,
     BoxTable,
     has_file,
-    picture_size,
+    image_size,
     read_class_names,
     relative,
     size_problem,
@@ -19,7 +19,8 @@ from mobilevit.data.boxes import (
     sub_folder,
 )
 from mobilevit.data.imageset import Boxes, ImageSet, find_parts, read_lists, some
-from mobilevit.preprocessing import find_images
+from mobilevit.errors import MobileViTError
+from mobilevit.imaging.decode import find_images
 from mobilevit.progress import Progress
 
 _XML_FOLDERS = ("annotations", "labels")
@@ -69,98 +70,98 @@ def _tables(root: Path) -> dict[str, BoxTable]:
     if not _is_voc(root):  # but its parts are
         parts = {part: folder for part, folder in find_parts(root).items() if _is_voc(folder)}
         return {part: _whole_folder(root, folder, *_files(folder)) for part, folder in parts.items()}
-    xmls, pictures = _files(root)
+    xmls, images = _files(root)
     folder = root / "ImageSets" / "Main"
     lists = read_lists(folder)
     if not lists:
-        return {"all": _whole_folder(root, root, xmls, pictures)}
-    tables = {part: _listed(root, file, names, xmls, pictures) for part, (file, names) in lists.items()}
+        return {"all": _whole_folder(root, root, xmls, images)}
+    tables = {part: _listed(root, file, names, xmls, images) for part, (file, names) in lists.items()}
     listed = {key for _, names in lists.values() for name in names for key in _keys(name)}
-    if forgotten := sorted(set(pictures.by_name) - listed):
+    if forgotten := sorted(set(images.by_name) - listed):
         remedy = "not used; add them to a list if they should be"
-        next(iter(tables.values())).report(folder, "pictures in no list", some(forgotten), remedy)
+        next(iter(tables.values())).report(folder, "images in no list", some(forgotten), remedy)
     return tables
 
 
 def _files(folder: Path) -> tuple[_Files, _Files]:
-    """Annotations and pictures."""
+    """Annotations and images."""
     annotations = sub_folder(folder, _XML_FOLDERS)
     if annotations is None or not has_file(annotations, ".xml"):
         annotations = folder
-    images = sub_folder(folder, PICTURE_FOLDERS) or folder
+    images = sub_folder(folder, IMAGE_FOLDERS) or folder
     xmls = (Path(p, name) for p, _, names in os.walk(annotations) for name in names if name.lower().endswith(".xml"))
     return _Files(annotations, sorted(xmls)), _Files(images, find_images(images))
 
 
 def _keys(line: str) -> tuple[str, str]:
-    """What the picture of a line may be called; lists of single classes have a second column."""
+    """What the image of a line may be called; lists of single classes have a second column."""
     return stem(line), stem(line.split()[0])
 
 
-def _listed(root: Path, file: Path, lines: list[str], xmls: _Files, pictures: _Files) -> BoxTable:
-    """The pictures of a list."""
+def _listed(root: Path, file: Path, lines: list[str], xmls: _Files, images: _Files) -> BoxTable:
+    """The images of a list."""
     table = BoxTable(root=root, origin=str(file), word="object")
     with Progress("read annotations", len(lines)) as progress:
         for line in lines:
             progress.advance(1)
-            xml, picture = xmls.find(*_keys(line)), pictures.find(*_keys(line))
+            xml, image = xmls.find(*_keys(line)), images.find(*_keys(line))
             if xml is not None:
-                _add_xml(table, xmls.by_name[xml], pictures, picture)
-            elif picture is not None:
-                _add_picture(table, pictures.by_name[picture], None)
+                _add_xml(table, xmls.by_name[xml], images, image)
+            elif image is not None:
+                _add_image(table, images.by_name[image], None)
             else:
-                table.report(file, "listed picture that is missing", line, "left out")
+                table.report(file, "listed image that is missing", line, "left out")
     return table
 
 
-def _whole_folder(root: Path, folder: Path, xmls: _Files, pictures: _Files) -> BoxTable:
-    """Every annotation, then the pictures without one."""
+def _whole_folder(root: Path, folder: Path, xmls: _Files, images: _Files) -> BoxTable:
+    """Every annotation, then the images without one."""
     table = BoxTable(root=root, origin=str(folder), word="object")
     used: set[str | None] = set()
     with Progress("read annotations", len(xmls.by_name)) as progress:
         for name in sorted(xmls.by_name):
             progress.advance(1)
-            used.add(_add_xml(table, xmls.by_name[name], pictures, pictures.find(name)))
-    for name in sorted(set(pictures.by_name) - used):
-        _add_picture(table, pictures.by_name[name], None)
+            used.add(_add_xml(table, xmls.by_name[name], images, images.find(name)))
+    for name in sorted(set(images.by_name) - used):
+        _add_image(table, images.by_name[name], None)
     return table
 
 
-def _add_xml(table: BoxTable, xml: Path, pictures: _Files, name: str | None) -> str | None:
-    """Read one file, and return the name of its picture: the one called as the file, else the one it names."""
+def _add_xml(table: BoxTable, xml: Path, images: _Files, name: str | None) -> str | None:
+    """Read one file, and return the name of its image: the one called as the file, else the one it names."""
     try:
         tree = _parse(xml)
     except ValueError as error:
-        table.report(xml, "malformed annotation", str(error), "its picture is left out; write the file again")
+        table.report(xml, "malformed annotation", str(error), "its image is left out; write the file again")
         return name
     stated = (tree.findtext("filename") or "").strip()
-    name = name or pictures.find(stem(stated.replace("\\", "/")))
+    name = name or images.find(stem(stated.replace("\\", "/")))
     if name is None:
-        table.report(xml, "annotation for a missing picture", stated, "left out")
+        table.report(xml, "annotation for a missing image", stated, "left out")
         return None
-    owner = _add_picture(table, pictures.by_name[name], xml)
+    owner = _add_image(table, images.by_name[name], xml)
     if owner is not None:
         _compare_size(table, owner, xml, tree)
         _add_objects(table, owner, xml, tree)
     return name
 
 
-def _add_picture(table: BoxTable, picture: Path, xml: Path | None) -> int | None:
+def _add_image(table: BoxTable, image: Path, xml: Path | None) -> int | None:
     try:
-        size = picture_size(picture)
+        size = image_size(image)
     except OSError as error:
-        table.report_unreadable(picture, error)
+        table.report_unreadable(image, error)
         return None
     if xml is None:
-        table.report(picture, "picture without an annotation file", remedy="taken as one without objects")
-    return table.add_picture(picture, xml or picture, size)
+        table.report(image, "image without an annotation file", remedy="taken as one without objects")
+    return table.add_image(image, xml or image, size)
 
 
 def _compare_size(table: BoxTable, owner: int, xml: Path, tree: ElementTree.Element) -> None:
     try:
         width, height = (int(float(tree.findtext(f"size/{side}") or 0)) for side in ("width", "height"))
     except (ValueError, OverflowError):
-        return  # the picture's own size counts
+        return  # the image's own size counts
     if width and height and (width, height) != table.sizes[owner]:
         table.problems.append(size_problem(str(xml), (width, height), table.sizes[owner]))
 
@@ -186,10 +187,10 @@ def _parse(file: Path) -> ElementTree.Element:
     data = file.read_bytes()
     # Entities can be made to expand without end; no annotation needs any.
     if b"<!DOCTYPE" in data or b"<!ENTITY" in data:
-        raise ValueError("declares a DOCTYPE or entities, which is not safe to read")
+        raise MobileViTError("declares a DOCTYPE or entities, which is not safe to read")
     if b"\0" in data:
-        raise ValueError("not in UTF-8")
+        raise MobileViTError("not in UTF-8")
     try:
         return ElementTree.fromstring(data)
     except (ElementTree.ParseError, ValueError, LookupError) as error:
-        raise ValueError(str(error)) from None
+        raise MobileViTError(str(error)) from None

@@ -1,4 +1,4 @@
-"""YOLO's format for boxes: a `.txt` file a picture, and a `.yaml` or `classes.txt` for all."""
+"""YOLO's format for boxes: a `.txt` file an image, and a `.yaml` or `classes.txt` for all."""
 
 from __future__ import annotations
 
@@ -11,18 +11,19 @@ from typing import Any
 import yaml  # type: ignore[import-untyped]
 
 from mobilevit.data.boxes import (
-    PICTURE_FOLDERS,
+    IMAGE_FOLDERS,
     BoxTable,
     Listing,
     has_file,
+    image_size,
     index_classes,
-    picture_size,
     read_class_names,
     stem,
     sub_folder,
 )
 from mobilevit.data.imageset import PARTS, Boxes, ImageSet, find_parts, some
-from mobilevit.preprocessing import IMAGE_SUFFIXES, find_images
+from mobilevit.errors import MobileViTError
+from mobilevit.imaging.decode import IMAGE_SUFFIXES, find_images
 from mobilevit.progress import Progress
 
 _CLASS_FILES = ("classes.txt", "obj.names")
@@ -51,7 +52,7 @@ def read_yolo_yaml(file: Path) -> dict[str, ImageSet[Boxes]]:
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8-sig"))
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ValueError(f"{file}: not YAML ({' '.join(str(error).split())})") from None
+        raise MobileViTError(f"{file}: not YAML ({' '.join(str(error).split())})") from None
     content = content if isinstance(content, dict) else {}
     names = _yaml_names(file, content)
     return _read(_yaml_parts(file, content), names, root=file.parent)
@@ -63,12 +64,12 @@ def _yaml_names(file: Path, content: Mapping[Any, Any]) -> dict[Hashable, str]:
     if isinstance(names, list):
         names = dict(enumerate(names))
     if not isinstance(names, dict) or not names or not all(str(key).isdecimal() for key in names):
-        raise ValueError(f"{file}: no class names; list them under names")
+        raise MobileViTError(f"{file}: no class names; list them under names")
     return {int(key): str(names[key]) for key in sorted(names, key=int)}
 
 
 def _yaml_parts(file: Path, content: Mapping[Any, Any]) -> dict[str, list[Path]]:
-    """The pictures of each part."""
+    """The images of each part."""
     base = str(content.get("path") or "")
     parts: dict[str, list[Path]] = {}
     for part, keys in PARTS.items():
@@ -76,18 +77,18 @@ def _yaml_parts(file: Path, content: Mapping[Any, Any]) -> dict[str, list[Path]]
         if value is None:
             continue
         values = [str(v) for v in value] if isinstance(value, list) else [str(value)]
-        pictures = [p for v in values for p in _yaml_pictures(file, base, v)]
-        if pictures:
-            parts[part] = pictures
+        images = [p for v in values for p in _yaml_images(file, base, v)]
+        if images:
+            parts[part] = images
         elif part != "test":  # which is often named but not handed out
-            raise ValueError(f"{file}: {part}: {some(values)} has no pictures; correct the path")
+            raise MobileViTError(f"{file}: {part}: {some(values)} has no images; correct the path")
     if not parts:
-        raise ValueError(f"{file}: names no pictures; give folders or lists under train and val")
+        raise MobileViTError(f"{file}: names no images; give folders or lists under train and val")
     return parts
 
 
-def _yaml_pictures(file: Path, base: str, value: str) -> list[Path]:
-    """A folder of pictures or a list of them; paths are relative to `path`, else to the file."""
+def _yaml_images(file: Path, base: str, value: str) -> list[Path]:
+    """A folder of images or a list of them; paths are relative to `path`, else to the file."""
     shortened = re.sub(r"^(\.\./)+", "", value)  # Roboflow writes one ../ too many
     places = dict.fromkeys([file.parent / base / value, file.parent / value, file.parent / shortened])
     place = next((p for p in places if p.exists()), None)
@@ -109,11 +110,11 @@ def _yaml_pictures(file: Path, base: str, value: str) -> list[Path]:
 
 
 def find_yolo(folder: Path) -> dict[str, list[Path]]:
-    """The pictures of each part in a folder without YAML: {} where it is not in this layout."""
-    images, labels = sub_folder(folder, PICTURE_FOLDERS), sub_folder(folder, ("labels",))
+    """The images of each part in a folder without YAML: {} where it is not in this layout."""
+    images, labels = sub_folder(folder, IMAGE_FOLDERS), sub_folder(folder, ("labels",))
     if images and has_file(labels, ".txt", _CLASS_FILES):
         return {part: find_images(p) for part, p in (find_parts(images) or {"all": images}).items()}
-    inner = {part: sub_folder(p, PICTURE_FOLDERS) for part, p in find_parts(folder).items()}
+    inner = {part: sub_folder(p, IMAGE_FOLDERS) for part, p in find_parts(folder).items()}
     found = {part: p for part, p in inner.items() if p and has_file(sub_folder(p.parent, ("labels",)), ".txt")}
     if found:
         return {part: find_images(p) for part, p in found.items()}
@@ -135,14 +136,14 @@ def _class_file(folder: Path) -> Path | None:
     return next((place / name for place in places for name in _CLASS_FILES if (place / name).is_file()), None)
 
 
-# -- pictures and their boxes -----------------------------------------------------------------------------------------
+# -- images and their boxes -----------------------------------------------------------------------------------------
 
 
 def _read(parts: Mapping[str, list[Path]], names: Mapping[Hashable, str], root: Path) -> dict[str, ImageSet[Boxes]]:
     listing = Listing()
-    tables = {part: _table(root, part, pictures, listing) for part, pictures in parts.items()}
+    tables = {part: _table(root, part, images, listing) for part, images in parts.items()}
     first = next(iter(tables.values()))
-    _report_unused_labels(first, [p for pictures in parts.values() for p in pictures], listing)
+    _report_unused_labels(first, [p for images in parts.values() for p in images], listing)
     if not names:
         used = sorted({label for table in tables.values() for label in table.labels if isinstance(label, int)})
         names = {number: f"class_{number}" for number in used}
@@ -151,60 +152,60 @@ def _read(parts: Mapping[str, list[Path]], names: Mapping[Hashable, str], root: 
     return {part: table.image_set(classes, index_of, "the class names") for part, table in tables.items()}
 
 
-def _table(root: Path, part: str, pictures: Sequence[Path], listing: Listing) -> BoxTable:
+def _table(root: Path, part: str, images: Sequence[Path], listing: Listing) -> BoxTable:
     table = BoxTable(root=root, origin=str(root) if part == "all" else f"{root} ({part})", word="line")
-    if not pictures:
-        raise ValueError(f"{table.origin}: no pictures; known kinds are {', '.join(sorted(IMAGE_SUFFIXES))}")
-    with Progress("read annotations", len(pictures)) as progress:
-        for picture in pictures:
+    if not images:
+        raise MobileViTError(f"{table.origin}: no images; known kinds are {', '.join(sorted(IMAGE_SUFFIXES))}")
+    with Progress("read annotations", len(images)) as progress:
+        for image in images:
             progress.advance(1)
-            _add_picture(table, picture, listing)
+            _add_image(table, image, listing)
     return table
 
 
-def _add_picture(table: BoxTable, picture: Path, listing: Listing) -> None:
+def _add_image(table: BoxTable, image: Path, listing: Listing) -> None:
     try:
-        size = picture_size(picture)
+        size = image_size(image)
     except FileNotFoundError:
-        table.report(picture, "listed picture that is missing", remedy="left out")
+        table.report(image, "listed image that is missing", remedy="left out")
         return
     except OSError as error:
-        table.report_unreadable(picture, error)
+        table.report_unreadable(image, error)
         return
-    places = (_label_file(picture), picture.with_suffix(".txt"))
+    places = (_label_file(image), image.with_suffix(".txt"))
     labels = next((file for file in places if file in listing), None)
-    owner = table.add_picture(picture, labels or picture, size)
+    owner = table.add_image(image, labels or image, size)
     if labels is None:
-        table.report(picture, "picture without an annotation file", remedy="taken as one without objects")
+        table.report(image, "image without an annotation file", remedy="taken as one without objects")
         return
     for line, text in enumerate(labels.read_text(encoding="utf-8-sig", errors="replace").splitlines(), start=1):
         if text.strip():
             _add_line(table, owner, line, text.strip())
 
 
-def _label_file(picture: Path) -> Path:
+def _label_file(image: Path) -> Path:
     """images/train/a.jpg -> labels/train/a.txt: the last "images" of the path counts."""
-    pieces = list(picture.parent.parts)
+    pieces = list(image.parent.parts)
     for number in range(len(pieces) - 1, -1, -1):
-        if pieces[number].lower() in PICTURE_FOLDERS:
+        if pieces[number].lower() in IMAGE_FOLDERS:
             pieces[number] = "labels"
             break
-    return Path(*pieces, f"{picture.stem}.txt")
+    return Path(*pieces, f"{image.stem}.txt")
 
 
 def _add_line(table: BoxTable, owner: int, line: int, text: str) -> None:
-    """A box or a polygon, in shares of the picture's width and height."""
+    """A box or a polygon, in shares of the image's width and height."""
     where = f"{table.files[owner]}, line {line}"
     try:
         label, *numbers = (float(word) for word in text.split())
         if label != int(label) or (len(numbers) != 4 and (len(numbers) < 6 or len(numbers) % 2)):
             raise ValueError
     except (ValueError, OverflowError):
-        remedy = "left out; a line is: class, centre x, centre y, width, height"
+        remedy = "left out; a line is: class, center x, center y, width, height"
         table.report(where, "malformed line", text[:60], remedy)
         return
     if max(map(abs, numbers)) > 2:
-        remedy = "left out; divide by the picture's width and height"
+        remedy = "left out; divide by the image's width and height"
         table.report(where, "coordinates not in 0..1", text[:60], remedy)
         return
     if len(numbers) == 4:
@@ -216,13 +217,13 @@ def _add_line(table: BoxTable, owner: int, line: int, text: str) -> None:
     table.add_box(owner, line, int(label), (left * width, top * height, right * width, bottom * height))
 
 
-def _report_unused_labels(table: BoxTable, pictures: Sequence[Path], listing: Listing) -> None:
-    """Label files beside the ones that were read, whose pictures do not exist."""
-    for folder in dict.fromkeys(picture.parent for picture in pictures):
+def _report_unused_labels(table: BoxTable, images: Sequence[Path], listing: Listing) -> None:
+    """Label files beside the ones that were read, whose images do not exist."""
+    for folder in dict.fromkeys(image.parent for image in images):
         labels = _label_file(folder / "any").parent
         if labels == folder:
-            continue  # text files beside pictures can be anything
+            continue  # text files beside images can be anything
         stems = {stem(name) for name in listing.names(folder)}
         for name in sorted(listing.names(labels)):
             if name.endswith(".txt") and name not in _CLASS_FILES and name[:-4] not in stems:
-                table.report(labels / name, "annotation for a missing picture", remedy="left out")
+                table.report(labels / name, "annotation for a missing image", remedy="left out")

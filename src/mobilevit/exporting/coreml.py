@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from mobilevit import __version__
+from mobilevit.errors import MobileViTError
 from mobilevit.exporting.graph import ExportGraph
 from mobilevit.exporting.plan import Plan
 
@@ -23,7 +24,7 @@ PALETTE_BITS = 6
 
 
 class _FromPixels(nn.Module):
-    """The graph for values of 0..255 as Core ML hands pictures over. Shape: (B, 3, H, W) -> outputs of the graph."""
+    """The graph for values of 0..255 as Core ML hands images over. Shape: (B, 3, H, W) -> outputs of the graph."""
 
     def __init__(self, graph: ExportGraph) -> None:
         super().__init__()
@@ -34,7 +35,7 @@ class _FromPixels(nn.Module):
 
 
 def convert(plan: Plan, path: Path) -> None:
-    """Write `path`, a package for iOS 16, macOS 13 and newer, with the artefact's description in its metadata.
+    """Write `path`, a package for iOS 16, macOS 13 and newer, with the artifact's description in its metadata.
 
     With preprocessing inside, the input is an image, which Vision and Xcode's preview understand; otherwise an array.
 
@@ -44,10 +45,10 @@ def convert(plan: Plan, path: Path) -> None:
     with _quiet():
         coremltools = _import()
         shape = tuple(plan.example.shape)
-        if plan.artefact.baked:
+        if plan.artifact.baked:
             batch, height, width, _ = shape
             example = plan.example.permute(0, 3, 1, 2).float().contiguous()
-            program = Plan(graph=plan.graph, artefact=plan.artefact, example=example).program(_FromPixels(plan.graph))
+            program = Plan(graph=plan.graph, artifact=plan.artifact, example=example).program(_FromPixels(plan.graph))
             source = coremltools.ImageType(
                 name=plan.graph.input_name, shape=(batch, 3, height, width), color_layout=coremltools.colorlayout.RGB
             )
@@ -61,11 +62,11 @@ def convert(plan: Plan, path: Path) -> None:
             convert_to="mlprogram",
             minimum_deployment_target=coremltools.target.iOS16,
             compute_precision=getattr(
-                coremltools.precision, "FLOAT32" if plan.artefact.precision == "fp32" else "FLOAT16"
+                coremltools.precision, "FLOAT32" if plan.artifact.precision == "fp32" else "FLOAT16"
             ),
             skip_model_load=True,
         )
-        if plan.artefact.precision == "palettized":
+        if plan.artifact.precision == "palettized":
             optimize = coremltools.optimize.coreml
             how = optimize.OpPalettizerConfig(mode="kmeans", nbits=PALETTE_BITS)
             model = optimize.palettize_weights(model, optimize.OptimizationConfig(global_config=how))
@@ -75,16 +76,16 @@ def convert(plan: Plan, path: Path) -> None:
 
 def _describe(model: Any, plan: Plan) -> None:
     """What Xcode shows, and what a program reads."""
-    card = plan.artefact.card
+    card = plan.artifact.card
     model.short_description = f"{card.name}, {card.task}, {len(card.classes)} classes"
     model.author = card.provenance.get("author", "")
-    model.license = card.provenance.get("licence", "")
+    model.license = card.provenance.get("license", "")
     model.version = card.provenance.get("version", __version__)
-    model.user_defined_metadata["mobilevit"] = plan.artefact.to_json()
+    model.user_defined_metadata["mobilevit"] = plan.artifact.to_json()
     model.user_defined_metadata["classes"] = json.dumps(card.classes, ensure_ascii=False)
     height, width = card.preprocessing.size
-    if plan.artefact.baked:
-        told = f"RGB picture, {height} x {width} pixels"
+    if plan.artifact.baked:
+        told = f"RGB image, {height} x {width} pixels"
     else:
         told = f"RGB, scaled to 0..1, minus {card.preprocessing.mean}, over {card.preprocessing.std}"
     model.input_description[plan.graph.input_name] = told
@@ -105,7 +106,7 @@ def _import() -> ModuleType:
         import coremltools
         import coremltools.optimize.coreml
     except ImportError:
-        raise ValueError("coremltools is not installed; pip install 'mobilevit[coreml]'") from None
+        raise MobileViTError("coremltools is not installed; pip install 'mobilevit[coreml]'") from None
     module: ModuleType = coremltools
     return module
 

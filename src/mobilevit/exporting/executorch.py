@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torch.nn import functional as F
 
+from mobilevit.errors import MobileViTError
 from mobilevit.exporting.graph import ExportGraph
 from mobilevit.exporting.plan import Plan
 from mobilevit.exporting.quantization import float_modules, is_below
@@ -34,7 +35,7 @@ _aten: Any = torch.ops.aten
 
 
 def convert(plan: Plan, path: Path) -> None:
-    """Write `path`, one file with its weights, and the artefact's description as a method.
+    """Write `path`, one file with its weights, and the artifact's description as a method.
 
     Raises:
         ValueError: executorch is not installed, or `plan.keep_float` names what is not in the graph.
@@ -49,7 +50,7 @@ def lower(plan: Plan) -> Any:
     partitioner = _import("executorch.backends.xnnpack.partition.xnnpack_partitioner")
     module = plan.program(suited(plan.graph)).module(check_guards=False)
     simplify(module)
-    if plan.artefact.precision == "int8":
+    if plan.artifact.precision == "int8":
         module = _quantize(module, plan)
     with torch.no_grad():
         program = torch.export.export(module, (plan.example,), strict=False)
@@ -57,7 +58,7 @@ def lower(plan: Plan) -> Any:
         program,
         partitioner=[partitioner.XnnpackPartitioner()],
         compile_config=exir.EdgeCompileConfig(_check_ir_validity=False),
-        constant_methods={DESCRIPTION: plan.artefact.to_json()},
+        constant_methods={DESCRIPTION: plan.artifact.to_json()},
     )
 
 
@@ -266,7 +267,7 @@ def _import(module: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise ValueError(f"{error.name} is not installed; pip install 'mobilevit[executorch]'") from None
+        raise MobileViTError(f"{error.name} is not installed; pip install 'mobilevit[executorch]'") from None
 
 
 @contextlib.contextmanager

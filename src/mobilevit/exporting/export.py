@@ -21,23 +21,24 @@ import torch
 from torch import Tensor, nn
 
 from mobilevit import __version__, factory
+from mobilevit.card import ModelCard, card_of
+from mobilevit.errors import MobileViTError
 from mobilevit.exporting.graph import ExportGraph
+from mobilevit.exporting.images import Images, calibration_pixels, parity_pixels
 from mobilevit.exporting.parity import Parity, check
-from mobilevit.exporting.pictures import Pictures, calibration_pixels, parity_pixels
 from mobilevit.exporting.plan import Plan
 from mobilevit.exporting.quantization import float_modules, is_below
 from mobilevit.exporting.sensitivity import LayerSensitivity, choose_float, save_plot
 from mobilevit.exporting.sensitivity import sensitivity as measure_sensitivity
 from mobilevit.files import write_json
-from mobilevit.inference.artefact import SUFFIXES, Artefact, Format, Precision, write_sidecar
-from mobilevit.inference.session import ArtefactSession, Session, TorchSession
-from mobilevit.models.card import ModelCard, card_of
+from mobilevit.runtime.artifact import SUFFIXES, Artifact, Format, Precision, write_sidecar
+from mobilevit.runtime.session import ArtifactSession, Session, TorchSession
 
 log = logging.getLogger("mobilevit")
 
 Dynamic = Literal["batch", "size"]
 Evaluate = Callable[[Session, ModelCard, str], Mapping[str, float]]
-"""Measures a model on labelled pictures, resized as its card says; the text is for the progress bar."""
+"""Measures a model on labeled images, resized as its card says; the text is for the progress bar."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,23 +72,23 @@ class ExportReport:
     """What came of an export."""
 
     path: Path
-    """The artefact."""
-    artefact: Artefact
+    """The artifact."""
+    artifact: Artifact
     num_bytes: int
     parity: Parity | None
     """None: not compared, as `verified` says why."""
     verified: str
     """"yes", or why not."""
     latency_ms: float | None
-    """Median of single pictures on this machine, all cores."""
+    """Median of single images on this machine, all cores."""
     torch_latency_ms: float | None
     """The same of the fused model in PyTorch."""
     metrics: dict[str, float]
-    """Of the artefact on labelled pictures, if these were given."""
+    """Of the artifact on labeled images, if these were given."""
     torch_metrics: dict[str, float]
     """Of the model it was made of."""
     sensitivity: tuple[LayerSensitivity, ...] = ()
-    """int8, on request: what quantising each layer alone costs, the most sensitive first."""
+    """int8, on request: what quantizing each layer alone costs, the most sensitive first."""
     in_float: tuple[str, ...] = ()
     """int8: modules that compute in floating point, with all below them."""
     worth_keeping_float: tuple[str, ...] = ()
@@ -95,16 +96,16 @@ class ExportReport:
 
     def lines(self) -> list[tuple[str, str]]:
         """What people want to know, as pairs of words."""
-        lines = [("format", f"{self.artefact.format}, {self.artefact.precision}")]
+        lines = [("format", f"{self.artifact.format}, {self.artifact.precision}")]
         if self.parity is not None:
             parity = self.parity
-            lines.append((parity.measure, f"{parity.agreement:.2%} of {parity.pictures} ({parity.source})"))
+            lines.append((parity.measure, f"{parity.agreement:.2%} of {parity.images} ({parity.source})"))
             if parity.max_difference is not None:
                 lines.append(("largest difference", f"{parity.max_difference:.1e}"))
         else:
             lines.append(("NOT VERIFIED", self.verified))
         if self.latency_ms is not None:
-            lines.append(("one picture", f"{self.latency_ms:.1f} ms here, in PyTorch {self.torch_latency_ms:.1f} ms"))
+            lines.append(("one image", f"{self.latency_ms:.1f} ms here, in PyTorch {self.torch_latency_ms:.1f} ms"))
         lines += [(name, f"{value:.4f}, before {self.torch_metrics[name]:.4f}") for name, value in self.metrics.items()]
         for row in self.sensitivity[:5]:
             is_float = ", stays in float" if is_below(row.name, self.in_float) else ""
@@ -117,9 +118,9 @@ class ExportReport:
         """Plain values for JSON."""
         return {
             "file": self.path.name,
-            "format": self.artefact.format,
-            "precision": self.artefact.precision,
-            "task": self.artefact.card.task,
+            "format": self.artifact.format,
+            "precision": self.artifact.precision,
+            "task": self.artifact.card.task,
             "bytes": self.num_bytes,
             "verified": self.verified,
             "parity": self.parity.to_dict() if self.parity else None,
@@ -134,7 +135,7 @@ class ExportReport:
 
 
 class ExportError(ValueError):
-    """An artefact that does not give the answers of its model; it was not put into place."""
+    """An artifact that does not give the answers of its model; it was not put into place."""
 
 
 def export(
@@ -143,7 +144,7 @@ def export(
     *,
     format: str = "onnx",  # noqa: A002, the field's word
     precision: str = "fp32",
-    calibration: Pictures | None = None,
+    calibration: Images | None = None,
     keep_float: Sequence[str] = (),
     sensitivity: bool = False,
     image_size: tuple[int, int] | None = None,
@@ -152,15 +153,15 @@ def export(
     bake_preprocessing: bool = False,
     label_map: bool = False,
     nms: bool = False,
-    pictures: Pictures | None = None,
+    images: Images | None = None,
     verify: bool = True,
     evaluate: Evaluate | None = None,
     name: str | None = None,
 ) -> ExportReport:
-    """Write a model as a file for a device, after comparing its answers with the model's on real pictures.
+    """Write a model as a file for a device, after comparing its answers with the model's on real images.
 
-    Beside the artefact stand its sidecar (classes, preprocessing, threshold, provenance) and `report.json`, with an
-    entry for each artefact of the folder.
+    Beside the artifact stand its sidecar (classes, preprocessing, threshold, provenance) and `report.json`, with an
+    entry for each artifact of the folder.
 
     Args:
         model: from `create_model` or `load`, or a checkpoint file.
@@ -168,23 +169,23 @@ def export(
         format: "onnx", "openvino", "executorch", "litert", "coreml" or "pt2"; or "web", a folder with a page that runs
             the model in the browser.
         precision: "fp32"; "fp16", "bf16", "int8" or "palettized" where the format has it.
-        calibration: for int8: a folder of pictures of what the model will see, or 32 pictures and more.
+        calibration: for int8: a folder of images of what the model will see, or 32 images and more.
         keep_float: int8: layers to leave in floating point, as `sensitivity` names them, with all below them.
-        sensitivity: int8: measure what quantising each layer alone costs; into the report and `sensitivity.png`.
+        sensitivity: int8: measure what quantizing each layer alone costs; into the report and `sensitivity.png`.
         image_size: (height, width) of the input; what the model was made for, if not given.
-        batch_size: pictures in a run.
+        batch_size: images in a run.
         dynamic: what may change from run to run: "batch", "size" (multiples of 32), or both. ONNX, OpenVINO and pt2.
-        bake_preprocessing: take uint8 (B, H, W, 3) as pictures are; scaling happens inside.
+        bake_preprocessing: take uint8 (B, H, W, 3) as images are; scaling happens inside.
         label_map: segmentation: give the class of every pixel instead of logits.
         nms: detection to ONNX: suppress overlapping boxes inside, too.
-        pictures: folder or pictures to compare on; built-in photographs if not given, for int8 those of `calibration`.
-        verify: compare with the model before the artefact is put into place.
-        evaluate: measures accuracy on labelled pictures, before and after.
+        images: folder or images to compare on; built-in photographs if not given, for int8 those of `calibration`.
+        verify: compare with the model before the artifact is put into place.
+        evaluate: measures accuracy on labeled images, before and after.
         name: of the file, without suffix; the checkpoint's, if not given.
 
     Raises:
-        ExportError: the artefact gives other answers than the model; nothing but `report.json` is left behind.
-        ValueError: the format lacks what was asked, its packages are not installed, or pictures cannot be used.
+        ExportError: the artifact gives other answers than the model; nothing but `report.json` is left behind.
+        ValueError: the format lacks what was asked, its packages are not installed, or images cannot be used.
     """
     loaded = model if isinstance(model, nn.Module) else factory.load(model)
     card = card_of(loaded)
@@ -193,8 +194,8 @@ def export(
         from mobilevit.exporting.web import export_web
 
         if batch_size != 1 or dynamic or label_map or sensitivity:
-            raise ValueError(
-                "a page takes one picture at a time, at one size; leave --batch-size, --dynamic, --label-map and "
+            raise MobileViTError(
+                "a page takes one image at a time, at one size; leave --batch-size, --dynamic, --label-map and "
                 "--sensitivity out"
             )
         return export_web(
@@ -206,7 +207,7 @@ def export(
             calibration=calibration,
             keep_float=keep_float,
             image_size=image_size,
-            pictures=pictures,
+            images=images,
             verify=verify,
             evaluate=evaluate,
         )
@@ -232,7 +233,7 @@ def export(
     calibrating: Tensor | list[Tensor] = []
     if precision_ == "int8" and calibration is not None:
         calibrating = calibration_pixels(calibration, card.preprocessing)
-    artefact = Artefact(
+    artifact = Artifact(
         format=format_,
         precision=precision_,
         card=card,
@@ -248,7 +249,7 @@ def export(
         traced = (height, width)
     plan = Plan(
         graph=graph,
-        artefact=artefact,
+        artifact=artifact,
         # PyTorch takes a traced size of 1 for a constant.
         example=graph.example(2 if "batch" in dynamic else batch_size, traced),
         calibration=[_as_input(graph, card, pixels[None]) for pixels in calibrating],
@@ -264,9 +265,9 @@ def export(
         try:
             convert(plan, path)
         except ModuleNotFoundError as error:
-            raise ValueError(f"{error.name} is not installed; pip install 'mobilevit[{format_}]'") from None
-        write_sidecar(path, artefact)
-        report = _verify(plan, path, loaded, pictures or calibration, evaluate=evaluate, verify=verify)
+            raise MobileViTError(f"{error.name} is not installed; pip install 'mobilevit[{format_}]'") from None
+        write_sidecar(path, artifact)
+        report = _verify(plan, path, loaded, images or calibration, evaluate=evaluate, verify=verify)
         rows = measure_sensitivity(graph, plan.calibration) if sensitivity else []
         in_float = float_modules(plan) if precision_ == "int8" else ()
         in_int8 = [row for row in rows if not is_below(row.name, in_float)]
@@ -304,12 +305,12 @@ _SETTINGS: dict[tuple[Format, Precision], dict[str, str]] = {
 
 def _known(format: str, precision: str) -> tuple[Kind, Format, Precision]:  # noqa: A002
     if format not in FORMATS:
-        raise ValueError(f"format is {format!r}; it can be {', '.join(FORMATS)} or web")
+        raise MobileViTError(f"format is {format!r}; it can be {', '.join(FORMATS)} or web")
     kind = FORMATS[format]
     if precision not in kind.precisions:
         others = [name for name, other in FORMATS.items() if precision in other.precisions]
         hint = f"; {precision} exists for {', '.join(others)}" if others else ""
-        raise ValueError(f"{format} has no precision {precision!r}: choose {', '.join(kind.precisions)}{hint}")
+        raise MobileViTError(f"{format} has no precision {precision!r}: choose {', '.join(kind.precisions)}{hint}")
     return kind, format, precision
 
 
@@ -318,7 +319,7 @@ def _check_wishes(
     format: Format,  # noqa: A002
     kind: Kind,
     dynamic: Sequence[str],
-    calibration: Pictures | None,
+    calibration: Images | None,
     precision: Precision,
     *,
     sensitivity: bool,
@@ -326,30 +327,40 @@ def _check_wishes(
     nms: bool,
 ) -> None:
     if not card.classes:
-        raise ValueError("this checkpoint names no classes, so its answers would mean nothing; save it with classes")
+        raise MobileViTError(
+            "this checkpoint names no classes, so its answers would mean nothing; save it with classes"
+        )
     for wish in dynamic:
         if wish not in get_args(Dynamic):
-            raise ValueError(f"dynamic is {wish!r}; it can be 'batch', 'size' or both")
+            raise MobileViTError(f"dynamic is {wish!r}; it can be 'batch', 'size' or both")
     if dynamic and not kind.dynamic:
-        raise ValueError(f"{format} files have one batch and one size; leave --dynamic out, or choose onnx or openvino")
+        raise MobileViTError(
+            f"{format} files have one batch and one size; leave --dynamic out, or choose onnx or openvino"
+        )
     if "size" in dynamic and card.task == "detection":
-        raise ValueError("a detector's anchors belong to one input size; leave --dynamic size out and set --image-size")
+        raise MobileViTError(
+            "a detector's anchors belong to one input size; leave --dynamic size out and set --image-size"
+        )
     if precision == "int8" and calibration is None:
-        raise ValueError(
-            "int8 must be calibrated on pictures of what the model will see; give --calibration with a folder of them"
+        raise MobileViTError(
+            "int8 must be calibrated on images of what the model will see; give --calibration with a folder of them"
         )
     if sensitivity and precision != "int8":
-        raise ValueError("--sensitivity says what int8 costs each layer; give --precision int8 and --calibration, too")
+        raise MobileViTError(
+            "--sensitivity says what int8 costs each layer; give --precision int8 and --calibration, too"
+        )
     if label_map and card.task != "segmentation":
-        raise ValueError(f"--label-map is for segmentation; this checkpoint does {card.task}")
+        raise MobileViTError(f"--label-map is for segmentation; this checkpoint does {card.task}")
     if nms and (card.task != "detection" or format != "onnx"):
-        raise ValueError("--nms is for detection in onnx; elsewhere the predictor suppresses overlapping boxes itself")
+        raise MobileViTError(
+            "--nms is for detection in onnx; elsewhere the predictor suppresses overlapping boxes itself"
+        )
 
 
 def _check_size(size: tuple[int, int], multiple: tuple[int, int]) -> None:
     if any(side % step for side, step in zip(size, multiple, strict=True)):
         near = [max(step, round(side / step) * step) for side, step in zip(size, multiple, strict=True)]
-        raise ValueError(
+        raise MobileViTError(
             f"input size {size[0]} x {size[1]}: its patches do not divide the maps of this model, which exports need "
             f"(no resizing inside); sides are multiples of {multiple[0]} and {multiple[1]}, the nearest are "
             f"--image-size {near[0]} {near[1]}"
@@ -361,12 +372,12 @@ def _as_input(graph: ExportGraph, card: ModelCard, pixels: Tensor) -> Tensor:
 
 
 def _verify(
-    plan: Plan, path: Path, model: nn.Module, pictures: Pictures | None, *, evaluate: Evaluate | None, verify: bool
+    plan: Plan, path: Path, model: nn.Module, images: Images | None, *, evaluate: Evaluate | None, verify: bool
 ) -> ExportReport:
-    artefact = plan.artefact
+    artifact = plan.artifact
     report = ExportReport(
         path=path,
-        artefact=artefact,
+        artifact=artifact,
         num_bytes=sum(p.stat().st_size for p in _parts(path)),
         parity=None,
         verified="--no-verify was given: nobody has compared its answers with the model's",
@@ -377,23 +388,23 @@ def _verify(
     )
     if not verify:
         return report
-    if not FORMATS[artefact.format].runs_here():
+    if not FORMATS[artifact.format].runs_here():
         return dataclasses.replace(
             report,
-            verified=f"{artefact.format} does not run on this system, so nobody has compared its answers with the "
+            verified=f"{artifact.format} does not run on this system, so nobody has compared its answers with the "
             "model's; export on a Mac to have that done",
         )
-    pixels, source = parity_pixels(pictures, artefact.card.preprocessing)
-    session = ArtefactSession(path)
+    pixels, source = parity_pixels(images, artifact.card.preprocessing)
+    session = ArtifactSession(path)
     parity = check(plan.graph, session, pixels, source)
-    theirs = TorchSession(model, artefact.card.preprocessing, device=torch.device("cpu"))
-    one = pixels[: artefact.batch_size or 1]
+    theirs = TorchSession(model, artifact.card.preprocessing, device=torch.device("cpu"))
+    one = pixels[: artifact.batch_size or 1]
     latency, torch_latency = _latencies_ms([lambda: session(one), lambda: theirs(one)])
     metrics: dict[str, float] = {}
     torch_metrics: dict[str, float] = {}
     if evaluate is not None:
-        torch_metrics = dict(evaluate(theirs, artefact.card, "PyTorch"))
-        metrics = dict(evaluate(session, artefact.card, artefact.format))
+        torch_metrics = dict(evaluate(theirs, artifact.card, "PyTorch"))
+        metrics = dict(evaluate(session, artifact.card, artifact.format))
     return dataclasses.replace(
         report,
         parity=parity,
@@ -418,14 +429,14 @@ def _latencies_ms(sides: Sequence[Callable[[], object]], rounds: int = 15) -> li
 
 
 def _parts(path: Path) -> list[Path]:
-    """Files of an artefact, without its sidecar."""
+    """Files of an artifact, without its sidecar."""
     if path.is_dir():
         return [p for p in path.rglob("*") if p.is_file()]
     return [path, path.with_suffix(".bin")] if path.suffix == ".xml" else [path]
 
 
 def _add_to(path: Path, report: ExportReport) -> None:
-    """Keep the entries of other artefacts in the folder."""
+    """Keep the entries of other artifacts in the folder."""
     entries: dict[str, Any] = {}
     if path.is_file():
         try:

@@ -2,7 +2,7 @@
 
 Letters used in shape comments:
 
-    B  pictures in a run     A  anchors     K  classes     H, W  height and width of the input     h, w  of a coarse map
+    B  images in a run     A  anchors     K  classes     H, W  height and width of the input     h, w  of a coarse map
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from mobilevit.models.card import card_of
+from mobilevit.card import card_of
 from mobilevit.models.deeplabv3 import DeepLabv3
 from mobilevit.models.fuse import fuse
 from mobilevit.models.mobilevit import MobileViTBackbone
@@ -69,7 +69,7 @@ class ExportGraph(nn.Module):
         return self.answer(x)
 
     def answer(self, x: Tensor) -> tuple[Tensor, ...]:
-        """The outputs for scaled pictures. Shape: (B, 3, H, W) -> see the class."""
+        """The outputs for scaled images. Shape: (B, 3, H, W) -> see the class."""
         if self.task == "detection":
             decoded = decode(self.model(x))
             return decoded.boxes_xyxy, decoded.scores

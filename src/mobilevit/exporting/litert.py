@@ -2,7 +2,7 @@
 
 Letters used in shape comments:
 
-    B  pictures in a run     P  sequences of a block     N  tokens     D  width of the transformer
+    B  images in a run     P  sequences of a block     N  tokens     D  width of the transformer
     C  channels of a map     h, w  its height and width
 """
 
@@ -25,6 +25,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from mobilevit.errors import MobileViTError
 from mobilevit.models.deeplabv3 import ASPP
 from mobilevit.models.mobilevit import MobileViTBackbone
 
@@ -52,8 +53,8 @@ def convert(plan: Plan, path: Path) -> None:
         plan.graph,
         plan.example,
         path,
-        precision=plan.artefact.precision,
-        calibration=plan.batches() if plan.artefact.precision == "int8" else None,
+        precision=plan.artifact.precision,
+        calibration=plan.batches() if plan.artifact.precision == "int8" else None,
         keep_float=plan.keep_float,
     )
 
@@ -79,7 +80,7 @@ def convert_graph(
         example: an input to trace it with.
         path: of the file.
         precision: "fp32"; "fp16", which are weights of half the size, computed with in float32; or "int8".
-        calibration: int8: inputs like `example`, made of real pictures.
+        calibration: int8: inputs like `example`, made of real images.
         keep_float: int8: names of further modules of the graph to leave in float32, with all below them.
 
     Raises:
@@ -88,11 +89,11 @@ def convert_graph(
     """
     converter, flatbuffers = _import("litert_torch"), _import("ai_edge_litert.tools.flatbuffer_utils")
     if precision not in ("fp32", "fp16", "int8"):
-        raise ValueError(f"litert has no precision {precision!r}; choose fp32, fp16 or int8")
+        raise MobileViTError(f"litert has no precision {precision!r}; choose fp32, fp16 or int8")
     modules = dict(graph.named_modules())
     if unknown := [name for name in keep_float if name not in modules]:
         some = next((name for name, module in modules.items() if isinstance(module, nn.Conv2d)), "")
-        raise ValueError(f"keep_float: no module {unknown[0]!r} in this model; names are such as {some!r}")
+        raise MobileViTError(f"keep_float: no module {unknown[0]!r} in this model; names are such as {some!r}")
     rewritten = _rewrite(graph)
     with _quiet(converter), torch.no_grad():
         content = bytes(converter.convert(rewritten, (example,)).model_content())
@@ -111,7 +112,7 @@ def _import(module: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ImportError:
-        raise ValueError(
+        raise MobileViTError(
             f"{module.partition('.')[0]} is not installed; it needs another PyTorch, so run "
             "scripts/litert_environment.sh once, then .venv-litert/bin/mobilevit export CHECKPOINT --format litert"
         ) from None
@@ -214,7 +215,7 @@ def _check(content: bytes, graph: nn.Module, example: Tensor) -> None:
             difference = float((ours != theirs).mean()) * 0.1
         if not difference <= MAX_DIFFERENCE:  # not a number is no less
             version = getattr(_import("litert_torch"), "__version__", "")
-            raise ValueError(
+            raise MobileViTError(
                 f"litert_torch {version} has converted this model wrongly (outputs differ by {difference:.1e} of the "
                 "largest); install another version of it into .venv-litert"
             )
@@ -289,7 +290,9 @@ def _modes(
     modes: list[str] = []
     in_int8: set[int] = set()  # activations
     if not any(operator.digest in owners for operator in operators):
-        raise ValueError("this version of litert_torch changes weights, so layers cannot be told apart; export fp32")
+        raise MobileViTError(
+            "this version of litert_torch changes weights, so layers cannot be told apart; export fp32"
+        )
     for operator in operators:
         mode = "float"
         if operator.kind in _WITH_WEIGHTS and operator.digest in owners:
@@ -382,7 +385,7 @@ def _ranges(
     """Least and largest value of every activation that int8 operators read or write, by name.
 
     Raises:
-        ValueError: there are no pictures.
+        ValueError: there are no images.
     """
     litert = _import("ai_edge_litert.interpreter")
     with warnings.catch_warnings():
@@ -399,7 +402,7 @@ def _ranges(
         for index, histogram in histograms.items():
             histogram.add(interpreter.get_tensor(index))
     if not number:
-        raise ValueError("int8 must be calibrated on pictures of what the model will see; there are none")
+        raise MobileViTError("int8 must be calibrated on images of what the model will see; there are none")
     details = {detail["index"]: detail for detail in interpreter.get_tensor_details()}
     ranges = {}
     for index, histogram in histograms.items():

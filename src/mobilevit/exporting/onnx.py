@@ -32,7 +32,7 @@ _QUANTIZED = ("Conv", "Gemm", "MatMul", "Sigmoid", "Mul", "Relu", "Concat")
 
 
 def convert(plan: Plan, path: Path) -> None:
-    """Write `path`, one file with its weights, and the artefact's description in its metadata.
+    """Write `path`, one file with its weights, and the artifact's description in its metadata.
 
     fp16 takes and gives float32, as the other precisions do. int8 are QDQ nodes, calibrated on `plan.calibration`.
 
@@ -43,15 +43,15 @@ def convert(plan: Plan, path: Path) -> None:
 
     floats = float_modules(plan)
     model = to_proto(plan)
-    if plan.artefact.precision == "int8":
+    if plan.artifact.precision == "int8":
         model = _quantize(model, floats, plan)
-    elif plan.artefact.precision == "fp16":
+    elif plan.artifact.precision == "fp16":
         model = _halve(model)
-    if "selected" in plan.artefact.outputs:
+    if "selected" in plan.artifact.outputs:
         append_nms(model)
     del model.metadata_props[:]
     entry = model.metadata_props.add()
-    entry.key, entry.value = "mobilevit", plan.artefact.to_json()
+    entry.key, entry.value = "mobilevit", plan.artifact.to_json()
     onnx.checker.check_model(model)
     path.write_bytes(model.SerializeToString())
 
@@ -94,7 +94,7 @@ def _name_nodes(model: ModelProto) -> None:
         told = {entry.key: entry.value for entry in node.metadata_props}
         if "pkg.torch.onnx.name_scopes" in told:
             module = ast.literal_eval(told["pkg.torch.onnx.name_scopes"])[-2]  # the last is the node itself
-        else:  # made by an optimisation; belongs to where its input is from
+        else:  # made by an optimization; belongs to where its input is from
             module = next((modules[producers[name].name] for name in node.input if name in producers), "")
         name = f"{module}/{node.op_type}"
         seen[name] += 1
@@ -108,7 +108,7 @@ def _name_nodes(model: ModelProto) -> None:
 
 
 class _Batches:
-    """Calibration pictures as ONNX Runtime asks for them."""
+    """Calibration images as ONNX Runtime asks for them."""
 
     def __init__(self, name: str, batches: Iterator[Tensor]) -> None:
         self._name, self._batches = name, batches
@@ -121,9 +121,9 @@ class _Batches:
 def _quantize(model: ModelProto, floats: Sequence[str], plan: Plan) -> ModelProto:
     """Convolutions and linear layers in int8; how was chosen on flowers (top-1 0.726 before, 864 held out).
 
-    Share of pictures that keep their class, or milliseconds of one picture at 256 (XXS, one thread of a Zen 4):
+    Share of images that keep their class, or milliseconds of one image at 256 (XXS, one thread of a Zen 4):
 
-        ranges         smallest and largest value of all pictures, as nothing is then cut off: top-1 0.727, 98.5 %;
+        ranges         smallest and largest value of all images, as nothing is then cut off: top-1 0.727, 98.5 %;
                        percentiles 99.999 and 99.99: top-1 0.713 and 0.719; entropy finds the same ranges as min/max
         activations    uint8: 3.2 ms at 128, where int8 takes 5.6; symmetric int8 has a bit less for SiLU's outputs,
                        95.6 instead of 96.4 % with all of the model in int8

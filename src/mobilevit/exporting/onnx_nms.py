@@ -8,7 +8,7 @@ from mobilevit.tasks.detection import IOU_THRESHOLD, MAX_DETECTIONS, SCORE_THRES
 
 
 def append_nms(model: Any) -> None:
-    """Add an output "selected" (M, 3), int64: picture, class and anchor of each box that is kept, to a ModelProto.
+    """Add an output "selected" (M, 3), int64: image, class and anchor of each box that is kept, to a ModelProto.
 
     The detector's boxes and scores stay outputs, to be looked up by these. `NonMaxSuppression` wants pairs of corners,
     in either order of axes, and scores class by class.

@@ -21,7 +21,7 @@ _NO_COMPUTATION = ("Constant", "Convert", "Parameter", "Result")
 
 
 def convert(plan: Plan, path: Path) -> None:
-    """Write `path` (.xml) and the weights beside it (.bin), with the artefact's description in rt_info.
+    """Write `path` (.xml) and the weights beside it (.bin), with the artifact's description in rt_info.
 
     Raises:
         ValueError: `plan.keep_float` names what is not in the graph.
@@ -31,23 +31,23 @@ def convert(plan: Plan, path: Path) -> None:
     floats = float_modules(plan)
     # By way of ONNX, from which it makes a slightly faster graph than from PyTorch. In bfloat16, what it makes of
     # attention in steps has logits of 33 dB instead of 43, for 2 % of the time.
-    in_bfloat16 = plan.artefact.settings.get("INFERENCE_PRECISION_HINT") == "bf16"
+    in_bfloat16 = plan.artifact.settings.get("INFERENCE_PRECISION_HINT") == "bf16"
     model = openvino.Core().read_model(to_proto(plan, stepwise=not in_bfloat16).SerializeToString())
-    if plan.artefact.precision == "int8":
+    if plan.artifact.precision == "int8":
         model = _quantize(model, floats, plan)
     for port, name in zip(model.outputs, plan.graph.output_names, strict=True):
         port.get_tensor().set_names({name})
     model.inputs[0].get_tensor().set_names({plan.graph.input_name})
-    model.set_rt_info(plan.artefact.to_json(), ["mobilevit"])
-    openvino.save_model(model, path, compress_to_fp16=plan.artefact.precision in ("fp16", "bf16"))
+    model.set_rt_info(plan.artifact.to_json(), ["mobilevit"])
+    openvino.save_model(model, path, compress_to_fp16=plan.artifact.precision in ("fp16", "bf16"))
 
 
 def _quantize(model: Any, floats: Sequence[str], plan: Plan) -> Any:
     """Convolutions, linear layers and attention in int8 by NNCF; how was chosen on flowers (864 held out).
 
-    Share of pictures that keep their class, and the signal of the logits over their noise:
+    Share of images that keep their class, and the signal of the logits over their noise:
 
-        ranges        smallest and largest value of all pictures; NNCF's own, their means over pictures, cut off what
+        ranges        smallest and largest value of all images; NNCF's own, their means over images, cut off what
                       is rare: 21 instead of 27 dB, all in int8
         SmoothQuant   off: 40 instead of 30 dB (it stretches the classifier's input, which has a few large channels)
         model type    transformer leaves sums and LayerNorm in float: 99.5 %, 40 dB instead of 39
@@ -67,14 +67,14 @@ def _quantize(model: Any, floats: Sequence[str], plan: Plan) -> Any:
             or is_below(operator.get_friendly_name().partition("/")[0], floats)
         )
     ]
-    pictures = [batch.numpy() for batch in plan.batches()]
+    images = [batch.numpy() for batch in plan.batches()]
     with _quiet():
         return nncf.quantize(
             model,
-            nncf.Dataset(pictures),
+            nncf.Dataset(images),
             preset=nncf.QuantizationPreset.MIXED,
             model_type=nncf.ModelType.TRANSFORMER,
-            subset_size=len(pictures),
+            subset_size=len(images),
             ignored_scope=nncf.IgnoredScope(names=left, validate=False),
             advanced_parameters=nncf.AdvancedQuantizationParameters(
                 overflow_fix=nncf.OverflowFix.ENABLE,

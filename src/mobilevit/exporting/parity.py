@@ -1,4 +1,4 @@
-"""Whether an artefact gives the answers of the model it was made of, on real pictures."""
+"""Whether an artifact gives the answers of the model it was made of, on real images."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mobilevit.card import Task
 from mobilevit.exporting.graph import ExportGraph
-from mobilevit.inference.artefact import Precision
-from mobilevit.inference.session import ArtefactSession
-from mobilevit.models.card import Task
-from mobilevit.preprocessing import Preprocessing
+from mobilevit.imaging.preprocessing import Preprocessing
 from mobilevit.progress import Progress
+from mobilevit.runtime.artifact import Precision
+from mobilevit.runtime.session import ArtifactSession
 from mobilevit.tasks.detection import DecodedOutput, Detections, postprocess
 
 MAX_DIFFERENCE = 1e-4
@@ -22,8 +22,8 @@ MAX_DIFFERENCE = 1e-4
 _LEAST_AGREEMENT: dict[Precision, float] = {
     "fp32": 0.995, "fp16": 0.995, "bf16": 0.995, "int8": 0.95, "palettized": 0.95
 }  # fmt: skip
-"""Share of pictures with the same class, of boxes found by both, or mean IoU of masks. That of int8 is a floor for what
-is not broken; what int8 costs in accuracy is measured on labelled pictures."""
+"""Share of images with the same class, of boxes found by both, or mean IoU of masks. That of int8 is a floor for what
+is not broken; what int8 costs in accuracy is measured on labeled images."""
 
 
 TORN = 0.05
@@ -32,15 +32,15 @@ TORN = 0.05
 
 @dataclass(frozen=True, kw_only=True)
 class Parity:
-    """The artefact beside PyTorch in float32, on the same pixels."""
+    """The artifact beside PyTorch in float32, on the same pixels."""
 
-    pictures: int
+    images: int
     source: str
-    """Where the pictures come from."""
+    """Where the images come from."""
     max_difference: float | None
     """Largest absolute difference of any output value; None where outputs are classes."""
     agreement: float
-    """Classification: share of pictures with the same best class. Detection: share of the boxes of each that the other
+    """Classification: share of images with the same best class. Detection: share of the boxes of each that the other
     has too (same class, IoU above 0.9; 0.5 for int8). Segmentation: mean IoU of the label maps."""
     measure: str
     """What agreement counts, in words."""
@@ -55,23 +55,23 @@ class Parity:
 
 
 @torch.inference_mode()
-def check(reference: ExportGraph, session: ArtefactSession, pixels: Tensor, source: str) -> Parity:
+def check(reference: ExportGraph, session: ArtifactSession, pixels: Tensor, source: str) -> Parity:
     """Run both on the same pixels and compare.
 
     Args:
         reference: the graph in PyTorch, in float32.
-        session: the artefact.
+        session: the artifact.
         pixels: uint8 (n, 3, H, W).
         source: what to call them.
     """
-    artefact = session.artefact
-    task, precision = artefact.card.task, artefact.precision
-    size = artefact.batch_size or 4
+    artifact = session.artifact
+    task, precision = artifact.card.task, artifact.precision
+    size = artifact.batch_size or 4
     difference, scores, finite, torn = 0.0, [], True, 0
     with Progress("compare", len(pixels)) as progress:
         for start in range(0, len(pixels), size):
             batch = pixels[start : start + size]
-            expected, found = _answers(reference, batch, artefact.card.preprocessing), session.raw(batch)
+            expected, found = _answers(reference, batch, artifact.card.preprocessing), session.raw(batch)
             for ours, theirs in zip(expected, found, strict=False):  # without what NMS inside has selected
                 if ours.is_floating_point():
                     finite &= bool(theirs.float().isfinite().all())
@@ -82,7 +82,7 @@ def check(reference: ExportGraph, session: ArtefactSession, pixels: Tensor, sour
                 torn += _count_torn(expected[0], output)
             progress.advance(len(batch))
     measure = {
-        "classification": "pictures with the same class",
+        "classification": "images with the same class",
         "detection": "boxes found by both",
         "segmentation": "mean IoU of the masks",
     }[task]
@@ -93,15 +93,15 @@ def check(reference: ExportGraph, session: ArtefactSession, pixels: Tensor, sour
         reason = "its answers are not finite numbers"
     elif precision == "fp32" and difference > MAX_DIFFERENCE:
         reason = f"its answers differ by up to {difference:.1e}, where {MAX_DIFFERENCE:.0e} is allowed"
-    # Of few pictures, one may stand on the edge between two classes, too.
+    # Of few images, one may stand on the edge between two classes, too.
     elif sum(1 - score for score in scores) - torn > max(
         1.0 if precision != "fp32" else 0.0, (1 - allowed) * len(scores)
     ):
         reason = f"{measure}: {agreement:.1%}, where {allowed:.1%} is needed"
     return Parity(
-        pictures=len(pixels),
+        images=len(pixels),
         source=source,
-        max_difference=None if "label_map" in artefact.outputs else difference,
+        max_difference=None if "label_map" in artifact.outputs else difference,
         agreement=agreement,
         measure=measure,
         good=not reason,
@@ -115,7 +115,7 @@ def _answers(graph: ExportGraph, pixels: Tensor, preprocessing: Preprocessing) -
 
 
 def _agreements(task: Task, expected: tuple[Tensor, ...], found: Any, iou_threshold: float) -> list[float]:
-    """Of each picture, 0..1; `found` is the task's output."""
+    """Of each image, 0..1; `found` is the task's output."""
     if task == "classification":
         return [float(same) for same in expected[0].argmax(1) == found.argmax(1)]
     if task == "segmentation":
@@ -125,7 +125,7 @@ def _agreements(task: Task, expected: tuple[Tensor, ...], found: Any, iou_thresh
 
 
 def _count_torn(expected: Tensor, found: Tensor) -> int:
-    """Pictures with another class than before, which PyTorch holds for nearly as probable as its own."""
+    """Images with another class than before, which PyTorch holds for nearly as probable as its own."""
     probabilities = expected.softmax(dim=1)
     theirs = probabilities.gather(1, found.argmax(1, keepdim=True)).squeeze(1)
     behind = probabilities.amax(dim=1) - theirs

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.export import Dim, ExportedProgram
 
 from mobilevit.exporting.graph import ExportGraph
-from mobilevit.inference.artefact import Artefact
+from mobilevit.runtime.artifact import Artifact
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,12 +20,12 @@ class Plan:
 
     graph: ExportGraph
     """In eval mode, on the CPU."""
-    artefact: Artefact
+    artifact: Artifact
     """What the file will say of itself; its precision, batch size and image size decide the conversion."""
     example: Tensor
-    """An input to trace with, of the artefact's type and layout."""
+    """An input to trace with, of the artifact's type and layout."""
     calibration: Sequence[Tensor] = ()
-    """int8: inputs made of real pictures, of one picture each, as `example` otherwise."""
+    """int8: inputs made of real images, of one image each, as `example` otherwise."""
     keep_float: tuple[str, ...] = ()
     """int8: names of modules of the graph whose computation stays in floating point, with all below them."""
 
@@ -42,17 +42,17 @@ class Plan:
     def dynamic_shapes(self) -> tuple[dict[int, Any], ...] | None:
         """Of the input, for `torch.export`; None: all static."""
         shapes: dict[int, Any] = {}
-        if self.artefact.batch_size is None:
+        if self.artifact.batch_size is None:
             shapes[0] = Dim("batch", min=1, max=1024)
-        if self.artefact.image_size is None:
-            rows, columns = (1, 2) if self.artefact.baked else (2, 3)
+        if self.artifact.image_size is None:
+            rows, columns = (1, 2) if self.artifact.baked else (2, 3)
             height, width = self.graph.size_multiple
             shapes[rows] = height * Dim("rows", min=1, max=2048 // height)
             shapes[columns] = width * Dim("columns", min=1, max=2048 // width)
         return (shapes,) if shapes else None
 
     def batches(self) -> Iterator[Tensor]:
-        """Calibration pictures at the artefact's own batch size; a last batch that is not full is left out."""
-        size = self.artefact.batch_size or 1
+        """Calibration images at the artifact's own batch size; a last batch that is not full is left out."""
+        size = self.artifact.batch_size or 1
         for start in range(0, len(self.calibration) - size + 1, size):
             yield torch.cat(list(self.calibration[start : start + size]))

@@ -19,14 +19,14 @@ DESCRIPTION = "mobilevit.json"
 
 
 def convert(plan: Plan, path: Path) -> None:
-    """Write `path`, with the artefact's description among its extra files."""
-    program = plan.program(in_bfloat16(plan.graph) if plan.artefact.precision == "bf16" else None)
-    # Without the folders of this machine, which stand in every node's stack trace, and without an example picture,
+    """Write `path`, with the artifact's description among its extra files."""
+    program = plan.program(in_bfloat16(plan.graph) if plan.artifact.precision == "bf16" else None)
+    # Without the folders of this machine, which stand in every node's stack trace, and without an example image,
     # which is a pickle.
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)
     program.example_inputs = None
-    torch.export.save(program, path, extra_files={DESCRIPTION: plan.artefact.to_json()})
+    torch.export.save(program, path, extra_files={DESCRIPTION: plan.artifact.to_json()})
 
 
 def in_bfloat16(graph: ExportGraph) -> ExportGraph:

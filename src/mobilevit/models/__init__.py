@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from difflib import get_close_matches
 
-from mobilevit.models.card import Task
+from mobilevit.card import Task
+from mobilevit.errors import MobileViTError
 from mobilevit.models.deeplabv3 import DeepLabv3, DeepLabv3Config
 from mobilevit.models.mobilevit import XS, XXS, MobileViT, MobileViTBackbone, MobileViTConfig, S
 from mobilevit.models.ssdlite import SSDLite, SSDLiteConfig
@@ -43,7 +44,7 @@ def model_config(name: str) -> MobileViTConfig:
     if name not in MODELS:
         near = get_close_matches(name, MODELS, n=1, cutoff=0.3)
         hint = f"did you mean {near[0]}?" if near else ""
-        raise ValueError(f"unknown model {name!r}; {hint} There are {', '.join(list_models())}".replace("  ", " "))
+        raise MobileViTError(f"unknown model {name!r}; {hint} There are {', '.join(list_models())}".replace("  ", " "))
     return MODELS[name]
 
 
@@ -54,7 +55,7 @@ def known_task(task: str) -> Task:
         ValueError: no such task.
     """
     if task not in HEAD_CONFIGS:
-        raise ValueError(f"unknown task {task!r}; choose from {', '.join(HEAD_CONFIGS)}")
+        raise MobileViTError(f"unknown task {task!r}; choose from {', '.join(HEAD_CONFIGS)}")
     return task
 
 
@@ -73,7 +74,7 @@ def build_model(config: MobileViTConfig, *, task: str, num_classes: int, head: H
     wanted = HEAD_CONFIGS[known_task(task)]
     if head is not None and not (wanted and isinstance(head, wanted)):
         remedy = f"give a {wanted.__name__}" if wanted else "leave it out"
-        raise ValueError(f"head is a {type(head).__name__}, which does not suit {task}; {remedy}")
+        raise MobileViTError(f"head is a {type(head).__name__}, which does not suit {task}; {remedy}")
     if task == "detection":
         return SSDLite(MobileViTBackbone(config), num_classes, head if isinstance(head, SSDLiteConfig) else None)
     if task == "segmentation":

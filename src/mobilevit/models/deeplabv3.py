@@ -2,7 +2,7 @@
 
 Letters used in shape comments:
 
-    B  pictures in the batch     C  channels of the backbone's last map     K  classes, background included
+    B  images in the batch     C  channels of the backbone's last map     K  classes, background included
     H, W  height and width of the input     h, w  of the backbone's last map: H / output_stride, W / output_stride
 """
 
@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mobilevit.errors import MobileViTError
 from mobilevit.models.mobilevit import ConvNormAct, MobileViTBackbone, initialize, initialize_prediction
 
 if TYPE_CHECKING:
-    from mobilevit.models.card import ModelCard
+    from mobilevit.card import ModelCard
 
 
 IGNORE = 255
@@ -46,16 +47,16 @@ class DeepLabv3Config:
 
     def __post_init__(self) -> None:
         if min((self.aspp_channels, self.aux_channels, *self.atrous_rates)) < 1:
-            raise ValueError("aspp_channels, aux_channels and atrous_rates must be 1 or more")
+            raise MobileViTError("aspp_channels, aux_channels and atrous_rates must be 1 or more")
 
     @classmethod
     def for_output_stride(cls, output_stride: int) -> DeepLabv3Config:
-        """Rates that see equally far in the picture at every output stride (arXiv:1706.05587, section 4.1)."""
+        """Rates that see equally far in the image at every output stride (arXiv:1706.05587, section 4.1)."""
         return cls(atrous_rates=tuple(max(rate * 16 // output_stride, 1) for rate in cls.atrous_rates))
 
 
 class SegmentationOutput(NamedTuple):
-    """What `DeepLabv3` says of B pictures."""
+    """What `DeepLabv3` says of B images."""
 
     logits: Tensor
     """(B, K, H, W), at the size of the input."""

@@ -1,6 +1,6 @@
 """The inference-time rewrite: the same function in fewer steps.
 
-What batch statistics and affine parameters do is linear, so the neighbouring linear step can do it:
+What batch statistics and affine parameters do is linear, so the neighboring linear step can do it:
 
     BatchNorm after a convolution        -> the convolution's weight and bias
     LayerNorm's gain and shift           -> the linear layer (or 1x1 convolution) that follows

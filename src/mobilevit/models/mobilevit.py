@@ -2,7 +2,7 @@
 
 The whole model, top to bottom, on torch alone. Letters used in shape comments:
 
-    B  pictures in the batch          ph, pw  height and width of a patch in pixels
+    B  images in the batch          ph, pw  height and width of a patch in pixels
     C  channels of a feature map      P       pixels in a patch, ph * pw
     H, W  height and width of a map   N       patches in a map, (H / ph) * (W / pw)
     D  width of the transformer       h       attention heads
@@ -24,8 +24,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mobilevit.errors import MobileViTError
+
 if TYPE_CHECKING:
-    from mobilevit.models.card import ModelCard
+    from mobilevit.card import ModelCard
 
 PatchSize = int | tuple[int, int]
 
@@ -63,9 +65,9 @@ class MobileViTConfig:
 
     def __post_init__(self) -> None:
         if len(self.patch_size) != 3 or any(min(_pair(p)) < 1 for p in self.patch_size):
-            raise ValueError(f"patch_size is {self.patch_size}; give three sizes of 1 or more, such as 2, 2, 2")
+            raise MobileViTError(f"patch_size is {self.patch_size}; give three sizes of 1 or more, such as 2, 2, 2")
         if self.output_stride not in (8, 16, 32):
-            raise ValueError(f"output_stride is {self.output_stride}; it can be 32, 16 or 8")
+            raise MobileViTError(f"output_stride is {self.output_stride}; it can be 32, 16 or 8")
 
 
 def _pair(size: PatchSize) -> tuple[int, int]:
@@ -213,7 +215,7 @@ class TransformerLayer(nn.Module):
 def unfold(x: Tensor, patch_size: tuple[int, int]) -> Tensor:
     """Gather the pixels at the same place inside their patches into one sequence each (arXiv:2110.02178, figure 4).
 
-    Sequences are ordered by place inside the patch, then by picture. Two copies, of whole rows and runs of D numbers;
+    Sequences are ordered by place inside the patch, then by image. Two copies, of whole rows and runs of D numbers;
     no tensor above rank 4, so that exported graphs suit compilers for small devices.
 
     Shape: (B, D, H, W) -> (P * B, N, D); H and W are multiples of the patch.
@@ -265,7 +267,7 @@ class MobileViTBlock(nn.Module):
     ) -> None:
         super().__init__()
         if embed_dim % num_heads:
-            raise ValueError(f"embed_dim {embed_dim} is not divisible by num_heads {num_heads}")
+            raise MobileViTError(f"embed_dim {embed_dim} is not divisible by num_heads {num_heads}")
         self.patch_size = _pair(patch_size)
         self.local_conv = ConvNormAct(in_channels, in_channels, 3)
         self.project_in = ConvNormAct(in_channels, embed_dim, 1, norm=False, act=None)
@@ -394,7 +396,7 @@ class MobileViT(MobileViTBackbone):
         initialize(self.head_conv)
 
     def reset_classifier(self, num_classes: int) -> None:
-        """Replace the last linear layer by a freshly initialised one for `num_classes` classes (0: none)."""
+        """Replace the last linear layer by a freshly initialized one for `num_classes` classes (0: none)."""
         self.num_classes = num_classes
         self.classifier = nn.Linear(self.config.head_channels, num_classes) if num_classes else nn.Identity()
         initialize(self.classifier)

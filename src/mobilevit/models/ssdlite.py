@@ -2,10 +2,10 @@
 
 Letters used in shape comments:
 
-    B  pictures in the batch     A  anchors in all levels together
-    K  classes of objects        H, W  height and width of a picture or map
+    B  images in the batch     A  anchors in all levels together
+    K  classes of objects        H, W  height and width of an image or map
 
-Boxes are in units of the picture, 0..1, so that one set of anchors serves every input size of the same shape.
+Boxes are in units of the image, 0..1, so that one set of anchors serves every input size of the same shape.
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from mobilevit.errors import MobileViTError
 from mobilevit.models.mobilevit import ConvNormAct, MobileViTBackbone, initialize, initialize_prediction
 
 if TYPE_CHECKING:
-    from mobilevit.models.card import ModelCard
+    from mobilevit.card import ModelCard
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,11 +40,11 @@ class SSDLiteConfig:
     extra_channels: tuple[int, ...] = (256, 128, 128)
     """Of the levels after the backbone's, each of half the size of the one before."""
     pool_channels: int = 64
-    """Of the last level, a single cell that sees the whole picture."""
+    """Of the last level, a single cell that sees the whole image."""
     head_channels: tuple[int | None, ...] = (512, 256, None, None, None, None)
     """Width each level is brought to before its head; None: as it is."""
     min_scale: float = 0.1
-    """Side of the smallest anchors, in sides of the picture."""
+    """Side of the smallest anchors, in sides of the image."""
     max_scale: float = 1.05
     """Side of the scale that would follow the last level's."""
     aspect_ratios: tuple[tuple[float, ...], ...] = ((2, 3), (2, 3), (2, 3), (2, 3), (2, 3), (2,))
@@ -52,7 +53,7 @@ class SSDLiteConfig:
     def __post_init__(self) -> None:
         levels = 2 + len(self.extra_channels) + 1
         if len(self.head_channels) != levels or len(self.aspect_ratios) != levels:
-            raise ValueError(f"{levels} levels need as many head_channels and aspect_ratios")
+            raise MobileViTError(f"{levels} levels need as many head_channels and aspect_ratios")
 
     @property
     def anchors_per_cell(self) -> tuple[int, ...]:
@@ -61,17 +62,17 @@ class SSDLiteConfig:
 
 
 class DetectionOutput(NamedTuple):
-    """What `SSDLite` says of B pictures."""
+    """What `SSDLite` says of B images."""
 
     class_logits: Tensor
     """(B, A, K + 1); class 0 is the background."""
     box_regression: Tensor
     """(B, A, 4): how each anchor must be moved and stretched; see `decode_boxes`."""
     anchors_cxcywh: Tensor
-    """(A, 4): centre, width and height in 0..1."""
+    """(A, 4): center, width and height in 0..1."""
 
 
-CENTRE_VARIANCE, SIZE_VARIANCE = 0.1, 0.2
+CENTER_VARIANCE, SIZE_VARIANCE = 0.1, 0.2
 """Units of the regression, so that its numbers are about as large as one."""
 
 
@@ -83,7 +84,7 @@ def make_anchors(map_sizes: Sequence[tuple[int, int]], config: SSDLiteConfig) ->
         config: scales and ratios.
 
     Returns:
-        (A, 4), centre and size in 0..1; level by level, row by row, cell by cell.
+        (A, 4), center and size in 0..1; level by level, row by row, cell by cell.
     """
     return torch.tensor(_anchor_table(tuple(map_sizes), config))
 
@@ -99,8 +100,8 @@ def _anchor_table(map_sizes: tuple[tuple[int, int], ...], config: SSDLiteConfig)
         for root in map(math.sqrt, ratios):
             sides += [(small * root, small / root), (small / root, small * root)]
         y, x = np.meshgrid((np.arange(height) + 0.5) / height, (np.arange(width) + 0.5) / width, indexing="ij")
-        centres = np.stack([x, y], axis=-1).reshape(-1, 1, 2).repeat(len(sides), axis=1)
-        levels.append(np.concatenate([centres, np.broadcast_to(sides, centres.shape)], axis=-1).reshape(-1, 4))
+        centers = np.stack([x, y], axis=-1).reshape(-1, 1, 2).repeat(len(sides), axis=1)
+        levels.append(np.concatenate([centers, np.broadcast_to(sides, centers.shape)], axis=-1).reshape(-1, 4))
     return np.concatenate(levels).clip(0, 1).astype(np.float32)
 
 
@@ -109,9 +110,9 @@ def encode_boxes(boxes_cxcywh: Tensor, anchors_cxcywh: Tensor) -> Tensor:
 
     Shape: (..., A, 4) and (A, 4), both in 0..1 -> (..., A, 4).
     """
-    centre = (boxes_cxcywh[..., :2] - anchors_cxcywh[..., :2]) / (CENTRE_VARIANCE * anchors_cxcywh[..., 2:])
+    center = (boxes_cxcywh[..., :2] - anchors_cxcywh[..., :2]) / (CENTER_VARIANCE * anchors_cxcywh[..., 2:])
     size = (boxes_cxcywh[..., 2:] / anchors_cxcywh[..., 2:]).log() / SIZE_VARIANCE
-    return torch.cat([centre, size], dim=-1)
+    return torch.cat([center, size], dim=-1)
 
 
 def decode_boxes(box_regression: Tensor, anchors_cxcywh: Tensor) -> Tensor:
@@ -119,9 +120,9 @@ def decode_boxes(box_regression: Tensor, anchors_cxcywh: Tensor) -> Tensor:
 
     Shape: (..., A, 4) and (A, 4) -> (..., A, 4) as left, top, right, bottom; in 0..1, beyond it for cut-off objects.
     """
-    centre = anchors_cxcywh[..., :2] + CENTRE_VARIANCE * anchors_cxcywh[..., 2:] * box_regression[..., :2]
+    center = anchors_cxcywh[..., :2] + CENTER_VARIANCE * anchors_cxcywh[..., 2:] * box_regression[..., :2]
     half = anchors_cxcywh[..., 2:] * (SIZE_VARIANCE * box_regression[..., 2:]).exp() / 2
-    return torch.cat([centre - half, centre + half], dim=-1)
+    return torch.cat([center - half, center + half], dim=-1)
 
 
 class SSDLite(nn.Module):
@@ -143,7 +144,7 @@ class SSDLite(nn.Module):
     def __init__(self, backbone: MobileViTBackbone, num_classes: int, config: SSDLiteConfig | None = None) -> None:
         super().__init__()
         if not {16, 32} <= backbone.feature_channels.keys():
-            raise ValueError("detection needs maps at strides 16 and 32; leave output_stride at 32")
+            raise MobileViTError("detection needs maps at strides 16 and 32; leave output_stride at 32")
         self.backbone = backbone
         self.config = backbone.config
         self.num_classes = num_classes

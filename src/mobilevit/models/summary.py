@@ -27,7 +27,7 @@ class LayerRow:
     """Of the output, without the batch; () for what only training uses."""
     parameters: int
     macs: int
-    """Multiply-adds of convolutions, linear layers and attention, for one picture."""
+    """Multiply-adds of convolutions, linear layers and attention, for one image."""
     activations: int
     """Numbers in the output."""
 
@@ -72,7 +72,7 @@ def summarize(model: Model, input_size: tuple[int, int]) -> Summary:
 
     Args:
         model: for any task; may be on the "meta" device.
-        input_size: (height, width) of one picture.
+        input_size: (height, width) of one image.
     """
     model = copy.deepcopy(model).to("meta").eval()
     shapes: dict[str, tuple[int, ...]] = {}

@@ -19,7 +19,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 
 from mobilevit import __version__
-from mobilevit.inference.predictor import Predictor
+from mobilevit.runtime.predictor import Predictor
 from mobilevit.serving import openapi
 from mobilevit.serving.metrics import Metrics
 from mobilevit.serving.observing import GONE, Observed
@@ -115,7 +115,7 @@ _rest = APIRouter()
 
 
 @_models.post(
-    "/predict", summary="Classify, detect or segment", responses=openapi.PREDICT, openapi_extra=openapi.PICTURES
+    "/predict", summary="Classify, detect or segment", responses=openapi.PREDICT, openapi_extra=openapi.IMAGES
 )
 async def _predict(
     request: Request,
@@ -133,20 +133,20 @@ async def _predict(
     async def answer(share: Share) -> dict[str, Any]:
         config = service.config
         uploads = await read_uploads(request, share, max_bytes=config.max_body(), max_files=config.max_files)
-        request.state.pictures = len(uploads)
+        request.state.images = len(uploads)
         results = await service.predict(batcher, uploads, top=top, min_score=min_score)
         return {"model": batcher.name, "task": task, "results": results}
 
     return await _in_time(request, service, answer)
 
 
-@_models.post("/explain", summary="What the model looks at", responses=openapi.EXPLAIN, openapi_extra=openapi.PICTURES)
+@_models.post("/explain", summary="What the model looks at", responses=openapi.EXPLAIN, openapi_extra=openapi.IMAGES)
 async def _explain(
     request: Request,
     service: TheService,
     model: ModelName = None,
-    x: Annotated[int | None, Query(ge=0, description="Column of a pixel of the picture.")] = None,
-    y: Annotated[int | None, Query(ge=0, description="Row of a pixel of the picture.")] = None,
+    x: Annotated[int | None, Query(ge=0, description="Column of a pixel of the image.")] = None,
+    y: Annotated[int | None, Query(ge=0, description="Row of a pixel of the image.")] = None,
 ) -> Response:
     if (x is None) != (y is None):
         raise RefusalError(422, "x and y name a pixel together; give both or none")
@@ -155,7 +155,7 @@ async def _explain(
 
     async def answer(share: Share) -> dict[str, Any]:
         uploads = await read_uploads(request, share, max_bytes=service.config.max_body(), max_files=1)
-        request.state.pictures = 1
+        request.state.images = 1
         pixel = None if x is None or y is None else (x, y)
         return {"model": batcher.name, **await service.explain(batcher, uploads[0], pixel)}
 
@@ -171,9 +171,9 @@ async def _in_time(
             told = await answer(share)
     except TimeoutError:
         limit = f"the limit of {service.config.timeout_s:g} s"
-        if not hasattr(request.state, "pictures"):
+        if not hasattr(request.state, "images"):
             raise RefusalError(408, f"the upload took longer than {limit}", {"Connection": "close"}) from None
-        raise RefusalError(504, f"no answer within {limit}; try again later, or with fewer pictures") from None
+        raise RefusalError(504, f"no answer within {limit}; try again later, or with fewer images") from None
     except ClientDisconnect:
         return Response(status_code=GONE)
     return _json(told)

@@ -1,8 +1,8 @@
-"""Pictures of all connections, put together into batches.
+"""Images of all connections, put together into batches.
 
-A picture passes three kinds of threads. The event loop accepts it, a pool reads and resizes it, and one thread runs
+An image passes three kinds of threads. The event loop accepts it, a pool reads and resizes it, and one thread runs
 the model on whatever is ready. While that thread computes, the next batch gathers, so that batches grow with load and
-a lone picture never waits.
+a lone image never waits.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from mobilevit.inference.predictor import Predictor, Prepared
-from mobilevit.preprocessing import MAX_PIXELS, EncodedImage, ImageError, open_image
+from mobilevit.errors import ImageError
+from mobilevit.imaging.decode import MAX_PIXELS, EncodedImage, open_image
+from mobilevit.runtime.predictor import Predictor, Prepared
 from mobilevit.serving.metrics import Metrics
 
 log = logging.getLogger("mobilevit")
@@ -31,7 +32,7 @@ _NO_IMAGE = Image.new("RGB", (1, 1))
 
 
 class QueueFullError(Exception):
-    """There is no room for more pictures; `retry_after` says in how many seconds there should be."""
+    """There is no room for more images; `retry_after` says in how many seconds there should be."""
 
     def __init__(self, retry_after: int) -> None:
         super().__init__("the service is busy")
@@ -39,21 +40,21 @@ class QueueFullError(Exception):
 
 
 class Upload(NamedTuple):
-    """A picture as it came."""
+    """An image as it came."""
 
     name: str
     data: bytes
 
 
 class Answer(NamedTuple):
-    """What `Predictor.compute` says of a picture; `Predictor.finish` makes the result of it."""
+    """What `Predictor.compute` says of an image; `Predictor.finish` makes the result of it."""
 
-    picture: Prepared
+    image: Prepared
     answer: Any
 
 
 class _Job:
-    """A picture that was accepted."""
+    """An image that was accepted."""
 
     __slots__ = ("future", "upload")
 
@@ -69,11 +70,11 @@ class Batcher:
         name: for metrics.
         readers: threads that read and resize.
         turn: held while the model computes: models of one process take turns on its cores.
-        max_batch: pictures in a batch, at most.
-        max_wait_s: how long a picture that is ready waits for those that are being read.
-        max_queue: pictures accepted and not yet answered.
-        max_pixels: of a picture.
-        metrics: told of batches and pictures.
+        max_batch: images in a batch, at most.
+        max_wait_s: how long an image that is ready waits for those that are being read.
+        max_queue: images accepted and not yet answered.
+        max_pixels: of an image.
+        metrics: told of batches and images.
     """
 
     def __init__(
@@ -106,7 +107,7 @@ class Batcher:
         self._thread.start()
 
     def check_room(self, count: int = 1) -> None:
-        """Whether so many pictures would be accepted now.
+        """Whether so many images would be accepted now.
 
         Raises:
             QueueFullError: no.
@@ -115,7 +116,7 @@ class Batcher:
             raise QueueFullError(max(1, math.ceil(self._pending * self._seconds_each)))
 
     def submit(self, uploads: Sequence[Upload]) -> list[asyncio.Future[Answer | ImageError]]:
-        """Accept pictures, all or none; a future that is cancelled spares its picture the work not yet begun.
+        """Accept images, all or none; a future that is cancelled spares its image the work not yet begun.
 
         Raises:
             QueueFullError: there is no room for all of them.
@@ -151,7 +152,7 @@ class Batcher:
         except ImageError as error:
             self._answer([(job, error)])
         except Exception as error:
-            log.exception("reading a picture failed")
+            log.exception("reading an image failed")
             self._answer([(job, error)])
         with self._changed:
             self._being_read -= 1
@@ -160,7 +161,7 @@ class Batcher:
             self._changed.notify_all()
 
     def open(self, upload: Upload) -> EncodedImage:
-        """A picture's header, if its pixels are within the limit.
+        """An image's header, if its pixels are within the limit.
 
         Raises:
             ImageError: no.
@@ -169,7 +170,7 @@ class Batcher:
 
     def _prepare(self, upload: Upload) -> Prepared:
         opened = self.open(upload)
-        # The decoded picture is not needed for numbers, and a queue full of photographs would fill the memory.
+        # The decoded image is not needed for numbers, and a queue full of photographs would fill the memory.
         return dataclasses.replace(self.predictor.prepare(opened, upload.name), image=_NO_IMAGE)
 
     def _work(self) -> None:
@@ -178,7 +179,7 @@ class Batcher:
             try:
                 with self._turn:
                     begin = time.perf_counter()
-                    answers = self.predictor.compute([picture for _, picture in batch])
+                    answers = self.predictor.compute([image for _, image in batch])
             except Exception as error:
                 log.exception("%s: the model failed", self.name)
                 self._answer([(job, error) for job, _ in batch])
@@ -187,10 +188,10 @@ class Batcher:
             self._metrics.batch(self.name, len(batch), end - begin)
             self._seconds_each += 0.1 * ((end - start) / len(batch) - self._seconds_each)
             told = zip(batch, answers, strict=True)
-            self._answer([(job, Answer(picture, answer)) for (job, picture), answer in told])
+            self._answer([(job, Answer(image, answer)) for (job, image), answer in told])
 
     def _next(self) -> list[tuple[_Job, Prepared]]:
-        """Wait for pictures; empty when closed."""
+        """Wait for images; empty when closed."""
         with self._changed:
             while True:
                 while not self._ready:
@@ -204,7 +205,7 @@ class Batcher:
                         break
                 count = min(len(self._ready), self._max_batch)
                 batch = [self._ready.popleft() for _ in range(count)]
-                batch = [(job, picture) for job, picture in batch if not job.future.cancelled()]
+                batch = [(job, image) for job, image in batch if not job.future.cancelled()]
                 if batch:
                     return batch
 
@@ -219,7 +220,7 @@ def in_loop(loop: asyncio.AbstractEventLoop, call: Callable[[], None]) -> None:
 
 
 def _resolve(answers: list[tuple[_Job, Answer | Exception]]) -> None:
-    """In the event loop; a picture that cannot be read is an answer, too, so that others of its request go on."""
+    """In the event loop; an image that cannot be read is an answer, too, so that others of its request go on."""
     for job, answer in answers:
         if job.future.done():
             continue

@@ -29,16 +29,16 @@ class Metrics:
         self._seconds = Histogram(
             "mobilevit_request_seconds", "Time to answer a request.", ("route",), buckets=_LATENCIES, registry=registry
         )
-        self._pictures = Counter("mobilevit_pictures", "Pictures.", ("model", "outcome"), registry=registry)
+        self._images = Counter("mobilevit_images", "Images.", ("model", "outcome"), registry=registry)
         self._batches = Histogram(
-            "mobilevit_batch_pictures", "Pictures in a batch.", ("model",), buckets=_BATCHES, registry=registry
+            "mobilevit_batch_images", "Images in a batch.", ("model",), buckets=_BATCHES, registry=registry
         )
         self._compute = Histogram(
             "mobilevit_compute_seconds", "Time a batch takes.", ("model",), buckets=_LATENCIES, registry=registry
         )
         self._queue = Gauge(
-            "mobilevit_queue_pictures",
-            "Pictures accepted and not yet answered.",
+            "mobilevit_queue_images",
+            "Images accepted and not yet answered.",
             ("model",),
             registry=registry,
             multiprocess_mode="livesum",
@@ -54,12 +54,12 @@ class Metrics:
         self._batches.labels(model).observe(count)
         self._compute.labels(model).observe(seconds)
 
-    def pictures(self, model: str, outcome: str, count: int) -> None:
-        """Pictures were answered: "ok" or "unreadable"."""
-        self._pictures.labels(model, outcome).inc(count)
+    def images(self, model: str, outcome: str, count: int) -> None:
+        """Images were answered: "ok" or "unreadable"."""
+        self._images.labels(model, outcome).inc(count)
 
     def queue(self, model: str, length: int) -> None:
-        """How many pictures wait or are computed now."""
+        """How many images wait or are computed now."""
         self._queue.labels(model).set(length)
 
     def text(self) -> bytes:

@@ -72,9 +72,9 @@ class Observed:
         state, client = scope["state"], scope.get("client")
         fields = {
             "request_id": state["request_id"], "method": scope["method"], "path": scope["path"], "status": int(status),
-            "ms": round(seconds * 1e3, 1), "pictures": state.get("pictures", 0), "client": client[0] if client else "",
+            "ms": round(seconds * 1e3, 1), "images": state.get("images", 0), "client": client[0] if client else "",
         }  # fmt: skip
-        told = "{client} {method} {path} {status} {ms} ms, {pictures} pictures, {request_id}"
+        told = "{client} {method} {path} {status} {ms} ms, {images} images, {request_id}"
         log.info("%s", _Later(told, fields), extra={"fields": fields})
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-DESCRIPTION = """Classification, detection and segmentation of pictures.
+DESCRIPTION = """Classification, detection and segmentation of images.
 
 Errors are `{"error": "one line", "request_id": "..."}`. Where an API key is set, send it as `Authorization: Bearer KEY`
 or `X-API-Key: KEY`. `X-Request-ID` is taken over, or made, and returned."""
@@ -27,11 +27,11 @@ _KEY: Responses = {401: _error("No API key, or a wrong one", "this service asks 
 _BUSY = _error("The service is busy; Retry-After says for how many seconds", "the service is busy; try again in 2 s")
 _BUSY["headers"] = {"Retry-After": {"schema": {"type": "integer"}, "description": "Seconds."}}
 _REFUSED: Responses = _KEY | {
-    400: _error("No picture that can be read, or a malformed form", "picture 1: the file is empty"),
+    400: _error("No image that can be read, or a malformed form", "image 1: the file is empty"),
     404: _error("No such model", "no model 'roses'; there are flowers"),
     408: _error("The upload took too long", "the upload took longer than the limit of 30 s"),
-    413: _error("Too large: the body, the picture, or the number of pictures", "the body is larger than the limit"),
-    415: _error("Neither a picture nor a form", "content type text/plain; send a picture as image/jpeg"),
+    413: _error("Too large: the body, the image, or the number of images", "the body is larger than the limit"),
+    415: _error("Neither an image nor a form", "content type text/plain; send an image as image/jpeg"),
     422: _error("A parameter has no meaning", "top: input should be greater than or equal to 1"),
     503: _BUSY,
     504: _error("No answer in time", "no answer within the limit of 30 s"),
@@ -41,12 +41,12 @@ _ITEM = {
     "type": "object",
     "required": ["source"],
     "properties": {
-        "source": {"type": "string", "description": "The file's name in the form, or the picture's number."},
-        "error": {"type": "string", "description": "Why this picture of several cannot be read."},
+        "source": {"type": "string", "description": "The file's name in the form, or the image's number."},
+        "error": {"type": "string", "description": "Why this image of several cannot be read."},
         "label": {"type": "string", "description": "Classification: the most probable class."},
         "probability": {"type": "number"},
         "top": {"type": "array", "items": {"type": "object"}},
-        "width": {"type": "integer", "description": "Of the upright picture, in pixels."},
+        "width": {"type": "integer", "description": "Of the upright image, in pixels."},
         "height": {"type": "integer"},
         "detections": {"type": "array", "items": {"type": "object"}},
         "shares": {"type": "object", "description": "Segmentation: share of the pixels of each class that occurs."},
@@ -59,18 +59,18 @@ _EXAMPLES = {
         "top": [{"label": "rose", "probability": 0.91}, {"label": "tulip", "probability": 0.07}],
     },
     "detection": {
-        "source": "picture 1", "width": 640, "height": 480,
+        "source": "image 1", "width": 640, "height": 480,
         "detections": [{"label": "cell", "score": 0.88, "box_xyxy": [12.5, 40.0, 96.25, 130.0]}],
     },
     "segmentation": {
-        "source": "picture 1", "width": 480, "height": 360, "shares": {"road": 0.6, "sky": 0.4},
+        "source": "image 1", "width": 480, "height": 360, "shares": {"road": 0.6, "sky": 0.4},
         "mask_png": "iVBORw0KGgo...",
     },
 }  # fmt: skip
 
 PREDICT: Responses = _REFUSED | {
     200: {
-        "description": "A result for each picture, in their order",
+        "description": "A result for each image, in their order",
         "content": {
             "application/json": {
                 "schema": {
@@ -93,15 +93,15 @@ PREDICT: Responses = _REFUSED | {
 
 EXPLAIN: Responses = _REFUSED | {
     200: {
-        "description": "A picture of what the model looks at, and figures",
+        "description": "An image of what the model looks at, and figures",
         "content": {
             "application/json": {
                 "schema": {
                     "type": "object",
-                    "required": ["model", "picture_png"],
+                    "required": ["model", "image_png"],
                     "properties": {
                         "model": {"type": "string"},
-                        "picture_png": {"type": "string", "description": "base64 of a PNG"},
+                        "image_png": {"type": "string", "description": "base64 of a PNG"},
                     },
                 }
             }
@@ -109,11 +109,11 @@ EXPLAIN: Responses = _REFUSED | {
     }
 }
 
-_PICTURE = {"schema": {"type": "string", "format": "binary", "minLength": 1}}
-PICTURES: dict[str, Any] = {
+_IMAGE = {"schema": {"type": "string", "format": "binary", "minLength": 1}}
+IMAGES: dict[str, Any] = {
     "requestBody": {
         "required": True,
-        "description": "One picture as it is, or one or more files in a form.",
+        "description": "One image as it is, or one or more files in a form.",
         "content": {
             "multipart/form-data": {
                 "schema": {
@@ -124,9 +124,9 @@ PICTURES: dict[str, Any] = {
                     },
                 }
             },
-            "image/jpeg": _PICTURE,
-            "image/png": _PICTURE,
-            "application/octet-stream": _PICTURE,
+            "image/jpeg": _IMAGE,
+            "image/png": _IMAGE,
+            "application/octet-stream": _IMAGE,
         },
     }
 }

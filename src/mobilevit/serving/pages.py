@@ -11,7 +11,7 @@ from starlette.responses import Response
 
 from mobilevit.serving.refusal import RefusalError
 
-# Nothing from elsewhere, nothing inline; pictures that the page itself has made or been given are blobs and data.
+# Nothing from elsewhere, nothing inline; images that the page itself has made or been given are blobs and data.
 _POLICY = "; ".join(
     (
         "default-src 'none'", "script-src 'self'", "style-src 'self'", "img-src 'self' blob: data:",

@@ -16,11 +16,11 @@ from PIL import Image
 from torch import nn
 
 from mobilevit import factory
-from mobilevit.inference.artefact import is_artefact
-from mobilevit.inference.backends import available_cores
-from mobilevit.inference.explain import explain
-from mobilevit.inference.predictor import Predictor
-from mobilevit.preprocessing import ImageError, TooManyPixelsError
+from mobilevit.errors import ImageError, TooManyPixelsError
+from mobilevit.explain.attention import explain
+from mobilevit.runtime.artifact import is_artifact
+from mobilevit.runtime.backends import available_cores
+from mobilevit.runtime.predictor import Predictor
 from mobilevit.serving.batching import Answer, Batcher, QueueFullError, Upload, in_loop
 from mobilevit.serving.metrics import Metrics
 from mobilevit.serving.refusal import RefusalError, busy
@@ -66,7 +66,7 @@ class Service:
         self._turn = threading.Lock()
 
     def start(self) -> None:
-        """Let the models take pictures; called in the event loop."""
+        """Let the models take images; called in the event loop."""
         for name, predictor in self._predictors.items():
             self._batchers[name] = Batcher(
                 predictor,
@@ -133,10 +133,10 @@ class Service:
     async def predict(
         self, batcher: Batcher, uploads: Sequence[Upload], *, top: int, min_score: float | None
     ) -> list[dict[str, Any]]:
-        """An item of the response for each picture.
+        """An item of the response for each image.
 
         Raises:
-            RefusalError: 400 or 413, no picture can be read; 503, the queue is full.
+            RefusalError: 400 or 413, no image can be read; 503, the queue is full.
         """
         try:
             futures = batcher.submit(uploads)
@@ -148,8 +148,8 @@ class Service:
             for future in futures:
                 future.cancel()
         unreadable = [answer for answer in answers if isinstance(answer, ImageError)]
-        self.metrics.pictures(batcher.name, "unreadable", len(unreadable))
-        self.metrics.pictures(batcher.name, "ok", len(answers) - len(unreadable))
+        self.metrics.images(batcher.name, "unreadable", len(unreadable))
+        self.metrics.images(batcher.name, "ok", len(answers) - len(unreadable))
         if len(unreadable) == len(answers):
             raise RefusalError(413 if isinstance(unreadable[0], TooManyPixelsError) else 400, str(unreadable[0]))
         items = []
@@ -164,7 +164,7 @@ class Service:
         return items
 
     def _can_explain(self, name: str) -> bool:
-        return not is_artefact(self._files[name].path)
+        return not is_artifact(self._files[name].path)
 
     def check_explainable(self, batcher: Batcher) -> None:
         """Refuse a request before its upload is read.
@@ -178,10 +178,10 @@ class Service:
             raise busy(5)
 
     async def explain(self, batcher: Batcher, upload: Upload, pixel: tuple[int, int] | None) -> dict[str, Any]:
-        """What `/v1/explain` says of one picture.
+        """What `/v1/explain` says of one image.
 
         Raises:
-            RefusalError: 404, an exported file; 400 or 413, the picture cannot be read; 422, the pixel is not in what
+            RefusalError: 404, an exported file; 400 or 413, the image cannot be read; 422, the pixel is not in what
                 the model sees; 503, too many wait already.
         """
         self.check_explainable(batcher)
@@ -208,7 +208,7 @@ class Service:
                 explanation = explain(self._networks[name], image, pixel=pixel)
             except ValueError as error:
                 raise RefusalError(422, str(error)) from None
-        return {**explanation.to_dict(), "source": upload.name, "picture_png": _png(explanation.draw())}
+        return {**explanation.to_dict(), "source": upload.name, "image_png": _png(explanation.draw())}
 
 
 def open_predictors(config: ServeConfig, models: Sequence[ServedModel]) -> dict[str, Predictor]:
@@ -225,7 +225,7 @@ def open_predictors(config: ServeConfig, models: Sequence[ServedModel]) -> dict[
             device=config.device,
             batch_size=config.max_batch,
             threads=_threads_of_a_worker(config),
-            engine="torch" if is_artefact(model.path) else config.engine,
+            engine="torch" if is_artifact(model.path) else config.engine,
         )
         predictor.warm_up()
         took = time.perf_counter() - start
@@ -248,7 +248,7 @@ def _item(batcher: Batcher, answer: Answer, top: int, min_score: float | None) -
     if isinstance(result, SegmentationResult):
         return {**result.to_dict(), "mask_png": _png(result.mask())}
     assert isinstance(result, DetectionResult)
-    height, width = answer.picture.size  # the result has no picture to tell its size
+    height, width = answer.image.size  # the result has no image to tell its size
     return {**result.to_dict(min_score=min_score), "width": width, "height": height}
 
 

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from mobilevit.errors import MobileViTError
+
 API_KEY_VARIABLE = "MOBILEVIT_API_KEY"
 
 _GOOD_KEY = re.compile(r"[!-~]+")
@@ -37,11 +39,11 @@ class ServeConfig:
     threads: int | None = None
     """To compute with, in each worker; its share of the cores, or what `mobilevit tune` found, if not given."""
     max_batch: int = 16
-    """Pictures that go through a model together."""
+    """Images that go through a model together."""
     max_wait_ms: float = 5.0
-    """How long a picture waits for others that are still being read; with none under way it never waits."""
+    """How long an image waits for others that are still being read; with none under way it never waits."""
     max_queue: int = 128
-    """Pictures that may wait for each model, in each worker; beyond that, the answer is 503."""
+    """Images that may wait for each model, in each worker; beyond that, the answer is 503."""
     timeout_s: float = 30.0
     """For a request, from its first byte to its answer, in seconds."""
     shutdown_s: float = 30.0
@@ -51,9 +53,9 @@ class ServeConfig:
     max_uploads_mb: float = 512.0
     """Of all requests being received or waiting, in each worker; beyond that, the answer is 503."""
     max_pixels: int = 50_000_000
-    """Of one picture."""
+    """Of one image."""
     max_files: int = 32
-    """Pictures in one request."""
+    """Images in one request."""
     max_connections: int = 512
     """Open at a time, in each worker; beyond that, the answer is 503."""
     api_key: str | None = None
@@ -68,22 +70,22 @@ class ServeConfig:
         for name in ("workers", "threads", "max_batch", "max_queue", "max_files", "max_pixels", "max_connections"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be 1 or more")
+                raise MobileViTError(f"--{name.replace('_', '-')} is {value}; it must be 1 or more")
         for name in ("timeout_s", "shutdown_s", "max_body_mb", "max_uploads_mb"):
             value = getattr(self, name)
             if not 0 < value < math.inf:
-                raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be above 0")
+                raise MobileViTError(f"--{name.replace('_', '-')} is {value}; it must be above 0")
         if not 0 <= self.max_wait_ms < math.inf:
-            raise ValueError(f"--max-wait-ms is {self.max_wait_ms}; it must be 0 or more")
+            raise MobileViTError(f"--max-wait-ms is {self.max_wait_ms}; it must be 0 or more")
         if not 0 <= self.port <= 65535:
-            raise ValueError(f"--port is {self.port}; it must be from 0 to 65535")
+            raise MobileViTError(f"--port is {self.port}; it must be from 0 to 65535")
         if self.max_uploads_mb < self.max_body_mb:
-            raise ValueError(f"--max-uploads-mb is {self.max_uploads_mb}, less than one body of {self.max_body_mb}")
+            raise MobileViTError(f"--max-uploads-mb is {self.max_uploads_mb}, less than one body of {self.max_body_mb}")
         key = self.key()
         if key == "":
-            raise ValueError(f"the API key is empty; give --api-key or {API_KEY_VARIABLE} a value, or neither")
+            raise MobileViTError(f"the API key is empty; give --api-key or {API_KEY_VARIABLE} a value, or neither")
         if key is not None and not _GOOD_KEY.fullmatch(key):  # such as a line end from a file: no request would match
-            raise ValueError(
+            raise MobileViTError(
                 f"the API key has characters that no header carries; give --api-key or {API_KEY_VARIABLE} ASCII "
                 "letters, digits and signs, without spaces or line ends"
             )
@@ -114,19 +116,21 @@ def name_models(arguments: tuple[str, ...]) -> tuple[ServedModel, ...]:
         ValueError: a file is not there, or two models have one name.
     """
     if not arguments:
-        raise ValueError("no model to serve; name a checkpoint or an exported file")
+        raise MobileViTError("no model to serve; name a checkpoint or an exported file")
     models: dict[str, Path] = {}
     for argument in arguments:
         given, separator, rest = argument.partition("=")
         named = bool(separator) and not Path(argument).exists()
         path = Path(rest if named else argument)
         if not path.exists():
-            raise ValueError(f"{path}: no such file")
+            raise MobileViTError(f"{path}: no such file")
         name = given if named else _name_of(path)
         if not name:
-            raise ValueError(f"{argument}: an empty name; write NAME=FILE")
+            raise MobileViTError(f"{argument}: an empty name; write NAME=FILE")
         if name in models:
-            raise ValueError(f"two models are called {name}; give them names: {name}-1={models[name]} {name}-2={path}")
+            raise MobileViTError(
+                f"two models are called {name}; give them names: {name}-1={models[name]} {name}-2={path}"
+            )
         models[name] = path
     return tuple(ServedModel(name=name, path=path) for name, path in models.items())
 

@@ -1,4 +1,4 @@
-"""From a request's body to pictures in memory, within limits and without waiting for what would be refused anyway."""
+"""From a request's body to images in memory, within limits and without waiting for what would be refused anyway."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Share:
 
 
 async def read_uploads(request: Request, share: Share, *, max_bytes: int, max_files: int) -> list[Upload]:
-    """The pictures of a request: its body, or the files of its form.
+    """The images of a request: its body, or the files of its form.
 
     Raises:
         RefusalError: 400, 413, 415 or 422.
@@ -69,7 +69,7 @@ async def read_uploads(request: Request, share: Share, *, max_bytes: int, max_fi
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if not (kind.startswith("image/") or kind in (_RAW, "multipart/form-data")):
-        wanted = f"send a picture as image/jpeg (or another image type, or {_RAW}), or files as multipart/form-data"
+        wanted = f"send an image as image/jpeg (or another image type, or {_RAW}), or files as multipart/form-data"
         raise RefusalError(415, f"content type {kind[:100] or 'missing'}; {wanted}")
     announced = request.headers.get("content-length", "")
     if announced.isdecimal() and int(announced[:20]) > max_bytes:
@@ -80,8 +80,8 @@ async def read_uploads(request: Request, share: Share, *, max_bytes: int, max_fi
     if kind != "multipart/form-data":
         data = b"".join([chunk async for chunk in body])
         if not data:
-            raise RefusalError(400, "the body is empty; send a picture")
-        return [Upload("picture 1", data)]
+            raise RefusalError(400, "the body is empty; send an image")
+        return [Upload("image 1", data)]
     return await _read_form(request, body, max_files)
 
 
@@ -118,7 +118,7 @@ async def _read_form(request: Request, body: AsyncGenerator[bytes, None], max_fi
         form = await _FormParser(request.headers, body, max_files=max_files, max_fields=16).parse()
     except MultiPartException as error:
         if error.message.startswith("Too many files"):
-            raise RefusalError(413, f"more than {max_files} pictures in a request") from None
+            raise RefusalError(413, f"more than {max_files} images in a request") from None
         raise RefusalError(400, f"malformed form: {error.message}") from None
     except (ValueError, KeyError, IndexError, LookupError, UnicodeError) as error:  # headers that no parser expects
         raise RefusalError(400, f"malformed form: {error}") from None
@@ -128,7 +128,7 @@ async def _read_form(request: Request, body: AsyncGenerator[bytes, None], max_fi
                 raise RefusalError(422, f"{name} stands in the form; write it into the address, as in ?{name}=...")
         files = [file for _, file in form.multi_items() if isinstance(file, UploadFile)]
         if not files:
-            raise RefusalError(400, "no picture in the form; send files under the name files")
+            raise RefusalError(400, "no image in the form; send files under the name files")
         named = enumerate(files, start=1)
         return [Upload(_name(file.filename, number), file.file.read()) for number, file in named]
     finally:
@@ -136,4 +136,4 @@ async def _read_form(request: Request, body: AsyncGenerator[bytes, None], max_fi
 
 
 def _name(given: str | None, number: int) -> str:
-    return (given or "")[:_LONGEST_NAME] or f"picture {number}"
+    return (given or "")[:_LONGEST_NAME] or f"image {number}"

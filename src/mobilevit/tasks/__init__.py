@@ -1,1 +1,1 @@
-"""What each task adds to a backbone: loss, metrics, a typed result, pictures."""
+"""What each task adds to a backbone: loss, metrics, a typed result, images."""

@@ -1,6 +1,6 @@
 """Classification: the loss, and the typed result of a prediction.
 
-K classes, B pictures in a batch.
+K classes, B images in a batch.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from mobilevit.drawing import save_image, with_caption
+from mobilevit.imaging.drawing import save_image, with_caption
 
 
 def classification_loss(
@@ -30,22 +30,22 @@ def classification_loss(
 
 
 def balanced_class_weights(labels: Sequence[int], num_classes: int) -> Tensor:
-    """Weights that make every class count the same: pictures / (classes * pictures of the class). Shape: (K,)."""
+    """Weights that make every class count the same: images / (classes * images of the class). Shape: (K,)."""
     counts = torch.bincount(torch.tensor(labels), minlength=num_classes).clamp(min=1)
     return len(labels) / (num_classes * counts.float())
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClassificationResult:
-    """What a model says of one picture."""
+    """What a model says of one image."""
 
     source: str
-    """The picture's file, or what it was called."""
+    """The image's file, or what it was called."""
     classes: tuple[str, ...] = field(repr=False)
     probabilities: np.ndarray
     """float32 (K,), summing to one."""
     image: Image.Image = field(repr=False)
-    """The upright RGB picture, as read."""
+    """The upright RGB image, as read."""
 
     @property
     def label(self) -> str:
@@ -63,11 +63,11 @@ class ClassificationResult:
         return [(self.classes[i], float(self.probabilities[i])) for i in best]
 
     def draw(self, path: str | os.PathLike[str] | None = None, *, k: int = 3) -> Image.Image:
-        """The picture above its `k` best labels; written to `path` if given."""
-        picture = with_caption(self.image, [f"{label}  {probability:.1%}" for label, probability in self.top(k)])
+        """The image above its `k` best labels; written to `path` if given."""
+        drawn = with_caption(self.image, [f"{label}  {probability:.1%}" for label, probability in self.top(k)])
         if path is not None:
-            save_image(picture, path)
-        return picture
+            save_image(drawn, path)
+        return drawn
 
     def to_dict(self, k: int = 5) -> dict[str, Any]:
         """Plain values for JSON."""

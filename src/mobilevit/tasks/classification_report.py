@@ -1,6 +1,6 @@
-"""Classification: the figures of an evaluation, and the pictures that show them.
+"""Classification: the figures of an evaluation, and the images that show them.
 
-K classes, B pictures in a batch, M pictures in an evaluation.
+K classes, B images in a batch, M images in an evaluation.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from mobilevit.drawing import GREEN, RED, contact_sheet
+from mobilevit.imaging.drawing import GREEN, RED, contact_sheet
 from mobilevit.tasks.report import rounded, save_confusion_matrix
 
 
@@ -26,22 +26,22 @@ class ClassScores:
 
     name: str
     precision: float
-    """Share of the pictures called so that are so."""
+    """Share of the images called so that are so."""
     recall: float
-    """Share of the pictures that are so which are called so."""
+    """Share of the images that are so which are called so."""
     f1: float
     """Harmonic mean of the two."""
     support: int
-    """Pictures of this class."""
+    """Images of this class."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClassificationReport:
-    """How a model fared on labelled pictures."""
+    """How a model fared on labeled images."""
 
     num_images: int
     top1: float
-    """Share of pictures whose most probable class is right."""
+    """Share of images whose most probable class is right."""
     top5: float | None
     """Share whose right class is among the five most probable; None below six classes, where it says little."""
     loss: float
@@ -83,7 +83,7 @@ class ClassificationReport:
         rows = [
             [c.name, f"{c.precision:.3f}", f"{c.recall:.3f}", f"{c.f1:.3f}", f"{c.support:,}"] for c in self.per_class
         ]
-        return ["class", "precision", "recall", "F1", "pictures"], rows
+        return ["class", "precision", "recall", "F1", "images"], rows
 
     def save_plots(self, folder: Path) -> None:
         """Write `confusion_matrix.csv`, and `confusion_matrix.png` for up to sixty classes."""
@@ -126,7 +126,7 @@ def classification_report(logits: Tensor, labels: Tensor, classes: Sequence[str]
 
 
 class ClassificationMeter:
-    """Gathers logits and labels, picture by picture."""
+    """Gathers logits and labels, image by image."""
 
     def __init__(self, classes: Sequence[str]) -> None:
         self.classes = tuple(classes)
@@ -135,19 +135,19 @@ class ClassificationMeter:
     def update(self, indices: Sequence[int], logits: Tensor, labels: Tensor) -> None:
         """Add a batch.
 
-        Shape: indices (B,), the pictures' places in the data; logits (B, K); labels (B,); on any device.
+        Shape: indices (B,), the images' places in the data; logits (B, K); labels (B,); on any device.
         """
         rows = logits.detach().float().numpy(force=True)
         for index, row, label in zip(indices, rows, labels.tolist(), strict=True):
             self._seen[int(index)] = (row.copy(), label)
 
     def merge(self, other: Self) -> None:
-        """Take over what another process has seen; pictures seen by both count once."""
+        """Take over what another process has seen; images seen by both count once."""
         self._seen = other._seen | self._seen
 
     @property
     def indices(self) -> list[int]:
-        """The pictures seen, ascending."""
+        """The images seen, ascending."""
         return sorted(self._seen)
 
     @property
@@ -162,17 +162,17 @@ class ClassificationMeter:
         return torch.tensor([self._seen[index][1] for index in self.indices], dtype=torch.int64)
 
     def worst(self, count: int = 24) -> list[int]:
-        """The wrongly classified pictures the model was surest of, surest first."""
+        """The wrongly classified images the model was surest of, surest first."""
         indices = self.indices
         return [indices[row] for row in worst_mistakes(self.logits, self.labels, count)]
 
     def report(self) -> ClassificationReport:
-        """Every figure, from all pictures seen so far."""
+        """Every figure, from all images seen so far."""
         return classification_report(self.logits, self.labels, self.classes)
 
 
 def worst_mistakes(logits: Tensor, labels: Tensor, count: int = 24) -> list[int]:
-    """The wrongly classified pictures the model was surest of, surest first.
+    """The wrongly classified images the model was surest of, surest first.
 
     Shape: logits (M, K), labels (M,) -> at most `count` row numbers.
     """
@@ -184,11 +184,11 @@ def worst_mistakes(logits: Tensor, labels: Tensor, count: int = 24) -> list[int]
 def prediction_sheet(
     images: Sequence[Image.Image], logits: Tensor, labels: Sequence[int], classes: Sequence[str]
 ) -> Image.Image:
-    """Pictures with what the model says of them: green where right, red with the truth where wrong."""
-    captions, colours = [], []
+    """Images with what the model says of them: green where right, red with the truth where wrong."""
+    captions, colors = [], []
     for probabilities, label in zip(logits.float().softmax(dim=1), labels, strict=True):
         predicted = int(probabilities.argmax())
         said = f"{classes[predicted]} {probabilities[predicted]:.0%}"
         captions.append([said, "" if predicted == label else f"is {classes[label]}"])
-        colours.append(GREEN if predicted == label else RED)
-    return contact_sheet(images, captions, colours)
+        colors.append(GREEN if predicted == label else RED)
+    return contact_sheet(images, captions, colors)

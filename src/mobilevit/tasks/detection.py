@@ -1,6 +1,6 @@
 """Detection: loss, postprocessing, and the typed result of a prediction.
 
-B pictures in a batch, A anchors, N objects in the fullest picture of the batch, K classes without the background.
+B images in a batch, A anchors, N objects in the fullest image of the batch, K classes without the background.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from mobilevit.drawing import class_colours, draw_boxes, save_image
+from mobilevit.imaging.drawing import class_colors, draw_boxes, save_image
+from mobilevit.imaging.preprocessing import Placement
 from mobilevit.models.ssdlite import DetectionOutput, decode_boxes, encode_boxes
-from mobilevit.preprocessing import Placement
 
 NO_OBJECT = -1
-"""Label of the rows that fill up pictures with fewer objects than the fullest of their batch."""
+"""Label of the rows that fill up images with fewer objects than the fullest of their batch."""
 
 NEGATIVES_PER_POSITIVE = 3
 
@@ -63,10 +63,10 @@ def match_anchors(
 def detection_loss(output: DetectionOutput, boxes_cxcywh: Tensor, labels: Tensor) -> Tensor:
     """Cross-entropy of classes plus smooth L1 of boxes, per matched anchor (arXiv:1512.02325, section 2.2).
 
-    The background learns from the anchors it is most mistaken at, three for each matched one in every picture; a
-    picture without objects counts as one with a single matched anchor.
+    The background learns from the anchors it is most mistaken at, three for each matched one in every image; an
+    image without objects counts as one with a single matched anchor.
 
-    Shape: boxes (B, N, 4), centre and size in 0..1; labels (B, N) of 0..K-1, `NO_OBJECT` in rows that only fill up
+    Shape: boxes (B, N, 4), center and size in 0..1; labels (B, N) of 0..K-1, `NO_OBJECT` in rows that only fill up
     -> scalar, in float32.
     """
     logits, regression = output.class_logits.float(), output.box_regression.float()
@@ -87,7 +87,7 @@ def detection_loss(output: DetectionOutput, boxes_cxcywh: Tensor, labels: Tensor
 
 
 class DecodedOutput(NamedTuple):
-    """A box and probabilities at every anchor, for B pictures; what exported detectors give."""
+    """A box and probabilities at every anchor, for B images; what exported detectors give."""
 
     boxes_xyxy: Tensor
     """(B, A, 4): left, top, right, bottom in 0..1 of the model's input, beyond it for cut-off objects."""
@@ -102,7 +102,7 @@ def decode(output: DetectionOutput) -> DecodedOutput:
 
 
 class Detections(NamedTuple):
-    """Objects found in one picture, the surest first."""
+    """Objects found in one image, the surest first."""
 
     boxes_xyxy: Tensor
     """(N, 4): left, top, right, bottom in 0..1 of the model's input."""
@@ -126,14 +126,14 @@ def postprocess(
     begins with the surest candidates of all classes and ends when there are enough.
 
     Args:
-        output: of the model, for B pictures; where it has suppressed boxes itself, they are returned as they are.
+        output: of the model, for B images; where it has suppressed boxes itself, they are returned as they are.
         score_threshold: least probability.
         iou_threshold: overlap from which on two boxes of one class count as one.
         max_candidates: the surest anchors that are looked at, of each class.
-        max_detections: the surest objects that are returned, of each picture.
+        max_detections: the surest objects that are returned, of each image.
 
     Returns:
-        One `Detections` a picture.
+        One `Detections` an image.
     """
     if isinstance(output, list):
         return output
@@ -192,13 +192,13 @@ def _rank_in_class(classes: Tensor, num_classes: int) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class DetectionResult:
-    """The objects a model finds in one picture, the surest first."""
+    """The objects a model finds in one image, the surest first."""
 
     source: str
-    """The picture's file, or what it was called."""
+    """The image's file, or what it was called."""
     classes: tuple[str, ...] = field(repr=False)
     boxes_xyxy: np.ndarray
-    """float32 (N, 4): left, top, right, bottom in pixels of the picture."""
+    """float32 (N, 4): left, top, right, bottom in pixels of the image."""
     scores: np.ndarray
     """float32 (N,): probability of the class."""
     class_ids: np.ndarray
@@ -206,7 +206,7 @@ class DetectionResult:
     score_threshold: float
     """What `draw`, `to_dict` and printing leave out, unless told otherwise; comes from the checkpoint."""
     image: Image.Image = field(repr=False)
-    """The upright RGB picture, as read."""
+    """The upright RGB image, as read."""
 
     def __len__(self) -> int:
         return len(self.scores)
@@ -230,14 +230,14 @@ class DetectionResult:
         )
 
     def draw(self, path: str | os.PathLike[str] | None = None, *, min_score: float | None = None) -> Image.Image:
-        """The picture with boxes, names and scores; written to `path` if given."""
+        """The image with boxes, names and scores; written to `path` if given."""
         shown = self.above(min_score)
-        colours = class_colours(len(self.classes))
+        colors = class_colors(len(self.classes))
         texts = [f"{label} {score:.0%}" for label, score in zip(shown.labels, shown.scores, strict=True)]
-        picture = draw_boxes(self.image, shown.boxes_xyxy, texts, [colours[i] for i in shown.class_ids])
+        drawn = draw_boxes(self.image, shown.boxes_xyxy, texts, [colors[i] for i in shown.class_ids])
         if path is not None:
-            save_image(picture, path)
-        return picture
+            save_image(drawn, path)
+        return drawn
 
     def to_dict(self, *, min_score: float | None = None) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -259,7 +259,7 @@ class DetectionResult:
         """Entries of a COCO results file: boxes as left, top, width, height.
 
         Args:
-            image_id: of the picture in the annotations.
+            image_id: of the image in the annotations.
             category_ids: of each class in the annotations; 1, 2, 3 ... if not given.
             min_score: leave out objects below; COCO's evaluation wants all.
         """
@@ -286,9 +286,9 @@ class DetectionResult:
 
 
 def to_pixels(detections: Detections, placement: Placement) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Boxes in pixels of the original picture and cut at its border, scores, class numbers; as numpy arrays.
+    """Boxes in pixels of the original image and cut at its border, scores, class numbers; as numpy arrays.
 
     Shape: (N, 4), (N,), (N,).
     """
-    boxes = placement.to_picture(detections.boxes_xyxy.double().numpy(force=True))
+    boxes = placement.to_image(detections.boxes_xyxy.double().numpy(force=True))
     return boxes.astype(np.float32), detections.scores.numpy(force=True), detections.class_ids.numpy(force=True)

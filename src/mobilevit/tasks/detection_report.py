@@ -1,6 +1,6 @@
-"""Detection: the figures of an evaluation, and the pictures that show them.
+"""Detection: the figures of an evaluation, and the images that show them.
 
-K classes; one picture has N detections and G objects.
+K classes; one image has N detections and G objects.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 from torchvision.ops import box_iou
 
-from mobilevit.drawing import GREEN, RED, class_colours, contact_sheet, draw_boxes, draw_outlines, with_legend
 from mobilevit.files import write_atomically
+from mobilevit.imaging.drawing import GREEN, RED, class_colors, contact_sheet, draw_boxes, draw_outlines, with_legend
 from mobilevit.tasks.report import as_text, plot_text, rounded, save_csv
 
 RIGHT, WRONG, NOT_COUNTED = 1, 0, -1
@@ -54,7 +54,7 @@ class DetectionClassScores:
 
 @dataclass(frozen=True, kw_only=True)
 class DetectionReport:
-    """How a detector fared on pictures with boxes; figures named AP and AR are COCO's.
+    """How a detector fared on images with boxes; figures named AP and AR are COCO's.
 
     A class without any object in the truth does not count in their means. Crowds are neither missed nor found.
     """
@@ -72,7 +72,7 @@ class DetectionReport:
     ap_large: float | None
     """Of objects above 96 x 96 pixels."""
     ar100: float
-    """Mean share of objects found by up to a hundred detections a picture, over the same IoU thresholds."""
+    """Mean share of objects found by up to a hundred detections an image, over the same IoU thresholds."""
     score_threshold: float
     """Detections from this score up have the best F1 at IoU 0.50, all classes together; 0.5 where none is right."""
     precision: float
@@ -137,8 +137,8 @@ class DetectionReport:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DetectionPicture:
-    """What was found in one picture, and what is there. Boxes are left, top, right, bottom in its pixels."""
+class DetectionImage:
+    """What was found in one image, and what is there. Boxes are left, top, right, bottom in its pixels."""
 
     boxes_xyxy: NDArray[np.float32]
     """(N, 4)."""
@@ -173,11 +173,11 @@ class DetectionPicture:
 
 
 class DetectionMeter:
-    """Gathers detections and true objects, picture by picture."""
+    """Gathers detections and true objects, image by image."""
 
     def __init__(self, classes: Sequence[str]) -> None:
         self.classes = tuple(classes)
-        self.pictures: dict[int, DetectionPicture] = {}
+        self.images: dict[int, DetectionImage] = {}
         """By their place in the data."""
 
     def update(
@@ -192,7 +192,7 @@ class DetectionMeter:
         true_crowd: ArrayLike | None = None,
         true_areas: ArrayLike | None = None,
     ) -> None:
-        """Add a picture: arrays or tensors on the CPU, shaped as in `DetectionPicture`.
+        """Add an image: arrays or tensors on the CPU, shaped as in `DetectionImage`.
 
         Without `true_crowd` no object is a crowd; without `true_areas`, and where they are zero, those of the boxes
         count.
@@ -203,7 +203,7 @@ class DetectionMeter:
         crowd = np.asarray(np.zeros(len(true)) if true_crowd is None else true_crowd).astype(np.bool_).reshape(-1)
         own_areas = _areas(true)
         areas = own_areas if true_areas is None else np.asarray(true_areas).astype(np.float32).reshape(-1)
-        self.pictures[index] = DetectionPicture(
+        self.images[index] = DetectionImage(
             boxes_xyxy=found,
             scores=sure,
             labels=found_labels,
@@ -215,13 +215,13 @@ class DetectionMeter:
         )
 
     def merge(self, other: Self) -> None:
-        """Take over what another process has seen; pictures seen by both count once."""
-        self.pictures = other.pictures | self.pictures
+        """Take over what another process has seen; images seen by both count once."""
+        self.images = other.images | self.images
 
     @property
     def indices(self) -> list[int]:
-        """The pictures seen, ascending."""
-        return sorted(self.pictures)
+        """The images seen, ascending."""
+        return sorted(self.images)
 
     def best_threshold(self) -> float:
         """The score from which up detections have the best F1 at IoU 0.50; 0.5 where none is right."""
@@ -232,7 +232,7 @@ class DetectionMeter:
         if not len(right) or not right[-1]:
             return 0.5
         ranked = scores[order]
-        num_objects = sum(picture.num_objects for picture in self.pictures.values())
+        num_objects = sum(image.num_objects for image in self.images.values())
         f1 = 2 * right / (np.arange(1, len(right) + 1) + num_objects)
         last_of_its_score = np.append(ranked[1:] < ranked[:-1], True)
         best = int(np.where(last_of_its_score, f1, -1).argmax())
@@ -240,13 +240,13 @@ class DetectionMeter:
         return math.floor(float(ranked[best]) * 1e6) / 1e6
 
     def worst(self, count: int = 24) -> list[int]:
-        """The pictures with most objects missed and detections of none at the best threshold, without flawless ones."""
+        """The images with most objects missed and detections of none at the best threshold, without flawless ones."""
         threshold = self.best_threshold()
-        errors = {index: sum(picture.count(threshold)[1:]) for index, picture in self.pictures.items()}
+        errors = {index: sum(image.count(threshold)[1:]) for index, image in self.images.items()}
         return sorted((index for index in errors if errors[index]), key=lambda index: (-errors[index], index))[:count]
 
     def report(self) -> DetectionReport:
-        """Every figure, from all pictures seen so far."""
+        """Every figure, from all images seen so far."""
         precisions, recalls = self._coco()
         scores, labels, outcome = self._detections()
         threshold = self.best_threshold()
@@ -255,11 +255,11 @@ class DetectionMeter:
         right = np.bincount(labels[shown & (outcome == RIGHT)], minlength=num_classes)
         wrong = np.bincount(labels[shown & (outcome == WRONG)], minlength=num_classes)
         objects = np.zeros(num_classes, np.int64)
-        for picture in self.pictures.values():
-            objects += np.bincount(picture.true_labels[~picture.true_crowd], minlength=num_classes)
+        for image in self.images.values():
+            objects += np.bincount(image.true_labels[~image.true_crowd], minlength=num_classes)
         total, all_right = int(objects.sum()), int(right.sum())
         return DetectionReport(
-            num_images=len(self.pictures),
+            num_images=len(self.images),
             num_objects=total,
             ap=_mean(precisions[..., 0]) or 0.0,
             ap50=_mean(precisions[0, ..., 0]) or 0.0,
@@ -287,16 +287,16 @@ class DetectionMeter:
         )
 
     def _detections(self) -> tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.int8]]:
-        """Scores, labels and outcomes of all pictures, in the order of `indices`."""
-        pictures = [self.pictures[index] for index in self.indices]
+        """Scores, labels and outcomes of all images, in the order of `indices`."""
+        images = [self.images[index] for index in self.indices]
         return (
-            np.concatenate([np.zeros(0, np.float32), *(p.scores for p in pictures)]),
-            np.concatenate([np.zeros(0, np.int64), *(p.labels for p in pictures)]),
-            np.concatenate([np.zeros(0, np.int8), *(p.outcome for p in pictures)]),
+            np.concatenate([np.zeros(0, np.float32), *(p.scores for p in images)]),
+            np.concatenate([np.zeros(0, np.int64), *(p.labels for p in images)]),
+            np.concatenate([np.zeros(0, np.int8), *(p.outcome for p in images)]),
         )
 
     def _coco(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """COCO's precision and recall with a hundred detections a picture and class; -1 where there is no object.
+        """COCO's precision and recall with a hundred detections an image and class; -1 where there is no object.
 
         Shape: (10 IoU thresholds, 101 recalls, K, 4 sizes: all, small, medium, large), (10, K).
         """
@@ -304,7 +304,7 @@ class DetectionMeter:
 
         precisions = np.full((len(_IOUS), len(RECALLS), len(self.classes), 4), -1.0)
         recalls = np.full((len(_IOUS), len(self.classes)), -1.0)
-        if not any(picture.num_objects for picture in self.pictures.values()):
+        if not any(image.num_objects for image in self.images.values()):
             return precisions, recalls
         # Its own thresholds are float32: 0.1 is then more than one object of ten, and results are not COCO's.
         metric = MeanAveragePrecision(
@@ -315,17 +315,17 @@ class DetectionMeter:
         )
         metric.warn_on_many_detections = False
         for index in self.indices:
-            picture = self.pictures[index]
+            image = self.images[index]
             found = {
-                "boxes": torch.from_numpy(picture.boxes_xyxy.astype(np.float64)),
-                "scores": torch.from_numpy(picture.scores),
-                "labels": torch.from_numpy(picture.labels),
+                "boxes": torch.from_numpy(image.boxes_xyxy.astype(np.float64)),
+                "scores": torch.from_numpy(image.scores),
+                "labels": torch.from_numpy(image.labels),
             }
             true = {
-                "boxes": torch.from_numpy(picture.true_xyxy.astype(np.float64)),
-                "labels": torch.from_numpy(picture.true_labels),
-                "iscrowd": torch.from_numpy(picture.true_crowd.astype(np.int64)),
-                "area": torch.from_numpy(picture.true_areas),
+                "boxes": torch.from_numpy(image.true_xyxy.astype(np.float64)),
+                "labels": torch.from_numpy(image.true_labels),
+                "iscrowd": torch.from_numpy(image.true_crowd.astype(np.int64)),
+                "area": torch.from_numpy(image.true_areas),
             }
             metric.update([found], [true])
         result = metric.compute()
@@ -337,38 +337,38 @@ class DetectionMeter:
 
 def detection_sheet(
     images: Sequence[Image.Image],
-    pictures: Sequence[DetectionPicture],
+    observed: Sequence[DetectionImage],
     classes: Sequence[str],
     score_threshold: float,
     *,
     cell: int = 340,
 ) -> Image.Image:
-    """Pictures with what was found in their class's colour, and the true objects dashed in black and white.
+    """Images with what was found in their class's color, and the true objects dashed in black and white.
 
     Few classes stand in a legend, many at their boxes. The captions count what was found, missed and wrong: green where
     all is right, else red.
     """
-    palette, legend = class_colours(len(classes)), len(classes) <= _MOST_IN_LEGEND
-    cells, captions, colours = [], [], []
+    palette, legend = class_colors(len(classes)), len(classes) <= _MOST_IN_LEGEND
+    cells, captions, colors = [], [], []
     seen: set[int] = set()
-    for image, picture in zip(images, pictures, strict=True):
+    for image, one in zip(images, observed, strict=True):
         scale = cell / max(image.size)
         size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-        by_score = np.argsort(-picture.scores, kind="stable")
-        shown = by_score[picture.scores[by_score] >= score_threshold]
-        labels = picture.labels[shown].tolist()
+        by_score = np.argsort(-one.scores, kind="stable")
+        shown = by_score[one.scores[by_score] >= score_threshold]
+        labels = one.labels[shown].tolist()
         seen.update(labels)
         small = draw_boxes(
             image.convert("RGB").resize(size, Image.Resampling.BICUBIC),
-            picture.boxes_xyxy[shown] * scale,
+            one.boxes_xyxy[shown] * scale,
             ["" if legend else classes[label] for label in labels],
             [palette[label] for label in labels],
         )
-        cells.append(draw_outlines(small, picture.true_xyxy * scale))
-        found, missed, wrong = picture.count(score_threshold)
+        cells.append(draw_outlines(small, one.true_xyxy * scale))
+        found, missed, wrong = one.count(score_threshold)
         captions.append([f"{found} of {found + missed} found" + (f", {wrong} wrong" if wrong else "")])
-        colours.append(RED if missed or wrong else GREEN)
-    sheet = contact_sheet(cells, captions, colours, columns=4, cell=cell)
+        colors.append(RED if missed or wrong else GREEN)
+    sheet = contact_sheet(cells, captions, colors, columns=4, cell=cell)
     return with_legend(sheet, [(classes[label], palette[label]) for label in sorted(seen)]) if legend else sheet
 
 
@@ -420,16 +420,16 @@ def _save_curves(report: DetectionReport, path: Path) -> None:
 
     figure = Figure(figsize=(8.5, 5.2), layout="constrained")
     axes = figure.add_subplot()
-    colours = class_colours(len(report.per_class))
-    known = [(c, c.curve, colour) for c, colour in zip(report.per_class, colours, strict=True) if c.curve is not None]
+    colors = class_colors(len(report.per_class))
+    known = [(c, c.curve, color) for c, color in zip(report.per_class, colors, strict=True) if c.curve is not None]
     known.sort(key=lambda row: -(row[0].ap50 or 0))
     few = len(known) <= _MOST_CURVES
     for place, (scores, curve, rgb) in enumerate(known):
-        colour = tuple(channel / 255 for channel in rgb)
+        color = tuple(channel / 255 for channel in rgb)
         label = f"{scores.ap50:.3f}  {plot_text(scores.name, 24)}" if place < _MOST_CURVES else None
-        axes.plot(RECALLS, curve, color=colour, lw=1.6 if few else 0.7, alpha=1 if few else 0.6, label=label)
+        axes.plot(RECALLS, curve, color=color, lw=1.6 if few else 0.7, alpha=1 if few else 0.6, label=label)
         if few and scores.precision is not None and scores.recall is not None:
-            axes.plot(scores.recall, scores.precision, "o", color=colour, mec="black", ms=6, clip_on=False, zorder=3)
+            axes.plot(scores.recall, scores.precision, "o", color=color, mec="black", ms=6, clip_on=False, zorder=3)
     if len(known) > 1:
         mean = np.mean([curve for _, curve, _ in known], axis=0)
         axes.plot(RECALLS, mean, color="black", lw=2.2, ls="--", label=f"{report.ap50:.3f}  mean")
@@ -456,9 +456,9 @@ def _save_bars(report: DetectionReport, path: Path) -> None:
     figure = Figure(figsize=(7, 1.6 + 0.36 * max(len(known), 2)), layout="constrained")
     axes = figure.add_subplot()
     rows = np.arange(len(known))
-    for offset, name, colour in ((-0.2, "ap50", "#56b4e9"), (0.2, "ap", "#0072b2")):
+    for offset, name, color in ((-0.2, "ap50", "#56b4e9"), (0.2, "ap", "#0072b2")):
         values = [getattr(c, name) for c in known]
-        axes.barh(rows + offset, values, height=0.38, color=colour, label=name.upper())
+        axes.barh(rows + offset, values, height=0.38, color=color, label=name.upper())
         for row, value in zip(rows, values, strict=True):
             axes.text(value + 0.01, row + offset, f"{value:.3f}", va="center", fontsize=7)
     shown = [f"{plot_text(c.name)} ({c.num_objects:,})" for c in known]

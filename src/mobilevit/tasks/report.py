@@ -15,11 +15,11 @@ from mobilevit.files import write_atomically, write_text
 
 
 class Report(Protocol):
-    """How a model fared on pictures whose truth is known."""
+    """How a model fared on images whose truth is known."""
 
     @property
     def num_images(self) -> int:
-        """Pictures it was computed from."""
+        """Images it was computed from."""
 
     @property
     def score_name(self) -> str:
@@ -43,27 +43,27 @@ class Report(Protocol):
         """What to print of each class: the heading, and rows of text."""
 
     def save_plots(self, folder: Path) -> None:
-        """Write pictures and tables into a folder, each whole or not at all."""
+        """Write images and tables into a folder, each whole or not at all."""
 
 
 class Meter(Protocol):
-    """Gathers what a report is computed from, picture by picture; it can be pickled to another process.
+    """Gathers what a report is computed from, image by image; it can be pickled to another process.
 
-    How the pictures are divided over processes, and in which order they come, changes nothing in the report.
+    How the images are divided over processes, and in which order they come, changes nothing in the report.
     """
 
     @property
     def indices(self) -> list[int]:
-        """The pictures seen, ascending."""
+        """The images seen, ascending."""
 
     def merge(self, other: Self) -> None:
-        """Take over what another process has seen; pictures seen by both count once."""
+        """Take over what another process has seen; images seen by both count once."""
 
     def worst(self, count: int = 24) -> list[int]:
-        """The pictures the model was most wrong about, the worst first; none that it got right."""
+        """The images the model was most wrong about, the worst first; none that it got right."""
 
     def report(self) -> Report:
-        """Every figure, from all pictures seen so far."""
+        """Every figure, from all images seen so far."""
 
 
 def save_csv(path: Path, rows: Iterable[Sequence[object]]) -> None:
@@ -88,9 +88,9 @@ def save_confusion_matrix(
         confusion: counts, (K, K); rows are the true classes, columns the predicted ones.
         names: of the classes.
         folder: where to.
-        title: stands above the picture.
+        title: stands above the image.
         as_shares: write the share of the row into each square instead of the count, which is long for pixels.
-        most_classes: no picture of more.
+        most_classes: no image of more.
     """
     rows = [[name, *counts] for name, counts in zip(names, confusion.tolist(), strict=True)]
     save_csv(folder / "confusion_matrix.csv", [["true \\ predicted", *names], *rows])
@@ -111,8 +111,8 @@ def save_confusion_matrix(
         share = shares[row, column]
         text = f"{share:.0%}" if as_shares else f"{count:,}"
         if count and text != "0%":
-            colour = "white" if share > 0.5 else "black"
-            axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=9)
+            color = "white" if share > 0.5 else "black"
+            axes.text(column, row, text, ha="center", va="center", color=color, fontsize=9)
     write_atomically(folder / "confusion_matrix.png", lambda aside: figure.savefig(aside, dpi=120))
 
 

@@ -1,6 +1,6 @@
 """Segmentation: loss, postprocessing, and the typed result of a prediction.
 
-B pictures in a batch, K classes, H and W a picture's height and width.
+B images in a batch, K classes, H and W an image's height and width.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from mobilevit.drawing import class_colours, draw_label_map, save_image
+from mobilevit.imaging.drawing import class_colors, draw_label_map, save_image
+from mobilevit.imaging.preprocessing import Placement
 from mobilevit.models.deeplabv3 import IGNORE, SegmentationOutput
-from mobilevit.preprocessing import Placement
 
 
 def segmentation_loss(
@@ -38,14 +38,14 @@ def segmentation_loss(
 
 
 def most_at_once(num_classes: int, size: tuple[int, int]) -> int:
-    """Pictures whose logits, (num_classes, *size) each, take a quarter of a gigabyte together; at least one."""
+    """Images whose logits, (num_classes, *size) each, take a quarter of a gigabyte together; at least one."""
     return max(1, 2**26 // (num_classes * size[0] * size[1]))
 
 
 def to_label_map(answer: Tensor, placement: Placement) -> np.ndarray:
-    """The class of every pixel of the original picture.
+    """The class of every pixel of the original image.
 
-    Logits are enlarged (bilinearly) before the best class is chosen, a band of rows at a time, so that a picture of
+    Logits are enlarged (bilinearly) before the best class is chosen, a band of rows at a time, so that an image of
     many megapixels needs little memory. Where a model gives classes already, pixels get that of the nearest.
 
     Shape: logits (K, h, w), or classes (h, w) as integers, at the size of the model's input -> uint8 (H, W).
@@ -53,13 +53,13 @@ def to_label_map(answer: Tensor, placement: Placement) -> np.ndarray:
     rows, columns = placement.filled
     if answer.ndim == 2:
         small = Image.fromarray(answer[:rows, :columns].to(torch.uint8).numpy(force=True))
-        return np.asarray(small.resize(placement.picture[::-1], Image.Resampling.NEAREST))
+        return np.asarray(small.resize(placement.image[::-1], Image.Resampling.NEAREST))
     logits = answer
     logits = logits[None, :, :rows, :columns].float()  # without what was only added as a margin
-    height, width = placement.picture
+    height, width = placement.image
     if (rows, columns) == (height, width):
         return logits[0].argmax(dim=0).to(torch.uint8).numpy(force=True)
-    # Half-pixel centres, as `F.interpolate` has them with align_corners=False.
+    # Half-pixel centers, as `F.interpolate` has them with align_corners=False.
     source = ((torch.arange(height, device=logits.device) + 0.5) * (rows / height) - 0.5).clamp(0, rows - 1)
     upper = source.floor().long()
     lower, weight = (upper + 1).clamp(max=rows - 1), (source - upper)[:, None]
@@ -75,15 +75,15 @@ def to_label_map(answer: Tensor, placement: Placement) -> np.ndarray:
 
 @dataclass(frozen=True, kw_only=True)
 class SegmentationResult:
-    """The class a model gives every pixel of one picture."""
+    """The class a model gives every pixel of one image."""
 
     source: str
-    """The picture's file, or what it was called."""
+    """The image's file, or what it was called."""
     classes: tuple[str, ...] = field(repr=False)
     label_map: np.ndarray = field(repr=False)
-    """uint8 (H, W): index into `classes`, at the size of the picture."""
+    """uint8 (H, W): index into `classes`, at the size of the image."""
     image: Image.Image = field(repr=False)
-    """The upright RGB picture, as read."""
+    """The upright RGB image, as read."""
 
     @property
     def shares(self) -> dict[str, float]:
@@ -92,16 +92,16 @@ class SegmentationResult:
         return {self.classes[i]: float(counts[i]) for i in np.argsort(-counts, kind="stable") if counts[i]}
 
     def draw(self, path: str | os.PathLike[str] | None = None, *, opacity: float = 0.55) -> Image.Image:
-        """The picture under its classes' colours, with a legend; written to `path` if given."""
-        picture = draw_label_map(self.image, self.label_map, self.classes, opacity=opacity)
+        """The image under its classes' colors, with a legend; written to `path` if given."""
+        drawn = draw_label_map(self.image, self.label_map, self.classes, opacity=opacity)
         if path is not None:
-            save_image(picture, path)
-        return picture
+            save_image(drawn, path)
+        return drawn
 
     def mask(self) -> Image.Image:
-        """The label map as a palette picture: values are class numbers, colours those of `draw`."""
+        """The label map as a palette image: values are class numbers, colors those of `draw`."""
         mask = Image.fromarray(self.label_map).convert("P")
-        mask.putpalette([channel for colour in class_colours(len(self.classes)) for channel in colour])
+        mask.putpalette([channel for color in class_colors(len(self.classes)) for channel in color])
         return mask
 
     def save_mask(self, path: str | os.PathLike[str]) -> None:

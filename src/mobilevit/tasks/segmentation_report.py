@@ -1,6 +1,6 @@
-"""Segmentation: the figures of an evaluation, and the pictures that show them.
+"""Segmentation: the figures of an evaluation, and the images that show them.
 
-K classes; H, W height and width of one picture.
+K classes; H, W height and width of one image.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from mobilevit.drawing import DARK, class_colours, contact_sheet, draw_label_map, legend_of, with_legend
+from mobilevit.errors import MobileViTError
 from mobilevit.files import write_atomically
+from mobilevit.imaging.drawing import DARK, class_colors, contact_sheet, draw_label_map, legend_of, with_legend
 from mobilevit.models.deeplabv3 import IGNORE
 from mobilevit.tasks.report import as_text, plot_text, rounded, save_confusion_matrix, save_csv
 
 KEPT_WORST = 24
-"""Of so many pictures, those with the lowest mean IoU, a meter keeps the label maps."""
+"""Of so many images, those with the lowest mean IoU, a meter keeps the label maps."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,11 +42,11 @@ class SegmentationClassScores:
 
 @dataclass(frozen=True, kw_only=True)
 class SegmentationReport:
-    """How a model fared on pictures with label maps; ignored pixels are not counted."""
+    """How a model fared on images with label maps; ignored pixels are not counted."""
 
     num_images: int
     miou: float
-    """Mean of the classes' IoU over all pictures together, of those classes that occur in the truth or the prediction.
+    """Mean of the classes' IoU over all images together, of those classes that occur in the truth or the prediction.
 
     A class that is in neither does not count; one that is predicted somewhere but is nowhere counts as zero.
     """
@@ -104,34 +105,34 @@ class SegmentationReport:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Picture:
-    """What a meter keeps of one picture: the entries of its confusion matrix that are not zero."""
+class _Image:
+    """What a meter keeps of one image: the entries of its confusion matrix that are not zero."""
 
     cells: NDArray[np.int32]
     """true class * K + predicted class, ascending."""
     counts: NDArray[np.int64]
     miou: float
-    """Of this picture alone; 1 where no pixel counts."""
+    """Of this image alone; 1 where no pixel counts."""
     pixel_accuracy: float
 
 
 class SegmentationMeter:
-    """Gathers confusion matrices, picture by picture, and the label maps of a few pictures.
+    """Gathers confusion matrices, image by image, and the label maps of a few images.
 
     Args:
         classes: their names.
-        keep: pictures whose label maps are kept; those of the worst pictures are kept besides.
+        keep: images whose label maps are kept; those of the worst images are kept besides.
     """
 
     def __init__(self, classes: Sequence[str], keep: Collection[int] = ()) -> None:
         self.classes = tuple(classes)
         self.keep = frozenset(keep)
         self.label_maps: dict[int, NDArray[np.uint8]] = {}
-        """uint8 (H, W) of the pictures to keep, and of the `KEPT_WORST` worst so far."""
-        self._seen: dict[int, _Picture] = {}
+        """uint8 (H, W) of the images to keep, and of the `KEPT_WORST` worst so far."""
+        self._seen: dict[int, _Image] = {}
 
     def update(self, index: int, label_map: NDArray[np.uint8], truth: NDArray[np.uint8]) -> None:
-        """Add a picture.
+        """Add an image.
 
         Args:
             index: its place in the data.
@@ -144,13 +145,13 @@ class SegmentationMeter:
         label_map, truth = np.asarray(label_map), np.asarray(truth)
         num_classes = len(self.classes)
         if label_map.shape != truth.shape:
-            raise ValueError(f"picture {index}: a prediction of {label_map.shape} for a truth of {truth.shape}")
+            raise MobileViTError(f"image {index}: a prediction of {label_map.shape} for a truth of {truth.shape}")
         counted = truth != IGNORE
         true, predicted = truth[counted], label_map[counted]
         if max(true.max(initial=0), predicted.max(initial=0)) >= num_classes:
-            raise ValueError(f"picture {index}: a value above {num_classes - 1} for {num_classes} classes")
+            raise MobileViTError(f"image {index}: a value above {num_classes - 1} for {num_classes} classes")
         dense = np.bincount(true.astype(np.int32) * num_classes + predicted, minlength=num_classes**2)
-        self._seen[index] = _Picture(
+        self._seen[index] = _Image(
             cells=np.flatnonzero(dense).astype(np.int32),
             counts=dense[dense > 0].astype(np.int64),
             miou=_mean(_ious(dense.reshape(num_classes, num_classes)), 1.0),
@@ -160,13 +161,13 @@ class SegmentationMeter:
         self._drop_label_maps()
 
     def merge(self, other: Self) -> None:
-        """Take over what another process has seen; pictures seen by both count once."""
+        """Take over what another process has seen; images seen by both count once."""
         self._seen = other._seen | self._seen
         self.label_maps = other.label_maps | self.label_maps
         self._drop_label_maps()
 
     def _drop_label_maps(self) -> None:
-        # The worst of all pictures are among those kept: what was dropped had that many worse before it.
+        # The worst of all images are among those kept: what was dropped had that many worse before it.
         wanted = self.keep.union(self._worst_of(self.label_maps, KEPT_WORST))
         self.label_maps = {index: kept for index, kept in self.label_maps.items() if index in wanted}
 
@@ -176,32 +177,32 @@ class SegmentationMeter:
 
     @property
     def indices(self) -> list[int]:
-        """The pictures seen, ascending."""
+        """The images seen, ascending."""
         return sorted(self._seen)
 
     def miou_of(self, index: int) -> float:
-        """Mean IoU of one picture, over the classes in its truth or its prediction."""
+        """Mean IoU of one image, over the classes in its truth or its prediction."""
         return self._seen[index].miou
 
     def pixel_accuracy_of(self, index: int) -> float:
-        """Share of one picture's pixels that are right."""
+        """Share of one image's pixels that are right."""
         return self._seen[index].pixel_accuracy
 
     def worst(self, count: int = KEPT_WORST) -> list[int]:
-        """The pictures with the lowest mean IoU, lowest first, without those that are all right."""
+        """The images with the lowest mean IoU, lowest first, without those that are all right."""
         return self._worst_of(self._seen, count)
 
     def report(self) -> SegmentationReport:
-        """Every figure, from all pictures seen so far."""
+        """Every figure, from all images seen so far."""
         num_classes = len(self.classes)
         cells = np.zeros(num_classes**2, np.int64)
-        for picture in self._seen.values():
-            cells[picture.cells] += picture.counts
+        for image in self._seen.values():
+            cells[image.cells] += image.counts
         return segmentation_report(cells.reshape(num_classes, num_classes), self.classes, num_images=len(self._seen))
 
 
 def segmentation_report(confusion: NDArray[np.int64], classes: Sequence[str], *, num_images: int) -> SegmentationReport:
-    """Every figure of an evaluation, from the pixels of all its pictures.
+    """Every figure of an evaluation, from the pixels of all its images.
 
     Shape: confusion (K, K), rows are the true classes.
     """
@@ -231,11 +232,11 @@ def segmentation_sheet(
     *,
     cell: int = 240,
 ) -> Image.Image:
-    """Each picture beside its prediction and its truth, two pictures a row, above a legend of all their classes.
+    """Each image beside its prediction and its truth, two images a row, above a legend of all their classes.
 
-    The captions give the mean IoU of the picture, over the classes in its truth or its prediction.
+    The captions give the mean IoU of the image, over the classes in its truth or its prediction.
 
-    Shape: one uint8 (H, W) of the picture's size for each picture; in the truth, 255 is not counted.
+    Shape: one uint8 (H, W) of the image's size for each image; in the truth, 255 is not counted.
     """
     cells: list[Image.Image] = []
     captions: list[list[str]] = []
@@ -275,13 +276,13 @@ def _save_bars(report: SegmentationReport, path: Path) -> None:
     from matplotlib.figure import Figure
     from matplotlib.ticker import PercentFormatter
 
-    colours = class_colours(len(report.per_class))
+    colors = class_colors(len(report.per_class))
     known = [(c.iou, number) for number, c in enumerate(report.per_class) if c.iou is not None]
     known.sort(key=lambda pair: (-pair[0], pair[1]))
     figure = Figure(figsize=(7, 1.3 + 0.26 * max(len(known), 2)), layout="constrained")
     axes = figure.add_subplot()
     rows = range(len(known))
-    fills = [tuple(channel / 255 for channel in colours[number]) for _, number in known]
+    fills = [tuple(channel / 255 for channel in colors[number]) for _, number in known]
     axes.barh(rows, [iou for iou, _ in known], color=fills, edgecolor="#444444", linewidth=0.5)
     for row, (iou, _) in enumerate(known):
         axes.text(iou + 0.01, row, f"{iou:.1%}", va="center", fontsize=8)

@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from mobilevit.errors import MobileViTError
+
 if TYPE_CHECKING:
+    from mobilevit.card import Task
     from mobilevit.data.samplers import SizedBatch
-    from mobilevit.models.card import Task
 
 ResizeMode = Literal["auto", "crop", "stretch", "pad"]
 
@@ -46,7 +48,7 @@ class TrainConfig:
     data: str | Path
     """Folder with one sub-folder per class, .csv, .parquet or shards, also by URL; VOC, COCO or YOLO boxes; masks."""
     task: Literal["auto", "classification", "detection", "segmentation"] = "auto"
-    """What to learn. auto: what the data are labelled for."""
+    """What to learn. auto: what the data are labeled for."""
     out: Path = Path("runs/train")
     """Run folder: configuration, metrics, curves, checkpoints, model card."""
     val_data: str | Path | None = None
@@ -72,27 +74,27 @@ class TrainConfig:
     image_size: int | tuple[int, int] | None = None
     """Side of the model's input in pixels, or height and width. Without it: 256, for boxes 320, for masks 512."""
     resize_mode: ResizeMode = "auto"
-    """How pictures become input: a centred crop, stretched, or whole with a margin. auto: crop for classification,
+    """How images become input: a centered crop, stretched, or whole with a margin. auto: crop for classification,
     stretch for boxes, pad for masks."""
     crop_fraction: float = 256 / 288
     """Share of the shorter side that evaluation keeps; the paper's 256 of 288."""
     min_crop_area: float = 0.35
     """Classification: smallest share of the area a training crop may have; 0.08 in the paper, for ImageNet's million
-    pictures."""
+    images."""
     zoom_out: float = 0.5
-    """Boxes: probability that a training picture is shown smaller, on a grey ground; 0 is off."""
+    """Boxes: probability that a training image is shown smaller, on a gray ground; 0 is off."""
     iou_crop: bool = True
     """Boxes: train on crops that hold some object by various shares."""
     crop_size: int | tuple[int, int] | None = None
     """Masks: side of the training crops, or height and width. Without it, the image size."""
     scale_range: tuple[float, float] = (0.5, 1.5)
-    """Masks: size of training pictures before the crop, relative to their size in evaluation."""
+    """Masks: size of training images before the crop, relative to their size in evaluation."""
     rotation: float = 10.0
-    """Masks: turn half of the training pictures by up to this many degrees."""
+    """Masks: turn half of the training images by up to this many degrees."""
     photometric_distortion: bool = True
     """Boxes and masks: vary brightness, contrast, saturation and hue."""
     flip: bool = True
-    """Mirror half of the training pictures. Off for text, digits, or where left and right matter."""
+    """Mirror half of the training images. Off for text, digits, or where left and right matter."""
     randaugment: int = 0
     """Classification: strength of RandAugment, 0 to 30; 0 is off, 9 is usual."""
     mixup: float = 0.0
@@ -100,20 +102,20 @@ class TrainConfig:
     cutmix: float = 0.0
     """Classification: alpha of CutMix; 0 is off, 1.0 is usual."""
     random_erasing: float = 0.0
-    """Classification: probability that a rectangle of a training picture is blanked; 0 is off, 0.25 is usual."""
+    """Classification: probability that a rectangle of a training image is blanked; 0 is off, 0.25 is usual."""
 
     epochs: int = 20
     """Passes over the training data; 300 in the paper."""
     batch_size: int = 32
-    """Pictures in a step of one process; 128 on each of 8 GPUs in the paper."""
+    """Images in a step of one process; 128 on each of 8 GPUs in the paper."""
     multi_scale: Literal["off", "paper", "never_below_base"] = "off"
-    """Classification: draw the input size of each step anew, with a batch to match. paper: fewer pictures above the
+    """Classification: draw the input size of each step anew, with a batch to match. paper: fewer images above the
     image size; never_below_base: as many, as the code published with the paper."""
     train_sizes: tuple[tuple[int, int], ...] | None = None
     """The heights and widths that --multi-scale draws from. Without it, the paper's 160 160, 192 192, 256 256, 288 288
     and 320 320, relative to its 256."""
     max_batch_size: int | None = None
-    """With --multi-scale: pictures in a step of one process, however small they are."""
+    """With --multi-scale: images in a step of one process, however small they are."""
     grad_accum_steps: int = 1
     """Batches whose gradients are added up for one update."""
     learning_rate: float | None = None
@@ -126,7 +128,7 @@ class TrainConfig:
     weight_decay: float = 0.01
     """Of AdamW; the paper's value."""
     decay_norm_and_bias: bool = True
-    """Whether normalisation weights and biases decay too, as in the paper."""
+    """Whether normalization weights and biases decay too, as in the paper."""
     head_lr_factor: float | None = None
     """Learning rate of the classifier or head, relative to the rest. Without it: 10 for masks on a trained backbone, as
     published, else 1."""
@@ -137,7 +139,7 @@ class TrainConfig:
     label_smoothing: float = 0.1
     """Classification: share of the target spread over all classes; the paper's value."""
     class_weights: Literal["none", "balanced"] = "none"
-    """Classification. "balanced": classes count alike in the loss, however many pictures each has."""
+    """Classification. "balanced": classes count alike in the loss, however many images each has."""
     teacher: str | None = None
     """Classification: learn from this model, too: timm/NAME, torchvision/NAME, or a checkpoint; of the same classes."""
     teacher_weights: Path | None = None
@@ -167,7 +169,7 @@ class TrainConfig:
     decode: Literal["cpu", "device"] = "cpu"
     """Classification: where JPEGs are decoded and cropped. device: on the GPU, if reading processes cannot keep up."""
     num_workers: int | None = None
-    """Processes that read pictures; 0 reads in the main one. Without it, by the number of cores."""
+    """Processes that read images; 0 reads in the main one. Without it, by the number of cores."""
     seed: int = 0
     """Decides initial weights, split, order, augmentation and dropout."""
     checkpoint_minutes: float = 5.0
@@ -206,7 +208,7 @@ class TrainConfig:
             tasks = _ONLY_FOR.get(field.name, (task,))
             if task not in tasks and getattr(self, field.name) != field.default:
                 flag = field.name.replace("_", "-")
-                raise ValueError(f"--{flag} is for {' and '.join(tasks)}; this is {task}, so leave it out")
+                raise MobileViTError(f"--{flag} is for {' and '.join(tasks)}; this is {task}, so leave it out")
         size, mode = _INPUTS[task]
         image_size = _height_width(size if self.image_size is None else self.image_size)
         head_lr_factor = self.head_lr_factor
@@ -316,7 +318,7 @@ class TrainConfig:
 
     def _require(self, name: str, holds: bool, allowed: str) -> None:
         if not holds:
-            raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be {allowed}")
+            raise MobileViTError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be {allowed}")
 
     def to_json(self) -> str:
         """Indented JSON; `from_json` reads it back."""
@@ -333,12 +335,14 @@ class TrainConfig:
             values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
             hints = typing.get_type_hints(cls)
             if unknown := sorted(set(values) - set(hints)):
-                raise ValueError(f"unknown setting {', '.join(unknown)}")
+                raise MobileViTError(f"unknown setting {', '.join(unknown)}")
             return cls(**{name: _as_type(name, value, hints[name]) for name, value in values.items()})
         except OSError:
-            raise ValueError(f"{path}: no such configuration; --config takes the config.json of a run folder") from None
+            raise MobileViTError(
+                f"{path}: no such configuration; --config takes the config.json of a run folder"
+            ) from None
         except (ValueError, TypeError) as error:
-            raise ValueError(f"{path}: not the configuration of a run ({error})") from None
+            raise MobileViTError(f"{path}: not the configuration of a run ({error})") from None
 
 
 def _height_width(size: int | tuple[int, int]) -> tuple[int, int]:
@@ -365,4 +369,4 @@ def _as_type(name: str, value: Any, hint: Any) -> Any:
             return value
         if isinstance(kind, type) and type(value) is kind:
             return value
-    raise ValueError(f"{name} is {value!r}")
+    raise MobileViTError(f"{name} is {value!r}")

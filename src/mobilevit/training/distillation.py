@@ -1,4 +1,4 @@
-"""Learning from a larger model, which has learnt the same classes (arXiv:1503.02531).
+"""Learning from a larger model, which has learned the same classes (arXiv:1503.02531).
 
 The teacher sees what the student sees, crop for crop (arXiv:2106.05237).
 """
@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mobilevit import factory
-from mobilevit.models.card import card_of
-from mobilevit.preprocessing import Preprocessing
+from mobilevit.card import card_of
+from mobilevit.errors import MobileViTError
+from mobilevit.imaging.preprocessing import Preprocessing
 
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -34,11 +35,11 @@ def distillation_loss(student: Tensor, teacher: Tensor, *, temperature: float) -
 
 
 class Teacher(nn.Module):
-    """A network that is fed what another one is fed, normalised and sized as its own training was.
+    """A network that is fed what another one is fed, normalized and sized as its own training was.
 
     Args:
         network: (B, 3, H, W) -> logits (B, K).
-        given: how the pictures it gets are normalised.
+        given: how the images it gets are normalized.
         mean: what its own training subtracted from RGB in 0..1.
         std: what that divided by.
         size: the only (height, width) it takes; None: any.
@@ -73,7 +74,7 @@ def open_teacher(name: str, classes: Sequence[str], given: Preprocessing, *, wei
     Args:
         name: "timm/NAME", "torchvision/NAME", or a checkpoint that `mobilevit.load` reads.
         classes: the student's, in its order.
-        given: how the student's pictures are normalised.
+        given: how the student's images are normalized.
         weights: of a timm or torchvision network fine-tuned on these classes, a .safetensors or .pth. Without it, the
             published ones, which have to be for as many classes.
 
@@ -87,11 +88,13 @@ def open_teacher(name: str, classes: Sequence[str], given: Preprocessing, *, wei
         teacher = Teacher(network, given=given, mean=mean, std=std, size=size)
     else:
         if weights is not None:
-            raise ValueError(f"--teacher-weights is for timm/... and torchvision/...; {name} is a file with its own")
+            raise MobileViTError(
+                f"--teacher-weights is for timm/... and torchvision/...; {name} is a file with its own"
+            )
         model = factory.load(name)
         card = card_of(model)
         if tuple(card.classes) != tuple(classes):
-            raise ValueError(
+            raise MobileViTError(
                 f"--teacher {name}: knows {_few(card.classes)}, the data have {_few(classes)}; a teacher has the same "
                 "classes in the same order: train it on these data"
             )
@@ -101,7 +104,7 @@ def open_teacher(name: str, classes: Sequence[str], given: Preprocessing, *, wei
         answer = teacher(torch.zeros(1, 3, *size))
     if not isinstance(answer, Tensor) or tuple(answer.shape) != (1, len(classes)):
         found = tuple(answer.shape)[1:] if isinstance(answer, Tensor) else type(answer).__name__
-        raise ValueError(
+        raise MobileViTError(
             f"--teacher {name}: answers with {found}, the data have {len(classes)} classes; fine-tune it on these data "
             "and give the result with --teacher-weights"
         )
@@ -109,16 +112,16 @@ def open_teacher(name: str, classes: Sequence[str], given: Preprocessing, *, wei
 
 
 Opened = tuple[nn.Module, Sequence[float], Sequence[float], tuple[int, int] | None]
-"""A network, the mean and std of its pictures, and its only input size, if it has one."""
+"""A network, the mean and std of its images, and its only input size, if it has one."""
 
 
 def _timm(name: str, num_classes: int, weights: Path | None) -> Opened:
     try:
         import timm
     except ImportError:
-        raise ValueError("a teacher from timm needs timm; pip install timm") from None
+        raise MobileViTError("a teacher from timm needs timm; pip install timm") from None
     if not timm.is_model(name):
-        raise ValueError(f"--teacher timm/{name}: timm has no such model; timm.list_models() names all")
+        raise MobileViTError(f"--teacher timm/{name}: timm has no such model; timm.list_models() names all")
     with _cannot_be_had(f"timm/{name}"):
         if weights is None:
             network = timm.create_model(name, pretrained=True)
@@ -135,7 +138,7 @@ def _torchvision(name: str, num_classes: int, weights: Path | None) -> Opened:
     from torchvision import models
 
     if name not in models.list_models(models):
-        raise ValueError(f"--teacher torchvision/{name}: torchvision has no such classifier")
+        raise MobileViTError(f"--teacher torchvision/{name}: torchvision has no such classifier")
     with _cannot_be_had(f"torchvision/{name}"):
         if weights is None:
             network = models.get_model(name, weights="DEFAULT")
@@ -153,7 +156,7 @@ def _cannot_be_had(name: str) -> Iterator[None]:
         yield
     except Exception as error:  # of the hub's client, of urllib, or of the network's own constructor
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise ValueError(
+        raise MobileViTError(
             f"--teacher {name}: its weights cannot be had ({reason}); download them where there is a network, or give "
             "a file with --teacher-weights"
         ) from error
@@ -169,7 +172,7 @@ def _fill(network: nn.Module, path: Path) -> None:
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise ValueError(f"--teacher-weights {path}: cannot be read ({type(error).__name__})") from error
+        raise MobileViTError(f"--teacher-weights {path}: cannot be read ({type(error).__name__})") from error
     for key in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
@@ -177,7 +180,7 @@ def _fill(network: nn.Module, path: Path) -> None:
         network.load_state_dict(state)
     except (RuntimeError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"--teacher-weights {path}: not of this network ({reason})") from None
+        raise MobileViTError(f"--teacher-weights {path}: not of this network ({reason})") from None
 
 
 def _few(names: Sequence[str]) -> str:

@@ -26,6 +26,7 @@ from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from mobilevit.devices import pick_device
+from mobilevit.errors import MobileViTError
 
 log = logging.getLogger("mobilevit")
 
@@ -196,7 +197,7 @@ def require_same(world: World, what: str, values: dict[str, Any]) -> None:
         for rank, theirs in enumerate(everyone):
             for name, value in theirs.items():
                 if value != everyone[0][name]:
-                    raise ValueError(
+                    raise MobileViTError(
                         f"process {rank} has {what} {name} = {value}, process 0 has {everyone[0][name]}; start all "
                         "processes with the same command"
                     )

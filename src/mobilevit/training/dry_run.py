@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from mobilevit.data.loaders import Batch, ahead_on
 from mobilevit.data.samplers import Size, Step
 from mobilevit.devices import peak_memory_mb
-from mobilevit.inference.session import TorchSession
+from mobilevit.evaluation import evaluation_loader
 from mobilevit.progress import Progress
+from mobilevit.runtime.session import TorchSession
 from mobilevit.training import distributed
 from mobilevit.training.config import TrainConfig
 from mobilevit.training.distributed import World
-from mobilevit.training.evaluate import evaluation_loader
 from mobilevit.training.learner import Learner, make_learner
-from mobilevit.training.pictures import load_pictures, num_reading_processes, training_loader
+from mobilevit.training.loading import load_images, num_reading_processes, training_loader
 
 WARM_UP_STEPS = 2
 SECONDS_TO_MEASURE = 60.0
@@ -33,12 +33,12 @@ STEPS_TO_MEASURE = 5
 
 @dataclass(frozen=True, kw_only=True)
 class SizePlan:
-    """Steps of one picture size."""
+    """Steps of one image size."""
 
     size: Size
     """(height, width) in pixels."""
     batch_size: int
-    """Pictures of one process."""
+    """Images of one process."""
     steps_per_epoch: int
     """In the first epoch; where sizes are drawn, others differ a little."""
     seconds_per_step: float
@@ -65,7 +65,7 @@ class DryRun:
     updates: int
     """Of the weights, in the whole run."""
     weights_mb: float
-    """Weights, gradients, optimiser and average, on each process's device."""
+    """Weights, gradients, optimizer and average, on each process's device."""
     activations_mb: float
     """What a step of the largest batch keeps for its backward pass."""
     peak_memory_mb: float | None
@@ -94,7 +94,7 @@ class DryRun:
         changed = {f.name for f in dataclasses.fields(self.config) if getattr(self.config, f.name) != f.default}
         told = [f"{'*' if name in changed else ' '} {name:<24} {value}" for name, value in self._settings()]
         steps = [
-            f"  {plan.size[0]} x {plan.size[1]}, {plan.batch_size} pictures: {plan.steps_per_epoch:,} steps an epoch, "
+            f"  {plan.size[0]} x {plan.size[1]}, {plan.batch_size} images: {plan.steps_per_epoch:,} steps an epoch, "
             f"{plan.seconds_per_step * 1e3:,.0f} ms each{'' if plan.measured else ' (by pixels)'}"
             for plan in self.sizes
         ]
@@ -104,12 +104,12 @@ class DryRun:
             "settings (* not the default)",
             *told,
             "",
-            f"{self.num_train:,} pictures of {self.num_classes} classes to train on, {self.num_val:,} to validate on",
+            f"{self.num_train:,} images of {self.num_classes} classes to train on, {self.num_val:,} to validate on",
             f"{self.parameters:,} parameters, {self.trainable_parameters:,} of them trained; on {self.device}",
             f"steps{processes}",
             *steps,
             f"updates: {self.updates:,} in {self.config.epochs} epochs",
-            f"memory: {self.weights_mb:,.0f} MB for weights, gradients, optimiser and average, "
+            f"memory: {self.weights_mb:,.0f} MB for weights, gradients, optimizer and average, "
             f"{self.activations_mb:,.0f} MB for the largest step{peak}",
             f"time: {_duration(self.seconds_per_epoch)} an epoch, {_duration(self.validation_seconds)} of them to "
             f"validate; {_duration(3600 * self.hours)} in all",
@@ -131,7 +131,7 @@ def dry_run(config: TrainConfig) -> DryRun:
 
 
 def _dry_run(config: TrainConfig, world: World, device: torch.device) -> DryRun:
-    config, train_set, val_set = load_pictures(config, world)
+    config, train_set, val_set = load_images(config, world)
     learner = make_learner(config, train_set, world=world, device=device)
     loader = training_loader(config, train_set, learner, world)
     steps = loader.start(0)
@@ -225,19 +225,19 @@ def _validation_seconds(learner: Learner, val_set: Any, world: World) -> float:
         device=learner.device,
     )
     session = TorchSession(learner.evaluated, learner.preprocessing, device=learner.device, amp_dtype=learner.amp_dtype)
-    spent, pictures, before = 0.0, 0, time.monotonic()
+    spent, images, before = 0.0, 0, time.monotonic()
     for number, batch in enumerate(loader.epoch()):
         session(batch.images)
         if learner.device.type == "cuda":
             torch.cuda.synchronize(learner.device)
         now = time.monotonic()
         if number or len(loader) == 1:
-            spent, pictures = spent + now - before, pictures + len(batch)
+            spent, images = spent + now - before, images + len(batch)
         before = now
         if number == 2:
             break
     workers = max(1, num_reading_processes(learner.config, learner.device))
-    return spent / max(pictures, 1) * len(val_set) / world.size / (workers if learner.device.type == "cuda" else 1)
+    return spent / max(images, 1) * len(val_set) / world.size / (workers if learner.device.type == "cuda" else 1)
 
 
 def _activations_mb(learner: Learner, batch: Batch | None) -> float:

@@ -1,4 +1,4 @@
-"""What learns: a model with its optimiser and its average, and one training step."""
+"""What learns: a model with its optimizer and its average, and one training step."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from mobilevit import factory
+from mobilevit.card import card_of
 from mobilevit.data.imageset import ImageSet
 from mobilevit.data.loaders import Batch
+from mobilevit.errors import MobileViTError
+from mobilevit.imaging.preprocessing import Preprocessing
 from mobilevit.models import Model
-from mobilevit.models.card import card_of
 from mobilevit.models.deeplabv3 import DeepLabv3Config
-from mobilevit.preprocessing import Preprocessing
 from mobilevit.training import distributed
 from mobilevit.training.config import TrainConfig
 from mobilevit.training.distillation import distillation_loss, open_teacher
@@ -50,7 +51,7 @@ class Learner:
     forward: Any
     """The model, perhaps compiled, perhaps averaging gradients with other processes."""
     teacher: nn.Module | None
-    """Normalised as the model's pictures are, (B, 3, H, W) -> logits (B, K)."""
+    """Normalized as the model's images are, (B, 3, H, W) -> logits (B, K)."""
     _last_batch: Batch | None = field(default=None, init=False)
 
     @property
@@ -70,14 +71,14 @@ class Learner:
         """Learn from one batch; nothing in here waits for the device.
 
         Args:
-            batch: of pictures and targets, on the device.
+            batch: of images and targets, on the device.
             share: of the batch's mean loss in the update's; 1 where an update takes one batch.
             learning_rate: None: gradients are only added up, and a later call updates.
 
         Returns:
-            The batch's mean loss, a scalar; None if it had too few pictures to learn from.
+            The batch's mean loss, a scalar; None if it had too few images to learn from.
         """
-        learns = len(batch) > 1  # statistics of one picture are none
+        learns = len(batch) > 1  # statistics of one image are none
         if learns:
             self._last_batch = batch
         loss = None
@@ -91,7 +92,7 @@ class Learner:
         if learning_rate is not None:
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate * group["lr_factor"]
-            # A scaler refuses to go on where none of the update's batches could be learnt from.
+            # A scaler refuses to go on where none of the update's batches could be learned from.
             if any(parameter.grad is not None for parameter in self.model.parameters()):
                 if self.config.clip_grad_norm is not None:
                     self.scaler.unscale_(self.optimizer)
@@ -104,7 +105,7 @@ class Learner:
         return loss.detach() if loss is not None and learns else None
 
     def _loss(self, batch: Batch) -> Tensor:
-        """Mean over the batch's pictures."""
+        """Mean over the batch's images."""
         images, targets = self.preprocessing.normalize(batch.images), batch.targets
         if self.objective.mix is not None:
             images, targets = self.objective.mix(images, targets)
@@ -121,7 +122,7 @@ class Learner:
         return (1 - share) * loss + share * distillation_loss(outputs, told, temperature=temperature)
 
     def _blank_loss(self) -> Tensor:
-        """Something to take no gradients of before any batch could be learnt from: the sum of all outputs."""
+        """Something to take no gradients of before any batch could be learned from: the sum of all outputs."""
         images = torch.zeros(2, 3, *self.preprocessing.size, device=self.device)
         with torch.autocast(self.device.type, dtype=self.amp_dtype, enabled=self.amp_dtype is not None):
             outputs = self.forward(images)
@@ -161,7 +162,7 @@ def make_learner(
     """
     amp_dtype = _amp_dtype(config.amp, device)
     if config.sync_batch_norm and world.size > 1 and device.type != "cuda":
-        raise ValueError("--sync-batch-norm needs GPUs; leave it out")
+        raise MobileViTError("--sync-batch-norm needs GPUs; leave it out")
     if network is None:
         model: nn.Module = build_model(config, data)
         preprocessing = card_of(model).preprocessing
@@ -238,7 +239,7 @@ def _amp_dtype(amp: str, device: torch.device) -> torch.dtype | None:
         has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if has_bf16 else None
     if amp == "fp16" and device.type == "cpu":
-        raise ValueError("--amp fp16 needs a GPU; on a CPU use --amp bf16 or off")
+        raise MobileViTError("--amp fp16 needs a GPU; on a CPU use --amp bf16 or off")
     return {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
 
 
@@ -256,7 +257,7 @@ def build_model(config: TrainConfig, data: ImageSet[Any]) -> Model:
     )
     card = card_of(model)
     assert config.resize_mode != "auto"
-    # The weights' own normalisation stays; size and crop are this run's.
+    # The weights' own normalization stays; size and crop are this run's.
     preprocessing = dataclasses.replace(
         card.preprocessing,
         size=config.input_size,

@@ -17,29 +17,30 @@ import torch
 from torch import Tensor, nn
 
 from mobilevit import factory
+from mobilevit.card import Task
 from mobilevit.data.imageset import ImageSet
 from mobilevit.data.loaders import ahead_on
 from mobilevit.data.samplers import Segment
 from mobilevit.devices import peak_memory_mb
-from mobilevit.inference.session import TorchSession
-from mobilevit.models import Model
-from mobilevit.models.card import Task
-from mobilevit.progress import Progress
-from mobilevit.tasks.report import Report
-from mobilevit.training import distributed
-from mobilevit.training.config import TrainConfig
-from mobilevit.training.distributed import World
-from mobilevit.training.evaluate import (
+from mobilevit.errors import MobileViTError
+from mobilevit.evaluation import (
     evaluate,
     evaluation_loader,
     report_problems,
     report_unreadable,
     write_evaluation,
 )
+from mobilevit.models import Model
+from mobilevit.progress import Progress
+from mobilevit.runtime.session import TorchSession
+from mobilevit.tasks.report import Report
+from mobilevit.training import distributed
+from mobilevit.training.config import TrainConfig
+from mobilevit.training.distributed import World
 from mobilevit.training.learner import Network, make_learner
+from mobilevit.training.loading import load_images, num_reading_processes, training_loader
 from mobilevit.training.optim import learning_rate
-from mobilevit.training.pictures import load_pictures, num_reading_processes, training_loader
-from mobilevit.training.run import RunFolder, StopSignals, TrainingInterrupted
+from mobilevit.training.run_folder import RunFolder, StopSignals, TrainingInterrupted
 
 log = logging.getLogger("mobilevit")
 
@@ -53,7 +54,7 @@ class TrainResult:
     task: Task
     """What was trained for."""
     report: Report
-    """Of the best weights on the validation pictures."""
+    """Of the best weights on the validation images."""
     best: Path
     """The checkpoint to use."""
     epochs: int
@@ -101,7 +102,7 @@ def _train(
     overwrite: bool,
     network: Network | None,
 ) -> TrainResult:
-    config, train_set, val_set = load_pictures(config, world)
+    config, train_set, val_set = load_images(config, world)
     fingerprint = train_set.fingerprint()
     if world.size > 1:
         told = {f"--{name.replace('_', '-')}": value for name, value in dataclasses.asdict(config).items()}
@@ -109,7 +110,7 @@ def _train(
     run = RunFolder(config.out)
     state = distributed.on_first(world, lambda: run.reopen(config) if resume else None)
     if state is not None and state["data"] != fingerprint:
-        raise ValueError(f"{config.data}: not the pictures this run began with; resume with the same data")
+        raise MobileViTError(f"{config.data}: not the images this run began with; resume with the same data")
 
     # -- model --------------------------------------------------------------------------------------------------------
     torch.manual_seed(config.seed)
@@ -118,7 +119,7 @@ def _train(
     learner = make_learner(config, train_set, world=world, device=device, network=network)
     model, preprocessing = learner.model, learner.preprocessing
     if not world.is_first:
-        torch.manual_seed(distributed.seed_of(world, config.seed))  # dropout, and mixing of pictures
+        torch.manual_seed(distributed.seed_of(world, config.seed))  # dropout, and mixing of images
 
     # -- data ---------------------------------------------------------------------------------------------------------
     num_workers = num_reading_processes(config, device)
@@ -172,20 +173,20 @@ def _train(
             epoch = position.epoch
             steps = loader.start(epoch, position.segments, position.step)
             learner.train_mode()
-            unseen: list[tuple[Tensor, list[int]]] = []  # losses the host has not looked at yet, and their pictures
+            unseen: list[tuple[Tensor, list[int]]] = []  # losses the host has not looked at yet, and their images
             label = f"epoch {epoch + 1}/{config.epochs}"
             before = loader.num_images - (steps[-1].stop if steps else 0)  # in segments that have ended
             first_of_update = [before + steps[n // accumulate * accumulate].start for n in range(len(steps))]
             rates = [
                 learning_rate((epoch + done / loader.num_images) / config.epochs, config) for done in first_of_update
             ]
-            with _progress(world, label, loader.num_images, position.pictures) as progress:
+            with _progress(world, label, loader.num_images, position.images) as progress:
                 batches = ahead_on(device, loader.epoch())
                 for index, batch in enumerate(batches, start=position.step):
                     step = steps[index]
                     unreadable.update(batch.errors)
                     last_of_update = (index + 1) % accumulate == 0 or index + 1 == len(steps)
-                    # The mean over all processes is that over all pictures, also where one has a picture more.
+                    # The mean over all processes is that over all images, also where one has an image more.
                     share = (len(batch) + len(batch.errors)) * world.size / (step.stop - step.start)
                     group_size = min(accumulate, len(steps) - index // accumulate * accumulate)
                     loss = learner.step(
@@ -193,7 +194,7 @@ def _train(
                     )
                     if loss is not None:
                         unseen.append((loss, batch.indices))
-                    position.step, position.pictures = index + 1, before + step.stop
+                    position.step, position.images = index + 1, before + step.stop
                     look = (
                         device.type == "cpu"
                         or (index + 1) % steps_between_looks == 0
@@ -208,7 +209,7 @@ def _train(
                             is_due = time.monotonic() - last_saved >= config.checkpoint_minutes * 60
                             stop_now, save_now = distributed.any_of(world, stop.requested, is_due)
                     progress.advance(
-                        position.pictures - progress.done, f"loss {position.loss:.4f}  lr {rates[index]:.2e}"
+                        position.images - progress.done, f"loss {position.loss:.4f}  lr {rates[index]:.2e}"
                     )
                     if save_now or stop_now:
                         save_state()
@@ -220,7 +221,7 @@ def _train(
             unreadable = set().union(*distributed.gathered(world, unreadable))
             position.sum_losses(world)
             if position.loss_count == 0:
-                raise ValueError(f"{train_set.origin}: no picture to train on can be read; {min(unreadable)}")
+                raise MobileViTError(f"{train_set.origin}: no image to train on can be read; {min(unreadable)}")
 
             # -- evaluation, record -----------------------------------------------------------------------------------
             evaluated = learner.evaluated
@@ -288,8 +289,8 @@ class _Position:
     epoch: int = 0
     step: int = 0
     """Steps of this epoch that are done, or of its last segment."""
-    pictures: int = 0
-    """Pictures of this epoch that are done, by all processes."""
+    images: int = 0
+    """Images of this epoch that are done, by all processes."""
     segments: list[Segment] = field(default_factory=list)
     """What other numbers of processes have done of this epoch."""
     loss_sum: float = 0.0
@@ -306,15 +307,15 @@ class _Position:
         """Take in what the device has computed.
 
         Raises:
-            ValueError: a loss is not finite; the batch's pictures are named.
+            ValueError: a loss is not finite; the batch's images are named.
         """
         values = torch.stack([loss for loss, _ in losses]).tolist() if losses else []  # one wait for the device
         for value, (_, indices) in zip(values, losses, strict=True):
             if not math.isfinite(value):
                 names = ", ".join(data.names[i] for i in indices)
-                raise ValueError(
+                raise MobileViTError(
                     f"the loss became {value} in epoch {self.epoch + 1}; lower --learning-rate, add "
-                    f"--clip-grad-norm 1, or look at the pictures of this batch: {names}"
+                    f"--clip-grad-norm 1, or look at the images of this batch: {names}"
                 )
             self.loss_sum += value
             self.loss_count += 1
@@ -322,7 +323,7 @@ class _Position:
     def end_segment(self, world_size: int) -> None:
         """Go on with another number of processes than that which has come so far."""
         if self.step:
-            done = self.pictures - sum(pictures for _, pictures in self.segments)
+            done = self.images - sum(images for _, images in self.segments)
             self.segments.append((world_size, done))
             self.step = 0
 
@@ -354,7 +355,7 @@ def _load_best(run: RunFolder, model: nn.Module) -> nn.Module:
 
 
 def _provenance(config: TrainConfig, fingerprint: str, epoch: int) -> dict[str, str]:
-    """What `mobilevit eval` needs to find the pictures that were held out, and a reader to know the rest."""
+    """What `mobilevit eval` needs to find the images that were held out, and a reader to know the rest."""
     return {
         "data_fingerprint": fingerprint,
         "val_fraction": str(config.val_fraction),
@@ -374,7 +375,7 @@ def _say_what_is_trained(
 ) -> None:
     count = sum(p.numel() for p in model.parameters() if p.requires_grad)
     log.info(
-        "%s: %d pictures of %d classes to train on, %d to validate on; %s trainable parameters; %s; run folder %s",
+        "%s: %d images of %d classes to train on, %d to validate on; %s trainable parameters; %s; run folder %s",
         config.data, len(train_set), len(train_set.classes), len(val_set), f"{count:,}",
         device if world.size == 1 else f"{world.size} processes on {device.type}", config.out,
     )  # fmt: skip
@@ -388,7 +389,7 @@ def _tensorboard(folder: Path, first_epoch: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        raise ValueError("training needs more packages; pip install 'mobilevit[train]'") from None
+        raise MobileViTError("training needs more packages; pip install 'mobilevit[train]'") from None
     return SummaryWriter(str(folder), purge_step=first_epoch or None)
 
 

@@ -1,4 +1,4 @@
-"""What each task trains for: how pictures are varied, what the targets of a batch are, and what the loss is."""
+"""What each task trains for: how images are varied, what the targets of a batch are, and what the loss is."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from mobilevit.data.transforms import (
     collate_boxes,
     mix_transform,
 )
-from mobilevit.preprocessing import Preprocessing
+from mobilevit.imaging.preprocessing import Preprocessing
 from mobilevit.tasks.classification import balanced_class_weights, classification_loss
 from mobilevit.tasks.detection import detection_loss
 from mobilevit.tasks.segmentation import segmentation_loss
@@ -32,9 +32,9 @@ class Objective:
     """What the training loop asks of a task."""
 
     transform: Transform
-    """Of every training picture and its target."""
+    """Of every training image and its target."""
     collate: Callable[[Sequence[Any]], Any]
-    """Targets of single pictures -> those of a batch."""
+    """Targets of single images -> those of a batch."""
     loss: Callable[[Any, Any], Tensor]
     """The model's outputs and a batch's targets -> a scalar in float32."""
     mix: Callable[[Tensor, Any], tuple[Tensor, Any]] | None = None

@@ -47,10 +47,10 @@ def make_optimizer(model: nn.Module, config: TrainConfig, device: torch.device) 
 def learning_rate(progress: float, config: TrainConfig) -> float:
     """Linear warm-up from a tenth of the peak, then half a cosine down to `final_lr_fraction` of it.
 
-    By pictures rather than updates, as updates take more or fewer pictures where their size varies.
+    By images rather than updates, as updates take more or fewer images where their size varies.
 
     Args:
-        progress: share of all pictures of the run, each counted once an epoch, that were seen before the update.
+        progress: share of all images of the run, each counted once an epoch, that were seen before the update.
         config: gives peak, warm-up and end.
     """
     peak = config.peak_learning_rate

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
 
+from mobilevit.errors import MobileViTError
+
 _ON_8 = "torchrun --standalone --nproc-per-node 8 -m mobilevit"
 
 
@@ -50,7 +52,7 @@ _HEADS: dict[str, Any] = {
     "final_lr_fraction": 0.1,
     "sync_batch_norm": True,
 }
-"""What detection and segmentation share (arXiv:2110.02178, sections 4.2 and A): 128 pictures a step, on all GPUs."""
+"""What detection and segmentation share (arXiv:2110.02178, sections 4.2 and A): 128 images a step, on all GPUs."""
 
 _COCO = _HEADS | {"task": "detection", "epochs": 200, "batch_size": 32, "warmup_fraction": 500 / (200 * 917)}
 _VOC = _HEADS | {"task": "segmentation", "epochs": 50, "batch_size": 32, "warmup_fraction": 500 / (50 * 83)}
@@ -60,7 +62,7 @@ RECIPES: dict[str, Recipe] = {
         f"imagenet_{model}": Recipe(
             about=f"The paper's {model} on ImageNet-1k, from scratch, sizes 160 to 320.",
             command=f"{_ON_8} train --data imagenet/ --recipe imagenet_{model} --out runs/imagenet",
-            hardware="8 GPUs, 128 pictures at 256 pixels on each",
+            hardware="8 GPUs, 128 images at 256 pixels on each",
             time=_NOT_TIMED,
             result=f"{top1} % top-1 (arXiv:2110.02178, table 4)",
             settings=_IMAGENET | {"model": model},
@@ -71,7 +73,7 @@ RECIPES: dict[str, Recipe] = {
         f"coco_{model}": Recipe(
             about=f"The paper's SSDLite on COCO at 320 pixels, from {model}'s ImageNet weights.",
             command=f"{_ON_8.replace('8', '4')} train --data coco/ --recipe coco_{model} --out runs/coco",
-            hardware="4 GPUs, 32 pictures on each; on one, --batch-size 128",
+            hardware="4 GPUs, 32 images on each; on one, --batch-size 128",
             time=_NOT_TIMED,
             result=f"AP {ap} (arXiv:2110.02178, table 1)",
             settings=_COCO | {"model": model},
@@ -82,15 +84,15 @@ RECIPES: dict[str, Recipe] = {
         f"voc_{model}": Recipe(
             about=f"The paper's DeepLabv3 on VOC and SBD at 512 pixels, from {model}'s ImageNet weights.",
             command=f"{_ON_8.replace('8', '4')} train --data voc/ --recipe voc_{model} --out runs/voc",
-            hardware="4 GPUs, 32 pictures on each; on one, --batch-size 128",
+            hardware="4 GPUs, 32 images on each; on one, --batch-size 128",
             time=_NOT_TIMED,
-            result=f"mean IoU {miou} with COCO's pictures added (arXiv:2110.02178, table 2); less without",
+            result=f"mean IoU {miou} with COCO's images added (arXiv:2110.02178, table 2); less without",
             settings=_VOC | {"model": model},
         )
         for model, miou in (("mobilevit_xxs", 73.6), ("mobilevit_xs", 77.1), ("mobilevit_s", 79.1))
     },
     "cifar10": Recipe(
-        about="mobilevit_xxs on CIFAR-10's 32-pixel pictures, enlarged to 160, from scratch.",
+        about="mobilevit_xxs on CIFAR-10's 32-pixel images, enlarged to 160, from scratch.",
         command="mobilevit train --data cifar10/ --recipe cifar10 --out runs/cifar10",
         hardware="1 GPU, 16 cores",
         time=_NOT_TIMED,
@@ -113,7 +115,7 @@ RECIPES: dict[str, Recipe] = {
         about="mobilevit_xxs on some thousand small photographs, at 128 pixels, from scratch.",
         command="mobilevit train --data flowers/ --recipe flowers --out runs/flowers",
         hardware="2 cores",
-        time="25 minutes for 4,300 pictures (benchmarks/results/flowers-mobilevit.json)",
+        time="25 minutes for 4,300 images (benchmarks/results/flowers-mobilevit.json)",
         result="72.6 % top-1 on 4,300 flowers of 5 classes (same file)",
         settings={
             "task": "classification",
@@ -128,11 +130,11 @@ RECIPES: dict[str, Recipe] = {
         },
     ),
     "small_classification": Recipe(
-        about="Some hundred to some thousand pictures, from ImageNet weights.",
-        command="mobilevit train --data pictures/ --recipe small_classification --out runs/pictures",
+        about="Some hundred to some thousand images, from ImageNet weights.",
+        command="mobilevit train --data images/ --recipe small_classification --out runs/images",
         hardware="a laptop, or 1 GPU",
         time=_NOT_TIMED,
-        result="depends on the pictures; not measured",
+        result="depends on the images; not measured",
         settings={
             "task": "classification",
             "weights": "pretrained",
@@ -145,19 +147,19 @@ RECIPES: dict[str, Recipe] = {
         },
     ),
     "small_detection": Recipe(
-        about="Some hundred pictures with boxes, from ImageNet weights.",
+        about="Some hundred images with boxes, from ImageNet weights.",
         command="mobilevit train --data cells/ --recipe small_detection --out runs/cells",
         hardware="a laptop, or 1 GPU",
         time=_NOT_TIMED,
-        result="depends on the pictures; not measured",
+        result="depends on the images; not measured",
         settings={"task": "detection", "weights": "pretrained", "epochs": 60, "batch_size": 16, "learning_rate": 5e-4},
     ),
     "small_segmentation": Recipe(
-        about="Some hundred pictures with masks, from ImageNet weights.",
+        about="Some hundred images with masks, from ImageNet weights.",
         command="mobilevit train --data streets/ --recipe small_segmentation --out runs/streets",
         hardware="a laptop, or 1 GPU",
         time=_NOT_TIMED,
-        result="depends on the pictures; not measured",
+        result="depends on the images; not measured",
         settings={
             "task": "segmentation",
             "weights": "pretrained",
@@ -178,7 +180,7 @@ def find_recipe(name: str) -> Recipe:
     if name not in RECIPES:
         near = get_close_matches(name, RECIPES, n=1, cutoff=0.3)
         hint = f"did you mean {near[0]}? " if near else ""
-        raise ValueError(f"unknown recipe {name!r}; {hint}There are {', '.join(RECIPES)}")
+        raise MobileViTError(f"unknown recipe {name!r}; {hint}There are {', '.join(RECIPES)}")
     return RECIPES[name]
 
 

@@ -19,11 +19,12 @@ from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
 from mobilevit import __version__
+from mobilevit.card import ModelCard, Task, card_of
+from mobilevit.errors import MobileViTError
 from mobilevit.files import write_bytes
+from mobilevit.imaging.preprocessing import Preprocessing
 from mobilevit.models import HEAD_CONFIGS, HeadConfig, Model, build_model
-from mobilevit.models.card import ModelCard, Task, card_of
 from mobilevit.models.mobilevit import MobileViT, MobileViTConfig
-from mobilevit.preprocessing import Preprocessing
 
 FORMAT_VERSION = 1
 
@@ -44,7 +45,7 @@ def save(
         model: made by `create_model` or `load`, not by `fuse`.
         path: ends in `.safetensors`; appears whole or not at all.
         classes: labels by output index; a detector's without the background.
-        preprocessing: how pictures become input.
+        preprocessing: how images become input.
         metrics: measured values to keep with the weights.
         provenance: where the weights come from; added to what the card says.
         score_threshold: detection only: the score from which on a detection is shown.
@@ -54,11 +55,13 @@ def save(
     """
     path = Path(path)
     if path.suffix != ".safetensors":
-        raise ValueError(f"{path}: checkpoints are safetensors files; name it {path.with_suffix('.safetensors').name}")
+        raise MobileViTError(
+            f"{path}: checkpoints are safetensors files; name it {path.with_suffix('.safetensors').name}"
+        )
     if getattr(model, "fused", False):
-        raise ValueError("a fused model cannot be saved; save the original and call mobilevit.fuse after loading")
+        raise MobileViTError("a fused model cannot be saved; save the original and call mobilevit.fuse after loading")
     if not isinstance(model, Model):
-        raise ValueError(f"cannot save a {type(model).__name__}; only models of this package describe themselves")
+        raise MobileViTError(f"cannot save a {type(model).__name__}; only models of this package describe themselves")
     card = card_of(model)
     card = dataclasses.replace(
         card,
@@ -69,7 +72,7 @@ def save(
         score_threshold=card.score_threshold if score_threshold is None else score_threshold,
     )
     if len(card.classes) != model.num_classes:
-        raise ValueError(f"{len(card.classes)} class names for a model of {model.num_classes} classes")
+        raise MobileViTError(f"{len(card.classes)} class names for a model of {model.num_classes} classes")
     header = {
         "format_version": FORMAT_VERSION,
         "name": card.name,
@@ -105,7 +108,7 @@ def read(path: str | os.PathLike[str]) -> tuple[Mapping[str, Any], dict[str, Any
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"{path}: no such checkpoint file")
+        raise MobileViTError(f"{path}: no such checkpoint file")
     if path.suffix == ".safetensors":
         try:
             with safe_open(path, framework="pt") as file:
@@ -113,19 +116,21 @@ def read(path: str | os.PathLike[str]) -> tuple[Mapping[str, Any], dict[str, Any
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, no mapping
             return tensors, json.loads(header) if header else None
         except (SafetensorError, OSError, ValueError) as error:
-            raise ValueError(f"{path}: damaged or not a safetensors file ({error}); fetch or save it again") from None
+            raise MobileViTError(
+                f"{path}: damaged or not a safetensors file ({error}); fetch or save it again"
+            ) from None
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except UnpicklingError:
-        raise ValueError(
+        raise MobileViTError(
             f"{path}: this pickle may run code when opened, so it is refused; ask its author for safetensors, "
             "or for a file of the state_dict alone"
         ) from None
     except (RuntimeError, OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{path}: damaged or not a PyTorch file ({reason}); fetch or save it again") from None
+        raise MobileViTError(f"{path}: damaged or not a PyTorch file ({reason}); fetch or save it again") from None
     if not isinstance(content, Mapping):
-        raise ValueError(f"{path}: holds a {type(content).__name__}, not a state dict of weights")
+        raise MobileViTError(f"{path}: holds a {type(content).__name__}, not a state dict of weights")
     return content, None
 
 
@@ -137,7 +142,9 @@ def restore(tensors: Mapping[str, Tensor], header: Mapping[str, Any], path: str 
     """
     if header["format_version"] > FORMAT_VERSION or header["task"] not in HEAD_CONFIGS:
         version, task = header["provenance"].get("mobilevit"), header["task"]
-        raise ValueError(f"{path}: a checkpoint for {task} by mobilevit {version}, which is newer; upgrade to read it")
+        raise MobileViTError(
+            f"{path}: a checkpoint for {task} by mobilevit {version}, which is newer; upgrade to read it"
+        )
     card = ModelCard(
         name=header["name"],
         task=header["task"],
@@ -152,7 +159,7 @@ def restore(tensors: Mapping[str, Tensor], header: Mapping[str, Any], path: str 
     try:
         fill(model, tensors)
     except ValueError as error:
-        raise ValueError(f"{path}: header and weights do not fit ({error})") from None
+        raise MobileViTError(f"{path}: header and weights do not fit ({error})") from None
     model.card = card
     return model.eval()
 
@@ -167,11 +174,11 @@ def fill(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     for key, value in wanted.items():
         if key not in tensors:
             if not key.endswith("num_batches_tracked"):
-                raise ValueError(f"{key} is missing")
+                raise MobileViTError(f"{key} is missing")
         elif tensors[key].shape != value.shape:
-            raise ValueError(f"{key} is {tuple(tensors[key].shape)}, not {tuple(value.shape)}")
+            raise MobileViTError(f"{key} is {tuple(tensors[key].shape)}, not {tuple(value.shape)}")
     if strangers := tensors.keys() - wanted.keys():
-        raise ValueError(f"{min(strangers)} belongs to no part of it")
+        raise MobileViTError(f"{min(strangers)} belongs to no part of it")
     model.load_state_dict(dict(tensors))
 
 

@@ -1,7 +1,7 @@
 """State dicts of MobileViT as ml-cvnets, timm, transformers and this package name them, and the way between any two.
 
 All four hold the same numbers under other names, with two exceptions: transformers keeps queries, keys and values in
-three linear layers where the others have one, and ml-cvnets and transformers expect pictures as BGR, the others as RGB.
+three linear layers where the others have one, and ml-cvnets and transformers expect images as BGR, the others as RGB.
 Detection is known to ml-cvnets and this package only, segmentation also to transformers.
 """
 
@@ -16,7 +16,8 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from mobilevit.models.card import Task
+from mobilevit.card import Task
+from mobilevit.errors import MobileViTError
 from mobilevit.models.mobilevit import XXS
 
 Family = Literal["mobilevit", "cvnets", "timm", "transformers"]
@@ -60,24 +61,24 @@ def convert_state_dict(
             family has no place for them.
     """
     if to not in _FAMILIES:
-        raise ValueError(f"cannot convert to {to!r}; choose from {', '.join(_FAMILIES)}")
+        raise MobileViTError(f"cannot convert to {to!r}; choose from {', '.join(_FAMILIES)}")
     if source_channel_order not in (None, "rgb", "bgr"):
-        raise ValueError(f"source_channel_order is {source_channel_order!r}; it can be None, 'rgb' or 'bgr'")
+        raise MobileViTError(f"source_channel_order is {source_channel_order!r}; it can be None, 'rgb' or 'bgr'")
     tensors = unwrap_state_dict(state_dict)
-    family, task = _recognise(tensors)
+    family, task = _recognize(tensors)
     tensors = _fuse_qkv({key: value for key, value in tensors.items() if not _IGNORED.match(key)})
     rows = _rows(family, task)
     if strangers := [key for key in tensors if _module(key) not in rows]:
-        raise ValueError(
+        raise MobileViTError(
             f"{len(strangers)} of {len(tensors)} tensors belong to no part of a MobileViT {_DOERS[task]} in {family} "
             f"names ({_some(strangers)}); remove them to convert the rest"
         )
     names = {key: getattr(rows[_module(key)], to) for key in tensors}
     homeless = [key for key, name in names.items() if name is None]
     if len(homeless) == len(tensors):
-        raise ValueError(f"{to} has no MobileViT {_DOERS[task]}; convert to cvnets, which has")
+        raise MobileViTError(f"{to} has no MobileViT {_DOERS[task]}; convert to cvnets, which has")
     if homeless:
-        raise ValueError(
+        raise MobileViTError(
             f"{to} has no such {task} head: there is no place for {len(homeless)} of {len(tensors)} tensors "
             f"({_some(homeless)}); remove them to convert the rest"
         )
@@ -98,7 +99,7 @@ def detect_family(state_dict: Mapping[str, Any]) -> Family:
     Raises:
         ValueError: most keys are of no known family.
     """
-    return _recognise(state_dict)[0]
+    return _recognize(state_dict)[0]
 
 
 def detect_task(state_dict: Mapping[str, Any]) -> Task:
@@ -107,16 +108,16 @@ def detect_task(state_dict: Mapping[str, Any]) -> Task:
     Raises:
         ValueError: most keys are of no known family.
     """
-    return _recognise(state_dict)[1]
+    return _recognize(state_dict)[1]
 
 
-def _recognise(state_dict: Mapping[str, Any]) -> tuple[Family, Task]:
+def _recognize(state_dict: Mapping[str, Any]) -> tuple[Family, Task]:
     """The table and the column of it that have most of the keys."""
     candidates = [(family, task) for task in _TABLES for family in _FAMILIES]
     known = {candidate: sum(_module(key) in _rows(*candidate) for key in state_dict) for candidate in candidates}
     best = max(candidates, key=known.__getitem__)
     if 2 * known[best] <= len(state_dict):
-        raise ValueError(
+        raise MobileViTError(
             f"not the weights of a MobileViT: keys are {_some(state_dict)}; accepted are state dicts of mobilevit, "
             "ml-cvnets, timm and transformers"
         )
@@ -133,7 +134,9 @@ def unwrap_state_dict(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
     """
     tensors = _weights_in(checkpoint)
     if not tensors:
-        raise ValueError(f"no weights found: keys are {_some(checkpoint)}; give a state dict or a mapping around one")
+        raise MobileViTError(
+            f"no weights found: keys are {_some(checkpoint)}; give a state dict or a mapping around one"
+        )
     tensors = {key.replace("_orig_mod.", ""): value for key, value in tensors.items()}  # also compiled parts have it
     while prefix := next((prefix for prefix in _PREFIXES if all(key.startswith(prefix) for key in tensors)), None):
         tensors = {key.removeprefix(prefix): value for key, value in tensors.items()}

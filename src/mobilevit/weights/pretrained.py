@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.request import urlopen
 
+from mobilevit.card import Task, default_classes
+from mobilevit.errors import MobileViTError
 from mobilevit.files import write_bytes
-from mobilevit.models.card import Task, default_classes
-from mobilevit.preprocessing import Preprocessing
+from mobilevit.imaging.preprocessing import Preprocessing
 from mobilevit.progress import Progress
 
 log = logging.getLogger("mobilevit")
@@ -51,7 +52,7 @@ class PretrainedWeights:
     """With which they reach their published accuracy."""
     source: str
     """Who made them, with what."""
-    licence: str
+    license: str
     """Name and address of the terms that the repositories refer to."""
 
     @property
@@ -71,7 +72,7 @@ def _cvnets_in1k(size: str, apple_size: str) -> PretrainedWeights:
         ),
         preprocessing=Preprocessing(size=(256, 256), crop_fraction=0.9, interpolation="bicubic"),
         source="trained on ImageNet-1k by the paper's authors with apple/ml-cvnets",
-        licence="Apple sample code licence, https://github.com/apple/ml-cvnets/blob/main/LICENSE",
+        license="Apple sample code license, https://github.com/apple/ml-cvnets/blob/main/LICENSE",
     )
 
 
@@ -83,7 +84,7 @@ def _cvnets_voc(size: str, apple_size: str) -> PretrainedWeights:
         repositories=(Repository(f"apple/deeplabv3-mobilevit-{apple_size}", "pytorch_model.bin"),),
         preprocessing=Preprocessing(size=(512, 512), resize_mode="stretch", interpolation="bilinear"),
         source="DeepLabv3 trained on ImageNet-1k, then PASCAL VOC 2012, by the paper's authors with apple/ml-cvnets",
-        licence="Apple sample code licence, https://github.com/apple/ml-cvnets/blob/main/LICENSE",
+        license="Apple sample code license, https://github.com/apple/ml-cvnets/blob/main/LICENSE",
     )
 
 
@@ -97,7 +98,7 @@ def _cvnets_coco(size: str, _apple_size: str) -> PretrainedWeights:
         address=f"https://docs-assets.developer.apple.com/ml-research/models/cvnets/detection/ssd_mobilevit_{size}_320.pt",
         preprocessing=Preprocessing(size=(320, 320), resize_mode="stretch", interpolation="bilinear"),
         source="SSDLite trained on ImageNet-1k, then COCO 2017, by the paper's authors with apple/ml-cvnets",
-        licence="Apple sample code licence, https://github.com/apple/ml-cvnets/blob/main/LICENSE",
+        license="Apple sample code license, https://github.com/apple/ml-cvnets/blob/main/LICENSE",
     )
 
 
@@ -127,7 +128,7 @@ def resolve(name: str) -> Path:
     if name not in PRETRAINED:
         near = get_close_matches(name, PRETRAINED, n=1, cutoff=0.3)
         hint = f"did you mean {near[0]}? " if near else ""
-        raise ValueError(f"unknown weights {name!r}; {hint}There are {', '.join(list_pretrained())}")
+        raise MobileViTError(f"unknown weights {name!r}; {hint}There are {', '.join(list_pretrained())}")
     weights = PRETRAINED[name]
     home = Path(os.environ.get("MOBILEVIT_HOME") or "~/.cache/mobilevit").expanduser()
     placed = home / f"{name}{Path(weights.url).suffix}"
@@ -161,7 +162,7 @@ def _download(weights: PretrainedWeights, placed: Path) -> Path:
             if not isinstance(error, HfHubHTTPError):
                 break  # no answer from the hub, so none about the other repository either
         else:
-            _tell_licence(weights, repository.url)
+            _tell_license(weights, repository.url)
             return path
     raise _cannot_download(weights, placed, reason)
 
@@ -179,7 +180,7 @@ def _download_from_author(weights: PretrainedWeights, placed: Path) -> Path:
     except OSError as error:
         raise _cannot_download(weights, placed, str(error)) from None
     write_bytes(placed, data)
-    _tell_licence(weights, weights.url)
+    _tell_license(weights, weights.url)
     return placed
 
 
@@ -196,8 +197,8 @@ def _read(weights: PretrainedWeights) -> bytes:
     return bytes(data)
 
 
-def _tell_licence(weights: PretrainedWeights, url: str) -> None:
-    log.warning("%s: downloaded from %s; %s; %s", weights.name, url, weights.source, weights.licence)
+def _tell_license(weights: PretrainedWeights, url: str) -> None:
+    log.warning("%s: downloaded from %s; %s; %s", weights.name, url, weights.source, weights.license)
 
 
 def _cannot_download(weights: PretrainedWeights, placed: Path, reason: str) -> ValueError:

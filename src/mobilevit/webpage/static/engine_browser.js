@@ -1,8 +1,8 @@
-// Answers computed in this browser, by ONNX Runtime: pictures do not leave the device.
+// Answers computed in this browser, by ONNX Runtime: images do not leave the device.
 
 import { classify, detect, labelMap, shares } from "./postprocessing.js";
 import { prepare, rgbOf } from "./preprocessing.js";
-import { colourOf, sizeOfCanvas } from "./results.js";
+import { colorOf, sizeOfCanvas } from "./results.js";
 
 const HERE = new URL("./", import.meta.url);
 const STRIP_PIXELS = 2 ** 22;
@@ -48,28 +48,28 @@ export function currentDevice() {
 export function footer() {
   const threads = ort.env.wasm.numThreads;
   const how = device === "webgpu" ? "on the graphics card" : `on ${threads} thread${threads === 1 ? "" : "s"}`;
-  return `Runs in this browser, ${how}; pictures do not leave this device.`;
+  return `Runs in this browser, ${how}; images do not leave this device.`;
 }
 
 export async function predict(_, file, bitmap) {
   const options = { imageOrientation: "from-image", premultiplyAlpha: "none", colorSpaceConversion: "none" };
-  const picture = file ? await createImageBitmap(file, options) : bitmap;
-  const { width, height } = picture;
-  const rgb = rgbOfPicture(picture);
-  if (picture !== bitmap) picture.close();
+  const image = file ? await createImageBitmap(file, options) : bitmap;
+  const { width, height } = image;
+  const rgb = rgbOfImage(image);
+  if (image !== bitmap) image.close();
   return answer(rgb, height, width);
 }
 
 // In strips, as phones read nothing but zeros from a canvas that is too large for them.
-function rgbOfPicture(picture) {
-  const { width, height } = picture;
+function rgbOfImage(image) {
+  const { width, height } = image;
   const rows = Math.min(height, Math.max(1, Math.floor(STRIP_PIXELS / width)));
   const pen = new OffscreenCanvas(width, rows).getContext("2d", { willReadFrequently: true });
   const rgb = new Uint8Array(3 * width * height);
   for (let top = 0; top < height; top += rows) {
     const count = Math.min(rows, height - top);
     pen.clearRect(0, 0, width, rows);
-    pen.drawImage(picture, 0, top, width, count, 0, 0, width, count);
+    pen.drawImage(image, 0, top, width, count, 0, 0, width, count);
     rgb.set(rgbOf(pen.getImageData(0, 0, width, count).data), 3 * width * top);
   }
   return rgb;
@@ -91,12 +91,12 @@ export async function answer(rgb, rows, columns) {
 }
 
 function paint(labels, rows, columns, numClasses) {
-  const colours = Array.from({ length: numClasses }, (_, n) => model.colours?.[n] ?? colourOf(n));
+  const colors = Array.from({ length: numClasses }, (_, n) => model.colors?.[n] ?? colorOf(n));
   const [width, height] = sizeOfCanvas(columns, rows);
   const canvas = new OffscreenCanvas(width, height);
   const pen = canvas.getContext("2d");
   const image = pen.createImageData(width, height);
-  const parts = colours.map((colour) => new Uint8Array([...colour.match(/\d+/g).map(Number), 255]));
+  const parts = colors.map((color) => new Uint8Array([...color.match(/\d+/g).map(Number), 255]));
   const words = Uint32Array.from(parts, (part) => new Uint32Array(part.buffer)[0]); // a write a pixel
   const pixels = new Uint32Array(image.data.buffer);
   const across = Uint32Array.from({ length: width }, (_, x) => Math.floor((x * columns) / width));
@@ -105,7 +105,7 @@ function paint(labels, rows, columns, numClasses) {
     for (let x = 0; x < width; x++, at++) pixels[at] = words[labels[line + across[x]]];
   }
   pen.putImageData(image, 0, 0);
-  return { canvas, colours };
+  return { canvas, colors };
 }
 
 async function download(url, say) {

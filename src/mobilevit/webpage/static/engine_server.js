@@ -21,7 +21,7 @@ export async function open() {
 
 export const devices = [];
 
-// A picture as a file or blob -> {task, item, mask?}; see results.js.
+// An image as a file or blob -> {task, item, mask?}; see results.js.
 export async function predict(model, file) {
   const query = { model: model.name, top: 5, ...(model.task === "detection" ? { min_score: 0.05 } : {}) };
   const { task, results } = await ask("predict", query, file);
@@ -31,7 +31,7 @@ export async function predict(model, file) {
 
 export async function explain(model, file, [x, y]) {
   const told = await ask("explain", { model: model.name, x, y }, file);
-  return { url: `data:image/png;base64,${told.picture_png}`, label: told.label, score: told.score };
+  return { url: `data:image/png;base64,${told.image_png}`, label: told.label, score: told.score };
 }
 
 async function ask(path, query = {}, file = undefined) {
@@ -63,16 +63,16 @@ async function ask(path, query = {}, file = undefined) {
 
 async function readMask(base64) {
   const bytes = Uint8Array.from(atob(base64), (letter) => letter.charCodeAt(0));
-  const picture = await createImageBitmap(new Blob([bytes], { type: "image/png" }));
-  const canvas = new OffscreenCanvas(...sizeOfCanvas(picture.width, picture.height));
+  const image = await createImageBitmap(new Blob([bytes], { type: "image/png" }));
+  const canvas = new OffscreenCanvas(...sizeOfCanvas(image.width, image.height));
   const pen = canvas.getContext("2d");
-  pen.imageSmoothingEnabled = false; // colours between two classes would be none
-  pen.drawImage(picture, 0, 0, canvas.width, canvas.height);
-  picture.close();
-  return { canvas, colours: paletteOf(bytes) };
+  pen.imageSmoothingEnabled = false; // colors between two classes would be none
+  pen.drawImage(image, 0, 0, canvas.width, canvas.height);
+  image.close();
+  return { canvas, colors: paletteOf(bytes) };
 }
 
-// The colours of a palette PNG by their numbers: its PLTE chunk.
+// The colors of a palette PNG by their numbers: its PLTE chunk.
 function paletteOf(bytes) {
   const view = new DataView(bytes.buffer);
   for (let at = 8; at < bytes.length; at += 12 + view.getUint32(at)) {

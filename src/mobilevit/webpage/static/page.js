@@ -1,4 +1,4 @@
-// The page: from a picture, however it comes, to an answer beside and over it.
+// The page: from an image, however it comes, to an answer beside and over it.
 
 import * as engine from "./engine.js";
 import { KeyNeeded } from "./engine_errors.js";
@@ -9,13 +9,13 @@ const GALLERY = ["cat", "coffee", "rocket", "astronaut"];
 
 const state = {
   models: [], model: null,
-  pictures: [],          // {file, bitmap, thumb, url} of what was dropped, pasted or chosen
+  images: [],          // {file, bitmap, thumb, url} of what was dropped, pasted or chosen
   wanted: null,          // the one of them that was chosen last, perhaps not decoded yet
-  shown: null,           // {file, bitmap} of the picture in front; others have no bitmap, as photographs are large
+  shown: null,           // {file, bitmap} of the image in front; others have no bitmap, as photographs are large
   answer: null,
   mark: null,            // [x, y] of the pixel that is explained
   camera: null,          // {stream, facing} while it runs; no stream yet while the browser asks for leave
-  turn: 0,               // counts pictures, so that a late answer is not shown for another one
+  turn: 0,               // counts images, so that a late answer is not shown for another one
 };
 
 // -- start -----------------------------------------------------------------------------------------------------------
@@ -24,7 +24,7 @@ start();
 
 async function start() {
   for (const name of GALLERY) {
-    at("gallery").append(thumbnail(`gallery/${name}.jpg`, `Use the picture ${name}`, async () => {
+    at("gallery").append(thumbnail(`gallery/${name}.jpg`, `Use the image ${name}`, async () => {
       const response = await fetch(`gallery/${name}.jpg`);
       take([new File([await response.blob()], `${name}.jpg`, { type: "image/jpeg" })]);
     }));
@@ -77,7 +77,7 @@ function listen() {
   at("camera").addEventListener("click", () => (state.camera ? stopCamera() : startCamera("environment")));
   at("turn").addEventListener("click", () => startCamera(state.camera?.facing === "user" ? "environment" : "user"));
   at("another").addEventListener("click", startOver);
-  at("save-picture").addEventListener("click", () => at("canvas").toBlob((blob) => save(blob, `${stem()}-answer.png`)));
+  at("save-image").addEventListener("click", () => at("canvas").toBlob((blob) => save(blob, `${stem()}-answer.png`)));
   at("save-json").addEventListener("click", () => {
     const { mask_png: _, ...told } = state.answer.item;
     save(new Blob([JSON.stringify({ model: state.model.name, task: state.answer.task, ...told }, null, 2)]), `${stem()}.json`);
@@ -105,7 +105,7 @@ function listen() {
   });
 }
 
-// -- pictures --------------------------------------------------------------------------------------------------------
+// -- images --------------------------------------------------------------------------------------------------------
 
 async function take(files) {
   if (!files.length) return;
@@ -118,18 +118,18 @@ async function take(files) {
       if (read.length) bitmap.close(); // it can be read, and is so again when it is looked at
       read.push({ file, bitmap: read.length ? null : bitmap });
     } catch {
-      unread = `${file.name || "That"} is not a picture that this browser can read.`;
+      unread = `${file.name || "That"} is not an image that this browser can read.`;
       complain(unread);
     }
   }
   if (!read.length) return;
-  for (const { url } of state.pictures) URL.revokeObjectURL(url);
-  state.pictures = read;
+  for (const { url } of state.images) URL.revokeObjectURL(url);
+  state.images = read;
   at("strip").hidden = read.length < 2;
-  at("strip").replaceChildren(...read.map((picture, number) => {
-    picture.url = URL.createObjectURL(picture.file);
-    picture.thumb = thumbnail(picture.url, `Picture ${number + 1}: ${picture.file.name}`, () => look(picture));
-    return picture.thumb;
+  at("strip").replaceChildren(...read.map((image, number) => {
+    image.url = URL.createObjectURL(image.file);
+    image.thumb = thumbnail(image.url, `Image ${number + 1}: ${image.file.name}`, () => look(image));
+    return image.thumb;
   }));
   await look(read[0]);
   if (unread && state.wanted === read[0] && !at("error").textContent) complain(unread); // the answer has cleared it
@@ -139,18 +139,18 @@ function decode(file) {
   return createImageBitmap(file, { imageOrientation: "from-image" });
 }
 
-async function look(picture) {
-  state.wanted = picture;
+async function look(image) {
+  state.wanted = image;
   stopCamera();
   try {
-    const bitmap = picture.bitmap ?? (await decode(picture.file));
-    if (state.wanted !== picture) return bitmap.close();
-    picture.bitmap = bitmap;
+    const bitmap = image.bitmap ?? (await decode(image.file));
+    if (state.wanted !== image) return bitmap.close();
+    image.bitmap = bitmap;
   } catch {
-    return complain(`${picture.file.name || "That"} cannot be read any more.`);
+    return complain(`${image.file.name || "That"} cannot be read any more.`);
   }
-  putInFront(picture);
-  for (const { thumb } of state.pictures) thumb?.setAttribute("aria-pressed", String(thumb === picture.thumb));
+  putInFront(image);
+  for (const { thumb } of state.images) thumb?.setAttribute("aria-pressed", String(thumb === image.thumb));
   state.answer = state.mark = null;
   at("explanation").hidden = true;
   at("invitation").hidden = true;
@@ -161,7 +161,7 @@ async function look(picture) {
   await answer();
 }
 
-// Browsers are slow to notice that a decoded picture is of no use any more, and a camera makes many.
+// Browsers are slow to notice that a decoded image is of no use any more, and a camera makes many.
 function putInFront(shown) {
   if (state.shown && state.shown !== shown) {
     state.shown.bitmap.close();
@@ -172,9 +172,9 @@ function putInFront(shown) {
 
 function startOver() {
   stopCamera();
-  for (const { url } of state.pictures) URL.revokeObjectURL(url);
+  for (const { url } of state.images) URL.revokeObjectURL(url);
   putInFront(null);
-  Object.assign(state, { pictures: [], wanted: null, answer: null, mark: null, turn: state.turn + 1 });
+  Object.assign(state, { images: [], wanted: null, answer: null, mark: null, turn: state.turn + 1 });
   for (const id of ["canvas", "strip", "another", "controls", "downloads", "explanation", "hint"]) at(id).hidden = true;
   at("invitation").hidden = at("waiting").hidden = false;
   at("drop").classList.remove("full");
@@ -210,7 +210,7 @@ async function answer() {
   if (!state.shown || !state.model) return;
   const turn = ++state.turn;
   state.mark = null;
-  at("explanation").hidden = true; // of another picture, or by another model
+  at("explanation").hidden = true; // of another image, or by another model
   say("Looking ...");
   const begun = performance.now();
   try {
@@ -241,11 +241,11 @@ function show() {
   at("waiting").hidden = true;
   const explains = Boolean(found && model.explains && !state.camera);
   at("hint").hidden = !explains;
-  at("hint").textContent = "Click the picture to see what that pixel attends to; with the keyboard, go to the picture, move by arrow keys, press Enter.";
+  at("hint").textContent = "Click the image to see what that pixel attends to; with the keyboard, go to the image, move by arrow keys, press Enter.";
   at("canvas").classList.toggle("clickable", explains);
   at("canvas").tabIndex = explains ? 0 : -1;
   at("canvas").setAttribute("role", "img");
-  at("canvas").setAttribute("aria-label", found ? "Your picture with the answer" : "Your picture");
+  at("canvas").setAttribute("aria-label", found ? "Your image with the answer" : "Your image");
   if (found) showRows(at("results"), found, classes, minScore); else at("results").replaceChildren();
 }
 
@@ -262,8 +262,8 @@ async function lookFrom(point, now) {
   try {
     const told = await engine.explain(state.model, state.shown.file, state.mark);
     if (turn !== state.turn) return;
-    at("explanation-picture").src = told.url;
-    at("explanation-picture").alt = `Attention of pixel ${state.mark.join(", ")} in every block, layer and head`;
+    at("explanation-image").src = told.url;
+    at("explanation-image").alt = `Attention of pixel ${state.mark.join(", ")} in every block, layer and head`;
     at("explanation-caption").textContent = `What pixel ${state.mark.join(", ")} attends to, and what spoke for ${told.label}.`;
     at("explanation").hidden = false;
     complain("");
@@ -291,7 +291,7 @@ async function startCamera(facing) {
   stopCamera();
   complain("");
   state.wanted = null;
-  state.turn++; // an answer that is still to come is not of the camera's picture
+  state.turn++; // an answer that is still to come is not of the camera's image
   if (!navigator.mediaDevices?.getUserMedia) return complain("This browser gives no camera here; open the page by https or on localhost.");
   const camera = { stream: null, facing };
   state.camera = camera;
@@ -341,7 +341,7 @@ async function watch(camera) {
     }
     const seconds = (performance.now() - begun) / 1000;
     smoothed = smoothed ? 0.8 * smoothed + 0.2 * seconds : seconds;
-    say(`${(1 / smoothed).toFixed(1)} pictures a second`);
+    say(`${(1 / smoothed).toFixed(1)} images a second`);
     await new Promise(requestAnimationFrame);
   }
 }

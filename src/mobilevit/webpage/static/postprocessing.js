@@ -11,7 +11,7 @@ export function classify(logits, classes, count = 5) {
   return { label: top[0].label, probability: top[0].probability, top };
 }
 
-// boxes (A x 4) in 0..1 of the input, scores (A x K), selected (M x 3): picture, class and anchor of each kept box.
+// boxes (A x 4) in 0..1 of the input, scores (A x K), selected (M x 3): image, class and anchor of each kept box.
 export function detect(boxes, scores, selected, classes, place) {
   const found = [];
   for (let n = 0; n < selected.length; n += 3) {
@@ -19,16 +19,16 @@ export function detect(boxes, scores, selected, classes, place) {
     found.push({ number, anchor, score: scores[anchor * classes.length + number] });
   }
   found.sort((a, b) => b.score - a.score);
-  const [rows, columns] = place.picture;
+  const [rows, columns] = place.image;
   const detections = found.slice(0, MAX_DETECTIONS).map(({ number, anchor, score }) => ({
     label: classes[number],
     score,
-    box_xyxy: toPicture(boxes.subarray(4 * anchor, 4 * anchor + 4), place),
+    box_xyxy: toImage(boxes.subarray(4 * anchor, 4 * anchor + 4), place),
   }));
   return { width: columns, height: rows, detections };
 }
 
-function toPicture(box, { region: [left, top, right, bottom], size: [height, width], filled, picture: [rows, columns] }) {
+function toImage(box, { region: [left, top, right, bottom], size: [height, width], filled, image: [rows, columns] }) {
   const across = (width / filled[1]) * (right - left), down = (height / filled[0]) * (bottom - top);
   const limits = [columns, rows, columns, rows];
   return Array.from(box, (value, n) => {
@@ -37,10 +37,10 @@ function toPicture(box, { region: [left, top, right, bottom], size: [height, wid
   });
 }
 
-// logits (K x height x width) of the input -> the class of every pixel of the picture, enlarged bilinearly before the
+// logits (K x height x width) of the input -> the class of every pixel of the image, enlarged bilinearly before the
 // best is chosen.
 export function labelMap(logits, numClasses, place) {
-  const [, width] = place.size, [filledRows, filledColumns] = place.filled, [rows, columns] = place.picture;
+  const [, width] = place.size, [filledRows, filledColumns] = place.filled, [rows, columns] = place.image;
   const plane = place.size[0] * width;
   const down = line(rows, filledRows), across = line(columns, filledColumns);
   const found = new Uint8Array(rows * columns);

@@ -1,7 +1,7 @@
-// A picture's pixels to a model's input, as `mobilevit.preprocessing` makes it in Python.
+// An image's pixels to a model's input, as `mobilevit.preprocessing` makes it in Python.
 //
 // Resampling is Pillow's: antialiased, horizontally and then vertically, weights in 22 bits, rounded to bytes each time.
-// It is the same byte for byte, but for pictures that Pillow, from version 13 on, resamples vertically first, to save
+// It is the same byte for byte, but for images that Pillow, from version 13 on, resamples vertically first, to save
 // work (some upright ones); what is rounded in between then differs a little.
 
 const BITS = 22;
@@ -32,7 +32,7 @@ export function round(value) {
   return rest < 0.5 || (rest === 0.5 && down % 2 === 0) ? down : down + 1;
 }
 
-// Where a picture lands in the input: {region: [left, top, right, bottom], filled: [height, width], size}.
+// Where an image lands in the input: {region: [left, top, right, bottom], filled: [height, width], size}.
 export function placement({ size: [height, width], resize_mode, crop_fraction }, rows, columns) {
   let region = [0, 0, columns, rows], filled = [height, width];
   if (resize_mode === "crop") {
@@ -43,7 +43,7 @@ export function placement({ size: [height, width], resize_mode, crop_fraction },
     const scale = Math.min(width / columns, height / rows);
     filled = [Math.max(1, round(rows * scale)), Math.max(1, round(columns * scale))];
   }
-  return { region, filled, size: [height, width], picture: [rows, columns] };
+  return { region, filled, size: [height, width], image: [rows, columns] };
 }
 
 // RGBA of a canvas -> RGB; transparency is laid over white.
@@ -59,7 +59,7 @@ export function rgbOf(rgba) {
   return rgb;
 }
 
-// RGB (rows x columns x 3) -> the input's bytes (height x width x 3), and where the picture lies in it.
+// RGB (rows x columns x 3) -> the input's bytes (height x width x 3), and where the image lies in it.
 export function prepare(preprocessing, rgb, rows, columns) {
   const place = placement(preprocessing, rows, columns);
   const [height, width] = place.size, [filledRows, filledColumns] = place.filled;
@@ -89,12 +89,12 @@ function weights(inSize, from, to, outSize, { support, at }) {
   const scale = Math.fround(to - from) / outSize, stretch = Math.max(scale, 1), reach = support * stretch;
   const found = [];
   for (let out = 0; out < outSize; out++) {
-    const centre = from + (out + 0.5) * scale;
-    const first = Math.max(0, Math.trunc(centre - reach + 0.5));
-    const count = Math.min(inSize, Math.trunc(centre + reach + 0.5)) - first;
+    const center = from + (out + 0.5) * scale;
+    const first = Math.max(0, Math.trunc(center - reach + 0.5));
+    const count = Math.min(inSize, Math.trunc(center + reach + 0.5)) - first;
     const share = new Float64Array(count);
     let sum = 0;
-    for (let n = 0; n < count; n++) sum += share[n] = at((n + first - centre + 0.5) * (1 / stretch));
+    for (let n = 0; n < count; n++) sum += share[n] = at((n + first - center + 0.5) * (1 / stretch));
     for (let n = 0; n < count; n++) {
       const scaled = (sum ? share[n] / sum : share[n]) * 2 ** BITS;
       share[n] = Math.trunc(scaled < 0 ? scaled - 0.5 : scaled + 0.5);

@@ -1,9 +1,9 @@
-// What a model says of a picture, as rows beside it and drawn over it.
+// What a model says of an image, as rows beside it and drawn over it.
 //
-// An answer is {task, item, mask?}: `item` as the service's JSON has it; `mask` is {canvas, colours} of a segmentation,
-// the picture's classes in colours, and the colour of each class by its number.
+// An answer is {task, item, mask?}: `item` as the service's JSON has it; `mask` is {canvas, colors} of a segmentation,
+// the image's classes in colors, and the color of each class by its number.
 
-// Colours that people with any sort of colour vision can tell apart (Okabe and Ito, 2008), then hues spread evenly.
+// Colors that people with any sort of color vision can tell apart (Okabe and Ito, 2008), then hues spread evenly.
 const FIRST = ["#d55e00", "#0072b2", "#009e73", "#e69f00", "#cc79a7", "#56b4e9", "#f0e442"];
 
 // iPhones show nothing of a canvas with more pixels, and say nothing.
@@ -15,7 +15,7 @@ export function sizeOfCanvas(width, height) {
   return [Math.max(1, Math.floor(width * scale)), Math.max(1, Math.floor(height * scale))];
 }
 
-export function colourOf(number) {
+export function colorOf(number) {
   return FIRST[number] ?? `hsl(${Math.round(number * 137.5) % 360} 65% 50%)`;
 }
 
@@ -30,10 +30,10 @@ function rowsOf(answer, classes, minScore) {
   if (answer.task === "detection") {
     const found = answer.item.detections.filter(({ score }) => score >= minScore);
     if (!found.length) return [nothing("No object is sure enough; move the slider to see those that are less so.")];
-    return [list("ol", found.map(({ label, score }) => row(label, percent(score), score, colourOf(classes.indexOf(label)))))];
+    return [list("ol", found.map(({ label, score }) => row(label, percent(score), score, colorOf(classes.indexOf(label)))))];
   }
   const shares = Object.entries(answer.item.shares);
-  return [list("ul", shares.map(([label, share]) => row(label, percent(share), share, answer.mask.colours[classes.indexOf(label)])))];
+  return [list("ul", shares.map(([label, share]) => row(label, percent(share), share, answer.mask.colors[classes.indexOf(label)])))];
 }
 
 function list(kind, rows) {
@@ -42,7 +42,7 @@ function list(kind, rows) {
   return made;
 }
 
-function row(name, value, share, colour) {
+function row(name, value, share, color) {
   const made = document.createElement("li");
   made.className = "row";
   const fill = document.createElement("div");
@@ -50,10 +50,10 @@ function row(name, value, share, colour) {
   fill.style.width = `${Math.max(0, Math.min(100, 100 * share))}%`;
   const words = document.createElement("span");
   words.className = "name";
-  if (colour) {
+  if (color) {
     const swatch = document.createElement("i");
     swatch.className = "swatch";
-    swatch.style.background = colour;
+    swatch.style.background = color;
     words.append(swatch);
   }
   words.append(name);
@@ -75,29 +75,29 @@ export function percent(share) {
   return `${(100 * share).toFixed(share >= 0.1 ? 1 : 2)} %`;
 }
 
-// A mask whose background, if there is a class of that name, has no colour; as the package draws it.
+// A mask whose background, if there is a class of that name, has no color; as the package draws it.
 export function withoutBackground(mask, classes) {
-  const { canvas, colours } = mask;
+  const { canvas, colors } = mask;
   classes.forEach((name, number) => {
-    if (name.replace(/^_+|_+$/g, "").toLowerCase() !== "background" || !colours[number]) return;
-    const [red, green, blue] = colours[number].match(/\d+/g).map(Number);
+    if (name.replace(/^_+|_+$/g, "").toLowerCase() !== "background" || !colors[number]) return;
+    const [red, green, blue] = colors[number].match(/\d+/g).map(Number);
     const pen = canvas.getContext("2d");
     const image = pen.getImageData(0, 0, canvas.width, canvas.height), { data } = image;
     for (let at = 0; at < data.length; at += 4) {
       if (data[at] === red && data[at + 1] === green && data[at + 2] === blue) data[at + 3] = 0;
     }
     pen.putImageData(image, 0, 0);
-    colours[number] = undefined;
+    colors[number] = undefined;
   });
   return mask;
 }
 
-// The picture with what was found in it. `picture` is anything a canvas draws, width by height pixels.
-export function draw(canvas, picture, width, height, answer, classes, { minScore, opacity, mark }) {
+// The image with what was found in it. `image` is anything a canvas draws, width by height pixels.
+export function draw(canvas, image, width, height, answer, classes, { minScore, opacity, mark }) {
   [canvas.width, canvas.height] = sizeOfCanvas(width, height);
   const across = canvas.width / width, down = canvas.height / height;
   const pen = canvas.getContext("2d");
-  pen.drawImage(picture, 0, 0, canvas.width, canvas.height);
+  pen.drawImage(image, 0, 0, canvas.width, canvas.height);
   const unit = Math.max(canvas.width, canvas.height) / 500;
   if (answer?.task === "segmentation") {
     pen.globalAlpha = opacity;
@@ -118,20 +118,20 @@ function drawBoxes(pen, detections, classes, unit) {
   const size = Math.max(11, 13 * unit), plates = [];
   pen.font = `600 ${size}px system-ui, sans-serif`;
   for (const { label, score, box_xyxy: box } of detections) {
-    const text = `${label} ${percent(score)}`, colour = colourOf(classes.indexOf(label));
+    const text = `${label} ${percent(score)}`, color = colorOf(classes.indexOf(label));
     const place = placePlate(box, pen.measureText(text).width + 0.8 * size, 1.4 * size, pen.canvas, plates);
-    plates.push({ box, text, colour, place });
+    plates.push({ box, text, color, place });
   }
   plates.reverse();
   pen.lineWidth = Math.max(1.5, 2 * unit);
-  for (const { box: [left, top, right, bottom], colour } of plates) {
-    pen.strokeStyle = colour;
+  for (const { box: [left, top, right, bottom], color } of plates) {
+    pen.strokeStyle = color;
     pen.strokeRect(left, top, right - left, bottom - top);
   }
-  for (const { text, colour, place: [left, top, right, bottom] } of plates) {
-    pen.fillStyle = colour;
+  for (const { text, color, place: [left, top, right, bottom] } of plates) {
+    pen.fillStyle = color;
     pen.fillRect(left, top, right - left, bottom - top);
-    pen.fillStyle = isLight(pen, colour) ? "#111" : "#fff";
+    pen.fillStyle = isLight(pen, color) ? "#111" : "#fff";
     pen.fillText(text, left + 0.4 * size, top + 1.05 * size);
   }
 }
@@ -155,17 +155,17 @@ function overlap(a, b) {
 }
 
 function drawMark(pen, [x, y], unit) {
-  for (const [width, colour] of [[5, "#000"], [2.5, "#00c8ff"]]) {
+  for (const [width, color] of [[5, "#000"], [2.5, "#00c8ff"]]) {
     pen.lineWidth = width * Math.max(0.7, unit);
-    pen.strokeStyle = colour;
+    pen.strokeStyle = color;
     pen.beginPath();
     pen.arc(x, y, 9 * Math.max(0.7, unit), 0, 2 * Math.PI);
     pen.stroke();
   }
 }
 
-function isLight(pen, colour) {
-  pen.fillStyle = colour;
+function isLight(pen, color) {
+  pen.fillStyle = color;
   const [red, green, blue] = [1, 3, 5].map((at) => parseInt(pen.fillStyle.slice(at, at + 2), 16));
   return 0.299 * red + 0.587 * green + 0.114 * blue > 150;
 }

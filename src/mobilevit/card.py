@@ -1,0 +1,51 @@
+"""What a model must say of itself, so that no user has to remember it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from torch import nn
+
+from mobilevit.errors import MobileViTError
+from mobilevit.imaging.preprocessing import Preprocessing
+
+Task = Literal["classification", "detection", "segmentation"]
+"""What a model is asked of an image: its class, boxes around objects, or the class of every pixel."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelCard:
+    """Travels with a model through `save`, `load`, `fuse` and export."""
+
+    name: str
+    """Architecture, a key of `MODELS`."""
+    task: Task
+    """What the model does."""
+    classes: tuple[str, ...]
+    """Labels, by output index; a detector's without the background, which is output 0."""
+    preprocessing: Preprocessing = field(default_factory=Preprocessing)
+    """How images become input."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """Measured when the model was saved."""
+    score_threshold: float | None = None
+    """Detection: the score from which on a detection is shown; where precision and recall balanced best."""
+    provenance: dict[str, str] = field(default_factory=dict)
+    """Where the weights come from: data, starting weights, license, versions."""
+
+
+def card_of(model: nn.Module) -> ModelCard:
+    """The card of a model made by `create_model` or `load`.
+
+    Raises:
+        ValueError: the model has none.
+    """
+    card = getattr(model, "card", None)
+    if not isinstance(card, ModelCard):
+        raise MobileViTError("the model has no card; make it with mobilevit.create_model or mobilevit.load")
+    return card
+
+
+def default_classes(num_classes: int) -> tuple[str, ...]:
+    """Placeholder labels for a model nobody has named the classes of."""
+    return tuple(f"class_{index}" for index in range(num_classes))

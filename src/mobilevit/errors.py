@@ -1,0 +1,44 @@
+"""Errors that are raised on purpose: a mistake of the user, in one line with a remedy.
+
+Messages name arguments in backticks (`batch_size`); the command line shows them as its flags (--batch-size). Any other
+exception is a bug of this package: the command line prints its traceback.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class MobileViTError(ValueError):
+    """A mistake of the user: a wrong argument, file, checkpoint or data set."""
+
+
+class ImageError(MobileViTError):
+    """An image that cannot be read; the message names it and says why."""
+
+
+class TooManyPixelsError(ImageError):
+    """An image that may be intact, but is too large to decode."""
+
+
+class MissingPackageError(MobileViTError):
+    """A package that is not installed; the message says how to install it."""
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Suggest the nearest known word: "did you mean train? ", or nothing if none is near."""
+    near = get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f"did you mean {near[0]}? " if near else ""
+
+
+def one_line(error: BaseException, limit: int = 200) -> str:
+    """The message of an exception in one line of at most `limit` characters; its type if it has none."""
+    return " ".join(str(error).split())[:limit] or type(error).__name__
+
+
+def with_flags(message: str, arguments: Iterable[str]) -> str:
+    """Show the arguments that a message names in backticks as flags of the command line."""
+    known = set(arguments)
+    return re.sub(r"`(\w+)`", lambda m: f"--{m[1].replace('_', '-')}" if m[1] in known else m[1], message)

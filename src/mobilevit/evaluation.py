@@ -1,0 +1,249 @@
+"""How good a model is on labeled images, and the files that show it."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, distributed
+
+from mobilevit.card import Task
+from mobilevit.data.imageset import ImageSet
+from mobilevit.data.loaders import Batch, BatchLoader, Transform
+from mobilevit.data.transforms import read_mask
+from mobilevit.errors import MobileViTError
+from mobilevit.files import write_json
+from mobilevit.imaging.decode import EncodedImage, read_image
+from mobilevit.imaging.drawing import save_image
+from mobilevit.imaging.preprocessing import Preprocessing
+from mobilevit.progress import Progress
+from mobilevit.runtime.session import Session
+from mobilevit.tasks.classification_report import ClassificationMeter
+from mobilevit.tasks.classification_report import prediction_sheet as classification_sheet
+from mobilevit.tasks.detection import postprocess, to_pixels
+from mobilevit.tasks.detection_report import DetectionMeter, detection_sheet
+from mobilevit.tasks.report import Meter, Report
+from mobilevit.tasks.segmentation import most_at_once, to_label_map
+from mobilevit.tasks.segmentation_report import SegmentationMeter, segmentation_sheet
+
+log = logging.getLogger("mobilevit")
+
+NUM_SAMPLES = 24
+"""Images on the sheets of an evaluation."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """A report, and what it was computed from."""
+
+    report: Report
+    meter: Meter
+    errors: list[str]
+    """One line for each unreadable image."""
+
+
+def default_num_workers(device: torch.device, *, sharing: int = 1) -> int:
+    """Reading processes: one for every two cores where the CPU also computes, else up to eight.
+
+    Args:
+        device: to compute on.
+        sharing: processes among which the cores are divided; each has that many readers.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores //= sharing
+    return min(8, cores // 2 if device.type == "cpu" else cores)
+
+
+def evaluation_loader(
+    data: ImageSet[Any],
+    preprocessing: Preprocessing,
+    *,
+    batch_size: int,
+    num_workers: int,
+    device: torch.device,
+) -> BatchLoader:
+    """Every image once, in order, through the preprocessing that predictions use; of several processes, a share.
+
+    Raises:
+        ValueError: the preprocessing crops, where every pixel has to be classified.
+    """
+    if data.task == "segmentation" and preprocessing.resize_mode == "crop":
+        raise MobileViTError(
+            "a cropped input says nothing of the border; segmentation takes resize_mode 'pad' or 'stretch'"
+        )
+    if data.task == "segmentation":
+        batch_size = min(batch_size, most_at_once(len(data.classes), preprocessing.size))
+    transforms: dict[Task, Transform] = {
+        "classification": partial(_with_label, preprocessing),
+        "detection": partial(_with_size, preprocessing),
+        "segmentation": partial(_with_mask, preprocessing),
+    }
+    return BatchLoader(
+        data,
+        transforms[data.task],
+        collate=torch.tensor if data.task == "classification" else list,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        pin_memory=device.type == "cuda",
+        shard=(distributed.get_rank(), distributed.get_world_size()) if _is_distributed() else (0, 1),
+    )
+
+
+def _with_label(preprocessing: Preprocessing, image: EncodedImage, label: int) -> tuple[Tensor, int]:
+    return preprocessing.resize(image.decode()), label
+
+
+def _with_size(preprocessing: Preprocessing, image: EncodedImage, _: object) -> tuple[Tensor, tuple[int, int]]:
+    width, height = image.size
+    return preprocessing.resize(image.decode()), (height, width)
+
+
+def _with_mask(preprocessing: Preprocessing, encoded: EncodedImage, target: Any) -> tuple[Tensor, np.ndarray]:
+    image = encoded.decode()
+    return preprocessing.resize(image), read_mask(image, target)
+
+
+def _observe_classes(meter: Any, logits: Tensor, batch: Batch, _data: ImageSet[Any], _: Preprocessing) -> None:
+    meter.update(batch.indices, logits.float().cpu(), batch.targets)
+
+
+def _observe_boxes(meter: Any, output: Any, batch: Batch, data: ImageSet[Any], preprocessing: Preprocessing) -> None:
+    for index, size, found in zip(batch.indices, batch.targets, postprocess(output), strict=True):
+        boxes, scores, class_ids = to_pixels(found, preprocessing.placement(size))
+        truth = data.targets[index]
+        meter.update(
+            index,
+            boxes_xyxy=boxes,
+            scores=scores,
+            labels=class_ids,
+            true_xyxy=truth.xyxy,
+            true_labels=truth.labels,
+            true_crowd=truth.crowd,
+            true_areas=truth.areas,
+        )
+
+
+def _observe_masks(meter: Any, output: Any, batch: Batch, _: ImageSet[Any], preprocessing: Preprocessing) -> None:
+    for index, logits, truth in zip(batch.indices, output.logits, batch.targets, strict=True):
+        meter.update(index, to_label_map(logits, preprocessing.placement(truth.shape)), truth)
+
+
+_OBSERVE: dict[Task, Callable[[Any, Any, Batch, ImageSet[Any], Preprocessing], None]] = {
+    "classification": _observe_classes,
+    "detection": _observe_boxes,
+    "segmentation": _observe_masks,
+}
+
+
+def _new_meter(data: ImageSet[Any]) -> Meter:
+    if data.task == "classification":
+        return ClassificationMeter(data.classes)
+    if data.task == "detection":
+        return DetectionMeter(data.classes)
+    return SegmentationMeter(data.classes, keep=_evenly_spaced(range(len(data))))
+
+
+@torch.inference_mode()
+def evaluate(
+    session: Session, loader: BatchLoader, preprocessing: Preprocessing, *, label: str = "evaluate"
+) -> Evaluation:
+    """Run a model over all images of a loader and report; several processes report the same, on all images.
+
+    Args:
+        session: the model, in whatever runtime.
+        loader: the images; see `evaluation_loader`.
+        preprocessing: which the loader applies.
+        label: of the progress bar.
+
+    Raises:
+        ValueError: not a single image could be read.
+    """
+    data = loader.data
+    meter, observe, errors = _new_meter(data), _OBSERVE[data.task], []
+    with Progress(label, loader.num_images) as progress:
+        for batch in loader.epoch():
+            errors += batch.errors
+            if len(batch):
+                observe(meter, session(batch.images), batch, data, preprocessing)
+            progress.advance(len(batch) + len(batch.errors))
+    if _is_distributed():
+        shares: list[Any] = [None] * distributed.get_world_size()
+        distributed.all_gather_object(shares, (meter, errors))
+        meter, errors = _new_meter(data), []
+        for other, other_errors in shares:
+            meter.merge(other)
+            errors += other_errors
+    if not meter.indices:
+        raise MobileViTError(f"{data.origin}: none of its {len(data)} images can be read; {errors[0]}")
+    return Evaluation(report=meter.report(), meter=meter, errors=errors)
+
+
+def _is_distributed() -> bool:
+    return distributed.is_available() and distributed.is_initialized()
+
+
+def write_evaluation(evaluation: Evaluation, data: ImageSet[Any], folder: Path) -> None:
+    """Write `evaluation.json`, plots, sample predictions and the worst mistakes into a folder."""
+    unreadable = {"unreadable": evaluation.errors} if evaluation.errors else {}
+    write_json(folder / "evaluation.json", evaluation.report.to_dict() | unreadable)
+    evaluation.report.save_plots(folder)
+    _write_sheet(evaluation.meter, data, _evenly_spaced(evaluation.meter.indices), folder / "samples.png")
+    mistakes = evaluation.meter.worst(NUM_SAMPLES)
+    if mistakes:
+        _write_sheet(evaluation.meter, data, mistakes, folder / "worst_mistakes.png")
+    else:
+        (folder / "worst_mistakes.png").unlink(missing_ok=True)
+
+
+def _evenly_spaced(indices: Sequence[int]) -> list[int]:
+    step = max(1, len(indices) // NUM_SAMPLES)
+    return list(indices[::step])[:NUM_SAMPLES]
+
+
+def report_problems(data: ImageSet[Any]) -> None:
+    """Say what is wrong in the annotations, the first five in full."""
+    if not data.problems:
+        return
+    log.warning(
+        "%s: %d problems in the annotations (all of them: mobilevit data check):", data.origin, len(data.problems)
+    )
+    for problem in data.problems[:5]:
+        log.warning("  %s", problem)
+
+
+def report_unreadable(errors: Collection[str], kind: str, total: int) -> None:
+    """Say how many images were left out, and name the first ten."""
+    if not errors:
+        return
+    log.warning("left out %d of %d %s images, which cannot be read:", len(errors), total, kind)
+    for line in sorted(errors)[:10]:
+        log.warning("  %s", line)
+    if len(errors) > 10:
+        log.warning("  and %d more", len(errors) - 10)
+
+
+def _write_sheet(meter: Meter, data: ImageSet[Any], indices: Sequence[int], path: Path) -> None:
+    images = [read_image(data.open(index), data.names[index]) for index in indices]
+    if isinstance(meter, ClassificationMeter):
+        rows = [meter.indices.index(index) for index in indices]
+        sheet = classification_sheet(images, meter.logits[rows], meter.labels[rows].tolist(), data.classes)
+    elif isinstance(meter, DetectionMeter):
+        seen = [meter.images[index] for index in indices]
+        sheet = detection_sheet(images, seen, data.classes, meter.best_threshold())
+    else:
+        assert isinstance(meter, SegmentationMeter)
+        shown = [place for place, index in enumerate(indices) if index in meter.label_maps]
+        sheet = segmentation_sheet(
+            [images[place] for place in shown],
+            [meter.label_maps[indices[place]] for place in shown],
+            [data.targets[indices[place]].read() for place in shown],
+            data.classes,
+        )
+    save_image(sheet, path)

@@ -1,0 +1,194 @@
+"""Read any image file as upright 8-bit RGB."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.JpegImagePlugin import JpegImageFile
+from torch import Tensor
+
+from mobilevit.errors import ImageError, TooManyPixelsError
+
+Source = str | os.PathLike[str] | bytes | Image.Image | np.ndarray
+"""What can be read as an image: a path, encoded bytes, a PIL image, or a numpy array (H, W, 3) of uint8."""
+
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".avif"})
+
+MAX_PIXELS = 178_956_970
+"""Larger images are refused as decompression bombs: Pillow's own limit, half a gigabyte of RGB."""
+
+_MAX_SCANS = 100
+"""Of a JPEG; progressive ones have ten or so. A scan of twelve bytes makes the decoder go through all the pixels again,
+so that a small file could keep it busy for hours. libtiff has the same limit for JPEGs within TIFFs."""
+
+# Formats with a decoder in Pillow itself. Others (EPS, for one) start outside programs on files from strangers.
+_SAFE_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF")
+
+
+def find_images(folder: Path) -> list[Path]:
+    """Every image below a folder, by suffix, sorted; hidden files and folders are passed over."""
+    found = []
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        found += [Path(parent, name) for name in sorted(files) if not name.startswith(".")]
+    return [path for path in found if path.suffix.lower() in IMAGE_SUFFIXES]
+
+
+def read_image(source: Source | EncodedImage, name: str | None = None) -> Image.Image:
+    """Decode an image to upright 8-bit RGB.
+
+    Takes JPEG, PNG, WebP, BMP, GIF, TIFF, PPM and AVIF in any color mode: the first frame of animations, the high
+    byte of 16-bit samples, CMYK and palettes converted, transparency laid over white, EXIF orientation applied.
+
+    Args:
+        source: see `Source`; or what `open_image` has opened.
+        name: what to call the image in errors; a path is its own name.
+
+    Raises:
+        ImageError: empty, truncated, not an image, or more than `MAX_PIXELS`.
+    """
+    return open_image(source, name).decode()
+
+
+def open_image(source: Source | EncodedImage, name: str | None = None, *, max_pixels: int = MAX_PIXELS) -> EncodedImage:
+    """Read an image's header, not yet its pixels; arguments and errors are those of `read_image`.
+
+    Raises:
+        TooManyPixelsError: encoded bytes or a file have more than `max_pixels`, itself no more than `MAX_PIXELS`.
+    """
+    if isinstance(source, EncodedImage):
+        return source
+    name = name or (os.fspath(source) if isinstance(source, str | os.PathLike) else "image")
+    if isinstance(source, np.ndarray):
+        if source.dtype != np.uint8 or source.ndim != 3 or source.shape[2] != 3 or not source.size:
+            wanted = "an image is uint8 (height, width, 3), RGB"
+            raise ImageError(f"{name}: array is {source.dtype} {source.shape}; {wanted}")
+        return EncodedImage(Image.fromarray(source), name)
+    with _named(name):
+        if isinstance(source, Image.Image):  # perhaps not decoded yet
+            if 0 in source.size:
+                raise ImageError(f"{name}: {source.width} x {source.height} pixels are no image")
+            return EncodedImage(source.copy(), name)  # the caller's stays the caller's
+        data = source if isinstance(source, bytes) else Path(source).read_bytes()
+        if not data:
+            raise ImageError(f"{name}: the file is empty")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below decides
+            image = Image.open(io.BytesIO(data), formats=_formats())
+        if image.width * image.height > max_pixels:
+            told = f"{image.width} x {image.height} pixels are more than the limit of {max_pixels}"
+            raise TooManyPixelsError(f"{name}: {told}")
+        if image.format in ("JPEG", "MPO") and _has_too_many_scans(data):
+            raise ImageError(f"{name}: more than the limit of {_MAX_SCANS} scans, which would take too long to decode")
+        return EncodedImage(image, name, data)
+
+
+class EncodedImage:
+    """An image of which the size is known, and the pixels can be had, once."""
+
+    def __init__(self, image: Image.Image, name: str, data: bytes | None = None) -> None:
+        self._image, self.name = image, name
+        with _named(name):
+            orientation = image.getexif().get(_ORIENTATION, 1)
+        self.size: tuple[int, int] = image.size[::-1] if orientation in (5, 6, 7, 8) else image.size
+        """(width, height) of the upright image."""
+        is_plain = image.format == "JPEG" and image.mode == "RGB" and orientation == 1
+        self.plain_jpeg = data if is_plain else None
+        """The file, if it is an upright JPEG in color, which any decoder can read."""
+
+    def decode(self, reduction: float = 1.0) -> Image.Image:
+        """The upright RGB image; a JPEG perhaps smaller.
+
+        Args:
+            reduction: how many times smaller it may be. A JPEG is then decoded at a half, a quarter or an eighth,
+                which leaves out most of the work; other formats stay as they are.
+
+        Raises:
+            ImageError: the pixels cannot be read.
+        """
+        with _named(self.name):
+            if reduction >= 2 and isinstance(self._image, JpegImageFile):
+                width, height = self._image.size
+                self._image.draft(None, (max(1, int(width / reduction)), max(1, int(height / reduction))))
+            return _to_rgb(self._image)
+
+    def pixels(self, reduction: float = 1.0) -> Tensor:
+        """What `decode` gives, as uint8 (3, height, width), channels-last in memory; of most JPEGs in half the time.
+
+        Raises:
+            ImageError: the pixels cannot be read.
+        """
+        if self.plain_jpeg is not None and reduction < 2:
+            from torchvision.io import decode_jpeg  # equal to Pillow's, but laid out as pixels are used here
+
+            with suppress(RuntimeError):  # Pillow says what is wrong
+                pixels: Tensor = decode_jpeg(torch.frombuffer(bytearray(self.plain_jpeg), dtype=torch.uint8))
+                return pixels
+        return torch.from_numpy(np.array(self.decode(reduction))).permute(2, 0, 1)
+
+
+_ORIENTATION = 0x0112  # the EXIF tag
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Whatever goes wrong in reading an image, as an `ImageError` with its name."""
+    try:
+        yield
+    except ImageError:
+        raise
+    except Image.DecompressionBombError:
+        raise TooManyPixelsError(f"{name}: more pixels than the limit of {MAX_PIXELS}") from None
+    except FileNotFoundError:
+        raise ImageError(f"{name}: no such file") from None
+    except UnidentifiedImageError:
+        raise ImageError(f"{name}: not an image in a known format ({', '.join(_formats())})") from None
+    except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error and more on bad files
+        raise ImageError(f"{name}: cannot be read ({' '.join(str(error).split()) or type(error).__name__})") from error
+
+
+_JPEG_MARKER = re.compile(rb"\xff+([^\x00\x01\xd0-\xd8\xff])", re.DOTALL)
+"""Not those without a length, which may stand within the data of a scan."""
+_SCAN, _END = b"\xda", b"\xd9"
+
+
+def _has_too_many_scans(data: bytes) -> bool:
+    if data.count(b"\xff" + _SCAN) <= _MAX_SCANS:  # quick, and true of nearly all; others are looked at closely, as
+        return False  # thumbnails, profiles or a film behind the image can have these bytes as well
+    scans, at = 0, 0
+    while (marker := _JPEG_MARKER.search(data, at)) is not None and marker[1] != _END and scans <= _MAX_SCANS:
+        scans += marker[1] == _SCAN
+        at = marker.end() + int.from_bytes(data[marker.end() : marker.end() + 2], "big")
+    return scans > _MAX_SCANS
+
+
+@lru_cache(maxsize=1)
+def _formats() -> tuple[str, ...]:
+    """The safe formats that this build of Pillow has; it loads most of its decoders only when asked."""
+    Image.init()
+    return tuple(name for name in _SAFE_FORMATS if name in Image.OPEN)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    image.load()
+    if image.getexif().get(_ORIENTATION, 1) != 1:  # otherwise Pillow would copy the image
+        image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16-bit grays, also those that Pillow keeps in 32 bits
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
+    elif image.mode == "F":
+        values = np.nan_to_num(np.asarray(image))
+        image = Image.fromarray((values * (255 if values.max(initial=0) <= 1 else 1)).clip(0, 255).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image if image.mode == "RGB" else image.convert("RGB")

@@ -1,0 +1,357 @@
+"""Images made of images: captions, contact sheets, boxes and label maps, with Pillow and NumPy alone."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+from mobilevit.errors import MobileViTError
+from mobilevit.files import write_atomically
+
+# Pillow's built-in font has Latin letters only; labels in other scripts need one from the system.
+_FONTS_FOR_ALL_SCRIPTS = (
+    "NotoSansCJK-Regular.ttc", "msyh.ttc", "PingFang.ttc", "wqy-microhei.ttc", "Arial Unicode.ttf", "DejaVuSans.ttf",
+)  # fmt: skip
+
+RGB = tuple[int, int, int]
+
+BLACK, DARK, WHITE = (0, 0, 0), (30, 30, 30), (255, 255, 255)
+GREEN, RED = (0, 115, 80), (190, 40, 30)
+
+_NOT_DRAWN = 255  # in a label map
+
+# The first classes get colors that people with any sort of color vision can tell apart (Okabe and Ito, 2008).
+_FIRST_COLORS = (
+    (213, 94, 0), (0, 114, 178), (0, 158, 115), (230, 159, 0), (204, 121, 167), (86, 180, 233), (240, 228, 66),
+)  # fmt: skip
+
+
+@lru_cache(maxsize=64)
+def font(size: int, text: str = "") -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """A font of `size` pixels that has the letters of `text`, as far as this machine has one."""
+    try:
+        text.encode("latin-1")
+    except UnicodeEncodeError:
+        for name in _FONTS_FOR_ALL_SCRIPTS:
+            try:
+                return ImageFont.truetype(name, size)
+            except OSError:
+                continue
+    return ImageFont.load_default(size)
+
+
+def with_caption(image: Image.Image, lines: Sequence[str], *, color: RGB = DARK) -> Image.Image:
+    """The image above a strip with a few lines of text; the type's size follows the image's."""
+    size = max(11, min(image.width // 14, 40))
+    pad = size // 3
+    out = Image.new("RGB", (image.width, image.height + len(lines) * (size + pad) + pad), "white")
+    out.paste(image)
+    draw = ImageDraw.Draw(out)
+    for row, line in enumerate(lines):
+        text = _shorten(line, size, out.width - 2 * pad)
+        draw.text((pad, image.height + pad + row * (size + pad)), text, fill=color, font=font(size, text))
+    return out
+
+
+def contact_sheet(
+    images: Sequence[Image.Image],
+    captions: Sequence[Sequence[str]],
+    colors: Sequence[tuple[int, int, int]],
+    *,
+    columns: int = 6,
+    cell: int = 176,
+) -> Image.Image:
+    """Images in a grid, each fitted into a square of `cell` pixels above its caption."""
+    cells = []
+    for image, lines, color in zip(images, captions, colors, strict=True):
+        square = Image.new("RGB", (cell, cell), (242, 242, 242))
+        scale = cell / max(image.size)
+        size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+        small = image.resize(size, Image.Resampling.BICUBIC)
+        square.paste(small, ((cell - small.width) // 2, (cell - small.height) // 2))
+        cells.append(with_caption(square, lines, color=color))
+    columns = max(1, min(columns, len(cells)))
+    rows, gap = -(-len(cells) // columns), 8
+    height = max((c.height for c in cells), default=cell)
+    sheet = Image.new("RGB", (columns * (cell + gap) + gap, rows * (height + gap) + gap), "white")
+    for number, drawn in enumerate(cells):
+        row, column = divmod(number, columns)
+        sheet.paste(drawn, (gap + column * (cell + gap), gap + row * (height + gap)))
+    return sheet
+
+
+@lru_cache(maxsize=8)
+def _palette(num_classes: int) -> tuple[RGB, ...]:
+    steps = np.arange(0, 256, 15)
+    candidates = np.stack(np.meshgrid(steps, steps, steps), axis=-1).reshape(-1, 3)
+    lightness, green_red, blue_yellow = _oklab(candidates).T
+    vivid = np.hypot(green_red, blue_yellow) > 0.06
+    candidates = candidates[vivid & (lightness > 0.35) & (lightness < 0.93)]
+    places = _oklab(candidates)
+    colors = list(_FIRST_COLORS[:num_classes])
+    # Each further color is the one farthest from all before it, so that more classes never change the first ones.
+    distance = np.full(len(candidates), np.inf)
+    for place in _oklab(np.array(_FIRST_COLORS)):
+        distance = np.minimum(distance, np.linalg.norm(places - place, axis=1))
+    while len(colors) < num_classes:
+        best = int(distance.argmax())
+        red, green, blue = candidates[best].tolist()
+        colors.append((red, green, blue))
+        distance = np.minimum(distance, np.linalg.norm(places - places[best], axis=1))
+    return tuple(colors)
+
+
+def class_colors(num_classes: int) -> list[RGB]:
+    """A color for each class: always the same, well apart for a dozen classes and still distinct for 150."""
+    return list(_palette(num_classes))
+
+
+def draw_boxes(image: Image.Image, boxes_xyxy: ArrayLike, texts: Sequence[str], colors: Sequence[RGB]) -> Image.Image:
+    """The image with boxes, each with a text on a plate of its color; lines and type follow the image's size.
+
+    A plate stands above its box where there is room, else at another edge of it, and never outside the image. Where
+    they would hide each other, the first boxes have the better places and lie on top. An empty text has no plate.
+
+    Args:
+        image: in RGB; it stays as it is.
+        boxes_xyxy: (N, 4), left, top, right, bottom in pixels; what lies outside the image is cut off.
+        texts: N.
+        colors: N.
+    """
+    out = image.convert("RGB")
+    draw = ImageDraw.Draw(out)
+    thick = max(2, round(_side(image) / 300))
+    size = max(12, round(_side(image) / 42))
+    drawn = list(zip(_pixels(boxes_xyxy, image), texts, colors, strict=True))
+    for (left, top, right, bottom), _, color in reversed(drawn):
+        # A dark line outside keeps pale boxes visible on pale ground.
+        halo = max(1, thick // 3)
+        draw.rectangle((left - halo, top - halo, right + halo, bottom + halo), outline=(40, 40, 40), width=halo)
+        draw.rectangle((left, top, right, bottom), outline=color, width=thick)
+    plates: list[tuple[tuple[int, int, int, int], str, RGB]] = []
+    for box, text, color in drawn:
+        if text:
+            pad = max(2, size // 5)
+            shown = _shorten(text, size, image.width - 2 * pad)
+            width = min(image.width, round(font(size, shown).getlength(shown)) + 2 * pad)
+            taken = [plate for plate, _, _ in plates]
+            plates.append((_place_plate(box, (width, round(1.3 * size)), out.size, taken), shown, color))
+    for (left, top, right, bottom), text, color in reversed(plates):
+        draw.rectangle((left, top, right - 1, bottom - 1), fill=color)
+        middle = ((left + right) / 2, (top + bottom) / 2)
+        draw.text(middle, text, fill=text_color(color), font=font(size, text), anchor="mm")
+    return out
+
+
+def draw_outlines(image: Image.Image, boxes_xyxy: ArrayLike) -> Image.Image:
+    """The image with thin dashed boxes in black and white, to be told from those of `draw_boxes`.
+
+    Shape: boxes_xyxy (N, 4), left, top, right, bottom in pixels.
+    """
+    out = image.convert("RGB")
+    draw = ImageDraw.Draw(out)
+    thick = max(1, round(_side(image) / 400))
+    for left, top, right, bottom in _pixels(boxes_xyxy, image):
+        for start, end in (((left, top), (right, top)), ((right, top), (right, bottom)),
+                           ((right, bottom), (left, bottom)), ((left, bottom), (left, top))):  # fmt: skip
+            _dashed_line(draw, start, end, thick)
+    return out
+
+
+def draw_label_map(
+    image: Image.Image,
+    label_map: NDArray[np.uint8],
+    classes: Sequence[str],
+    *,
+    opacity: float = 0.55,
+    legend: bool = True,
+) -> Image.Image:
+    """The image under its classes' colors, stronger along their borders, above a legend with each one's share.
+
+    A class called "background" has no color: what lies before it is what people look for.
+
+    Args:
+        image: in RGB; it stays as it is.
+        label_map: (H, W) of the image: class numbers; 255 is left as it was.
+        classes: their names.
+        opacity: of the colors, from 0 to 1.
+        legend: whether to add the strip below the image.
+    """
+    if label_map.shape != (image.height, image.width):
+        raise MobileViTError(f"a label map of {label_map.shape} on an image of {(image.height, image.width)}")
+    colors = np.zeros((256, 3), np.float32)
+    colors[: len(classes)] = class_colors(len(classes))
+    drawn = np.ones(256, np.bool_)
+    drawn[[_NOT_DRAWN, *_background(classes)]] = False
+    shown = drawn[label_map]
+    weight = np.where(shown, opacity, 0).astype(np.float32)
+    border = _borders(label_map, max(1, round(_side(image) / 400))) & shown
+    weight[border] = min(1, opacity + 0.35)
+    pixels = np.asarray(image.convert("RGB"), np.float32)
+    weight = weight[..., None]
+    out = Image.fromarray((pixels * (1 - weight) + colors[label_map] * weight).round().astype(np.uint8))
+    return with_legend(out, legend_of(label_map, classes)) if legend else out
+
+
+def legend_of(
+    label_map: NDArray[np.uint8], classes: Sequence[str], *, with_shares: bool = True
+) -> list[tuple[str, RGB]]:
+    """The classes in a label map, with their share of its pixels and their colors, largest first; no background."""
+    counts = np.bincount(label_map.ravel(), minlength=256)[: len(classes)]
+    counts[_background(classes)] = 0
+    colors = class_colors(len(classes))
+    order = [int(label) for label in np.argsort(-counts, kind="stable") if counts[label]]
+    shares = [f" {_percent(counts[label] / label_map.size)}" if with_shares else "" for label in order]
+    return [(classes[label] + share, colors[label]) for label, share in zip(order, shares, strict=True)]
+
+
+def _background(classes: Sequence[str]) -> list[int]:
+    return [number for number, name in enumerate(classes) if name.strip("_").lower() == "background"]
+
+
+def with_legend(image: Image.Image, entries: Sequence[tuple[str, RGB]], *, size: int | None = None) -> Image.Image:
+    """The image above a strip of colored squares, each with a text; as many lines as they need.
+
+    Without `size`, in pixels, the type's follows the image's.
+    """
+    if not entries:
+        return image
+    size = size or max(12, round(_side(image) / 38))
+    pad, line = size // 2, round(1.5 * size)
+    places, x, y = [], pad, pad
+    for text, color in entries:
+        text = _shorten(text, size, image.width - 3 * pad - size)
+        width = size + pad + round(font(size, text).getlength(text))
+        if x > pad and x + width > image.width - pad:
+            x, y = pad, y + line
+        places.append((x, y, text, color))
+        x += width + 2 * pad
+    out = Image.new("RGB", (image.width, image.height + y + line + pad // 2), "white")
+    out.paste(image)
+    draw = ImageDraw.Draw(out)
+    for x, y, text, color in places:
+        top = image.height + y
+        draw.rectangle((x, top, x + size - 1, top + size - 1), fill=color, outline=(90, 90, 90))
+        draw.text((x + size + pad, top + size / 2), text, fill=DARK, font=font(size, text), anchor="lm")
+    return out
+
+
+def text_color(background: RGB) -> RGB:
+    """Black or white, whichever has the higher contrast (WCAG); at least 4.5 to 1 on any color."""
+    luminance = float(_linear(np.array(background)) @ (0.2126, 0.7152, 0.0722))
+    return BLACK if (luminance + 0.05) ** 2 > 0.05 * 1.05 else WHITE
+
+
+def save_image(image: Image.Image, path: str | os.PathLike[str]) -> Path:
+    """Write an image in the format of its suffix, whole or not at all.
+
+    Raises:
+        ValueError: a suffix that stands for no format.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in Image.registered_extensions():
+        raise MobileViTError(f"{path}: not the name of an image; end it in .jpg or .png")
+    return write_atomically(path, lambda aside: image.save(aside))
+
+
+def _shorten(text: str, size: int, width: int) -> str:
+    face = font(size, text)
+    if face.getlength(text) <= width:
+        return text
+    while len(text) > 1 and face.getlength(text + "...") > width:
+        text = text[:-1]
+    return text + "..."
+
+
+def _side(image: Image.Image) -> float:
+    return float((image.width * image.height) ** 0.5)
+
+
+def _pixels(boxes_xyxy: ArrayLike, image: Image.Image) -> list[list[int]]:
+    """Boxes as whole pixels inside the image."""
+    boxes = np.asarray(boxes_xyxy, np.float64).reshape(-1, 4)
+    whole: list[list[int]] = boxes.clip(0, [image.width - 1, image.height - 1] * 2).round().astype(np.int64).tolist()
+    return whole
+
+
+def _percent(share: float) -> str:
+    return "<0.1%" if share < 0.001 else f"{share:.1%}"
+
+
+def _linear(rgb: NDArray[Any]) -> NDArray[np.float64]:
+    """Light of sRGB values 0 to 255."""
+    values = rgb / 255
+    return np.where(values <= 0.04045, values / 12.92, ((values + 0.055) / 1.055) ** 2.4)
+
+
+def _oklab(rgb: NDArray[Any]) -> NDArray[np.float64]:
+    """Colors in a space where distance is what the eye sees (Ottosson, 2020). Shape: (N, 3) -> (N, 3)."""
+    to_cones = np.array(
+        [[0.4122214708, 0.5363325363, 0.0514459929],
+         [0.2119034982, 0.6806995451, 0.1073969566],
+         [0.0883024619, 0.2817188376, 0.6299787005]]
+    )  # fmt: skip
+    to_lab = np.array(
+        [[0.2104542553, 0.7936177850, -0.0040720468],
+         [1.9779984951, -2.4285922050, 0.4505937099],
+         [0.0259040371, 0.7827717662, -0.8086757660]]
+    )  # fmt: skip
+    lab: NDArray[np.float64] = np.cbrt(_linear(rgb) @ to_cones.T) @ to_lab.T
+    return lab
+
+
+def _place_plate(
+    box: Sequence[int], plate: tuple[int, int], image: tuple[int, int], taken: Sequence[Sequence[int]]
+) -> tuple[int, int, int, int]:
+    """The first place at the box where the plate hides no other, else the one where it hides least."""
+    left, top, right, bottom = box
+    width, height = plate
+    rows = (top - height, top, bottom + 1, bottom + 1 - height)
+    best, least = (0, 0, width, height), float("inf")
+    for y in (row for row in rows if 0 <= row <= image[1] - height):
+        for x in (left, right + 1 - width):
+            x = max(0, min(x, image[0] - width))
+            place = (x, y, x + width, y + height)
+            hidden = sum(_overlap(place, other) for other in taken)
+            if hidden < least:
+                best, least = place, hidden
+    return best
+
+
+def _overlap(a: Sequence[int], b: Sequence[int]) -> int:
+    return max(0, min(a[2], b[2]) - max(a[0], b[0])) * max(0, min(a[3], b[3]) - max(a[1], b[1]))
+
+
+def _dashed_line(draw: ImageDraw.ImageDraw, start: tuple[float, float], end: tuple[float, float], thick: int) -> None:
+    """White with black gaps, so that it shows on any ground. Horizontal or vertical."""
+    draw.line((start, end), fill=BLACK, width=thick)
+    length = abs(end[0] - start[0]) + abs(end[1] - start[1])
+    dash = 4 * thick
+    for at in np.arange(0, length, 2 * dash).tolist():
+        ends = [at / length, min(1, (at + dash) / length)]
+        points = [(start[0] + t * (end[0] - start[0]), start[1] + t * (end[1] - start[1])) for t in ends]
+        draw.line(points, fill=WHITE, width=thick)
+
+
+def _borders(label_map: NDArray[np.uint8], thick: int) -> NDArray[np.bool_]:
+    """Where a pixel's neighbor is of another class, `thick` pixels on either side."""
+    border = np.zeros(label_map.shape, np.bool_)
+    for axis in (0, 1):
+        differs = np.diff(label_map, axis=axis) != 0
+        rest = (slice(None),) * axis
+        border[*rest, :-1] |= differs
+        border[*rest, 1:] |= differs
+    for _ in range(thick - 1):
+        inside = border.copy()
+        border[1:] |= inside[:-1]
+        border[:-1] |= inside[1:]
+        border[:, 1:] |= inside[:, :-1]
+        border[:, :-1] |= inside[:, 1:]
+    return border

@@ -1,0 +1,148 @@
+"""Preprocessing: the one way from an image to a model's input.
+
+Evaluation, `Predictor` and every exported artifact share the `Preprocessing` that a checkpoint carries.
+The contract: a model is fed RGB in 0..1 (before mean and std), whatever the origin of its weights.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+RESAMPLING = {
+    "nearest": Image.Resampling.NEAREST,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """Which part of an image a model's input shows, and where in it; for the way back from outputs to the image."""
+
+    image: tuple[int, int]
+    """(height, width) of the image."""
+    region: tuple[float, float, float, float]
+    """Left, top, right, bottom of the part that is shown, in pixels of the image."""
+    size: tuple[int, int]
+    """(height, width) of the input."""
+    filled: tuple[int, int]
+    """(height, width) of what the region became, at the top left of the input; the rest is margin."""
+
+    def to_input(self, boxes_xyxy: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Boxes from pixels of the image to 0..1 of the input, cut at its border. Shape: (N, 4) -> (N, 4)."""
+        offset, scale = self._offset_and_scale()
+        moved: NDArray[np.float64] = (boxes_xyxy - offset) / scale
+        return moved.clip(0, 1)
+
+    def to_image(self, boxes_xyxy: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Boxes from 0..1 of the input to pixels of the image, cut at its border. Shape: (N, 4) -> (N, 4)."""
+        offset, scale = self._offset_and_scale()
+        rows, columns = self.image
+        return (boxes_xyxy * scale + offset).clip(0, [columns, rows, columns, rows])
+
+    def _offset_and_scale(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Of left, top, right, bottom: 0..1 of the input times scale plus offset are pixels of the image."""
+        left, top, right, bottom = self.region
+        (height, width), (filled_height, filled_width) = self.size, self.filled
+        scale_x, scale_y = width / filled_width * (right - left), height / filled_height * (bottom - top)
+        return np.array([left, top, left, top]), np.array([scale_x, scale_y, scale_x, scale_y])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preprocessing:
+    """How an image becomes the input of a model; travels inside checkpoints and exported artifacts.
+
+    Resizing always antialiases (Pillow's filters). The defaults are the paper's evaluation: the middle 256 of 288
+    pixels on the shorter side.
+
+    Raises:
+        ValueError: a field has no meaning.
+    """
+
+    size: tuple[int, int] = (256, 256)
+    """(height, width) of the model's input in pixels."""
+    resize_mode: Literal["crop", "stretch", "pad"] = "crop"
+    """"crop": the largest centered region of the right shape, times `crop_fraction`; "stretch": the whole image;
+    "pad": the whole image in its own shape, at the top left, and black beside or below it."""
+    crop_fraction: float = 256 / 288
+    """Share of each side that "crop" keeps."""
+    interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "bicubic"
+    """Resampling filter."""
+    mean: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    """Subtracted from RGB in 0..1."""
+    std: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    """Divides what is left."""
+
+    def __post_init__(self) -> None:
+        if len(self.size) != 2 or min(self.size) < 32:
+            raise ValueError(f"image size {tuple(self.size)} is too small; both sides must be 32 pixels or more")
+        if not 0 < self.crop_fraction <= 1:
+            raise ValueError(f"crop_fraction is {self.crop_fraction}; it must be above 0 and at most 1")
+        if self.resize_mode not in ("crop", "stretch", "pad"):
+            raise ValueError(f"resize_mode is {self.resize_mode!r}; it can be 'crop', 'stretch' or 'pad'")
+        if self.interpolation not in RESAMPLING:
+            raise ValueError(f"interpolation is {self.interpolation!r}; choose from {', '.join(RESAMPLING)}")
+        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
+            raise ValueError(f"mean is {self.mean}, std {self.std}; each has three numbers, std's above 0")
+
+    def placement(self, image: tuple[int, int]) -> Placement:
+        """Where an image of (height, width) pixels lands."""
+        (height, width), (rows, columns) = self.size, image
+        region, filled = (0.0, 0.0, float(columns), float(rows)), self.size
+        if self.resize_mode == "crop":
+            scale = min(columns / width, rows / height) * self.crop_fraction
+            left, top = (columns - width * scale) / 2, (rows - height * scale) / 2
+            right, bottom = left + width * scale, top + height * scale
+            # The sums can pass the border by a rounding error, which Pillow refuses.
+            region = (max(left, 0.0), max(top, 0.0), min(right, columns), min(bottom, rows))
+        elif self.resize_mode == "pad":
+            scale = min(width / columns, height / rows)
+            filled = (max(1, round(rows * scale)), max(1, round(columns * scale)))
+        return Placement(image=image, region=region, size=self.size, filled=filled)
+
+    def resize(self, image: Image.Image) -> Tensor:
+        """Crop, resize and pad as the mode says, in one resampling.
+
+        Shape: RGB image of any size -> uint8 (3, height, width), channels-last in memory.
+        """
+        placement = self.placement((image.height, image.width))
+        resample = RESAMPLING[self.interpolation]
+        resized = np.array(image.resize(placement.filled[::-1], resample, placement.region))
+        if placement.filled != placement.size:
+            whole = np.zeros((*placement.size, 3), np.uint8)
+            whole[: placement.filled[0], : placement.filled[1]] = resized
+            resized = whole
+        return torch.from_numpy(resized).permute(2, 0, 1)
+
+    def normalize(self, pixels: Tensor) -> Tensor:
+        """Scale to 0..1, subtract mean, divide by std.
+
+        Shape: uint8 (..., 3, H, W) -> float32 (..., 3, H, W), on the same device.
+        """
+        x = pixels.float() / 255
+        if any(self.mean) or any(s != 1 for s in self.std):
+            mean, std = (torch.tensor(v, device=x.device)[:, None, None] for v in (self.mean, self.std))
+            x = (x - mean) / std
+        return x
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        """One RGB image to one model input, float32 (3, height, width)."""
+        return self.normalize(self.resize(image))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; `from_dict` reads them back."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Preprocessing:
+        """The inverse of `to_dict`."""
+        known: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        return cls(**known)

@@ -1,0 +1,65 @@
+"""LiteRT (TensorFlow Lite) files, run on the processor through XNNPACK."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mobilevit.errors import MobileViTError
+
+# The runtime on its own; its name until 2024; and the package that both are part of.
+_RUNTIMES = ("ai_edge_litert.interpreter", "tflite_runtime.interpreter", "tensorflow.lite")
+
+
+class LitertSession:
+    """A .tflite file, ready to run; not to be shared by threads.
+
+    Args:
+        path: of the file.
+        threads: to compute one run with; None: as many as LiteRT chooses.
+
+    Raises:
+        ValueError: no runtime is installed, or it cannot read the file.
+    """
+
+    def __init__(self, path: Path, *, threads: int | None) -> None:
+        if threads is not None and threads < 1:
+            raise MobileViTError(f"threads is {threads}; give 1 or more")
+        make = _interpreter()
+        try:
+            self._interpreter = make(model_path=str(path), num_threads=threads)
+            self._interpreter.allocate_tensors()
+            self._input = self._interpreter.get_input_details()[0]
+            outputs = self._interpreter.get_signature_runner().get_output_details()
+        except (ValueError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise MobileViTError(f"{path}: LiteRT cannot load it ({reason}); export it again") from error
+        # The converter numbers the outputs in the graph's order; the file may hold them in another.
+        names = sorted(outputs, key=lambda name: int(name.rpartition("_")[2]))
+        self._outputs = [outputs[name]["index"] for name in names]
+
+    def run(self, x: NDArray[Any]) -> list[NDArray[Any]]:
+        """One run, of exactly the batch and size that were exported; outputs in the graph's order.
+
+        Raises:
+            ValueError: the input has another shape or type.
+        """
+        shape, dtype = tuple(int(side) for side in self._input["shape"]), np.dtype(self._input["dtype"])
+        if x.shape != shape or x.dtype != dtype:
+            raise MobileViTError(f"input is {x.dtype} {x.shape}; this file takes {dtype} {shape}")
+        self._interpreter.set_tensor(self._input["index"], x)
+        self._interpreter.invoke()
+        return [self._interpreter.get_tensor(index) for index in self._outputs]
+
+
+def _interpreter() -> Any:
+    for name in _RUNTIMES:
+        try:
+            return importlib.import_module(name).Interpreter
+        except ImportError:
+            continue
+    raise MobileViTError("ai_edge_litert is not installed; pip install ai-edge-litert (it needs no particular PyTorch)")

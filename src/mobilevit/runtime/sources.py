@@ -1,0 +1,123 @@
+"""Which images a user means: files, folders, globs, and places elsewhere that fsspec knows."""
+
+from __future__ import annotations
+
+import glob
+import re
+import time
+from collections.abc import Iterable
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from mobilevit.errors import ImageError, MobileViTError
+from mobilevit.imaging.decode import IMAGE_SUFFIXES, find_images
+
+_PATIENCE = (0.5, 2.0, 8.0)
+"""Seconds between attempts to fetch what should be there."""
+
+
+def is_url(place: str) -> bool:
+    """Whether this is a place elsewhere, such as s3://bucket/folder."""
+    return re.match(r"[A-Za-z][\w+.-]*://", place) is not None
+
+
+def find_sources(arguments: Iterable[str]) -> list[str]:
+    """The images behind each argument, in order, each once.
+
+    Raises:
+        ValueError: a folder without images, a glob that matches nothing, or a place that cannot be read.
+    """
+    found = [source for place in arguments for source in (find_remote(place) if is_url(place) else find_local(place))]
+    return list(dict.fromkeys(found))
+
+
+def find_local(argument: str) -> list[str]:
+    """The images of a folder or a glob; anything else is a file, even if it is not there.
+
+    Raises:
+        ValueError: there are none.
+    """
+    path = Path(argument)
+    if path.is_dir():
+        inside = [str(p) for p in find_images(path)]
+        if not inside:
+            raise MobileViTError(f"{argument}: no images in this folder")
+        return inside
+    if not path.exists() and glob.has_magic(argument):
+        matches = sorted(m for m in glob.glob(argument, recursive=True) if Path(m).is_file())  # noqa: PTH207, absolute patterns too
+        if not matches:
+            raise MobileViTError(f"{argument}: matches no file")
+        return matches
+    return [argument]
+
+
+def find_remote(url: str) -> list[str]:
+    """The images below a prefix or behind a glob; anything else is a file, even if it is not there.
+
+    Raises:
+        ValueError: there are none, or the place cannot be listed.
+    """
+    try:
+        system, path = _file_system(url)
+        if glob.has_magic(path):
+            matches = sorted(system.unstrip_protocol(match) for match in system.glob(path) if system.isfile(match))
+            if not matches:
+                raise MobileViTError(f"{url}: matches no file")
+            return matches
+        if url.startswith(("http://", "https://")) or not system.isdir(path):  # web servers list nothing
+            return [url]
+        below = sorted(system.find(path))
+    except OSError as error:
+        raise MobileViTError(f"{url}: cannot be listed ({_reason(error)})") from None
+    inside = [system.unstrip_protocol(name) for name in below if _is_image(name, path)]
+    if not inside:
+        raise MobileViTError(f"{url}: no images below this place")
+    return inside
+
+
+def read_source(source: str) -> str | bytes:
+    """What `read_image` takes: a path as it is, and the bytes of what lies elsewhere.
+
+    Raises:
+        ImageError: it cannot be read.
+    """
+    if not is_url(source):
+        return source
+    system, path = _file_system(source)
+    for wait in (*_PATIENCE, None):
+        try:
+            data: bytes = system.cat_file(path)
+            return data
+        except FileNotFoundError:
+            raise ImageError(f"{source}: no such file") from None
+        except Exception as error:  # file systems of fsspec raise their clients' errors
+            if wait is None or isinstance(error, PermissionError | IsADirectoryError):
+                raise ImageError(f"{source}: cannot be read ({_reason(error)})") from error
+            time.sleep(wait)
+    raise AssertionError("the last attempt returns or raises")
+
+
+def _is_image(name: str, folder: str) -> bool:
+    hidden = any(part.startswith(".") for part in PurePosixPath(name.removeprefix(folder)).parts)
+    return not hidden and PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES
+
+
+def _file_system(url: str) -> tuple[Any, str]:
+    try:
+        import fsspec
+    except ImportError:
+        raise MobileViTError(f"{url}: reading from elsewhere needs fsspec; pip install 'mobilevit[bulk]'") from None
+    try:
+        system, path = fsspec.core.url_to_fs(url)
+    except ImportError as error:
+        missing = re.search(r"[Ii]nstall (\w+)", str(error))
+        package = missing[1] if missing else error.name
+        told = url.partition("://")[0]
+        raise MobileViTError(f"{url}: reading {told}:// needs another package; pip install {package}") from None
+    except ValueError as error:
+        raise MobileViTError(f"{url}: cannot be read from ({_reason(error)})") from None
+    return system, path
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,95 @@
+"""What `mobilevit tune` found for a checkpoint on this machine.
+
+Beside `NAME.safetensors` lie `NAME.tuned.json`, which says what is fastest and where that was measured, and the folder
+`NAME.tuned` with the artifact.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+from mobilevit.machine import this_machine, versions
+from mobilevit.runtime.artifact import read_sidecar
+
+log = logging.getLogger("mobilevit")
+
+TUNED_VERSION = 1
+
+RUNTIME_PACKAGES: dict[str, tuple[str, ...]] = {
+    "eager": ("torch",),
+    "onnx": ("onnxruntime", "onnxruntime-gpu"),
+    "openvino": ("openvino",),
+    "executorch": ("executorch",),
+    "litert": ("ai-edge-litert",),
+    "pt2": ("torch",),
+}
+"""What runs each engine: with another version of it, another engine may be the fastest."""
+
+
+def tuned_file(checkpoint: Path) -> Path:
+    """Where the result for a checkpoint lies."""
+    return checkpoint.with_name(f"{checkpoint.stem}.tuned.json")
+
+
+def digest_of_file(path: Path) -> str:
+    """SHA-256 of what a file holds."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def find_tuned(checkpoint: str | os.PathLike[str]) -> tuple[Path, int | None] | None:
+    """What `mobilevit tune` found to be fastest for a checkpoint.
+
+    Results of another machine, of other versions of the engine, or for another content of the file are passed over; the
+    log says why.
+
+    Returns:
+        The artifact and the threads to run it with. None: use PyTorch, as there is no result that holds here, or as
+        PyTorch was the fastest.
+    """
+    checkpoint = Path(checkpoint)
+    file = tuned_file(checkpoint)
+    if not file.is_file() or not checkpoint.is_file():
+        return None
+    again = f"run mobilevit tune {checkpoint} again"
+    try:
+        values: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        stale = _why_stale(values, checkpoint)
+        if stale:
+            log.warning("%s: not used, %s; %s", file, stale, again)
+            return None
+        if "artefact" in values:  # the spelling of version 0.1
+            values["artifact"] = values["artefact"]
+        if values["artifact"] is None:
+            log.info("%s: PyTorch itself was the fastest here", file)
+            return None
+        artifact, threads = file.parent / values["artifact"], values["threads"]
+        read_sidecar(artifact)
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        log.warning("%s: not used, damaged (%s); %s", file, " ".join(str(error).split()), again)
+        return None
+    log.info("%s: %s, %s, %s threads", file, values["engine"], values["precision"], threads)
+    return artifact, threads
+
+
+def _why_stale(values: dict[str, Any], checkpoint: Path) -> str:
+    """Empty if the result holds for this checkpoint, here and now."""
+    if values["tuned_version"] != TUNED_VERSION:
+        return "written by another version of this package"
+    if values["checkpoint_sha256"] != digest_of_file(checkpoint):
+        return f"{checkpoint.name} has changed since"
+    there, here = values["machine"], this_machine().to_dict()
+    for what in ("processor", "cores", "system"):
+        if there[what] != here[what]:
+            return f"measured on another machine ({what}: {there[what]}, here {here[what]})"
+    installed = versions(RUNTIME_PACKAGES[values["engine"]])
+    if values["packages"] != installed:
+        names = sorted({*values["packages"], *installed})
+        told = ", ".join(f"{n} {values['packages'].get(n, 'none')}, here {installed.get(n, 'none')}" for n in names)
+        return f"measured with other versions ({told})"
+    return ""

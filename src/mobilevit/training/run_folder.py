@@ -1,0 +1,263 @@
+"""The run folder: the whole record of a training run, and what it takes to go on with it."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import platform
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+import torch
+from safetensors.torch import save as serialize
+from torch import nn
+
+from mobilevit import __version__
+from mobilevit.card import Task, card_of
+from mobilevit.errors import MobileViTError
+from mobilevit.files import write_atomically, write_bytes, write_json, write_text
+from mobilevit.models import Model
+from mobilevit.tasks.detection_report import DetectionReport
+from mobilevit.tasks.report import Report
+from mobilevit.training.config import TrainConfig
+from mobilevit.weights import checkpoint
+
+# Settings that may differ when a run goes on, because the weights do not depend on them.
+_FREE_ON_RESUME = {"out", "data", "val_data", "device", "num_workers", "checkpoint_minutes", "early_stopping"}
+
+
+# The figure that curves show, by its name in `metrics.jsonl`.
+_SCORES = {"top1": "top-1", "ap": "AP", "miou": "mean IoU"}
+
+
+_LIMITS: dict[Task, str] = {
+    "classification": "It answers with one of its classes whatever it is shown.",
+    "detection": "Objects of other classes are passed over, or taken for one of its own.",
+    "segmentation": "Every pixel is given one of its classes, whatever is there.",
+}
+
+
+class TrainingInterrupted(Exception):  # noqa: N818, not an error: the user asked for it
+    """The run was stopped by Ctrl-C or SIGTERM, after its state was saved."""
+
+    def __init__(self, config: Path) -> None:
+        super().__init__(f"stopped and saved; go on with: mobilevit train --config {config} --resume")
+
+
+class RunFolder:
+    """Names and writes the files of one run; each appears whole or not at all."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.json"
+        self.metrics = path / "metrics.jsonl"
+        self.last = path / "last.pt"
+        self.best = path / "best.safetensors"
+
+    def create(self, config: TrainConfig, *, overwrite: bool) -> None:
+        """Start a new record.
+
+        Raises:
+            ValueError: the folder holds another run.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise MobileViTError(f"--out {self.path}: a file of that name is in the way; choose another folder")
+        if self.config.exists() or self.last.exists() or self.best.exists():
+            if not overwrite:
+                raise MobileViTError(
+                    f"--out {self.path}: holds another run; go on with it by --resume, replace it by --overwrite, "
+                    "or choose another folder"
+                )
+            for file in (self.last, self.best, self.metrics, *self.path.glob("events.out.tfevents.*")):
+                file.unlink(missing_ok=True)
+        write_text(self.config, config.to_json())
+        write_json(self.path / "environment.json", environment())
+        write_text(self.metrics, "")
+
+    def reopen(self, config: TrainConfig) -> dict[str, Any] | None:
+        """Check that `config` is this run's, and return the state to go on from; None if it never came to a checkpoint.
+
+        Raises:
+            ValueError: no run here, or settings that decide the weights differ.
+        """
+        if not self.config.exists():
+            raise MobileViTError(f"--out {self.path}: no run to resume; leave --resume out to start one")
+        old, new = (dataclasses.asdict(c) for c in (TrainConfig.from_json(self.config), config))
+        changed = [name for name in old if old[name] != new[name] and name not in _FREE_ON_RESUME]
+        if changed:
+            told = ", ".join(f"{name} was {old[name]}, is {new[name]}" for name in changed)
+            raise MobileViTError(f"--resume: {told}; resume with the run's own settings (--config {self.config})")
+        if not self.last.exists():
+            return None
+        try:
+            state: dict[str, Any] = torch.load(self.last, map_location="cpu", weights_only=True)
+        except Exception as error:
+            raise MobileViTError(
+                f"{self.last}: damaged ({type(error).__name__}); start again with --overwrite"
+            ) from None
+        if "ranks" not in state:
+            raise MobileViTError(f"{self.last}: written by an older version; start again with --overwrite")
+        return state
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Add a line to `metrics.jsonl`."""
+        write_text(self.metrics, "".join(json.dumps(r) + "\n" for r in [*self.rows(), row]))
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The lines of `metrics.jsonl`: one an epoch."""
+        if not self.metrics.exists():
+            return []
+        return [json.loads(line) for line in self.metrics.read_text().splitlines()]
+
+    def forget_from(self, epoch: int) -> None:
+        """Drop the lines of epochs that are about to be run again."""
+        write_text(self.metrics, "".join(json.dumps(r) + "\n" for r in self.rows() if r["epoch"] < epoch))
+
+    def save_last(self, state: dict[str, Any]) -> None:
+        """Write what `--resume` needs."""
+        data = io.BytesIO()
+        torch.save(state, data)
+        write_bytes(self.last, data.getbuffer())
+
+    def save_best(self, model: nn.Module, report: Report, provenance: dict[str, str]) -> None:
+        """Write the best weights so far: self-describing for this package's models, plain for a stranger's."""
+        if isinstance(model, Model):
+            threshold = report.score_threshold if isinstance(report, DetectionReport) else None
+            checkpoint.save(model, self.best, metrics=report.summary, provenance=provenance, score_threshold=threshold)
+            return
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+        write_bytes(self.best, serialize(tensors, {"format": "pt"}))
+
+    def draw_curves(self) -> None:
+        """Write `curves.png`: loss, score and learning rate by epoch."""
+        rows = self.rows()
+        if not rows:
+            return
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+        epochs = [row["epoch"] + 1 for row in rows]
+        figure = Figure(figsize=(11, 3.4), layout="constrained")
+        loss, score, rate = figure.subplots(1, 3)
+        marker = "o" if len(rows) < 30 else ""
+        loss.plot(epochs, [row["train_loss"] for row in rows], marker=marker, ls="-", color="#0072b2", label="training")
+        if "loss" in rows[0]:
+            loss.plot(epochs, [row["loss"] for row in rows], marker=marker, ls="-", color="#d55e00", label="validation")
+        loss.set(title="loss", xlabel="epoch")
+        loss.legend()
+        name, title = next((key, title) for key, title in _SCORES.items() if key in rows[0])
+        score.plot(epochs, [row[name] for row in rows], marker=marker, ls="-", color="#d55e00")
+        best = max(rows, key=lambda row: row[name])
+        score.set(title=f"validation {title}: best {best[name]:.1%} in epoch {best['epoch'] + 1}", xlabel="epoch")
+        score.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        rate.plot(epochs, [row["learning_rate"] for row in rows], marker=marker, ls="-", color="#009e73")
+        rate.set(title="learning rate at the epoch's end", xlabel="epoch")
+        for axes in (loss, score, rate):
+            axes.grid(alpha=0.3)
+            axes.spines[["top", "right"]].set_visible(False)
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        write_atomically(self.path / "curves.png", lambda aside: figure.savefig(aside, dpi=120))
+
+    def write_model_card(self, model: nn.Module, config: TrainConfig, sizes: dict[str, int]) -> None:
+        """Write `README.md`: what the model is, what it was trained on, how good it is, how to use it."""
+        card = card_of(model)
+        figures = "\n".join(f"| {name} | {value:.4f} |" for name, value in card.metrics.items())
+        origin = "\n".join(f"- {name}: {value}" for name, value in card.provenance.items())
+        best = self.best.name
+        write_text(
+            self.path / "README.md",
+            f"""# {card.name}, {card.task}: {len(card.classes)} classes
+
+Trained by mobilevit {__version__} on {sizes["train"]:,} images, validated on {sizes["val"]:,} others.
+
+| measured on the validation images | |
+|---|---|
+{figures}
+
+![curves](curves.png)
+
+![predictions on validation images](samples.png)
+
+Classes: {", ".join(card.classes)}
+
+## Use
+
+```
+mobilevit predict {best} image.jpg
+```
+
+```python
+import mobilevit
+
+result = mobilevit.Predictor("{best}")("image.jpg")
+print({"result.top(3)" if card.task == "classification" else "result.describe()"})
+result.draw("out.jpg")
+```
+
+Input: {card.preprocessing.size[0]} x {card.preprocessing.size[1]} pixels; the file knows how to prepare images.
+
+## Limits
+
+The figures hold for images like the ones it was trained on. {_LIMITS[card.task]}
+
+## Where it comes from
+
+{origin}
+- data: {config.data_name}
+- settings: [config.json](config.json), versions: [environment.json](environment.json)
+""",
+        )
+
+
+class StopSignals:
+    """While open, Ctrl-C and SIGTERM set `requested` instead of ending the process; a second Ctrl-C ends it.
+
+    Args:
+        then: called at the first signal, too.
+    """
+
+    def __init__(self, then: Callable[[], None] | None = None) -> None:
+        self.requested = False
+        self._then = then
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._request)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _request(self, number: int, _: FrameType | None) -> None:
+        if self.requested and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        if self._then is not None and not self.requested:
+            self._then()
+        self.requested = True
+        print("\nstopping after this step; press Ctrl-C again to stop without saving", file=sys.stderr, flush=True)
+
+
+def environment() -> dict[str, Any]:
+    """Versions and hardware, for the record."""
+    names = ("torch", "torchvision", "numpy", "pillow", "safetensors")
+    return {
+        "mobilevit": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(terse=True),
+        "processor": platform.machine(),
+        "packages": {name: metadata.version(name) for name in names},
+        "threads": torch.get_num_threads(),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+    }
