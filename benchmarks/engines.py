@@ -33,7 +33,7 @@ from torch import nn
 
 import mobilevit
 import record
-from mobilevit.benchmark import peers
+from mobilevit.benchmarking import peers
 from mobilevit.card import card_of
 from mobilevit.exporting.graph import ExportGraph
 from mobilevit.exporting.onnx import to_proto

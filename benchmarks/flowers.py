@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import record
-from mobilevit.benchmark import peers
+from mobilevit.benchmarking import peers
 from mobilevit.training.config import TrainConfig
 from mobilevit.training.loop import train
 

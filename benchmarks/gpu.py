@@ -22,7 +22,7 @@ from torch import nn
 
 import mobilevit
 import record
-from mobilevit.benchmark import peers
+from mobilevit.benchmarking import peers
 from mobilevit.models.fuse import pad_heads
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

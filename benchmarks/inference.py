@@ -13,7 +13,7 @@ import torch
 
 import mobilevit
 import record
-from mobilevit.benchmark import peers
+from mobilevit.benchmarking import peers
 
 
 def main() -> None:

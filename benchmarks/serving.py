@@ -44,7 +44,7 @@ import record
 from mobilevit.data.shapes import render_scene
 from mobilevit.files import write_json
 from mobilevit.imaging.decode import find_images
-from mobilevit.runtime.backends import available_cores
+from mobilevit.machine import available_cores
 
 PARTS = ("throughput", "overload", "fuzz", "schemathesis", "sigterm", "kill")
 CORES = available_cores()

@@ -20,7 +20,7 @@ from torch import nn
 
 import mobilevit
 import record
-from mobilevit.benchmark import peers
+from mobilevit.benchmarking import peers
 from mobilevit.tasks.classification import classification_loss
 from mobilevit.training.config import TrainConfig
 from mobilevit.training.optim import WeightAverage, make_optimizer

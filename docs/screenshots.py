@@ -30,7 +30,6 @@ import mobilevit
 from mobilevit.data.check import contact_sheet
 from mobilevit.data.datasets import find_splits
 from mobilevit.data.shapes import render_scene
-from mobilevit.explain.attention import explain
 
 FOLDER = Path(__file__).parent / "images"
 IMAGES = {
@@ -82,7 +81,7 @@ def take(demo: Path, task: str) -> None:
         save(Image.open(demo / source), name, few_colors=source != SHEET)
     if task == "detection":
         image = sorted((demo / "data").rglob("*.png"))[1]
-        explanation = explain(mobilevit.load(demo / "run" / "best.safetensors"), image)
+        explanation = mobilevit.explain(mobilevit.load(demo / "run" / "best.safetensors"), image)
         save(explanation.draw(), "explain-attention.png", few_colors=True)
         save(explanation.draw_patches(), "explain-patches.png", few_colors=True)
     if task != "classification":

@@ -7,7 +7,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mobilevit.benchmarking.benchmark import benchmark
+    from mobilevit.benchmarking.tune import tune
     from mobilevit.errors import ImageError
+    from mobilevit.explaining.explain import explain
     from mobilevit.exporting.export import ExportReport, export
     from mobilevit.factory import create_model, load
     from mobilevit.imaging.preprocessing import Preprocessing
@@ -28,8 +31,10 @@ _HOME_OF = {
     "Predictor": "runtime.predictor",
     "Preprocessing": "imaging.preprocessing",
     "TrainConfig": "training.config",
+    "benchmark": "benchmarking.benchmark",
     "convert_state_dict": "weights.convert",
     "create_model": "factory",
+    "explain": "explaining.explain",
     "export": "exporting.export",
     "fuse": "models.fuse",
     "list_models": "models",
@@ -37,6 +42,7 @@ _HOME_OF = {
     "load": "factory",
     "save": "weights.checkpoint",
     "train": "training.loop",
+    "tune": "benchmarking.tune",
 }
 
 __all__ = [
@@ -45,8 +51,10 @@ __all__ = [
     "Predictor",
     "Preprocessing",
     "TrainConfig",
+    "benchmark",
     "convert_state_dict",
     "create_model",
+    "explain",
     "export",
     "fuse",
     "list_models",
@@ -54,6 +62,7 @@ __all__ = [
     "load",
     "save",
     "train",
+    "tune",
 ]
 
 

@@ -33,6 +33,11 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+def gpu_names() -> list[str]:
+    """Name the CUDA GPUs of this machine."""
+    return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+
+
 def peak_memory_mb(device: torch.device) -> float | None:
     """The most that this process has taken so far of a GPU's memory, or, on a CPU, of the machine's, in megabytes.
 

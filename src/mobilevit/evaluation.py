@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -23,6 +22,7 @@ from mobilevit.files import write_json
 from mobilevit.imaging.decode import EncodedImage, read_image
 from mobilevit.imaging.drawing import save_image
 from mobilevit.imaging.preprocessing import Preprocessing
+from mobilevit.machine import available_cores
 from mobilevit.progress import Progress
 from mobilevit.runtime.session import Session
 from mobilevit.tasks.classification_report import ClassificationMeter
@@ -56,8 +56,7 @@ def default_num_workers(device: torch.device, *, sharing: int = 1) -> int:
         device: to compute on.
         sharing: processes among which the cores are divided; each has that many readers.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    cores //= sharing
+    cores = available_cores() // sharing
     return min(8, cores // 2 if device.type == "cpu" else cores)
 
 

@@ -1,54 +1,46 @@
-"""Which machine this is, so that figures measured on one are not taken for those of another."""
+"""The machine a program runs on, so that times measured on one are not taken for those of another."""
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
-from functools import lru_cache
+from dataclasses import dataclass
+from functools import cache
 from importlib import metadata
 from pathlib import Path
-from typing import Any
-
-import torch
-
-from mobilevit.runtime.backends import available_cores
 
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """What decides how fast a model runs, apart from the packages."""
+    """The hardware and system that decide how fast a model runs."""
 
     processor: str
     cores: int
-    """That this process may use."""
+    """Cores this process may use."""
     system: str
     """Such as "Linux x86_64"."""
     gpus: tuple[str, ...] = ()
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON; `from_dict` reads them back."""
-        return asdict(self)
 
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Machine:
-        """The inverse of `to_dict`."""
-        return cls(**{**values, "gpus": tuple(values["gpus"])})
-
-
-def this_machine() -> Machine:
-    """The machine this runs on."""
+def this_machine(gpus: Iterable[str] = ()) -> Machine:
+    """Describe this machine; whoever has PyTorch names its GPUs, see `mobilevit.devices.gpu_names`."""
     return Machine(
         processor=_processor(),
         cores=available_cores(),
         system=f"{platform.system()} {platform.machine()}",
-        gpus=tuple(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())),
+        gpus=tuple(gpus),
     )
 
 
+def available_cores() -> int:
+    """Count the cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def versions(packages: Iterable[str]) -> dict[str, str]:
-    """Of those packages that are installed."""
+    """Look up the versions of those packages that are installed."""
     found = {}
     for package in packages:
         try:
@@ -58,9 +50,9 @@ def versions(packages: Iterable[str]) -> dict[str, str]:
     return found
 
 
-@lru_cache(maxsize=1)
+@cache
 def _processor() -> str:
-    """Its name as the system tells it."""
+    """Name the processor as the system does."""
     try:
         if platform.system() == "Darwin":
             command = ["sysctl", "-n", "machdep.cpu.brand_string"]
@@ -69,6 +61,6 @@ def _processor() -> str:
     except (OSError, subprocess.SubprocessError):
         lines = []
     fields = {name.strip().lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
-    # ARM kernels tell no name, only numbers of maker and design.
+    # ARM kernels give no name, only the numbers of maker and design.
     numbers = [fields[name] for name in ("cpu implementer", "cpu part") if name in fields]
     return fields.get("model name") or " ".join(numbers) or platform.processor() or platform.machine()

@@ -25,9 +25,9 @@ from mobilevit.exporting import export as exporting
 from mobilevit.exporting.export import FORMATS, ExportError, export
 from mobilevit.imaging.decode import find_images
 from mobilevit.imaging.preprocessing import Preprocessing
+from mobilevit.machine import available_cores
 from mobilevit.models import Model
 from mobilevit.runtime.artifact import SUFFIXES, is_artifact, read_sidecar, sidecar_of
-from mobilevit.runtime.backends import available_cores
 from mobilevit.runtime.session import ArtifactSession
 from test_cli import refused
 

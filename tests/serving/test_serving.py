@@ -19,7 +19,7 @@ from PIL import Image
 
 import mobilevit
 from mobilevit.cli import main
-from mobilevit.explain.attention import explain
+from mobilevit.explaining.explain import explain
 from mobilevit.runtime.predictor import Result
 from mobilevit.tasks.segmentation import SegmentationResult
 from running_server import Server, form, image, until

@@ -60,8 +60,8 @@ class Benchmark:
     def run(self) -> int:
         """Measure, print, write; 1 if some could not be measured."""
         from mobilevit import factory
-        from mobilevit.benchmark.engines import benchmark
-        from mobilevit.benchmark.report import case_title
+        from mobilevit.benchmarking.benchmark import benchmark
+        from mobilevit.benchmarking.report import case_title
         from mobilevit.card import card_of
         from mobilevit.models import MODELS
 

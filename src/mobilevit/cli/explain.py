@@ -32,7 +32,7 @@ class Explain:
     def run(self) -> int:
         """Explain, draw, print."""
         from mobilevit import factory
-        from mobilevit.explain.attention import explain
+        from mobilevit.explaining.explain import explain
         from mobilevit.runtime.artifact import is_artifact
 
         if is_artifact(self.checkpoint):

@@ -44,7 +44,7 @@ class Tune:
     def run(self) -> int:
         """Measure, keep the winner, print."""
         from mobilevit import factory
-        from mobilevit.benchmark.tune import tune
+        from mobilevit.benchmarking.tune import tune
         from mobilevit.card import card_of
 
         tuned = tune(

@@ -23,6 +23,7 @@ from mobilevit.data.shards import holds_shards
 from mobilevit.errors import ImageError
 from mobilevit.imaging import drawing
 from mobilevit.imaging.decode import IMAGE_SUFFIXES, read_image
+from mobilevit.machine import available_cores
 from mobilevit.models.deeplabv3 import IGNORE
 from mobilevit.progress import Progress
 
@@ -330,7 +331,7 @@ def _file_of(data: ImageSet[Any], number: int) -> str:
 
 
 def _num_threads() -> int:
-    return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    return min(8, available_cores())
 
 
 # -- putting it together ----------------------------------------------------------------------------------------------

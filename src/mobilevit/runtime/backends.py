@@ -26,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mobilevit.errors import MobileViTError
+from mobilevit.machine import available_cores
 from mobilevit.runtime import pt2
 from mobilevit.runtime.artifact import Artifact, Format
 from mobilevit.runtime.litert import LitertSession
@@ -41,11 +42,6 @@ class Backend(Protocol):
     def run(self, images: Array) -> list[Array]:
         """From a batch, of which the artifact's own batch size is a divisor, to its outputs in their order."""
         ...
-
-
-def available_cores() -> int:
-    """Cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class OnnxBackend:

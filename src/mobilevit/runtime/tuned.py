@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,7 @@ def _why_stale(values: dict[str, Any], checkpoint: Path) -> str:
         return "written by another version of this package"
     if values["checkpoint_sha256"] != digest_of_file(checkpoint):
         return f"{checkpoint.name} has changed since"
-    there, here = values["machine"], this_machine().to_dict()
+    there, here = values["machine"], asdict(this_machine())
     for what in ("processor", "cores", "system"):
         if there[what] != here[what]:
             return f"measured on another machine ({what}: {there[what]}, here {here[what]})"

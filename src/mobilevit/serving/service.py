@@ -17,9 +17,9 @@ from torch import nn
 
 from mobilevit import factory
 from mobilevit.errors import ImageError, TooManyPixelsError
-from mobilevit.explain.attention import explain
+from mobilevit.explaining.explain import explain
+from mobilevit.machine import available_cores
 from mobilevit.runtime.artifact import is_artifact
-from mobilevit.runtime.backends import available_cores
 from mobilevit.runtime.predictor import Predictor
 from mobilevit.serving.batching import Answer, Batcher, QueueFullError, Upload, in_loop
 from mobilevit.serving.metrics import Metrics

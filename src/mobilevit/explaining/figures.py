@@ -13,7 +13,7 @@ from mobilevit.imaging.drawing import class_colors, font
 from mobilevit.models.mobilevit import fold, unfold
 
 if TYPE_CHECKING:
-    from mobilevit.explain.attention import BlockAttention, Explanation
+    from mobilevit.explaining.explain import BlockAttention, Explanation
 
 LARGE, SMALL, GAP, MARGIN = 256, 112, 10, 24
 INK, FAINT, LINE = (30, 30, 30), (110, 110, 110), (225, 225, 225)

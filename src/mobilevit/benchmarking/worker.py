@@ -1,7 +1,7 @@
 """What runs in a process of its own: one contender, which is loaded, warmed up, and timed whenever it is asked to.
 
-`python -m mobilevit.benchmark.worker` reads requests from standard input, one line of JSON each, and answers each with
-a line. It ends when its input does, so it outlives nobody who started it.
+`python -m mobilevit.benchmarking.worker` reads requests from standard input, one line of JSON each, and answers each
+with a line. It ends when its input does, so it outlives nobody who started it.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from mobilevit import factory
-from mobilevit.benchmark import peers
-from mobilevit.benchmark.contenders import Contender, Network, size_of
+from mobilevit.benchmarking import peers
+from mobilevit.benchmarking.contenders import Contender, Network, size_of
 from mobilevit.card import ModelCard, card_of, default_classes
 from mobilevit.exporting.export import export
 from mobilevit.exporting.graph import ExportGraph

@@ -23,7 +23,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from mobilevit.benchmark.contenders import Contender
+from mobilevit.benchmarking.contenders import Contender
 from mobilevit.progress import Progress
 
 log = logging.getLogger("mobilevit")
@@ -112,7 +112,7 @@ class Worker:
     def __init__(self, threads: int) -> None:
         self._said = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115, closed in close()
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "mobilevit.benchmark.worker"],
+            [sys.executable, "-m", "mobilevit.benchmarking.worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._said,

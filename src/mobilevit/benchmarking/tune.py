@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mobilevit import factory
-from mobilevit.benchmark.contenders import (
+from mobilevit.benchmarking.contenders import (
     PRECISIONS,
     Contender,
     Engine,
@@ -23,17 +23,17 @@ from mobilevit.benchmark.contenders import (
     has_precision,
     pick_engines,
 )
-from mobilevit.benchmark.rounds import Failure, Measurement, measure
+from mobilevit.benchmarking.rounds import Failure, Measurement, measure
 from mobilevit.card import Task, card_of
+from mobilevit.devices import gpu_names
 from mobilevit.errors import MobileViTError
 from mobilevit.exporting.export import Evaluate, ExportReport, export
 from mobilevit.exporting.images import Images
 from mobilevit.files import write_json
-from mobilevit.machine import Machine, this_machine, versions
+from mobilevit.machine import Machine, available_cores, this_machine, versions
 from mobilevit.models import Model
 from mobilevit.progress import Progress
 from mobilevit.runtime.artifact import sidecar_of
-from mobilevit.runtime.backends import available_cores
 from mobilevit.runtime.tuned import RUNTIME_PACKAGES, TUNED_VERSION, digest_of_file, tuned_file
 from mobilevit.weights import checkpoint as checkpoints
 
@@ -94,7 +94,7 @@ class Tuned:
             "measurements": [_told(measurement) for measurement in self.measurements],
             "dropped": [list(pair) for pair in self.dropped],
             "losses": self.losses,
-            "machine": self.machine.to_dict(),
+            "machine": dataclasses.asdict(self.machine),
         }
 
 
@@ -261,7 +261,7 @@ def _keep(
         for part in (found, found.with_suffix(".bin") if found.suffix == ".xml" else found, sidecar_of(found)):
             if part.exists():
                 part.replace(home / part.name)
-    machine = this_machine()
+    machine = this_machine(gpu_names())
     tuned = Tuned(
         path=file,
         artifact=artifact,

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from mobilevit.card import ModelCard, card_of
 from mobilevit.errors import MobileViTError
-from mobilevit.explain.figures import attention_figure, patches_figure
+from mobilevit.explaining.figures import attention_figure, patches_figure
 from mobilevit.imaging.decode import Source, read_image
 from mobilevit.imaging.drawing import save_image
 from mobilevit.imaging.preprocessing import Placement
@@ -138,7 +138,7 @@ class Explanation:
         return found
 
 
-def explain(model: nn.Module, source: Source, *, pixel: Point | None = None) -> Explanation:
+def explain(model: nn.Module, source: Source, pixel: Point | None = None) -> Explanation:
     """Look into a model while it looks at an image.
 
     What is explained is the class of the image; the strongest object, of those at the chosen pixel if there are any;

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mobilevit.benchmark.rounds import Failure, Measurement
+from mobilevit.benchmarking.rounds import Failure, Measurement
 from mobilevit.errors import MobileViTError
 from mobilevit.files import write_json
 from mobilevit.machine import Machine
@@ -84,7 +84,7 @@ class BenchmarkReport:
         return cls(
             **{
                 **values,
-                "machine": Machine.from_dict(values["machine"]),
+                "machine": Machine(**{**values["machine"], "gpus": tuple(values["machine"]["gpus"])}),
                 "measurements": tuple(map(Measurement.from_dict, values["measurements"])),
                 "failures": tuple(map(Failure.from_dict, values["failures"])),
                 "left_out": tuple(values["left_out"]),
@@ -93,7 +93,7 @@ class BenchmarkReport:
 
     def save(self, folder: Path) -> None:
         """Write `benchmark.json` and `benchmark.png`, each whole or not at all."""
-        from mobilevit.benchmark.plot import save_plot
+        from mobilevit.benchmarking.plot import save_plot
 
         write_json(folder / "benchmark.json", self.to_dict())
         save_plot(self, folder / "benchmark.png")

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 import mobilevit
-from mobilevit.benchmark import tune as tuning
-from mobilevit.benchmark.rounds import Measurement
-from mobilevit.benchmark.tune import Tuned, tune
+from mobilevit.benchmarking import tune as tuning
+from mobilevit.benchmarking.rounds import Measurement
+from mobilevit.benchmarking.tune import Tuned, tune
 from mobilevit.imaging.preprocessing import Preprocessing
 from mobilevit.runtime.tuned import find_tuned, tuned_file
 

@@ -17,12 +17,13 @@ import pytest
 import torch
 
 import mobilevit
-from mobilevit.benchmark import contenders, peers, rounds, run, worker
-from mobilevit.benchmark.contenders import Contender, Network
-from mobilevit.benchmark.engines import benchmark
-from mobilevit.benchmark.exports import export_all
-from mobilevit.benchmark.report import BenchmarkReport, read_report
-from mobilevit.benchmark.rounds import Failure, Measurement, Worker, WorkerError, measure
+from mobilevit.benchmarking import benchmark as benchmarks
+from mobilevit.benchmarking import contenders, peers, rounds, worker
+from mobilevit.benchmarking.benchmark import benchmark
+from mobilevit.benchmarking.contenders import Contender, Network
+from mobilevit.benchmarking.exports import export_all
+from mobilevit.benchmarking.report import BenchmarkReport, read_report
+from mobilevit.benchmarking.rounds import Failure, Measurement, Worker, WorkerError, measure
 from mobilevit.machine import Machine
 
 NETWORK = Network(label="mobilevit_xxs", origin="mobilevit", architecture="mobilevit_xxs", image_size=(64, 64))
@@ -180,7 +181,7 @@ def test_who_takes_part(tmp_path: Path) -> None:
     pytest.importorskip("timm")
     pytest.importorskip("transformers")
     model = mobilevit.create_model("mobilevit_xxs")
-    networks, absent = run._networks(
+    networks, absent = benchmarks._networks(
         model, (256, 256), tmp_path, with_peers=True, cvnets=None, compare=True, patches=True
     )
     assert not absent
@@ -196,7 +197,7 @@ def test_who_takes_part(tmp_path: Path) -> None:
     assert not [c for c in entered if c.precision == "int8" and c.network.origin != "mobilevit"]
     assert not [c for c in entered if c.engine == "pt2" and c.network.origin != "mobilevit"]
     other = mobilevit.create_model("mobilevit_xxs", patch_size=(8, 4, 2))
-    networks, absent = run._networks(
+    networks, absent = benchmarks._networks(
         other, (256, 256), tmp_path, with_peers=True, cvnets=None, compare=False, patches=True
     )
     assert len(networks) == 1
@@ -280,7 +281,7 @@ def test_the_death_of_a_worker_is_explained() -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 def test_a_worker_does_not_outlive_its_parent() -> None:
-    code = "from mobilevit.benchmark.rounds import Worker; print(Worker(1).pid, flush=True); input()"
+    code = "from mobilevit.benchmarking.rounds import Worker; print(Worker(1).pid, flush=True); input()"
     parent = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert parent.stdout is not None
     assert parent.stdin is not None

@@ -13,18 +13,18 @@ from pathlib import Path
 import torch
 
 from mobilevit import factory
-from mobilevit.benchmark import peers
-from mobilevit.benchmark.contenders import PRECISIONS, Contender, Network, Origin, Precision, enter, pick_engines
-from mobilevit.benchmark.exports import export_all
-from mobilevit.benchmark.report import BenchmarkReport, case_title
-from mobilevit.benchmark.rounds import Failure, Measurement, measure
+from mobilevit.benchmarking import peers
+from mobilevit.benchmarking.contenders import PRECISIONS, Contender, Network, Origin, Precision, enter, pick_engines
+from mobilevit.benchmarking.exports import export_all
+from mobilevit.benchmarking.report import BenchmarkReport, case_title
+from mobilevit.benchmarking.rounds import Failure, Measurement, measure
 from mobilevit.card import ModelCard, card_of
+from mobilevit.devices import gpu_names
 from mobilevit.errors import MobileViTError
 from mobilevit.exporting.export import Evaluate
 from mobilevit.imaging.preprocessing import Preprocessing
-from mobilevit.machine import this_machine, versions
+from mobilevit.machine import available_cores, this_machine, versions
 from mobilevit.models import MODELS, Model
-from mobilevit.runtime.backends import available_cores
 from mobilevit.runtime.session import ArtifactSession, TorchSession
 from mobilevit.weights import checkpoint
 
@@ -129,7 +129,7 @@ def benchmark(
         task=card.task,
         device=device,
         rounds=rounds,
-        machine=this_machine(),
+        machine=this_machine(gpu_names()),
         packages=versions(_PACKAGES),
         date=datetime.now(UTC).date().isoformat(),
         measurements=tuple(measurements),

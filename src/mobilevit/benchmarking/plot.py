@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mobilevit.benchmark.report import BenchmarkReport, case_title
-from mobilevit.benchmark.rounds import Measurement
+from mobilevit.benchmarking.report import BenchmarkReport, case_title
+from mobilevit.benchmarking.rounds import Measurement
 from mobilevit.files import write_atomically
 from mobilevit.imaging.drawing import class_colors
 

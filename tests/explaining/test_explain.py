@@ -15,7 +15,7 @@ import mobilevit
 from mobilevit.card import ModelCard
 from mobilevit.cli import main
 from mobilevit.data.shapes import render_scene
-from mobilevit.explain.attention import Explanation, _answer, _strongest_place, attention_weights, explain
+from mobilevit.explaining.explain import Explanation, _answer, _strongest_place, attention_weights, explain
 from mobilevit.imaging.preprocessing import Preprocessing
 from mobilevit.models.mobilevit import Attention, unfold
 from mobilevit.models.ssdlite import DetectionOutput

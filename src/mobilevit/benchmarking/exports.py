@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mobilevit.benchmark.contenders import Contender
-from mobilevit.benchmark.rounds import Failure, Worker, WorkerError
+from mobilevit.benchmarking.contenders import Contender
+from mobilevit.benchmarking.rounds import Failure, Worker, WorkerError
 from mobilevit.progress import Progress
 
 _Key = tuple[str, str, str, int]
