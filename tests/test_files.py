@@ -3,6 +3,8 @@ import errno
 import json
 import os
 import stat
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -10,7 +12,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mobilevit.files import DiskFullError, disk_is_full, write_atomically, write_json, write_text
+from mobilevit.files import (
+    DiskFullError,
+    cache_folder,
+    disk_is_full,
+    file_lock,
+    write_atomically,
+    write_json,
+    write_text,
+)
 
 
 def names_in(folder: Path) -> list[str]:
@@ -138,3 +148,30 @@ def test_json_with_a_file_name_that_is_not_utf8(tmp_path: Path) -> None:
     name = os.fsdecode(b"caf\xe9.jpg")
     path = write_json(tmp_path / "a.json", {"unreadable": [name]})
     assert json.loads(path.read_text(encoding="utf-8")) == {"unreadable": [name]}
+
+
+def test_the_cache_folder_can_be_moved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("MOBILEVIT_HOME", raising=False)
+    assert cache_folder() == tmp_path / ".cache" / "mobilevit"
+    monkeypatch.setenv("MOBILEVIT_HOME", "~/elsewhere")
+    assert cache_folder() == tmp_path / "elsewhere"
+
+
+def test_a_lock_keeps_other_processes_out_and_ends_with_its_holder(tmp_path: Path) -> None:
+    lock = tmp_path / "lock"
+    hold = "with file_lock(sys.argv[1]): print('held', flush=True); input()"
+    script = f"import sys; from mobilevit.files import file_lock\n{hold}"
+    holder = subprocess.Popen(
+        [sys.executable, "-c", script, str(lock)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == "held\n"
+    with pytest.raises(BlockingIOError), file_lock(lock, wait=False):
+        pass
+    holder.kill()
+    holder.communicate()
+    with file_lock(lock, wait=False), pytest.raises(BlockingIOError), file_lock(lock, wait=False):
+        pass
+    with file_lock(lock):
+        pass

@@ -1,13 +1,18 @@
-"""Files that are either whole or not there: written aside, flushed to the disk, then renamed into place."""
+"""Files that are either whole or not there: written aside, flushed to the disk, then renamed into place.
+
+Also the folder for what can be fetched again, and locks between the processes of a machine.
+"""
 
 from __future__ import annotations
 
 import errno
 import json
 import os
+import sys
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +76,35 @@ def write_text(path: str | os.PathLike[str], text: str) -> Path:
 def write_json(path: str | os.PathLike[str], value: Any) -> Path:
     """Write a value as indented JSON, whole or not at all."""
     return write_text(path, json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
+
+
+def cache_folder() -> Path:
+    """The user's folder for what can be fetched again: $MOBILEVIT_HOME, or ~/.cache/mobilevit."""
+    return Path(os.environ.get("MOBILEVIT_HOME") or "~/.cache/mobilevit").expanduser()
+
+
+@contextmanager
+def file_lock(path: str | os.PathLike[str], *, wait: bool = True) -> Iterator[None]:
+    """Hold a lock that all processes of this machine share; it is released with the process, however that ends.
+
+    Windows has no such locks; there the block runs without one.
+
+    Args:
+        path: the lock file; it is created if missing, and left in place.
+        wait: block until the lock is free.
+
+    Raises:
+        BlockingIOError: another process holds the lock, and `wait` is off.
+        OSError: the lock file cannot be opened.
+    """
+    if sys.platform == "win32":
+        yield
+        return
+    import fcntl
+
+    with Path(path).open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
 
 
 def _umask() -> int:

@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mobilevit.errors import ImageError
-from mobilevit.files import DiskFullError, disk_is_full, write_atomically
+from mobilevit.files import DiskFullError, cache_folder, disk_is_full, file_lock, write_atomically
 
 Value = TypeVar("Value")
 
@@ -229,15 +229,10 @@ def describe(place: str) -> ShardFile:
 # -- the cache --------------------------------------------------------------------------------------------------------
 
 
-def user_cache() -> Path:
-    """The folder of this user for what can be had again."""
-    return Path(os.environ.get("MOBILEVIT_HOME") or "~/.cache/mobilevit").expanduser()
-
-
 def shard_cache() -> Path:
     """The folder that remote shards are fetched into: $MOBILEVIT_SHARD_CACHE, or one in the user's cache."""
     told = os.environ.get("MOBILEVIT_SHARD_CACHE")
-    return Path(told).expanduser() if told else user_cache() / "shards"
+    return Path(told).expanduser() if told else cache_folder() / "shards"
 
 
 def cache_bound() -> int:
@@ -256,16 +251,10 @@ def cache_bound() -> int:
 @contextlib.contextmanager
 def locked(name: str) -> Iterator[None]:
     """Hold a lock that all processes of this machine share; released with the process, however it ends."""
-    try:
-        import fcntl
-
-        shard_cache().mkdir(parents=True, exist_ok=True)
-        lock = (shard_cache() / f".{_digest(name)}.lock").open("w")
-    except (ImportError, OSError):  # Windows, or nowhere to write: work may be done twice, and is right still
-        yield
-        return
-    with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):  # nowhere to write: work may be done twice, and is still right
+            shard_cache().mkdir(parents=True, exist_ok=True)
+            stack.enter_context(file_lock(shard_cache() / f".{_digest(name)}.lock"))
         yield
 
 

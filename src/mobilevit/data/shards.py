@@ -40,9 +40,8 @@ from mobilevit.data.shard_files import (
     name_of,
     open_shard,
     read_small,
-    user_cache,
 )
-from mobilevit.files import write_atomically
+from mobilevit.files import cache_folder, write_atomically
 from mobilevit.imaging.decode import IMAGE_SUFFIXES
 from mobilevit.progress import Progress
 
@@ -528,7 +527,7 @@ def _text(name: str) -> str:
 def _kept_places(folder: str) -> list[Path]:
     """Where the index of a folder is kept: in it, or, where that cannot be written, with the user's caches."""
     digest = hashlib.sha256((folder if is_url(folder) else str(Path(folder).absolute())).encode()).hexdigest()[:16]
-    elsewhere = user_cache() / "shard-indexes" / f"{digest}.parquet"
+    elsewhere = cache_folder() / "shard-indexes" / f"{digest}.parquet"
     return [elsewhere] if is_url(folder) else [Path(folder) / KEPT_INDEX, elsewhere]
 
 

@@ -18,7 +18,7 @@ from torch import nn
 
 from mobilevit.card import ModelCard
 from mobilevit.errors import MobileViTError
-from mobilevit.files import write_bytes, write_json, write_text
+from mobilevit.files import cache_folder, write_bytes, write_json, write_text
 from mobilevit.imaging.drawing import class_colors
 from mobilevit.runtime.artifact import sidecar_of
 from mobilevit.webpage import page_files
@@ -168,8 +168,7 @@ def find_runtime() -> Path:
         ValueError: it is not complete, or npm is missing or fails.
     """
     told = os.environ.get(RUNTIME_VARIABLE)
-    home = Path(os.environ.get("MOBILEVIT_HOME") or Path.home() / ".cache" / "mobilevit")
-    folder = Path(told) if told else home / f"{RUNTIME_PACKAGE}-{RUNTIME_VERSION}"
+    folder = Path(told) if told else cache_folder() / f"{RUNTIME_PACKAGE}-{RUNTIME_VERSION}"
     if not told and not folder.exists():
         _fetch(folder)
     missing = [name for name in (*_AT_ONCE, *_FOR_GPU) if not (folder / "dist" / name).is_file()]

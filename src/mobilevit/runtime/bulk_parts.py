@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from mobilevit.card import Task
 from mobilevit.errors import MobileViTError
-from mobilevit.files import write_atomically, write_json
+from mobilevit.files import file_lock, write_atomically, write_json
 
 RECORD = "_run.json"
 """What the rows were made with. Readers of parquet folders pass over names with an underscore."""
@@ -146,7 +144,13 @@ def open_folder(folder: Path, record: Mapping[str, Any], *, overwrite: bool) -> 
     ):
         raise MobileViTError(f"{folder}: holds other files; choose a new folder for --out")
     folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder):
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(file_lock(folder / _LOCK, wait=False))
+        except BlockingIOError:
+            raise MobileViTError(
+                f"{folder}: another process is writing into it; wait, or choose another --out"
+            ) from None
         if overwrite:
             for path in (*find_parts(folder), folder / RECORD):
                 path.unlink(missing_ok=True)
@@ -164,25 +168,6 @@ def _compare(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) ->
         if name != "model" and before.get(name) != value:
             told = f"{name} {value}, not {before.get(name)}" if name != "digest" else "another model"
             raise MobileViTError(f"{folder}: holds predictions made otherwise (now {told}); --overwrite replaces them")
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    if sys.platform == "win32":  # which has no such locks
-        yield
-        return
-    import fcntl
-
-    with (folder / _LOCK).open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise MobileViTError(
-                f"{folder}: another process is writing into it; wait, or choose another --out"
-            ) from None
-        file.write(f"{os.getpid()}\n")
-        file.flush()
-        yield  # the lock ends with the process, however it ends
 
 
 def _pyarrow() -> Any:
