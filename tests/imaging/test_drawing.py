@@ -13,6 +13,7 @@ from mobilevit.imaging.drawing import (
     draw_boxes,
     draw_label_map,
     draw_outlines,
+    fit,
     legend_of,
     save_image,
     text_color,
@@ -104,6 +105,11 @@ def test_captions_of_tiny_images(size: tuple[int, int]) -> None:
 
 
 COLORS = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0), (255, 0, 255), (0, 255, 255), (90, 90, 90)]
+
+
+@pytest.mark.parametrize(("size", "expected"), [((200, 100), (64, 32)), ((10, 40), (16, 64)), ((5000, 2), (64, 1))])
+def test_fit_keeps_proportions(size: tuple[int, int], expected: tuple[int, int]) -> None:
+    assert fit(Image.new("RGB", size), 64).size == expected
 
 
 @pytest.mark.parametrize(("columns", "across", "down"), [(3, 3, 3), (6, 6, 2), (10, 7, 1), (1, 1, 7)])

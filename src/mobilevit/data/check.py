@@ -246,8 +246,7 @@ def _drawn(data: ImageSet[Any], number: int, cell: int) -> tuple[Image.Image, se
     """An image with what is known of it, small, and which classes it shows."""
     image, target = read_image(data.open(number), data.names[number]), data.targets[number]
     scale = cell / max(image.size)
-    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-    small = image.resize(size, Image.Resampling.BICUBIC)
+    small = drawing.fit(image, cell)
     if isinstance(target, Boxes):
         counted = ~target.crowd
         labels = target.labels[counted].tolist()
@@ -257,7 +256,7 @@ def _drawn(data: ImageSet[Any], number: int, cell: int) -> tuple[Image.Image, se
         boxes = target.xyxy[counted] * scale
         return drawing.draw_boxes(small, boxes, texts, [colors[label] for label in labels]), set(labels)
     if isinstance(target, Mask):
-        label_map = np.asarray(Image.fromarray(target.read()).resize(size, Image.Resampling.NEAREST))
+        label_map = np.asarray(Image.fromarray(target.read()).resize(small.size, Image.Resampling.NEAREST))
         labels = set(np.unique(label_map).tolist()) - {IGNORE}
         return drawing.draw_label_map(small, label_map, data.classes, legend=False), labels
     return small, {target}

@@ -24,9 +24,9 @@ from torch.utils.hooks import RemovableHandle
 from mobilevit.errors import MobileViTError
 from mobilevit.exporting.graph import ExportGraph
 from mobilevit.exporting.quantization import is_below
-from mobilevit.files import write_atomically
 from mobilevit.models.deeplabv3 import DeepLabv3
 from mobilevit.models.mobilevit import Attention, MobileViTBackbone
+from mobilevit.plotting import new_figure, save_figure
 from mobilevit.progress import Progress
 
 MOST_PIXELS = 32 * 256 * 256
@@ -131,21 +131,19 @@ def choose_float(rows: Sequence[LayerSensitivity], least_db: float = 30.0) -> tu
 
 def save_plot(rows: Sequence[LayerSensitivity], path: Path, most: int = 40) -> None:
     """Draw the most sensitive layers as bars; needs matplotlib, of the `train` extra."""
-    from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
     shown = sorted(rows, key=lambda row: row.sqnr_db)[:most]
     kinds = sorted({row.kind for row in rows})
     colors = {kind: f"C{number}" for number, kind in enumerate(kinds)}
-    figure = Figure(figsize=(8, 1.4 + 0.2 * max(len(shown), 2)), layout="constrained")
+    figure = new_figure(8, 1.4 + 0.2 * max(len(shown), 2))
     axes = figure.add_subplot()
     axes.barh(range(len(shown)), [row.sqnr_db for row in shown], color=[colors[row.kind] for row in shown])
     axes.set_yticks(range(len(shown)), [row.name for row in shown], fontsize=7)
     title = "Signal over noise with one layer in int8, the most sensitive first"
     axes.set(ylim=(max(len(shown), 1) - 0.4, -0.6), xlabel="dB; 6 more are half the noise", title=title)
     axes.legend(handles=[Patch(color=colors[kind], label=kind) for kind in kinds], loc="upper right", fontsize=8)
-    axes.spines[["top", "right"]].set_visible(False)
-    write_atomically(path, lambda aside: figure.savefig(aside, dpi=120))
+    save_figure(figure, path)
 
 
 def _kind(module: nn.Module) -> str:

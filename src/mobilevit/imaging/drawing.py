@@ -60,6 +60,12 @@ def with_caption(image: Image.Image, lines: Sequence[str], *, color: RGB = DARK)
     return out
 
 
+def fit(image: Image.Image, side: int, resample: Image.Resampling = Image.Resampling.BICUBIC) -> Image.Image:
+    """Resize an image so that its longer side has `side` pixels, and keep its proportions."""
+    scale = side / max(image.size)
+    return image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))), resample)
+
+
 def contact_sheet(
     images: Sequence[Image.Image],
     captions: Sequence[Sequence[str]],
@@ -72,9 +78,7 @@ def contact_sheet(
     cells = []
     for image, lines, color in zip(images, captions, colors, strict=True):
         square = Image.new("RGB", (cell, cell), (242, 242, 242))
-        scale = cell / max(image.size)
-        size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-        small = image.resize(size, Image.Resampling.BICUBIC)
+        small = fit(image, cell)
         square.paste(small, ((cell - small.width) // 2, (cell - small.height) // 2))
         cells.append(with_caption(square, lines, color=color))
     columns = max(1, min(columns, len(cells)))

@@ -17,8 +17,17 @@ from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 from torchvision.ops import box_iou
 
-from mobilevit.files import write_atomically
-from mobilevit.imaging.drawing import GREEN, RED, class_colors, contact_sheet, draw_boxes, draw_outlines, with_legend
+from mobilevit.imaging.drawing import (
+    GREEN,
+    RED,
+    class_colors,
+    contact_sheet,
+    draw_boxes,
+    draw_outlines,
+    fit,
+    with_legend,
+)
+from mobilevit.plotting import new_figure, save_figure
 from mobilevit.tasks.report import as_text, plot_text, rounded, save_csv
 
 RIGHT, WRONG, NOT_COUNTED = 1, 0, -1
@@ -353,13 +362,12 @@ def detection_sheet(
     seen: set[int] = set()
     for image, one in zip(images, observed, strict=True):
         scale = cell / max(image.size)
-        size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
         by_score = np.argsort(-one.scores, kind="stable")
         shown = by_score[one.scores[by_score] >= score_threshold]
         labels = one.labels[shown].tolist()
         seen.update(labels)
         small = draw_boxes(
-            image.convert("RGB").resize(size, Image.Resampling.BICUBIC),
+            fit(image.convert("RGB"), cell),
             one.boxes_xyxy[shown] * scale,
             ["" if legend else classes[label] for label in labels],
             [palette[label] for label in labels],
@@ -416,9 +424,7 @@ def _share(part: int, whole: int) -> float | None:
 
 
 def _save_curves(report: DetectionReport, path: Path) -> None:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8.5, 5.2), layout="constrained")
+    figure = new_figure(8.5, 5.2)
     axes = figure.add_subplot()
     colors = class_colors(len(report.per_class))
     known = [(c, c.curve, color) for c, color in zip(report.per_class, colors, strict=True) if c.curve is not None]
@@ -445,15 +451,12 @@ def _save_curves(report: DetectionReport, path: Path) -> None:
         xlabel="recall", ylabel="precision", xlim=(0, 1.01), ylim=(0, 1.03), title="precision and recall, IoU 0.50"
     )
     axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-    write_atomically(path, lambda aside: figure.savefig(aside, dpi=120))
+    save_figure(figure, path)
 
 
 def _save_bars(report: DetectionReport, path: Path) -> None:
-    from matplotlib.figure import Figure
-
     known = sorted((c for c in report.per_class if c.ap is not None), key=lambda c: -(c.ap or 0))
-    figure = Figure(figsize=(7, 1.6 + 0.36 * max(len(known), 2)), layout="constrained")
+    figure = new_figure(7, 1.6 + 0.36 * max(len(known), 2))
     axes = figure.add_subplot()
     rows = np.arange(len(known))
     for offset, name, color in ((-0.2, "ap50", "#56b4e9"), (0.2, "ap", "#0072b2")):
@@ -466,5 +469,4 @@ def _save_bars(report: DetectionReport, path: Path) -> None:
     axes.set(xlim=(0, 1.1), ylim=(max(len(known), 1) - 0.4, -0.6))
     axes.set_title(f"AP by class (objects); mean AP {report.ap:.3f}, AP50 {report.ap50:.3f}")
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.06), ncols=2, fontsize=8, frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
-    write_atomically(path, lambda aside: figure.savefig(aside, dpi=120))
+    save_figure(figure, path)

@@ -11,7 +11,8 @@ from typing import Any, Protocol, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from mobilevit.files import write_atomically, write_text
+from mobilevit.files import write_text
+from mobilevit.plotting import new_figure, save_figure
 
 
 class Report(Protocol):
@@ -96,11 +97,9 @@ def save_confusion_matrix(
     save_csv(folder / "confusion_matrix.csv", [["true \\ predicted", *names], *rows])
     if len(names) > most_classes:
         return
-    from matplotlib.figure import Figure
-
     shares = confusion / confusion.sum(axis=1, keepdims=True).clip(min=1)
     side = 2.2 + 0.5 * len(names)
-    figure = Figure(figsize=(side, side), layout="constrained")
+    figure = new_figure(side, side)
     axes = figure.add_subplot()
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     ticks, shown = range(len(names)), [plot_text(name) for name in names]
@@ -113,7 +112,7 @@ def save_confusion_matrix(
         if count and text != "0%":
             color = "white" if share > 0.5 else "black"
             axes.text(column, row, text, ha="center", va="center", color=color, fontsize=9)
-    write_atomically(folder / "confusion_matrix.png", lambda aside: figure.savefig(aside, dpi=120))
+    save_figure(figure, folder / "confusion_matrix.png", box=True)
 
 
 def plot_text(name: str, longest: int = 40) -> str:

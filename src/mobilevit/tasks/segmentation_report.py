@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from mobilevit.errors import MobileViTError
-from mobilevit.files import write_atomically
-from mobilevit.imaging.drawing import DARK, class_colors, contact_sheet, draw_label_map, legend_of, with_legend
+from mobilevit.imaging.drawing import DARK, class_colors, contact_sheet, draw_label_map, fit, legend_of, with_legend
 from mobilevit.models.deeplabv3 import IGNORE
+from mobilevit.plotting import new_figure, save_figure
 from mobilevit.tasks.report import as_text, plot_text, rounded, save_confusion_matrix, save_csv
 
 KEPT_WORST = 24
@@ -243,12 +243,10 @@ def segmentation_sheet(
     for number, (image, label_map, true) in enumerate(zip(images, predicted, truth, strict=True)):
         alone = SegmentationMeter(classes)
         alone.update(number, label_map, true)
-        scale = cell / max(image.size)
-        size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-        small = image.convert("RGB").resize(size, Image.Resampling.BICUBIC)
+        small = fit(image.convert("RGB"), cell)
         cells.append(small)
         for shown in (label_map, true):
-            nearest = np.asarray(Image.fromarray(shown).resize(size, Image.Resampling.NEAREST))
+            nearest = np.asarray(Image.fromarray(shown).resize(small.size, Image.Resampling.NEAREST))
             cells.append(draw_label_map(small, nearest, classes, opacity=0.7, legend=False))
         captions += [[f"mean IoU {alone.miou_of(number):.1%}"], ["predicted"], ["truth"]]
     sheet = contact_sheet(cells, captions, [DARK] * len(cells), columns=6, cell=cell)
@@ -273,13 +271,12 @@ def _mean(values: Sequence[float | None], without: float) -> float:
 
 
 def _save_bars(report: SegmentationReport, path: Path) -> None:
-    from matplotlib.figure import Figure
     from matplotlib.ticker import PercentFormatter
 
     colors = class_colors(len(report.per_class))
     known = [(c.iou, number) for number, c in enumerate(report.per_class) if c.iou is not None]
     known.sort(key=lambda pair: (-pair[0], pair[1]))
-    figure = Figure(figsize=(7, 1.3 + 0.26 * max(len(known), 2)), layout="constrained")
+    figure = new_figure(7, 1.3 + 0.26 * max(len(known), 2))
     axes = figure.add_subplot()
     rows = range(len(known))
     fills = [tuple(channel / 255 for channel in colors[number]) for _, number in known]
@@ -291,5 +288,4 @@ def _save_bars(report: SegmentationReport, path: Path) -> None:
     axes.set(xlim=(0, 1.1), ylim=(max(len(known), 1) - 0.4, -0.6), title=f"IoU by class; mean {report.miou:.1%}")
     axes.set_xticks([0, 0.2, 0.4, 0.6, 0.8, 1])
     axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    axes.spines[["top", "right"]].set_visible(False)
-    write_atomically(path, lambda aside: figure.savefig(aside, dpi=120))
+    save_figure(figure, path)

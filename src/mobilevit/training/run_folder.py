@@ -22,8 +22,9 @@ from torch import nn
 from mobilevit import __version__
 from mobilevit.card import Task, card_of
 from mobilevit.errors import MobileViTError
-from mobilevit.files import write_atomically, write_bytes, write_json, write_text
+from mobilevit.files import write_bytes, write_json, write_text
 from mobilevit.models import Model
+from mobilevit.plotting import new_figure, save_figure
 from mobilevit.tasks.detection_report import DetectionReport
 from mobilevit.tasks.report import Report
 from mobilevit.training.config import TrainConfig
@@ -140,11 +141,10 @@ class RunFolder:
         rows = self.rows()
         if not rows:
             return
-        from matplotlib.figure import Figure
         from matplotlib.ticker import MaxNLocator, PercentFormatter
 
         epochs = [row["epoch"] + 1 for row in rows]
-        figure = Figure(figsize=(11, 3.4), layout="constrained")
+        figure = new_figure(11, 3.4)
         loss, score, rate = figure.subplots(1, 3)
         marker = "o" if len(rows) < 30 else ""
         loss.plot(epochs, [row["train_loss"] for row in rows], marker=marker, ls="-", color="#0072b2", label="training")
@@ -161,9 +161,8 @@ class RunFolder:
         rate.set(title="learning rate at the epoch's end", xlabel="epoch")
         for axes in (loss, score, rate):
             axes.grid(alpha=0.3)
-            axes.spines[["top", "right"]].set_visible(False)
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        write_atomically(self.path / "curves.png", lambda aside: figure.savefig(aside, dpi=120))
+        save_figure(figure, self.path / "curves.png")
 
     def write_model_card(self, model: nn.Module, config: TrainConfig, sizes: dict[str, int]) -> None:
         """Write `README.md`: what the model is, what it was trained on, how good it is, how to use it."""

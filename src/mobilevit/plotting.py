@@ -1,0 +1,37 @@
+"""The look that all plots of the package share; matplotlib is part of the `train` extra."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mobilevit.files import write_atomically
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """Make a figure that needs no display.
+
+    Args:
+        width: in inches.
+        height: in inches.
+    """
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def save_figure(figure: Figure, path: Path, *, box: bool = False) -> None:
+    """Write a figure to a file, whole or not at all.
+
+    Args:
+        figure: with its axes.
+        path: of the file; its suffix decides the format.
+        box: keep the top and right edge of the axes, as suits matrices.
+    """
+    if not box:
+        for axes in figure.axes:
+            axes.spines[["top", "right"]].set_visible(False)
+    write_atomically(path, lambda aside: figure.savefig(aside, dpi=120))
