@@ -13,11 +13,11 @@ from torch import Tensor, nn
 import mobilevit
 from golden_weights import fill_with_golden_weights
 from mobilevit.card import card_of
+from mobilevit.class_names import COCO_CLASSES, VOC_CLASSES
 from mobilevit.models.deeplabv3 import DeepLabv3Config
 from mobilevit.models.mobilevit import MobileViT
 from mobilevit.models.ssdlite import SSDLiteConfig
 from mobilevit.weights.convert import Family, convert_state_dict
-from mobilevit.weights.pretrained import COCO_CLASSES, VOC_CLASSES
 
 
 @pytest.fixture(autouse=True)

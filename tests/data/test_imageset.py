@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from numbered_images import numbers, write_folder, write_image
 from PIL import Image
 
+from mobilevit.class_names import IGNORE
 from mobilevit.data.datasets import find_splits
 from mobilevit.data.imageset import Boxes, ImageSet, Mask, check_classes, split
 from mobilevit.imaging.decode import find_images
-from mobilevit.models.deeplabv3 import IGNORE
 
 
 def toy(labels: list[int], classes: tuple[str, ...], prefix: str = "") -> ImageSet[int]:

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mobilevit.class_names import IGNORE, VOC_CLASSES
 from mobilevit.data.datasets import find_splits
 from mobilevit.data.detection import has_boxes
 from mobilevit.data.imageset import ImageSet, Mask
-from mobilevit.data.segmentation import VOC_CLASSES, has_masks, segmentation_splits
+from mobilevit.data.segmentation import has_masks, segmentation_splits
 from mobilevit.imaging.decode import read_image
-from mobilevit.models.deeplabv3 import IGNORE
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 

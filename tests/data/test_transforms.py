@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from mobilevit.class_names import IGNORE
 from mobilevit.data.imageset import Boxes, Mask
 from mobilevit.data.shapes import render_scene
 from mobilevit.data.transforms import (
@@ -21,7 +22,6 @@ from mobilevit.data.transforms import (
 )
 from mobilevit.errors import ImageError
 from mobilevit.imaging.preprocessing import Preprocessing
-from mobilevit.models.deeplabv3 import IGNORE
 
 # -- classification ---------------------------------------------------------------------------------------------------
 

@@ -7,8 +7,9 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
+from mobilevit.class_names import IGNORE
 from mobilevit.imaging.preprocessing import Preprocessing
-from mobilevit.models.deeplabv3 import IGNORE, SegmentationOutput
+from mobilevit.models.deeplabv3 import SegmentationOutput
 from mobilevit.tasks.segmentation import SegmentationResult, segmentation_loss, to_label_map
 
 

@@ -16,12 +16,11 @@ from typing import Any
 
 import pytest
 
+from mobilevit.class_names import COCO_CLASSES, VOC_CLASSES
 from mobilevit.imaging.preprocessing import Preprocessing
 from mobilevit.models import MODELS
 from mobilevit.weights.pretrained import (
-    COCO_CLASSES,
     PRETRAINED,
-    VOC_CLASSES,
     imagenet_classes,
     list_pretrained,
     public_classes,

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from mobilevit.card import Task
+from mobilevit.class_names import IGNORE
 from mobilevit.data.boxes import size_problem
 from mobilevit.data.datasets import find_splits
 from mobilevit.data.imageset import Boxes, ImageSet, Mask, Problem, read_label_map
@@ -24,7 +25,6 @@ from mobilevit.errors import ImageError
 from mobilevit.imaging import drawing
 from mobilevit.imaging.decode import IMAGE_SUFFIXES, read_image
 from mobilevit.machine import available_cores
-from mobilevit.models.deeplabv3 import IGNORE
 from mobilevit.progress import Progress
 
 _SHOWN_PROBLEMS = 10

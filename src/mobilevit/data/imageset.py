@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from mobilevit.card import Task
+from mobilevit.class_names import IGNORE
 from mobilevit.errors import ImageError, MobileViTError
 from mobilevit.imaging.decode import Source
-from mobilevit.models.deeplabv3 import IGNORE
 
 
 @dataclass(frozen=True, kw_only=True)

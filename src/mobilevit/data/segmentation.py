@@ -11,12 +11,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from mobilevit.class_names import IGNORE, VOC_CLASSES
 from mobilevit.data.imageset import ImageSet, Mask, Problem, find_parts, read_label_map, read_lists, some
 from mobilevit.errors import ImageError, MobileViTError
 from mobilevit.imaging.decode import find_images
-from mobilevit.models.deeplabv3 import IGNORE
 from mobilevit.progress import Progress
-from mobilevit.weights.pretrained import VOC_CLASSES
 
 _IMAGE_FOLDERS = ("images", "jpegimages", "image", "imgs", "img")
 _MASK_FOLDERS = ("masks", "mask", "annotations", "labels")

@@ -20,11 +20,11 @@ from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as F
 
+from mobilevit.class_names import IGNORE
 from mobilevit.data.imageset import Boxes, Mask
 from mobilevit.errors import ImageError
 from mobilevit.imaging.decode import EncodedImage, Source, open_image, read_image
 from mobilevit.imaging.preprocessing import RESAMPLING, Preprocessing
-from mobilevit.models.deeplabv3 import IGNORE
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from mobilevit.class_names import IGNORE
 from mobilevit.errors import MobileViTError
 from mobilevit.files import write_atomically
 
@@ -24,8 +25,6 @@ RGB = tuple[int, int, int]
 
 BLACK, DARK, WHITE = (0, 0, 0), (30, 30, 30), (255, 255, 255)
 GREEN, RED = (0, 115, 80), (190, 40, 30)
-
-_NOT_DRAWN = 255  # in a label map
 
 # The first classes get colors that people with any sort of color vision can tell apart (Okabe and Ito, 2008).
 _FIRST_COLORS = (
@@ -193,7 +192,7 @@ def draw_label_map(
     colors = np.zeros((256, 3), np.float32)
     colors[: len(classes)] = class_colors(len(classes))
     drawn = np.ones(256, np.bool_)
-    drawn[[_NOT_DRAWN, *_background(classes)]] = False
+    drawn[[IGNORE, *_background(classes)]] = False
     shown = drawn[label_map]
     weight = np.where(shown, opacity, 0).astype(np.float32)
     border = _borders(label_map, max(1, round(_side(image) / 400))) & shown

@@ -22,10 +22,6 @@ if TYPE_CHECKING:
     from mobilevit.card import ModelCard
 
 
-IGNORE = 255
-"""Value of pixels in a label map that are neither trained on nor counted."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class DeepLabv3Config:
     """Width and reach of the head; the defaults are the paper's.

@@ -15,9 +15,10 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from mobilevit.class_names import IGNORE
 from mobilevit.imaging.drawing import class_colors, draw_label_map, save_image
 from mobilevit.imaging.preprocessing import Placement
-from mobilevit.models.deeplabv3 import IGNORE, SegmentationOutput
+from mobilevit.models.deeplabv3 import SegmentationOutput
 
 
 def segmentation_loss(

@@ -15,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from mobilevit.class_names import IGNORE
 from mobilevit.errors import MobileViTError
 from mobilevit.imaging.drawing import DARK, class_colors, contact_sheet, draw_label_map, fit, legend_of, with_legend
-from mobilevit.models.deeplabv3 import IGNORE
 from mobilevit.plotting import new_figure, save_figure
 from mobilevit.tasks.report import as_text, plot_text, rounded, save_confusion_matrix, save_csv
 

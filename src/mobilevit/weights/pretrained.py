@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache
@@ -12,8 +11,9 @@ from typing import NamedTuple
 from urllib.request import urlopen
 
 from mobilevit.card import Task, default_classes
+from mobilevit.class_names import COCO_CLASSES, VOC_CLASSES
 from mobilevit.errors import MobileViTError
-from mobilevit.files import write_bytes
+from mobilevit.files import cache_folder, write_bytes
 from mobilevit.imaging.preprocessing import Preprocessing
 from mobilevit.progress import Progress
 
@@ -130,9 +130,8 @@ def resolve(name: str) -> Path:
         hint = f"did you mean {near[0]}? " if near else ""
         raise MobileViTError(f"unknown weights {name!r}; {hint}There are {', '.join(list_pretrained())}")
     weights = PRETRAINED[name]
-    home = Path(os.environ.get("MOBILEVIT_HOME") or "~/.cache/mobilevit").expanduser()
-    placed = home / f"{name}{Path(weights.url).suffix}"
-    for path in (home / f"{name}.safetensors", placed):
+    placed = cache_folder() / f"{name}{Path(weights.url).suffix}"
+    for path in (cache_folder() / f"{name}.safetensors", placed):
         if path.is_file():
             return path
 
@@ -211,25 +210,6 @@ def imagenet_classes() -> tuple[str, ...]:
     from torchvision.models import MobileNet_V2_Weights  # slow to import
 
     return tuple(MobileNet_V2_Weights.IMAGENET1K_V1.meta["categories"])
-
-
-COCO_CLASSES = (
-    "person", "bicycle", "car", "motorcycle", "airplane", "bus", "train", "truck", "boat", "traffic light",
-    "fire hydrant", "stop sign", "parking meter", "bench", "bird", "cat", "dog", "horse", "sheep", "cow", "elephant",
-    "bear", "zebra", "giraffe", "backpack", "umbrella", "handbag", "tie", "suitcase", "frisbee", "skis", "snowboard",
-    "sports ball", "kite", "baseball bat", "baseball glove", "skateboard", "surfboard", "tennis racket", "bottle",
-    "wine glass", "cup", "fork", "knife", "spoon", "bowl", "banana", "apple", "sandwich", "orange", "broccoli",
-    "carrot", "hot dog", "pizza", "donut", "cake", "chair", "couch", "potted plant", "bed", "dining table", "toilet",
-    "tv", "laptop", "mouse", "remote", "keyboard", "cell phone", "microwave", "oven", "toaster", "sink",
-    "refrigerator", "book", "clock", "vase", "scissors", "teddy bear", "hair drier", "toothbrush",
-)  # fmt: skip
-"""Labels of COCO's 80 classes of objects, in the order of their ids."""
-
-VOC_CLASSES = (
-    "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
-    "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
-)  # fmt: skip
-"""Labels of PASCAL VOC's 20 classes, after the background."""
 
 
 def public_classes(task: Task, num_classes: int) -> tuple[str, ...]:
