@@ -36,7 +36,7 @@ _IN_BROWSER = (
 def page_files(engine: Engine) -> dict[str, bytes]:
     """Everything the page is made of, by its path relative to the page."""
     static = files("mobilevit") / "webpage" / "static"
-    photographs = files("mobilevit") / "exporting" / "photographs"
+    photographs = files("mobilevit") / "imaging" / "photographs"
     names = {name: name for name in _SHARED} | _ENGINES[engine]
     found = {name: (static / source).read_bytes() for name, source in names.items()}
     if engine == "browser":
