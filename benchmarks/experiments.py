@@ -31,7 +31,7 @@ from mobilevit.data.datasets import load_train_val
 from mobilevit.evaluation import evaluate, evaluation_loader
 from mobilevit.imaging.preprocessing import Preprocessing
 from mobilevit.models.mobilevit import ConvNormAct, MobileViTBlock, fold, initialize, unfold
-from mobilevit.runtime.session import TorchSession
+from mobilevit.torch_session import TorchSession
 from mobilevit.training.config import TrainConfig
 from mobilevit.training.loop import train
 

@@ -23,7 +23,7 @@ from mobilevit.card import card_of
 from mobilevit.data.datasets import find_splits
 from mobilevit.devices import pick_device
 from mobilevit.evaluation import default_num_workers, evaluate, evaluation_loader
-from mobilevit.runtime.session import TorchSession
+from mobilevit.torch_session import TorchSession
 from mobilevit.training.config import TrainConfig
 from mobilevit.training.loop import train
 

@@ -31,7 +31,8 @@ import record
 from mobilevit.card import card_of
 from mobilevit.data.shapes import render_scene
 from mobilevit.exporting.export import FORMATS, export
-from mobilevit.runtime.session import ArtifactSession, TorchSession
+from mobilevit.runtime.session import ArtifactSession
+from mobilevit.torch_session import TorchSession
 
 RUNS = 4
 """Of a side in each of its turns."""

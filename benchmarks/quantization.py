@@ -35,7 +35,8 @@ from mobilevit.exporting.graph import ExportGraph
 from mobilevit.exporting.images import parity_pixels
 from mobilevit.exporting.parity import check
 from mobilevit.exporting.sensitivity import sensitivity
-from mobilevit.runtime.session import ArtifactSession, Session, TorchSession
+from mobilevit.runtime.session import ArtifactSession, Session
+from mobilevit.torch_session import TorchSession
 
 UNIT = "milliseconds of one image of 256 x 256, processor time of one thread, median of rounds"
 FIGURES = {"classification": ("top1",), "detection": ("ap", "ap50"), "segmentation": ("miou", "pixel_accuracy")}

@@ -1,4 +1,4 @@
-"""Weights and pictures that follow from a rule, so that reference outputs need no weights beside them.
+"""Weights and images that follow from a rule, so that reference outputs need no weights beside them.
 
 `tests/golden/README.md` has the rule in words. It also suits any other model that a test wants to fill with numbers
 that leave no BatchNorm an identity and no bias zero.
@@ -42,7 +42,7 @@ def fill_with_golden_weights(model: nn.Module) -> nn.Module:
     return model.eval()
 
 
-def golden_pictures(count: int, height: int, width: int) -> Tensor:
+def golden_images(count: int, height: int, width: int) -> Tensor:
     """The input of the reference outputs."""
     return torch.from_numpy(np.random.RandomState(0).random_sample((count, 3, height, width)).astype(np.float32))
 

@@ -193,7 +193,7 @@ def test_wrong_words(capsys: pytest.CaptureFixture[str]) -> None:
         (["--model", "mobilevit_xxl"], "unknown model 'mobilevit_xxl'; did you mean mobilevit_xxs?"),
         (["--weights", "mobilevit_xxs.cvnets_1k"], "mobilevit_xxs.cvnets_in1k"),
         (["--weights", "nowhere.safetensors"], "nowhere.safetensors: no such checkpoint file"),
-        (["--device", "cuda:99"], "--device cuda:99"),
+        (["--device", "cuda:99"], "--device is 'cuda:99'"),
         (["--config", "none.json"], "none.json: no such configuration"),
     ],
 )
@@ -294,9 +294,36 @@ def test_an_unwritable_folder(shapes: Path, tmp_path: Path, capsys: pytest.Captu
     )
 
 
-def test_a_bug_is_not_taken_for_a_mistake(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr("mobilevit.models.summary.FlopCounterMode", lambda **_: int("no number"))
+@pytest.mark.parametrize(
+    "bug",
+    [
+        ValueError("invalid literal for int()"), KeyError("key"), IndexError("list index out of range"),
+        TypeError("unexpected keyword"), AttributeError("no attribute"), AssertionError(),
+        RuntimeError("shape mismatch"),
+        ZeroDivisionError("division by zero"), FileNotFoundError(2, "No such file", "inside.json"),
+        PermissionError(13, "Permission denied", "inside.json"), UnicodeDecodeError("utf-8", b"x", 0, 1, "bad"),
+        MemoryError(), StopIteration(), NotImplementedError(),
+    ],
+    ids=lambda bug: type(bug).__name__,
+)  # fmt: skip
+def test_a_bug_is_not_taken_for_a_mistake(
+    bug: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise bug
+
+    monkeypatch.setattr("mobilevit.models.summary.FlopCounterMode", broken)
     assert main(["info", "mobilevit_xxs"]) == 1
+    told = capsys.readouterr().err
+    assert told.startswith("Traceback")
+    assert type(bug).__name__ in told.splitlines()[-1]
+
+
+def test_a_zip_of_different_lengths_is_a_bug(
+    run: Path, shapes: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("mobilevit.results.classification.ClassificationResult.split", classmethod(lambda *_: []))
+    assert main(["eval", str(run / "best.safetensors"), "--data", str(shapes)]) == 1
     assert "Traceback" in capsys.readouterr().err
 
 

@@ -100,8 +100,7 @@ def test_full_disk(tmp_path: Path, name: str) -> None:
     path = write_text(tmp_path / name, "old")
     with disk_of(50_000), pytest.raises(DiskFullError) as caught:
         write_atomically(path, WRITERS[name])
-    assert caught.value.errno == errno.ENOSPC
-    assert caught.value.strerror.startswith(f"no room to write {path}; free some space")
+    assert str(caught.value).startswith(f"no room to write {path}; free some space")
     assert path.read_text() == "old"
     assert names_in(tmp_path) == [name]
     write_atomically(path, WRITERS[name])  # there is room again

@@ -21,8 +21,9 @@ from mobilevit.data import shapes
 from mobilevit.data.datasets import find_splits
 from mobilevit.data.loaders import BatchLoader
 from mobilevit.evaluation import evaluate, evaluation_loader
+from mobilevit.models.inputs import normalize
 from mobilevit.runtime.predictor import Predictor, Result
-from mobilevit.runtime.session import TorchSession
+from mobilevit.torch_session import TorchSession
 from mobilevit.training.config import TrainConfig
 from mobilevit.training.loop import train
 from mobilevit.training.objectives import make_objective
@@ -114,7 +115,7 @@ class TaskContract:
             data, objective.transform, collate=objective.collate, batch_size=12, num_workers=0, shuffle_seed=0
         )
         batch = next(loader.epoch())
-        images = preprocessing.normalize(batch.images)
+        images = normalize(batch.images, preprocessing)
         optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
         losses = []
         for _ in range(12):
@@ -263,8 +264,8 @@ def _report(model: nn.Module, data: Path) -> dict[str, Any]:
     (images,) = find_splits(data, card.task).values()
     device = torch.device("cpu")
     loader = evaluation_loader(images, card.preprocessing, batch_size=1, num_workers=0, device=device)
-    session = TorchSession(model, card.preprocessing, device=device)
-    return evaluate(session, loader, card.preprocessing).report.to_dict()
+    session = TorchSession(model, card, device=device)
+    return evaluate(session, loader).report.to_dict()
 
 
 def _evaluate_in_process(rank: int, run: Path, data: Path, out: Path) -> None:

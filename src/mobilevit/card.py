@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from torch import nn
-
 from mobilevit.errors import MobileViTError
 from mobilevit.imaging.preprocessing import Preprocessing
 
@@ -34,7 +32,7 @@ class ModelCard:
     """Where the weights come from: data, starting weights, license, versions."""
 
 
-def card_of(model: nn.Module) -> ModelCard:
+def card_of(model: object) -> ModelCard:
     """The card of a model made by `create_model` or `load`.
 
     Raises:

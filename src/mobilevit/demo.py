@@ -22,8 +22,9 @@ from mobilevit.exporting.export import ExportReport, export
 from mobilevit.files import write_text
 from mobilevit.imaging.decode import Source, find_images
 from mobilevit.imaging.drawing import GREEN, RED, contact_sheet, save_image
-from mobilevit.runtime.predictor import Predictor, Result
-from mobilevit.tasks.classification import ClassificationResult
+from mobilevit.results.base import Result
+from mobilevit.results.classification import ClassificationResult
+from mobilevit.runtime.predictor import Predictor
 from mobilevit.tasks.report import Report
 from mobilevit.training.config import TrainConfig
 from mobilevit.training.loop import train
@@ -174,9 +175,7 @@ def _flag(name: str, value: object) -> str:
 
 
 def _in_words(prediction: Result) -> str:
-    if isinstance(prediction, ClassificationResult):
-        return f"{prediction.label} {prediction.probability:.1%}"
-    return prediction.describe()
+    return prediction.describe(top=1)
 
 
 def _sheet(predictions: list[Result]) -> Image.Image:

@@ -22,14 +22,14 @@ def pick_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise MobileViTError(f"--device {name}: unknown; it can be auto, cpu, cuda, cuda:1 or mps") from None
+        raise MobileViTError(f"`device` is {name!r}: unknown; it can be auto, cpu, cuda, cuda:1 or mps") from None
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         found = f"there are {torch.cuda.device_count()}" if torch.cuda.is_available() else "PyTorch sees no CUDA GPU"
-        raise MobileViTError(f"--device {name}: {found}; use --device cpu, or check the driver with nvidia-smi")
+        raise MobileViTError(f"`device` is {name!r}: {found}; use 'cpu', or check the driver with nvidia-smi")
     if device.type == "mps" and not torch.backends.mps.is_available():
-        raise MobileViTError(f"--device {name}: this machine has no Apple GPU; use --device cpu")
+        raise MobileViTError(f"`device` is {name!r}: this machine has no Apple GPU; use 'cpu'")
     if device.type not in ("cpu", "cuda", "mps"):
-        raise MobileViTError(f"--device {name}: unknown; it can be auto, cpu, cuda, cuda:1 or mps")
+        raise MobileViTError(f"`device` is {name!r}: unknown; it can be auto, cpu, cuda, cuda:1 or mps")
     return device
 
 

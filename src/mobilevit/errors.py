@@ -27,6 +27,10 @@ class MissingPackageError(MobileViTError):
     """A package that is not installed; the message says how to install it."""
 
 
+class Interrupted(Exception):  # noqa: N818, not an error: the user asked for it
+    """Work that the user stopped, after it was saved; the message says how to go on."""
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Suggest the nearest known word: "did you mean train? ", or nothing if none is near."""
     near = get_close_matches(word, list(known), n=1, cutoff=0.5)

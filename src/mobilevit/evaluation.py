@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, distributed
 
 from mobilevit.card import Task
@@ -24,13 +25,16 @@ from mobilevit.imaging.drawing import save_image
 from mobilevit.imaging.preprocessing import Preprocessing
 from mobilevit.machine import available_cores
 from mobilevit.progress import Progress
+from mobilevit.results import RESULT_TYPES
+from mobilevit.results.base import Outputs
+from mobilevit.results.detection import decode_detections, to_pixels
+from mobilevit.results.segmentation import decode_label_map
 from mobilevit.runtime.session import Session
 from mobilevit.tasks.classification_report import ClassificationMeter
 from mobilevit.tasks.classification_report import prediction_sheet as classification_sheet
-from mobilevit.tasks.detection import postprocess, to_pixels
 from mobilevit.tasks.detection_report import DetectionMeter, detection_sheet
 from mobilevit.tasks.report import Meter, Report
-from mobilevit.tasks.segmentation import most_at_once, to_label_map
+from mobilevit.tasks.segmentation import most_at_once
 from mobilevit.tasks.segmentation_report import SegmentationMeter, segmentation_sheet
 
 log = logging.getLogger("mobilevit")
@@ -73,10 +77,7 @@ def evaluation_loader(
     Raises:
         ValueError: the preprocessing crops, where every pixel has to be classified.
     """
-    if data.task == "segmentation" and preprocessing.resize_mode == "crop":
-        raise MobileViTError(
-            "a cropped input says nothing of the border; segmentation takes resize_mode 'pad' or 'stretch'"
-        )
+    RESULT_TYPES[data.task].check(preprocessing)
     if data.task == "segmentation":
         batch_size = min(batch_size, most_at_once(len(data.classes), preprocessing.size))
     transforms: dict[Task, Transform] = {
@@ -96,26 +97,33 @@ def evaluation_loader(
 
 
 def _with_label(preprocessing: Preprocessing, image: EncodedImage, label: int) -> tuple[Tensor, int]:
-    return preprocessing.resize(image.decode()), label
+    return _resized(preprocessing, image.decode()), label
 
 
 def _with_size(preprocessing: Preprocessing, image: EncodedImage, _: object) -> tuple[Tensor, tuple[int, int]]:
     width, height = image.size
-    return preprocessing.resize(image.decode()), (height, width)
+    return _resized(preprocessing, image.decode()), (height, width)
 
 
 def _with_mask(preprocessing: Preprocessing, encoded: EncodedImage, target: Any) -> tuple[Tensor, np.ndarray]:
     image = encoded.decode()
-    return preprocessing.resize(image), read_mask(image, target)
+    return _resized(preprocessing, image), read_mask(image, target)
 
 
-def _observe_classes(meter: Any, logits: Tensor, batch: Batch, _data: ImageSet[Any], _: Preprocessing) -> None:
-    meter.update(batch.indices, logits.float().cpu(), batch.targets)
+def _resized(preprocessing: Preprocessing, image: Image.Image) -> Tensor:
+    return torch.from_numpy(preprocessing.resize(image)).permute(2, 0, 1)
 
 
-def _observe_boxes(meter: Any, output: Any, batch: Batch, data: ImageSet[Any], preprocessing: Preprocessing) -> None:
-    for index, size, found in zip(batch.indices, batch.targets, postprocess(output), strict=True):
-        boxes, scores, class_ids = to_pixels(found, preprocessing.placement(size))
+def _observe_classes(meter: Any, outputs: list[Outputs], batch: Batch, _data: ImageSet[Any], _: Preprocessing) -> None:
+    logits = torch.from_numpy(np.stack([each["logits"] for each in outputs]))
+    meter.update(batch.indices, logits.float(), batch.targets)
+
+
+def _observe_boxes(
+    meter: Any, outputs: list[Outputs], batch: Batch, data: ImageSet[Any], preprocessing: Preprocessing
+) -> None:
+    for index, size, each in zip(batch.indices, batch.targets, outputs, strict=True):
+        boxes, scores, class_ids = to_pixels(decode_detections(each), preprocessing.placement(size))
         truth = data.targets[index]
         meter.update(
             index,
@@ -129,12 +137,14 @@ def _observe_boxes(meter: Any, output: Any, batch: Batch, data: ImageSet[Any], p
         )
 
 
-def _observe_masks(meter: Any, output: Any, batch: Batch, _: ImageSet[Any], preprocessing: Preprocessing) -> None:
-    for index, logits, truth in zip(batch.indices, output.logits, batch.targets, strict=True):
-        meter.update(index, to_label_map(logits, preprocessing.placement(truth.shape)), truth)
+def _observe_masks(
+    meter: Any, outputs: list[Outputs], batch: Batch, _: ImageSet[Any], preprocessing: Preprocessing
+) -> None:
+    for index, each, truth in zip(batch.indices, outputs, batch.targets, strict=True):
+        meter.update(index, decode_label_map(each, preprocessing.placement(truth.shape)), truth)
 
 
-_OBSERVE: dict[Task, Callable[[Any, Any, Batch, ImageSet[Any], Preprocessing], None]] = {
+_OBSERVE: dict[Task, Callable[[Any, list[Outputs], Batch, ImageSet[Any], Preprocessing], None]] = {
     "classification": _observe_classes,
     "detection": _observe_boxes,
     "segmentation": _observe_masks,
@@ -149,28 +159,25 @@ def _new_meter(data: ImageSet[Any]) -> Meter:
     return SegmentationMeter(data.classes, keep=_evenly_spaced(range(len(data))))
 
 
-@torch.inference_mode()
-def evaluate(
-    session: Session, loader: BatchLoader, preprocessing: Preprocessing, *, label: str = "evaluate"
-) -> Evaluation:
+def evaluate(session: Session, loader: BatchLoader, *, label: str = "evaluate") -> Evaluation:
     """Run a model over all images of a loader and report; several processes report the same, on all images.
 
     Args:
         session: the model, in whatever runtime.
-        loader: the images; see `evaluation_loader`.
-        preprocessing: which the loader applies.
+        loader: the images, through the preprocessing of the session's card; see `evaluation_loader`.
         label: of the progress bar.
 
     Raises:
         ValueError: not a single image could be read.
     """
-    data = loader.data
+    data, preprocessing = loader.data, session.card.preprocessing
     meter, observe, errors = _new_meter(data), _OBSERVE[data.task], []
     with Progress(label, loader.num_images) as progress:
         for batch in loader.epoch():
             errors += batch.errors
             if len(batch):
-                observe(meter, session(batch.images), batch, data, preprocessing)
+                outputs = session.run(batch.images.permute(0, 2, 3, 1).numpy())
+                observe(meter, RESULT_TYPES[data.task].split(outputs), batch, data, preprocessing)
             progress.advance(len(batch) + len(batch.errors))
     if _is_distributed():
         shares: list[Any] = [None] * distributed.get_world_size()

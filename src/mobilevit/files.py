@@ -16,19 +16,26 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from mobilevit.errors import MobileViTError
+
 _ONE_AT_A_TIME = threading.Lock()
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_NOT_ALLOWED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG}
 
 
-class DiskFullError(OSError):
-    """No room to write a file; what stood there before is untouched."""
+class WriteError(MobileViTError):
+    """A file that cannot be written; what stood there before is untouched."""
+
+
+class DiskFullError(WriteError):
+    """No room to write a file."""
 
 
 def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], object]) -> Path:
     """Let `write` fill a temporary file beside `path`, then move it there, so that no reader ever sees half of it.
 
     Raises:
-        DiskFullError: there is no room; the old file, if any, is as it was.
+        WriteError: there is no room, or no right to write there; the old file, if any, is as it was.
     """
     path = Path(path)
     try:
@@ -47,8 +54,11 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], objec
             raise
     except Exception as error:
         if disk_is_full(error):
-            message = f"no room to write {path}; free some space (or choose another --out) and start again"
-            raise DiskFullError(errno.ENOSPC, message) from error
+            raise DiskFullError(
+                f"no room to write {path}; free some space (or choose another folder) and start again"
+            ) from error
+        if isinstance(error, OSError) and error.errno in _NOT_ALLOWED:
+            raise WriteError(f"{error.filename or path}: {error.strerror}; choose another place to write to") from error
         raise
     return path
 

@@ -20,7 +20,7 @@ from mobilevit.data.transforms import (
     SegmentationTransform,
     collate_boxes,
 )
-from mobilevit.imaging.decode import EncodedImage
+from mobilevit.imaging.decode import EncodedImage, open_image
 from mobilevit.imaging.preprocessing import Preprocessing
 
 SMALL = Preprocessing(size=(32, 32), crop_fraction=1.0)
@@ -44,7 +44,7 @@ def noise(count: int, *, bad: tuple[int, ...] = ()) -> ImageSet[int]:
 
 
 def resized(image: EncodedImage, label: int) -> tuple[torch.Tensor, int]:
-    return SMALL.resize(image.decode()), label
+    return torch.from_numpy(SMALL.resize(image.decode())).permute(2, 0, 1), label
 
 
 def augmented(data: ImageSet[int], *, batch_size: int = 4, num_workers: int = 0, seed: int = 5) -> BatchLoader:
@@ -84,7 +84,7 @@ def test_evaluation_covers_everything_in_order(num_workers: int) -> None:
     assert [batch.targets.tolist() for batch in batches] == [batch.indices for batch in batches]
     assert (len(loader), loader.num_images) == (3, 11)
     images = torch.cat([batch.images for batch in batches])
-    expected = [SMALL.resize(Image.fromarray(data.open(index))) for index in range(11)]
+    expected = [resized(open_image(data.open(index)), 0)[0] for index in range(11)]
     assert torch.equal(images, torch.stack(expected))
     assert_same(list(loader.epoch()), batches)  # a second time, by the same workers
 

@@ -1,6 +1,8 @@
 import io
+import math
 import pickle
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,18 +18,72 @@ from mobilevit.data.transforms import (
     DetectionTransform,
     SegmentationTransform,
     collate_boxes,
+    decoded_pixels,
     mix_transform,
     random_crop,
     read_mask,
 )
 from mobilevit.errors import ImageError
+from mobilevit.imaging.decode import open_image
 from mobilevit.imaging.preprocessing import Preprocessing
+
+# -- decoding ------------------------------------------------------------------------------------------
+
+
+def smooth(width: int, height: int) -> Image.Image:
+    y, x = np.mgrid[:height, :width]
+    waves = [127 + 120 * np.sin(2 * math.pi * (a * x / width + b * y / height)) for a, b in ((1, 2), (2, -1), (0, 1))]
+    return Image.fromarray(np.stack(waves, axis=-1).astype(np.uint8))
+
+
+def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def noise_jpeg() -> bytes:
+    noise = np.random.default_rng(0).integers(0, 256, (100, 100, 3), np.uint8)
+    return encoded(Image.fromarray(noise), "JPEG")
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "gray JPEG", "CMYK JPEG", "turned JPEG", "4:4:4 JPEG", "PNG"])
+def test_pixels_are_those_of_decode(kind: str) -> None:
+    image, options = smooth(123, 77), {}
+    if kind == "gray JPEG":
+        image = image.convert("L")
+    elif kind == "CMYK JPEG":
+        image = image.convert("CMYK")
+    elif kind == "turned JPEG":
+        options["exif"] = Image.Exif()
+        options["exif"][0x0112] = 6
+    elif kind == "4:4:4 JPEG":
+        options["subsampling"] = 0
+    data = encoded(image, kind.split()[-1], **options)
+    for reduction in (1.0, 2.5):
+        pixels = decoded_pixels(open_image(data), reduction)
+        assert np.array_equal(pixels.permute(1, 2, 0).numpy(), np.asarray(open_image(data).decode(reduction)))
+        assert pixels.permute(1, 2, 0).is_contiguous()
+
+
+@pytest.mark.parametrize("reduction", [1.0, 4.0])
+def test_truncated_jpegs_have_no_pixels(reduction: float) -> None:
+    data = noise_jpeg()
+    for length in (len(data) // 2, len(data) - 40):
+        with pytest.raises(ImageError, match=r"^half\.jpg: cannot be read \(image file is truncated"):
+            decoded_pixels(open_image(data[:length], "half.jpg"), reduction)
+
 
 # -- classification ---------------------------------------------------------------------------------------------------
 
 
 def square(side: int) -> Preprocessing:
     return Preprocessing(size=(side, side), crop_fraction=1.0)
+
+
+def evaluated(preprocessing: Preprocessing, image: Image.Image) -> Tensor:
+    """The input as in evaluation, as a tensor."""
+    return torch.from_numpy(preprocessing.resize(image)).permute(2, 0, 1)
 
 
 def positions(width: int, height: int) -> Image.Image:
@@ -58,7 +114,7 @@ def test_without_any_chance_it_is_the_evaluations_resize(interpolation: str) -> 
     image = render_scene(3, size=100).image
     for _ in range(5):
         # To one level: PyTorch and Pillow round differently.
-        difference = transform(image, 0)[0].int() - preprocessing.resize(image).int()
+        difference = transform(image, 0)[0].int() - evaluated(preprocessing, image).int()
         assert difference.abs().max() <= 1
 
 
@@ -101,7 +157,7 @@ def test_thin_images_are_cropped_in_the_middle() -> None:
 
 def test_half_of_the_images_are_mirrored() -> None:
     image = positions(32, 32)
-    upright = square(32).resize(image)
+    upright = evaluated(square(32), image)
     for flip, least, most in ((True, 80, 120), (False, 0, 0)):
         transform = ClassificationTransform(preprocessing=square(32), min_crop_area=1.0, flip=flip)
         mirrored = 0
@@ -132,7 +188,7 @@ def test_erasing(probability: float, least: int, most: int) -> None:
 
 def test_randaugment_changes_images_in_many_ways() -> None:
     image = render_scene(1, size=48).image
-    plain = square(48).resize(image)
+    plain = evaluated(square(48), image)
     transform = ClassificationTransform(preprocessing=square(48), min_crop_area=1.0, flip=False, randaugment=9)
     seen = {bytes(transform(image, 0)[0].numpy()) for _ in range(40)}
     assert len(seen) > 20
@@ -256,7 +312,7 @@ def test_without_any_chance_boxes_are_placed_as_in_evaluation() -> None:
     for mode in ("stretch", "pad", "crop"):
         preprocessing = sized(mode)
         pixels, (corners, labels) = DetectionTransform(preprocessing=preprocessing, **PLAIN)(image, target)
-        assert torch.equal(pixels, preprocessing.resize(image))
+        assert torch.equal(pixels, evaluated(preprocessing, image))
         expected = preprocessing.placement((90, 120)).to_input(target.xyxy.astype(np.float64))
         np.testing.assert_allclose(corners.numpy(), expected, rtol=1e-6)
         assert labels.tolist() == [1, 0]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from mobilevit import create_model
 from mobilevit.exporting import litert
 from mobilevit.exporting.graph import ExportGraph
-from mobilevit.runtime.litert import LitertSession
+from mobilevit.runtime.litert_engine import LitertSession
 
 needs_converter = pytest.mark.skipif(
     importlib.util.find_spec("litert_torch") is None,

@@ -127,11 +127,9 @@ def test_threads_bound_what_works_at_once(models: Path, tmp_path: Path, monkeypa
         return iter(())
 
     monkeypatch.setattr(bulk, "predict_rows", note)
-    before = torch.get_num_threads()
     for changes in ({"threads": 1}, {"threads": 3}, {"threads": 3, "workers": 2}):
         list(bulk._local_rows(job(models, tmp_path, **changes), ["x"], lambda: False))
     assert seen == [(1, 1), (3, 1), (2, 1)]
-    assert torch.get_num_threads() == before
 
 
 def test_exported_files_answer_alike(photos: Path, models: Path, tmp_path: Path) -> None:
@@ -279,9 +277,8 @@ def test_few_images_wait_in_memory(photos: Path, models: Path, monkeypatch: pyte
     predictor = Predictor(models / "classification.safetensors", batch_size=4, device="cpu")
     prepared = bulk._prepare(predictor, str(photos / "a" / "0.png"))
     assert isinstance(prepared, bulk.Prepared)
-    assert prepared.image.size == (1, 1)
-    assert prepared.size == (48, 48)
-    batches = bulk.predict_rows(predictor, endless(), job(models, photos), workers=2)
+    assert (prepared.info.image, prepared.info.size) == (None, (48, 48))
+    batches = bulk.predict_rows(predictor, endless(), job(models, photos), workers=2, side_by_side=True)
     for number in range(1, 6):
         assert len(next(batches)) == 4
         assert taken <= 4 * (number + 4)

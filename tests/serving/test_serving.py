@@ -20,8 +20,8 @@ from PIL import Image
 import mobilevit
 from mobilevit.cli import main
 from mobilevit.explaining.explain import explain
+from mobilevit.results.segmentation import SegmentationResult
 from mobilevit.runtime.predictor import Result
-from mobilevit.tasks.segmentation import SegmentationResult
 from running_server import Server, form, image, until
 
 TASKS = ("classification", "detection", "segmentation")

@@ -1,12 +1,8 @@
-import json
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
-from mobilevit.tasks.classification import ClassificationResult, balanced_class_weights, classification_loss
+from mobilevit.tasks.classification import balanced_class_weights, classification_loss
 
 # -- loss -------------------------------------------------------------------------------------------------------------
 
@@ -56,47 +52,3 @@ def test_balanced_class_weights() -> None:
     assert weights.tolist() == pytest.approx([10 / 24, 10 / 12, 10 / 4, 10 / 4])  # class 2 has none
     totals = [weights[label].item() * labels.count(label) for label in (0, 1, 3)]
     assert totals == pytest.approx([2.5, 2.5, 2.5])
-
-
-# -- a prediction -----------------------------------------------------------------------------------------------------
-
-
-def a_result() -> ClassificationResult:
-    return ClassificationResult(
-        source="photos/x.jpg",
-        classes=("ant", "bee", "cat", "dog"),
-        probabilities=np.array([0.125, 0.5, 0.125, 0.25], np.float32),
-        image=Image.new("RGB", (90, 60), (20, 90, 200)),
-    )
-
-
-def test_result() -> None:
-    result = a_result()
-    assert (result.label, result.probability) == ("bee", 0.5)
-    assert result.top() == [("bee", 0.5), ("dog", 0.25), ("ant", 0.125), ("cat", 0.125)]
-    assert result.top(2) == [("bee", 0.5), ("dog", 0.25)]
-    assert result.top(99) == result.top(4)
-    assert all(type(probability) is float for _, probability in result.top())
-
-
-def test_result_as_json() -> None:
-    values = json.loads(json.dumps(a_result().to_dict(2)))
-    assert values == {
-        "source": "photos/x.jpg",
-        "label": "bee",
-        "probability": 0.5,
-        "top": [{"label": "bee", "probability": 0.5}, {"label": "dog", "probability": 0.25}],
-    }
-
-
-def test_drawing_a_result(tmp_path: Path) -> None:
-    result = a_result()
-    drawn = result.draw(tmp_path / "new" / "x.png")
-    with Image.open(tmp_path / "new" / "x.png") as saved:
-        assert saved.tobytes() == drawn.tobytes()
-    assert drawn.crop((0, 0, 90, 60)).tobytes() == result.image.tobytes()
-    heights = [result.draw(k=k).height for k in (1, 2, 3, 4, 5)]
-    line = heights[1] - heights[0]
-    assert line >= 11
-    assert heights == [heights[0] + line * more for more in (0, 1, 2, 3, 3)]  # there are four classes
-    assert drawn.height == heights[2]

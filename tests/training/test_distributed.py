@@ -21,6 +21,7 @@ import mobilevit
 from mobilevit.card import card_of
 from mobilevit.data.datasets import load_train_val
 from mobilevit.data.loaders import BatchLoader
+from mobilevit.models.inputs import normalize
 from mobilevit.training import distributed
 from mobilevit.training.config import TrainConfig
 from mobilevit.training.learner import build_model
@@ -119,7 +120,7 @@ def by_hand(config: TrainConfig) -> dict[str, torch.Tensor]:
                 torch.set_rng_state(random[rank])
                 for name, buffer in model.named_buffers():  # each process has its own, and begins with the first's
                     buffer.copy_(buffers[name])
-                loss = objective.loss(model(preprocessing.normalize(batch.images)), batch.targets)
+                loss = objective.loss(model(normalize(batch.images, preprocessing)), batch.targets)
                 (loss * len(batch) / count).backward()
                 random[rank] = torch.get_rng_state()
                 if rank == 0:

@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 
 from mobilevit.imaging.preprocessing import RESAMPLING, Preprocessing
-from mobilevit.tasks.detection import DecodedOutput, postprocess, to_pixels
-from mobilevit.tasks.segmentation import to_label_map
+from mobilevit.results.detection import find_objects, to_pixels
+from mobilevit.results.segmentation import decode_label_map
 from mobilevit.webpage import page_files
 
 node = shutil.which("node")
@@ -76,7 +76,7 @@ writeFileSync("out", Buffer.concat(all));
     found = np.frombuffer(out, np.uint8).reshape(len(SIZES), 96, 128, 3)
     for size, ours, pixels in zip(SIZES, found, arrays, strict=True):
         image = Image.fromarray(pixels)
-        expected = preprocessing.resize(image).permute(1, 2, 0).numpy()
+        expected = preprocessing.resize(image)
         if size[0] < size[1] and interpolation != "nearest":
             # Pillow resamples such arrays vertically first, since version 13; horizontally first, it is the same.
             place = preprocessing.placement((image.height, image.width))
@@ -123,7 +123,7 @@ writeFileSync("out", Buffer.concat(all));
     for width, height in sizes:
         ours = found[at : at + width * height].reshape(height, width)
         at += width * height
-        expected = to_label_map(logits, preprocessing.placement((height, width)))
+        expected = decode_label_map({"logits": logits.numpy()}, preprocessing.placement((height, width)))
         assert (ours == expected).mean() > 0.9995  # float32 here, float64 there
 
 
@@ -132,7 +132,7 @@ def test_boxes_are_pythons(scripts: Path) -> None:
     centers, sides = torch.rand(50, 2, generator=generator), 0.1 + 0.3 * torch.rand(50, 2, generator=generator)
     boxes = torch.cat([centers - sides / 2, centers + sides / 2], dim=1)
     scores = torch.rand(50, 3, generator=generator) * 0.5
-    (expected,) = postprocess(DecodedOutput(boxes[None], scores[None]))
+    expected = find_objects(boxes.numpy(), scores.numpy())
     flat = {(round(float(scores[a, k]), 7)): (k, a) for a in range(50) for k in range(3)}
     selected = [[0, *flat[round(float(score), 7)]] for score in expected.scores]
     script = """

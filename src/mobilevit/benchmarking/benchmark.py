@@ -25,7 +25,8 @@ from mobilevit.exporting.export import Evaluate
 from mobilevit.imaging.preprocessing import Preprocessing
 from mobilevit.machine import available_cores, this_machine, versions
 from mobilevit.models import MODELS, Model
-from mobilevit.runtime.session import ArtifactSession, TorchSession
+from mobilevit.runtime.session import ArtifactSession
+from mobilevit.torch_session import TorchSession
 from mobilevit.weights import checkpoint
 
 log = logging.getLogger("mobilevit")
@@ -298,6 +299,6 @@ def _metrics(contender: Contender, evaluate: Evaluate, label: str) -> dict[str, 
     preprocessing = dataclasses.replace(card_of(model).preprocessing, size=contender.network.image_size)
     card: ModelCard = dataclasses.replace(card_of(model), preprocessing=preprocessing)
     torch_session = TorchSession(
-        model, preprocessing, device=torch.device(contender.device), amp_dtype=_AMP.get(contender.precision)
+        model, card, device=torch.device(contender.device), amp_dtype=_AMP.get(contender.precision)
     )
     return dict(evaluate(torch_session, card, label))

@@ -30,6 +30,7 @@ from mobilevit.exporting.export import export
 from mobilevit.exporting.graph import ExportGraph
 from mobilevit.exporting.images import parity_pixels
 from mobilevit.imaging.preprocessing import Preprocessing
+from mobilevit.models.inputs import normalize
 from mobilevit.runtime.artifact import read_sidecar
 from mobilevit.runtime.backends import open_backend
 from mobilevit.weights.convert import convert_state_dict
@@ -190,7 +191,7 @@ class Ready:
         """Photographs, prepared. Shape: (B, 3, H, W), float32."""
         pixels, _ = parity_pixels(None, preprocessing)
         pixels = pixels[torch.arange(self.contender.batch_size) % len(pixels)]
-        images = preprocessing.normalize(pixels)
+        images = normalize(pixels, preprocessing)
         # The weights that came from ours were turned to the order of these two, which read images as BGR.
         return images.flip(1) if self.contender.network.origin in ("transformers", "cvnets") else images
 

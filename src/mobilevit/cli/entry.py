@@ -8,25 +8,13 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
-from difflib import get_close_matches
+from importlib import import_module
 from typing import Any, Protocol
 
 import tyro
 
-from mobilevit.cli.benchmark import Benchmark
-from mobilevit.cli.convert import Convert
-from mobilevit.cli.data import Data
-from mobilevit.cli.demo import Demo
 from mobilevit.cli.errors import UsageError, report_error
-from mobilevit.cli.eval import Eval
-from mobilevit.cli.explain import Explain
-from mobilevit.cli.export import Export
-from mobilevit.cli.info import Info
-from mobilevit.cli.predict import Predict
-from mobilevit.cli.serve import Serve
-from mobilevit.cli.train import Train, train_defaults, value_of
-from mobilevit.cli.tune import Tune
-from mobilevit.training.recipes import describe_recipes
+from mobilevit.errors import MissingPackageError, did_you_mean
 
 
 class Command(Protocol):
@@ -37,26 +25,28 @@ class Command(Protocol):
         ...
 
 
-COMMANDS: dict[str, type[Command]] = {
-    "train": Train,
-    "eval": Eval,
-    "predict": Predict,
-    "explain": Explain,
-    "export": Export,
-    "benchmark": Benchmark,
-    "tune": Tune,
-    "serve": Serve,
-    "info": Info,
-    "convert": Convert,
-    "data": Data,
-    "demo": Demo,
+COMMANDS = {
+    "train": "Train a model to classify, detect or segment.",
+    "eval": "Measure a checkpoint or an exported file on labeled images.",
+    "predict": "Classify, detect or segment: files, folders, globs, or standard input.",
+    "explain": "Draw what a pixel attends to, and which parts of an image decided.",
+    "export": "Write a checkpoint as a file for a device, compared with the model on real images.",
+    "benchmark": "Time engines, precisions, batches and threads on this machine.",
+    "tune": "Find the fastest engine on this machine that keeps the answers.",
+    "serve": "Answer over HTTP: predictions in batches, a web page, metrics.",
+    "info": "Print the layers, parameters and cost of a model, or what an exported file says of itself.",
+    "convert": "Rewrite a checkpoint for ml-cvnets, timm, transformers or this package.",
+    "data": "Check labeled data, or write it as shards.",
+    "demo": "Train, evaluate, export and predict on built-in images.",
 }
+"""In `mobilevit.cli`, the module of each has a class of its name; it is imported when the command runs."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command. Returns the exit status: 0 success, 2 a user's mistake, 1 anything else."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     _log_to_stderr()
+    command: type[Command] | None = None
     try:
         if not arguments or arguments[0] in ("-h", "--help", "help"):
             print(_overview())
@@ -66,8 +56,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
             print(f"mobilevit {__version__}")
             return 0
-        command = _parse(arguments[0], arguments[1:])
-        return 0 if command is None else command.run()
+        command = _find(arguments[0])
+        parsed = _parse(command, arguments[0], arguments[1:])
+        return 0 if parsed is None else parsed.run()
     except BrokenPipeError:  # the reader of our output has seen enough, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -75,25 +66,39 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return 1
     except Exception as error:
-        return report_error(error)
+        return report_error(error, command)
 
 
-def _parse(name: str, arguments: list[str]) -> Command | None:
-    """The command with its options; None if it only asked for help."""
+def _find(name: str) -> type[Command]:
     if name not in COMMANDS:
-        near = get_close_matches(name, COMMANDS, n=1)
-        hint = f"did you mean {near[0]}? " if near else ""
-        raise UsageError(f"unknown command {name!r}; {hint}Commands are {', '.join(COMMANDS)}")
-    if name == "train" and value_of("--recipe", arguments) == "list":
-        print(describe_recipes())
-        return None
-    defaults: dict[str, Any] = {"default": train_defaults(arguments)} if name == "train" else {}
+        raise UsageError(f"unknown command {name!r}; {did_you_mean(name, COMMANDS)}Commands are {', '.join(COMMANDS)}")
+    try:
+        module = import_module(f"mobilevit.cli.{name}")
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("mobilevit"):
+            raise
+        raise MissingPackageError(f"{name} needs {error.name}; pip install 'mobilevit[train]'") from None
+    command: type[Command] = getattr(module, name.capitalize())
+    return command
+
+
+def _parse(command: type[Command], name: str, arguments: list[str]) -> Command | None:
+    """The command with its options; None if it only asked for help."""
+    defaults: dict[str, Any] = {}
+    if name == "train":
+        from mobilevit.cli.train import train_defaults, value_of
+        from mobilevit.training.recipes import describe_recipes
+
+        if value_of("--recipe", arguments) == "list":
+            print(describe_recipes())
+            return None
+        defaults["default"] = train_defaults(arguments)
     said = io.StringIO()
     try:
         # tyro reports bad flags in a box of several lines; users and programs get one line instead.
         with contextlib.redirect_stderr(said):
-            command: Command = tyro.cli(COMMANDS[name], prog=f"mobilevit {name}", args=arguments, **defaults)
-            return command
+            parsed: Command = tyro.cli(command, prog=f"mobilevit {name}", args=arguments, **defaults)
+            return parsed
     except SystemExit as stop:
         if stop.code in (0, None):
             return None
@@ -116,10 +121,6 @@ def _log_to_stderr() -> None:
 
 def _overview() -> str:
     width = max(map(len, COMMANDS))
-    lines = [f"  {name:<{width}}  {_summary(command)}" for name, command in COMMANDS.items()]
+    lines = [f"  {name:<{width}}  {summary}" for name, summary in COMMANDS.items()]
     head = ("usage: mobilevit COMMAND ...", "", "MobileViT: from a folder of images to a small, fast model.", "")
     return "\n".join([*head, "commands:", *lines, "", "mobilevit COMMAND --help shows the options of a command."])
-
-
-def _summary(command: type[Command]) -> str:
-    return (command.__doc__ or "").splitlines()[0]

@@ -48,7 +48,8 @@ class Eval:
 
         if self.batch_size < 1:
             raise MobileViTError(f"--batch-size is {self.batch_size}; it must be 1 or more")
-        card, session = open_session(self.checkpoint, device=self.device, threads=self.threads, engine=self.engine)
+        session = open_session(self.checkpoint, device=self.device, threads=self.threads, engine=self.engine)
+        card = session.card
         data, which = data_to_evaluate(self.data, self.split, card)
         log.info("%s on %s: %s, %d images", self.checkpoint, self.data, which, len(data))
         report_problems(data)

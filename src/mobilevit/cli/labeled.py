@@ -34,7 +34,7 @@ def evaluate_on(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # only decides how images are read
     workers = default_num_workers(device) if num_workers is None else num_workers
     loader = evaluation_loader(data, card.preprocessing, batch_size=batch_size, num_workers=workers, device=device)
-    return evaluate(session, loader, card.preprocessing, label=label)
+    return evaluate(session, loader, label=label)
 
 
 def data_to_evaluate(path: str, split: str, card: ModelCard) -> tuple[ImageSet[Any], str]:

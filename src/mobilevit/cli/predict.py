@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from io import BufferedReader
 
     from mobilevit.imaging.decode import Source
-    from mobilevit.runtime.predictor import Result
 
 log = logging.getLogger("mobilevit")
 
@@ -78,9 +77,9 @@ class Predict:
         from mobilevit.errors import ImageError
         from mobilevit.files import write_json
         from mobilevit.progress import Progress
+        from mobilevit.results.detection import DetectionResult
+        from mobilevit.results.segmentation import SegmentationResult
         from mobilevit.runtime.predictor import Predictor
-        from mobilevit.tasks.detection import DetectionResult
-        from mobilevit.tasks.segmentation import SegmentationResult
 
         if not self.images:
             raise UsageError("no images; name files, folders, globs, or - for standard input")
@@ -118,16 +117,19 @@ class Predict:
                         print_json_line({"source": name, "error": reason})
                     continue
                 if self.json:
-                    print_json_line(_as_dict(result, self.top, self.min_score))
+                    print_json_line(result.to_dict(top=self.top, min_score=self.min_score))
                 else:
-                    _print_prediction(result, width, self.top, self.min_score)
+                    print(
+                        f"{result.source:<{width}}  {result.describe(top=self.top, min_score=self.min_score)}",
+                        flush=True,
+                    )
                 if self.coco is not None and isinstance(result, DetectionResult):
                     coco += [{**row, "file_name": result.source} for row in result.to_coco(number)]
                 if self.save is None and self.masks is None:
                     continue
                 stem = names.free(Path(result.source).stem)
                 if self.save is not None:
-                    _draw(result, self.save / f"{stem}.jpg", self.top, self.min_score)
+                    result.draw(self.save / f"{stem}.jpg", top=self.top, min_score=self.min_score)
                 if self.masks is not None and isinstance(result, SegmentationResult):
                     result.save_mask(self.masks / f"{stem}.png")
         if self.coco is not None:
@@ -208,37 +210,3 @@ class _FreeNames:
             name = f"{stem}-{number}"
         self._taken.add(name)
         return name
-
-
-def _as_dict(result: Result, top: int, min_score: float | None) -> dict[str, Any]:
-    from mobilevit.tasks.classification import ClassificationResult
-    from mobilevit.tasks.detection import DetectionResult
-
-    if isinstance(result, ClassificationResult):
-        return result.to_dict(top)
-    return result.to_dict(min_score=min_score) if isinstance(result, DetectionResult) else result.to_dict()
-
-
-def _draw(result: Result, path: Path, top: int, min_score: float | None) -> None:
-    from mobilevit.tasks.classification import ClassificationResult
-    from mobilevit.tasks.detection import DetectionResult
-
-    if isinstance(result, ClassificationResult):
-        result.draw(path, k=top)
-    elif isinstance(result, DetectionResult):
-        result.draw(path, min_score=min_score)
-    else:
-        result.draw(path)
-
-
-def _print_prediction(result: Result, width: int, top: int, min_score: float | None) -> None:
-    from mobilevit.tasks.classification import ClassificationResult
-    from mobilevit.tasks.detection import DetectionResult
-
-    if isinstance(result, ClassificationResult):
-        told = "   ".join(f"{label} {probability:6.1%}" for label, probability in result.top(top))
-    elif isinstance(result, DetectionResult):
-        told = result.describe(min_score)
-    else:
-        told = result.describe()
-    print(f"{result.source:<{width}}  {told}", flush=True)

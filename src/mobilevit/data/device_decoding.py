@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.io import ImageReadMode, decode_jpeg
 
-from mobilevit.data.transforms import random_crop
+from mobilevit.data.transforms import decoded_pixels, random_crop
 from mobilevit.errors import ImageError, MobileViTError
 from mobilevit.imaging.decode import EncodedImage, Source, open_image
 from mobilevit.imaging.preprocessing import Preprocessing
@@ -58,7 +58,7 @@ class EncodedCropTransform:
         encoded = open_image(image)
         crop = random_crop(encoded.size, self.min_crop_area)
         flip = self.flip and bool(torch.rand(()) < 0.5)
-        data: bytes | Tensor = encoded.plain_jpeg if encoded.plain_jpeg is not None else encoded.pixels()
+        data: bytes | Tensor = encoded.plain_jpeg if encoded.plain_jpeg is not None else decoded_pixels(encoded)
         return EncodedCrop(encoded.name, data, crop, size or self.preprocessing.size, flip), label
 
 
@@ -131,6 +131,6 @@ def _decoded(crops: Sequence[EncodedCrop], device: torch.device) -> list[Tensor 
 def _by_itself(crop: EncodedCrop) -> Tensor | ImageError:
     assert isinstance(crop.data, bytes)
     try:
-        return open_image(crop.data, crop.name).pixels()
+        return decoded_pixels(open_image(crop.data, crop.name))
     except ImageError as error:
         return error

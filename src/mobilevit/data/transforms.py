@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 from torchvision import tv_tensors
+from torchvision.io import decode_jpeg
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as F
 
@@ -67,7 +69,7 @@ def _cropped(image: EncodedImage, crop: tuple[int, int, int, int], size: tuple[i
     reduction = min((right - left) / size[1], (bottom - top) / size[0])
     if interpolation not in ("bilinear", "bicubic"):
         return _pixels(image.decode().resize(size[::-1], RESAMPLING[interpolation], crop))
-    pixels = image.pixels(reduction)
+    pixels = decoded_pixels(image, reduction)
     down, across = pixels.shape[1] / image.size[1], pixels.shape[2] / image.size[0]
     rows, columns = slice(round(top * down), round(bottom * down)), slice(round(left * across), round(right * across))
     # As (H, W, 3) with an axis before it, which PyTorch knows as channels-last; its kernels for bytes then do in a
@@ -75,6 +77,19 @@ def _cropped(image: EncodedImage, crop: tuple[int, int, int, int], size: tuple[i
     part = pixels.permute(1, 2, 0)[rows, columns].contiguous()[None].permute(0, 3, 1, 2)
     resized: Tensor = nn.functional.interpolate(part, size, mode=interpolation, antialias=True)
     return resized[0]
+
+
+def decoded_pixels(image: EncodedImage, reduction: float = 1.0) -> Tensor:
+    """Decode as `EncodedImage.decode` does, most JPEGs in half the time; uint8 (3, height, width), channels-last.
+
+    Raises:
+        ImageError: the pixels cannot be read.
+    """
+    if image.plain_jpeg is not None and reduction < 2:
+        with suppress(RuntimeError):  # Pillow says what is wrong
+            pixels: Tensor = decode_jpeg(torch.frombuffer(bytearray(image.plain_jpeg), dtype=torch.uint8))
+            return pixels
+    return _pixels(image.decode(reduction))
 
 
 def random_crop(image: tuple[int, int], min_area: float) -> tuple[int, int, int, int]:
@@ -141,7 +156,7 @@ class DetectionTransform:
             steps.append(v2.RandomHorizontalFlip())
         image, objects = v2.Compose([*steps, v2.SanitizeBoundingBoxes(min_size=2)])(image, objects)
         placement = self.preprocessing.placement((image.height, image.width))
-        pixels = self.preprocessing.resize(image)
+        pixels = torch.from_numpy(self.preprocessing.resize(image)).permute(2, 0, 1)
         if self.photometric_distortion:
             pixels = v2.RandomPhotometricDistort()(pixels)
         corners = torch.from_numpy(placement.to_input(objects["boxes"].double().numpy())).float()

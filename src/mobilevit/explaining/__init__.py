@@ -1,1 +1,1 @@
-"""Attention and class activation of a model for one image, as arrays and figures."""
+"""What a model looks at: attention and class activation, as arrays and figures."""

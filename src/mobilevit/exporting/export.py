@@ -31,8 +31,10 @@ from mobilevit.exporting.quantization import float_modules, is_below
 from mobilevit.exporting.sensitivity import LayerSensitivity, choose_float, save_plot
 from mobilevit.exporting.sensitivity import sensitivity as measure_sensitivity
 from mobilevit.files import write_json
+from mobilevit.models.inputs import normalize
 from mobilevit.runtime.artifact import SUFFIXES, Artifact, Format, Precision, write_sidecar
-from mobilevit.runtime.session import ArtifactSession, Session, TorchSession
+from mobilevit.runtime.session import ArtifactSession, Session
+from mobilevit.torch_session import TorchSession
 
 log = logging.getLogger("mobilevit")
 
@@ -368,7 +370,9 @@ def _check_size(size: tuple[int, int], multiple: tuple[int, int]) -> None:
 
 
 def _as_input(graph: ExportGraph, card: ModelCard, pixels: Tensor) -> Tensor:
-    return pixels.permute(0, 2, 3, 1).contiguous() if graph.baked else card.preprocessing.normalize(pixels).contiguous()
+    return (
+        pixels.permute(0, 2, 3, 1).contiguous() if graph.baked else normalize(pixels, card.preprocessing).contiguous()
+    )
 
 
 def _verify(
@@ -397,9 +401,9 @@ def _verify(
     pixels, source = parity_pixels(images, artifact.card.preprocessing)
     session = ArtifactSession(path)
     parity = check(plan.graph, session, pixels, source)
-    theirs = TorchSession(model, artifact.card.preprocessing, device=torch.device("cpu"))
-    one = pixels[: artifact.batch_size or 1]
-    latency, torch_latency = _latencies_ms([lambda: session(one), lambda: theirs(one)])
+    theirs = TorchSession(model, artifact.card, device=torch.device("cpu"))
+    one = pixels[: artifact.batch_size or 1].permute(0, 2, 3, 1).numpy()
+    latency, torch_latency = _latencies_ms([lambda: session.run(one), lambda: theirs.run(one)])
     metrics: dict[str, float] = {}
     torch_metrics: dict[str, float] = {}
     if evaluate is not None:

@@ -16,7 +16,7 @@ from mobilevit.card import card_of
 from mobilevit.models.deeplabv3 import DeepLabv3
 from mobilevit.models.fuse import fuse
 from mobilevit.models.mobilevit import MobileViTBackbone
-from mobilevit.tasks.detection import decode
+from mobilevit.models.ssdlite import SSDLite
 
 
 class ExportGraph(nn.Module):
@@ -71,8 +71,7 @@ class ExportGraph(nn.Module):
     def answer(self, x: Tensor) -> tuple[Tensor, ...]:
         """The outputs for scaled images. Shape: (B, 3, H, W) -> see the class."""
         if self.task == "detection":
-            decoded = decode(self.model(x))
-            return decoded.boxes_xyxy, decoded.scores
+            return tuple(cast(SSDLite, self.model)(x).named().values())
         if self.task == "classification":
             return (self.model(x),)
         model = cast(DeepLabv3, self.model)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from mobilevit.errors import ImageError, MobileViTError
@@ -60,7 +61,7 @@ def parity_pixels(images: Images | None, preprocessing: Preprocessing) -> tuple[
         ValueError: none can be read.
     """
     if images is None:
-        return torch.stack([preprocessing.resize(view) for view in builtin_photographs()]), "built-in photographs"
+        return torch.stack([_resized(view, preprocessing) for view in builtin_photographs()]), "built-in photographs"
     pixels, named, problems = _pixels(images, preprocessing, MOST_PARITY)
     if not len(pixels):
         raise MobileViTError(f"{named}: no image can be read" + (f"; {problems[0]}" if problems else ""))
@@ -84,11 +85,17 @@ def _pixels(images: Images, preprocessing: Preprocessing, most: int) -> tuple[Te
     for number, source in enumerate(order, start=1):
         try:
             found.append(
-                preprocessing.resize(read_image(source, None if isinstance(source, str | Path) else f"image {number}"))
+                _resized(
+                    read_image(source, None if isinstance(source, str | Path) else f"image {number}"), preprocessing
+                )
             )
         except ImageError as error:
             problems.append(str(error))
     return torch.stack(found) if found else torch.empty(0, 3, *preprocessing.size, dtype=torch.uint8), named, problems
+
+
+def _resized(image: Image.Image, preprocessing: Preprocessing) -> Tensor:
+    return torch.from_numpy(preprocessing.resize(image)).permute(2, 0, 1)
 
 
 def _neighbors_agree(pixels: Tensor) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mobilevit.tasks.detection import IOU_THRESHOLD, MAX_DETECTIONS, SCORE_THRESHOLD
+from mobilevit.results.detection import IOU_THRESHOLD, MAX_DETECTIONS, SCORE_THRESHOLD
 
 
 def append_nms(model: Any) -> None:

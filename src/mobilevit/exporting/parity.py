@@ -5,16 +5,20 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from mobilevit.card import Task
 from mobilevit.exporting.graph import ExportGraph
 from mobilevit.imaging.preprocessing import Preprocessing
+from mobilevit.models.inputs import normalize
 from mobilevit.progress import Progress
+from mobilevit.results import RESULT_TYPES
+from mobilevit.results.base import Outputs
+from mobilevit.results.detection import Detections, decode_detections, find_objects
 from mobilevit.runtime.artifact import Precision
 from mobilevit.runtime.session import ArtifactSession
-from mobilevit.tasks.detection import DecodedOutput, Detections, postprocess
 
 MAX_DIFFERENCE = 1e-4
 """Of float32 outputs: logits, probabilities, and boxes in 0..1."""
@@ -71,15 +75,17 @@ def check(reference: ExportGraph, session: ArtifactSession, pixels: Tensor, sour
     with Progress("compare", len(pixels)) as progress:
         for start in range(0, len(pixels), size):
             batch = pixels[start : start + size]
-            expected, found = _answers(reference, batch, artifact.card.preprocessing), session.raw(batch)
-            for ours, theirs in zip(expected, found, strict=False):  # without what NMS inside has selected
+            expected = _answers(reference, batch, artifact.card.preprocessing)
+            found = session.run(batch.permute(0, 2, 3, 1).numpy())
+            outputs = [torch.from_numpy(np.ascontiguousarray(array)) for array in found.values()]
+            for ours, theirs in zip(expected, outputs, strict=False):  # without what NMS inside has selected
                 if ours.is_floating_point():
                     finite &= bool(theirs.float().isfinite().all())
                     difference = max(difference, float((ours.double() - theirs.double()).abs().max()))
-            output = session.output(found)
-            scores += _agreements(task, expected, output, 0.5 if precision in ("int8", "palettized") else 0.9)
+            each = RESULT_TYPES[task].split(found)
+            scores += _agreements(task, expected, each, 0.5 if precision in ("int8", "palettized") else 0.9)
             if task == "classification" and precision != "fp32":
-                torn += _count_torn(expected[0], output)
+                torn += _count_torn(expected[0], outputs[0].float())
             progress.advance(len(batch))
     measure = {
         "classification": "images with the same class",
@@ -110,18 +116,19 @@ def check(reference: ExportGraph, session: ArtifactSession, pixels: Tensor, sour
 
 
 def _answers(graph: ExportGraph, pixels: Tensor, preprocessing: Preprocessing) -> tuple[Tensor, ...]:
-    outputs: tuple[Tensor, ...] = graph(pixels.permute(0, 2, 3, 1) if graph.baked else preprocessing.normalize(pixels))
+    outputs: tuple[Tensor, ...] = graph(pixels.permute(0, 2, 3, 1) if graph.baked else normalize(pixels, preprocessing))
     return outputs
 
 
-def _agreements(task: Task, expected: tuple[Tensor, ...], found: Any, iou_threshold: float) -> list[float]:
-    """Of each image, 0..1; `found` is the task's output."""
+def _agreements(task: Task, expected: tuple[Tensor, ...], found: list[Outputs], iou_threshold: float) -> list[float]:
+    """For each image, 0..1."""
     if task == "classification":
-        return [float(same) for same in expected[0].argmax(1) == found.argmax(1)]
+        return [float(int(a.argmax()) == int(b["logits"].argmax())) for a, b in zip(expected[0], found, strict=True)]
     if task == "segmentation":
-        return [_mean_iou(_labels(a), _labels(b)) for a, b in zip(expected[0], found.logits, strict=True)]
-    ours = postprocess(DecodedOutput(expected[0], expected[1]))
-    return [_both_find(a, b, iou_threshold) for a, b in zip(ours, postprocess(found), strict=True)]
+        theirs = [torch.from_numpy(np.ascontiguousarray(next(iter(b.values())))) for b in found]
+        return [_mean_iou(_labels(a), _labels(b)) for a, b in zip(expected[0], theirs, strict=True)]
+    ours = [find_objects(boxes.numpy(), scores.numpy()) for boxes, scores in zip(*expected, strict=True)]
+    return [_both_find(a, decode_detections(b), iou_threshold) for a, b in zip(ours, found, strict=True)]
 
 
 def _count_torn(expected: Tensor, found: Tensor) -> int:
@@ -157,8 +164,7 @@ def _both_find(a: Detections, b: Detections, iou_threshold: float) -> float:
     shares = []
     for first, others, sure in ((a, b, sure_a), (b, a, sure_b)):
         if sure.any():
-            same = (box_iou(first.boxes_xyxy[sure], others.boxes_xyxy) > iou_threshold) & (
-                first.class_ids[sure][:, None] == others.class_ids[None]
-            )
-            shares.append(float(same.any(dim=1).float().mean()) if same.numel() else 0.0)
+            overlap = box_iou(torch.from_numpy(first.boxes_xyxy[sure]), torch.from_numpy(others.boxes_xyxy)).numpy()
+            same = (overlap > iou_threshold) & (first.class_ids[sure][:, None] == others.class_ids[None])
+            shares.append(float(same.any(axis=1).mean()) if same.size else 0.0)
     return sum(shares) / len(shares)

@@ -7,17 +7,15 @@ import os
 import re
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
-from torch import Tensor
 
-from mobilevit.errors import ImageError, TooManyPixelsError
+from mobilevit.errors import ImageError, TooManyPixelsError, one_line
 
 Source = str | os.PathLike[str] | bytes | Image.Image | np.ndarray
 """What can be read as an image: a path, encoded bytes, a PIL image, or a numpy array (H, W, 3) of uint8."""
@@ -122,20 +120,6 @@ class EncodedImage:
                 self._image.draft(None, (max(1, int(width / reduction)), max(1, int(height / reduction))))
             return _to_rgb(self._image)
 
-    def pixels(self, reduction: float = 1.0) -> Tensor:
-        """What `decode` gives, as uint8 (3, height, width), channels-last in memory; of most JPEGs in half the time.
-
-        Raises:
-            ImageError: the pixels cannot be read.
-        """
-        if self.plain_jpeg is not None and reduction < 2:
-            from torchvision.io import decode_jpeg  # equal to Pillow's, but laid out as pixels are used here
-
-            with suppress(RuntimeError):  # Pillow says what is wrong
-                pixels: Tensor = decode_jpeg(torch.frombuffer(bytearray(self.plain_jpeg), dtype=torch.uint8))
-                return pixels
-        return torch.from_numpy(np.array(self.decode(reduction))).permute(2, 0, 1)
-
 
 _ORIENTATION = 0x0112  # the EXIF tag
 
@@ -154,7 +138,7 @@ def _named(name: str) -> Iterator[None]:
     except UnidentifiedImageError:
         raise ImageError(f"{name}: not an image in a known format ({', '.join(_formats())})") from None
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error and more on bad files
-        raise ImageError(f"{name}: cannot be read ({' '.join(str(error).split()) or type(error).__name__})") from error
+        raise ImageError(f"{name}: cannot be read ({one_line(error)})") from error
 
 
 _JPEG_MARKER = re.compile(rb"\xff+([^\x00\x01\xd0-\xd8\xff])", re.DOTALL)

@@ -10,10 +10,8 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor
 
 RESAMPLING = {
     "nearest": Image.Resampling.NEAREST,
@@ -108,34 +106,31 @@ class Preprocessing:
             filled = (max(1, round(rows * scale)), max(1, round(columns * scale)))
         return Placement(image=image, region=region, size=self.size, filled=filled)
 
-    def resize(self, image: Image.Image) -> Tensor:
+    def resize(self, image: Image.Image) -> NDArray[np.uint8]:
         """Crop, resize and pad as the mode says, in one resampling.
 
-        Shape: RGB image of any size -> uint8 (3, height, width), channels-last in memory.
+        Shape: RGB image of any size -> (height, width, 3).
         """
         placement = self.placement((image.height, image.width))
         resample = RESAMPLING[self.interpolation]
         resized = np.array(image.resize(placement.filled[::-1], resample, placement.region))
-        if placement.filled != placement.size:
-            whole = np.zeros((*placement.size, 3), np.uint8)
-            whole[: placement.filled[0], : placement.filled[1]] = resized
-            resized = whole
-        return torch.from_numpy(resized).permute(2, 0, 1)
+        if placement.filled == placement.size:
+            return resized
+        whole = np.zeros((*placement.size, 3), np.uint8)
+        whole[: placement.filled[0], : placement.filled[1]] = resized
+        return whole
 
-    def normalize(self, pixels: Tensor) -> Tensor:
+    def normalize(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Scale to 0..1, subtract mean, divide by std.
 
-        Shape: uint8 (..., 3, H, W) -> float32 (..., 3, H, W), on the same device.
+        Shape: (B, H, W, 3) -> (B, 3, H, W), contiguous.
         """
-        x = pixels.float() / 255
+        x = np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)).astype(np.float32)
+        x /= np.float32(255)
         if any(self.mean) or any(s != 1 for s in self.std):
-            mean, std = (torch.tensor(v, device=x.device)[:, None, None] for v in (self.mean, self.std))
-            x = (x - mean) / std
+            x -= np.array(self.mean, np.float32)[:, None, None]
+            x /= np.array(self.std, np.float32)[:, None, None]
         return x
-
-    def __call__(self, image: Image.Image) -> Tensor:
-        """One RGB image to one model input, float32 (3, height, width)."""
-        return self.normalize(self.resize(image))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; `from_dict` reads them back."""

@@ -59,6 +59,10 @@ class SegmentationOutput(NamedTuple):
     aux_logits: Tensor | None
     """(B, K, H, W) of the auxiliary head; None unless the model has one and is in training mode."""
 
+    def named(self) -> dict[str, Tensor]:
+        """The outputs as sessions and exported files give them: "logits" (B, K, H, W)."""
+        return {"logits": self.logits}
+
 
 class ASPP(nn.Module):
     """Atrous spatial pyramid pooling: what is near, what is further off, and the whole, side by side.

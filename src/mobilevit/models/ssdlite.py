@@ -71,6 +71,17 @@ class DetectionOutput(NamedTuple):
     anchors_cxcywh: Tensor
     """(A, 4): center, width and height in 0..1."""
 
+    def named(self) -> dict[str, Tensor]:
+        """Boxes and probabilities at every anchor, in float32, as sessions and exported files give them.
+
+        Shape: "boxes_xyxy" (B, A, 4), in 0..1 of the input, beyond it for cut-off objects; "scores" (B, A, K), without
+        the background's.
+        """
+        return {
+            "boxes_xyxy": decode_boxes(self.box_regression.float(), self.anchors_cxcywh),
+            "scores": self.class_logits.float().softmax(dim=2)[..., 1:],
+        }
+
 
 CENTER_VARIANCE, SIZE_VARIANCE = 0.1, 0.2
 """Units of the regression, so that its numbers are about as large as one."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
-import os
 import signal
 import threading
 import time
@@ -21,27 +20,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-from PIL import Image
-
-from mobilevit import factory
-from mobilevit.card import ModelCard, card_of
-from mobilevit.devices import pick_device
+from mobilevit.card import ModelCard
 from mobilevit.errors import ImageError, MobileViTError
+from mobilevit.machine import available_cores
 from mobilevit.progress import Progress
+from mobilevit.results.base import Outputs
+from mobilevit.results.segmentation import SegmentationResult
 from mobilevit.runtime import artifact as artifacts
 from mobilevit.runtime.bulk_parts import Parts, Row, finished, key_of, open_folder, schema_of
-from mobilevit.runtime.predictor import Predictor, Prepared, Result
-from mobilevit.runtime.session import Engine
+from mobilevit.runtime.predictor import Predictor, Prepared
+from mobilevit.runtime.session import EngineChoice, read_card
 from mobilevit.runtime.sources import read_source
-from mobilevit.tasks.classification import ClassificationResult
-from mobilevit.tasks.detection import DetectionResult
 
 BulkEngine = Literal["torch", "compile", "auto", "ray"]
 
 _LONGEST_STEM = 150
 """Bytes; file systems take names of 255, and one that is being written has more to it."""
-_NO_IMAGE = Image.new("RGB", (1, 1))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,11 +118,10 @@ def predict_in_bulk(job: BulkJob, sources: Sequence[str]) -> BulkReport:
         ValueError: the model cannot be opened, an option is for another task, a package is missing, or `job.out` holds
             something else.
     """
-    card = card_of_file(job.model)
+    card = read_card(job.model)
     for name, its_task in (("min_score", "detection"), ("masks", "segmentation")):
         if getattr(job, name) is not None and card.task != its_task:
-            flag = "--" + name.replace("_", "-")
-            raise MobileViTError(f"{flag} is for {its_task}; this checkpoint does {card.task}")
+            raise MobileViTError(f"`{name}` is for {its_task}; this checkpoint does {card.task}")
     schema_of(card.task)  # says early what is not installed
     with ExitStack() as held:
         held.enter_context(open_folder(job.out, _record(job, card), overwrite=job.overwrite))
@@ -166,11 +159,6 @@ def predict_in_bulk(job: BulkJob, sources: Sequence[str]) -> BulkReport:
         )
 
 
-def card_of_file(path: Path) -> ModelCard:
-    """What a checkpoint or an exported file says of itself."""
-    return artifacts.read_sidecar(path).card if artifacts.is_artifact(path) else card_of(factory.load(path))
-
-
 def model_files(path: Path) -> list[Path]:
     """All files that a checkpoint or an exported model consists of."""
     if path.is_dir():
@@ -183,7 +171,7 @@ def model_files(path: Path) -> list[Path]:
 
 def open_predictor(job: BulkJob, model: Path, *, threads: int | None) -> Predictor:
     """The job's model, which may lie elsewhere than the job says."""
-    engine: Engine = "torch" if job.engine == "ray" else job.engine
+    engine: EngineChoice = "torch" if job.engine == "ray" else job.engine
     return Predictor(model, device=job.device, batch_size=job.batch_size, threads=threads, engine=engine)
 
 
@@ -193,11 +181,12 @@ def predict_rows(
     job: BulkJob,
     *,
     workers: int,
+    side_by_side: bool,
     stop: Callable[[], bool] = lambda: False,
 ) -> Generator[list[Row]]:
-    """The rows of each batch, in the order of the sources; no more sources are taken once `stop` says so."""
+    """Predict for batches in threads; yield the rows of each, in the order of the sources, until `stop` says so."""
+    turn = nullcontext() if side_by_side else threading.Lock()
     names, batches = iter(sources), deque[Future[list[Row]]]()
-    turn = nullcontext() if side_by_side(predictor, job) else threading.Lock()
     with ThreadPoolExecutor(workers, "predict") as pool:
         try:
             while True:
@@ -213,25 +202,11 @@ def predict_rows(
             pool.shutdown(cancel_futures=True)
 
 
-def side_by_side(predictor: Predictor, job: BulkJob) -> bool:
-    """Whether several batches are computed at once, with a thread each: then no core ever waits for another.
-
-    Exported files divide a batch between cores themselves, and a GPU or a compiled model works on one at a time.
-    """
-    return predictor.engine == "torch" and job.engine != "compile" and pick_device(job.device).type == "cpu"
-
-
 def _local_rows(job: BulkJob, sources: Sequence[str], stop: Callable[[], bool]) -> Generator[list[Row]]:
-    before = torch.get_num_threads()
-    try:
-        predictor = open_predictor(job, job.model, threads=job.threads)
-        workers = job.workers or num_cores()
-        if side_by_side(predictor, job):
-            workers = job.workers or job.threads or num_cores()
-            torch.set_num_threads(1)
-        yield from predict_rows(predictor, sources, job, workers=workers, stop=stop)
-    finally:
-        torch.set_num_threads(before)
+    predictor = open_predictor(job, job.model, threads=job.threads)
+    with predictor.side_by_side() as at_once:
+        workers = job.workers or (job.threads if at_once else None) or available_cores()
+        yield from predict_rows(predictor, sources, job, workers=workers, side_by_side=at_once, stop=stop)
 
 
 def _predict_batch(
@@ -250,45 +225,23 @@ def _predict_batch(
     ]
 
 
-def num_cores() -> int:
-    """That this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _prepare(predictor: Predictor, source: str) -> Prepared | ImageError:
-    try:
-        prepared = predictor.prepare(read_source(source), source)
+    try:  # rows need no image, and images of many megapixels should not wait in memory
+        return predictor.prepare(read_source(source), source, keep_image=False)
     except ImageError as error:
         return error
-    # Rows need the size alone, and images of many megapixels are not to wait in memory.
-    return dataclasses.replace(prepared, image=_NO_IMAGE)
 
 
-def _row(predictor: Predictor, image: Prepared, answer: Any, job: BulkJob) -> Row:
-    height, width = image.size
-    result = predictor.finish(image, answer)
-    return {"source": key_of(image.source), "width": width, "height": height, **_fields(result, job)}
-
-
-def _fields(result: Result, job: BulkJob) -> Row:
-    if isinstance(result, ClassificationResult):
-        top = [{"label": label, "probability": probability} for label, probability in result.top(job.top)]
-        return {"label": result.label, "probability": result.probability, "top": top}
-    if isinstance(result, DetectionResult):
-        shown = result.above(job.min_score)
-        found = zip(shown.labels, shown.scores.tolist(), shown.boxes_xyxy.tolist(), strict=True)
-        edges = ("left", "top", "right", "bottom")
-        return {
-            "detections": [
-                {"label": label, "score": score, **dict(zip(edges, box, strict=True))} for label, score, box in found
-            ]
-        }
-    mask = None
-    if job.masks is not None:
+def _row(predictor: Predictor, image: Prepared, outputs: Outputs, job: BulkJob) -> Row:
+    height, width = image.info.size
+    result = predictor.finish(image.info, outputs)
+    row = {"source": key_of(result.source), "width": width, "height": height}
+    row |= result.to_row(top=job.top, min_score=job.min_score)
+    if job.masks is not None and isinstance(result, SegmentationResult):
         mask = job.masks / mask_name(result.source)
         result.save_mask(mask)
-    shares = [{"label": label, "share": share} for label, share in result.shares.items()]
-    return {"shares": shares, "mask": None if mask is None else key_of(str(mask))}
+        row["mask"] = key_of(str(mask))
+    return row
 
 
 def mask_name(source: str) -> str:

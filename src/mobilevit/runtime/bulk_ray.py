@@ -120,5 +120,5 @@ class _Worker:
         from mobilevit.runtime.bulk_parts import to_table
 
         sources = [os.fsdecode(name) for name in names["source"].to_pylist()]
-        batches = predict_rows(self._predictor, sources, self._job, workers=self._at_once)
+        batches = predict_rows(self._predictor, sources, self._job, workers=self._at_once, side_by_side=False)
         return to_table([row for rows in batches for row in rows], self._predictor.card.task)

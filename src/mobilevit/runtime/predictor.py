@@ -1,55 +1,50 @@
-"""From an image to a result: one call, whatever the image comes as and whatever the model does."""
+"""`Predictor`: from an image to a result in one call, whatever the image comes as and whatever runs the model."""
 
 from __future__ import annotations
 
 import io
 import itertools
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, overload
+from typing import TYPE_CHECKING, overload
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torch import nn
 
-from mobilevit.card import ModelCard, Task
 from mobilevit.errors import ImageError, MobileViTError
 from mobilevit.imaging.decode import EncodedImage, Source, read_image
-from mobilevit.runtime.session import ArtifactSession, Engine, open_session
-from mobilevit.tasks.classification import ClassificationResult
-from mobilevit.tasks.detection import DetectionResult, Detections, postprocess, to_pixels
-from mobilevit.tasks.segmentation import SegmentationResult, most_at_once, to_label_map
+from mobilevit.results import RESULT_TYPES
+from mobilevit.results.base import ImageInfo, Outputs, Result
+from mobilevit.runtime.session import EngineChoice, open_session
 
-Result = ClassificationResult | DetectionResult | SegmentationResult
+if TYPE_CHECKING:
+    from torch import nn
 
-DEFAULT_SCORE_THRESHOLD = 0.3
-"""For detectors whose file names none."""
+    from mobilevit.explaining.explain import Explanation
+
+_MAX_BATCH_ELEMENTS = 2**26
+"""Elements of the outputs of a batch, at most: a quarter of a gigabyte of float32."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
     """An image on its way through a `Predictor`: read, and resized for the model."""
 
-    source: str
-    """What the image is called."""
-    size: tuple[int, int]
-    """(height, width) of the image."""
-    image: Image.Image
-    """The upright RGB image, which the result carries."""
-    pixels: torch.Tensor
-    """uint8 (3, H, W): the model's input before it is scaled."""
+    info: ImageInfo
+    pixels: NDArray[np.uint8]
+    """(H, W, 3): the model's input before it is scaled."""
 
 
 class Predictor:
-    """Classify, detect or segment with a trained model; preparation, labels and threshold come from its file.
+    """Classify, detect or segment with a trained model; preprocessing, labels and threshold come from its file.
 
     Args:
-        model: a checkpoint of any known origin; an exported .onnx, .xml, .pte, .tflite or .pt2; or a model from
-            `create_model` or `load`.
-        device: "auto", "cpu", "cuda" or "mps"; for exported files, "cpu" and what else their runtime knows.
+        model: an exported .onnx, .xml, .pte, .tflite or .pt2; a checkpoint of any known origin, or a model from
+            `create_model` or `load`, which both need torch.
+        device: "auto", "cpu", "cuda" or "mps"; for exported files, "cpu" and what else their engine knows.
         batch_size: images that go through the model together when there are many. None: as many as have the pixels
             of 16 inputs of 256 x 256, but no more than 64.
         threads: to compute with on the CPU; None: as many as there are cores.
@@ -57,7 +52,7 @@ class Predictor:
             "auto", what `mobilevit tune` found to be the fastest here, or "torch" where it has not run.
 
     Raises:
-        ValueError: the file cannot be read, its runtime is not installed, or the device is not there.
+        MobileViTError: the file cannot be read, its engine is not installed, or the device is not there.
     """
 
     def __init__(
@@ -67,34 +62,40 @@ class Predictor:
         device: str = "auto",
         batch_size: int | None = None,
         threads: int | None = None,
-        engine: Engine = "torch",
+        engine: EngineChoice = "torch",
     ) -> None:
         if batch_size is not None and batch_size < 1:
-            raise MobileViTError(f"batch_size is {batch_size}; give 1 or more")
-        self.card, self._session = open_session(model, device=device, threads=threads, engine=engine)
-        if self.card.task == "segmentation" and self.card.preprocessing.resize_mode == "crop":
-            raise MobileViTError(
-                "a cropped input says nothing of the border; give the model resize_mode 'pad' or 'stretch'"
-            )
+            raise MobileViTError(f"`batch_size` is {batch_size}; give 1 or more")
+        self._session = open_session(model, device=device, threads=threads, engine=engine)
+        self.card = self._session.card
+        self._result_type = RESULT_TYPES[self.card.task]
+        self._result_type.check(self.card.preprocessing)
         height, width = self.card.preprocessing.size
-        self.batch_size = batch_size or min(64, max(1, 16 * 256 * 256 // (height * width)))
-        if self.card.task == "segmentation":
-            self.batch_size = min(self.batch_size, most_at_once(len(self.card.classes), (height, width)))
+        by_pixels = min(64, max(1, 16 * 256 * 256 // (height * width)))
+        by_outputs = max(1, _MAX_BATCH_ELEMENTS // self._result_type.elements_per_image(self.card))
+        self.batch_size = min(batch_size or by_pixels, by_outputs)
 
     @property
     def engine(self) -> str:
         """What runs the model: "torch", or format and precision of an exported file, such as "onnx fp32"."""
-        if isinstance(self._session, ArtifactSession):
-            return f"{self._session.artifact.format} {self._session.artifact.precision}"
-        return "torch"
+        return self._session.engine
 
     def warm_up(self) -> None:
-        """Answer for a black image, alone and in a full batch, so that the first real ones wait for nothing."""
+        """Predict for a black image, alone and in a full batch, so that the first real ones wait for nothing."""
         height, width = self.card.preprocessing.size
         black = io.BytesIO()
         Image.new("RGB", (width, height)).save(black, "JPEG")
         for count in {1, self.batch_size}:
             self([black.getvalue()] * count)
+
+    def explain(self, source: Source, pixel: tuple[int, int] | None = None) -> Explanation:
+        """Explain the prediction for an image; see `mobilevit.explain`.
+
+        Raises:
+            ImageError: the image cannot be read.
+            MobileViTError: the model is an exported file, or the pixel is not in what the model sees.
+        """
+        return self._session.explain(source, pixel)
 
     @overload
     def __call__(self, source: Source) -> Result: ...
@@ -102,16 +103,16 @@ class Predictor:
     def __call__(self, source: list[Source]) -> list[Result]: ...
 
     def __call__(self, source: Source | list[Source]) -> Result | list[Result]:
-        """What the model says of one image, or of each in a list.
+        """Predict for one image, or for each in a list.
 
         Args:
             source: a path, encoded bytes, a PIL image, a numpy array (H, W, 3) of uint8 RGB, or a list of these.
 
         Returns:
-            `ClassificationResult`, `DetectionResult` or `SegmentationResult`, as the model's task is.
+            `ClassificationResult`, `DetectionResult` or `SegmentationResult`, by the model's task.
 
         Raises:
-            ImageError: an image cannot be read; use `stream` to go on past such.
+            ImageError: an image cannot be read; use `stream` to go on past it.
         """
         results = []
         for result in self.stream(source if isinstance(source, list) else [source]):
@@ -121,7 +122,7 @@ class Predictor:
         return results if isinstance(source, list) else results[0]
 
     def stream(self, sources: Iterable[Source]) -> Iterator[Result | ImageError]:
-        """Any number of images in bounded memory: for each, in order, a result or why there is none."""
+        """Predict for any number of images in bounded memory: in order, a result or why there is none."""
         numbered = enumerate(sources, start=1)
         while chunk := list(itertools.islice(numbered, self.batch_size)):
             read: list[Prepared | ImageError] = []
@@ -130,67 +131,39 @@ class Predictor:
                     read.append(self.prepare(source, _name(source, number)))
                 except ImageError as error:
                     read.append(error)
-            good = [image for image in read if not isinstance(image, ImageError)]
-            answers = iter(self.compute(good) if good else ())
+            good = [image for image in read if isinstance(image, Prepared)]
+            outputs = iter(self.compute(good) if good else ())
             for image in read:
-                yield image if isinstance(image, ImageError) else self.finish(image, next(answers))
+                yield self.finish(image.info, next(outputs)) if isinstance(image, Prepared) else image
 
-    # The three steps of a prediction, for who wants them apart, as the server does: each may have a thread of its own.
+    # The three steps of a prediction, for callers that give each a thread of its own, as the server does.
 
-    def prepare(self, source: Source | EncodedImage, name: str) -> Prepared:
+    def prepare(self, source: Source | EncodedImage, name: str, *, keep_image: bool = True) -> Prepared:
         """Read an image and resize it for the model.
+
+        Args:
+            source: the image.
+            name: what to call it.
+            keep_image: keep the decoded image for the result, which can then draw.
 
         Raises:
             ImageError: it cannot be read.
         """
         image = read_image(source, name)
-        pixels = self.card.preprocessing.resize(image)
-        return Prepared(source=name, size=(image.height, image.width), image=image, pixels=pixels)
+        info = ImageInfo(source=name, size=(image.height, image.width), image=image if keep_image else None)
+        return Prepared(info=info, pixels=self.card.preprocessing.resize(image))
 
-    @torch.inference_mode()
-    def compute(self, images: Sequence[Prepared]) -> list[Any]:
-        """Run the model on some images together; what it says of each is for `finish`."""
-        output = self._session(torch.stack([image.pixels for image in images]))
-        if self.card.task == "classification":
-            return list(output.float().softmax(dim=1).numpy(force=True))
-        return postprocess(output) if self.card.task == "detection" else list(output.logits)
+    def compute(self, images: Sequence[Prepared]) -> list[Outputs]:
+        """Run the model on a batch; the outputs for each image are for `finish`."""
+        return self._result_type.split(self._session.run(np.stack([image.pixels for image in images])))
 
-    @torch.inference_mode()
-    def finish(self, image: Prepared, answer: Any) -> Result:
-        """The result, in the image's own pixels."""
-        return _RESULT[self.card.task](self.card, image, answer)
+    def finish(self, info: ImageInfo, outputs: Outputs) -> Result:
+        """Decode the outputs for one image."""
+        return self._result_type.from_outputs(outputs, self.card, info)
 
-
-def _classes(card: ModelCard, image: Prepared, probabilities: NDArray[np.float32]) -> Result:
-    return ClassificationResult(
-        source=image.source, classes=card.classes, probabilities=probabilities, image=image.image
-    )
-
-
-def _boxes(card: ModelCard, image: Prepared, found: Detections) -> Result:
-    boxes, scores, class_ids = to_pixels(found, card.preprocessing.placement(image.size))
-    threshold = card.score_threshold
-    return DetectionResult(
-        source=image.source,
-        classes=card.classes,
-        boxes_xyxy=boxes,
-        scores=scores,
-        class_ids=class_ids,
-        score_threshold=DEFAULT_SCORE_THRESHOLD if threshold is None else threshold,
-        image=image.image,
-    )
-
-
-def _mask(card: ModelCard, image: Prepared, logits: torch.Tensor) -> Result:
-    label_map = to_label_map(logits, card.preprocessing.placement(image.size))
-    return SegmentationResult(source=image.source, classes=card.classes, label_map=label_map, image=image.image)
-
-
-_RESULT: dict[Task, Callable[[ModelCard, Prepared, Any], Result]] = {
-    "classification": _classes,
-    "detection": _boxes,
-    "segmentation": _mask,
-}
+    def side_by_side(self) -> AbstractContextManager[bool]:
+        """Prepare for threads that each `compute` a batch; False: batches have to take turns."""
+        return self._session.side_by_side()
 
 
 def _name(source: Source, number: int) -> str:

@@ -85,8 +85,8 @@ def read(path: Path) -> io.BytesIO:
     return copied
 
 
-def _refusal(path: Path, what: str) -> ValueError:
-    return ValueError(
+def _refusal(path: Path, what: str) -> MobileViTError:
+    return MobileViTError(
         f"{path}: refused, as loading it could run code that came with it ({what[:80]!r}); export it again"
     )
 

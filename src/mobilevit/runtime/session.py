@@ -1,188 +1,182 @@
-"""A model in some runtime, as one function: from pixels to what the model's task puts out."""
+"""Sessions: a model in some engine, as one function from pixels to named arrays."""
 
 from __future__ import annotations
 
+import importlib
 import os
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
 
-from mobilevit import factory
-from mobilevit.card import ModelCard, Task, card_of
-from mobilevit.devices import pick_device
-from mobilevit.errors import MobileViTError
-from mobilevit.imaging.preprocessing import Preprocessing
-from mobilevit.models.deeplabv3 import SegmentationOutput
-from mobilevit.models.fuse import fuse
+from mobilevit.card import ModelCard
+from mobilevit.errors import MissingPackageError, MobileViTError
+from mobilevit.imaging.decode import Source
 from mobilevit.runtime import artifact as artifacts
-from mobilevit.runtime.backends import open_backend
+from mobilevit.runtime.engine import open_engine
 from mobilevit.runtime.tuned import find_tuned
-from mobilevit.tasks.detection import MAX_DETECTIONS, DecodedOutput, Detections
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from mobilevit.explaining.explain import Explanation
+
+EngineChoice = Literal["torch", "compile", "auto"]
+"""What runs a checkpoint: PyTorch, PyTorch compiled, or what `mobilevit tune` found to be fastest on this machine."""
 
 
 class Session(Protocol):
-    """What `Predictor` and evaluation ask of a model, wherever it runs."""
+    """What `Predictor` and evaluation need of a model, whatever runs it."""
 
-    def __call__(self, pixels: Tensor) -> Any:
-        """From resized images to the output of the model's task.
+    @property
+    def card(self) -> ModelCard:
+        """Task, classes and preprocessing of the model."""
 
-        Shape: uint8 (B, 3, H, W) -> logits (B, K); for detection what `postprocess` takes; or `SegmentationOutput`.
+    @property
+    def engine(self) -> str:
+        """What runs the model: "torch", or format and precision of an exported file, such as "onnx fp32"."""
+
+    def run(self, pixels: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
+        """Compute the outputs for resized images.
+
+        Shape: (B, H, W, 3) -> "logits" (B, K) or (B, K, H, W); "boxes_xyxy" (B, A, 4) and "scores" (B, A, K), perhaps
+        with "selected" (M, 3); or "label_map" (B, H, W).
         """
-        ...
 
+    def side_by_side(self) -> AbstractContextManager[bool]:
+        """Prepare for threads that each compute a batch; False: batches have to take turns."""
 
-class TorchSession:
-    """A model in PyTorch, fused.
-
-    Args:
-        model: of any task; it stays as it is.
-        preprocessing: how its pixels are scaled.
-        device: to compute on.
-        amp_dtype: compute in this type where that loses little, by autocast; None: as the weights are.
-        compiled: through `torch.compile`; the first call of every input shape then takes a minute.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        preprocessing: Preprocessing,
-        *,
-        device: torch.device,
-        amp_dtype: torch.dtype | None = None,
-        compiled: bool = False,
-    ) -> None:
-        self._preprocessing, self._device, self._amp_dtype = preprocessing, device, amp_dtype
-        self._model: Any = fuse(model).to(device)
-        if compiled:
-            self._model = torch.compile(self._model)
-
-    @torch.inference_mode()
-    def __call__(self, pixels: Tensor) -> Any:
-        images = self._preprocessing.normalize(pixels.to(self._device, non_blocking=True))
-        with torch.autocast(self._device.type, dtype=self._amp_dtype, enabled=self._amp_dtype is not None):
-            return self._model(images)
+    def explain(self, source: Source, pixel: tuple[int, int] | None, /) -> Explanation:
+        """Explain the prediction for an image; see `mobilevit.explain`."""
 
 
 class ArtifactSession:
-    """An exported file in its own runtime.
+    """An exported file in its own engine.
 
     Args:
-        path: of the artifact; its sidecar lies beside it.
+        path: the artifact; its sidecar lies beside it.
         threads: to compute with; None: as many as there are cores.
-        device: "auto" or "cpu", and what else the runtime knows, such as "cuda".
+        device: "auto" or "cpu", or another that the engine knows, such as "cuda".
 
     Raises:
-        ValueError: file or sidecar missing, edited, or newer than this package; the runtime is not installed or has no
-            such device.
+        MobileViTError: file or sidecar missing, edited, or newer than this package; the engine is not installed or has
+            no such device.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, threads: int | None = None, device: str = "auto") -> None:
         path = Path(path)
         self.artifact = artifacts.read_sidecar(path)
-        self._backend = open_backend(path, self.artifact, threads=threads, device=device)
+        self._engine = open_engine(path, self.artifact, threads=threads, device=device)
 
     @property
     def card(self) -> ModelCard:
-        """What the model says of itself."""
+        """Task, classes and preprocessing of the model."""
         return self.artifact.card
 
-    def __call__(self, pixels: Tensor) -> Any:
-        return self.output(self.raw(pixels))
+    @property
+    def engine(self) -> str:
+        """Format and precision, such as "onnx fp32"."""
+        return f"{self.artifact.format} {self.artifact.precision}"
 
-    def raw(self, pixels: Tensor) -> tuple[Tensor, ...]:
-        """The artifact's own outputs, as `artifact.outputs` names them. Shape: uint8 (B, 3, H, W) -> (B, ...) each."""
+    def run(self, pixels: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
+        """Compute the outputs, named as in `artifact.outputs`; see `Session`."""
         self._check(pixels)
-        if self.artifact.baked:
-            images = pixels.permute(0, 2, 3, 1).numpy(force=True)
-        else:
-            images = self.card.preprocessing.normalize(pixels.cpu()).numpy()
+        count, batch_size = len(pixels), self.artifact.batch_size
+        images: NDArray[Any] = pixels if self.artifact.baked else self.card.preprocessing.normalize(pixels)
+        missing = 0 if batch_size is None else -count % batch_size
+        images = np.concatenate([images, np.repeat(images[-1:], missing, axis=0)]) if missing else images
         images = np.ascontiguousarray(images)
-        count, at_once = len(images), self.artifact.batch_size
-        if at_once is not None:
-            missing = -count % at_once
-            images = np.concatenate([images, np.repeat(images[-1:], missing, axis=0)]) if missing else images
         if "selected" in self.artifact.outputs:
-            parts = self._run_selecting(images, count)
-        else:
-            parts = [part[:count] for part in self._backend.run(images)]
-        return tuple(torch.from_numpy(np.ascontiguousarray(part)) for part in parts)
+            return self._run_selecting(images, count)
+        outputs = self._engine.run(images)
+        return {name: part[:count] for name, part in zip(self.artifact.outputs, outputs, strict=True)}
 
-    def _run_selecting(self, images: NDArray[Any], count: int) -> list[NDArray[Any]]:
-        """Run after run, as each counts its images from zero."""
+    def side_by_side(self) -> AbstractContextManager[bool]:
+        """False: engines divide a batch between cores themselves."""
+        return nullcontext(False)
+
+    def explain(self, _source: Source, _pixel: tuple[int, int] | None, /) -> Explanation:
+        """Raise: an exported file shows nothing of its inside."""
+        raise MobileViTError("an exported file cannot be explained; use the checkpoint it was exported from")
+
+    def _run_selecting(self, images: NDArray[Any], count: int) -> dict[str, NDArray[Any]]:
+        """Run batch after batch, as the image numbers in "selected" start from zero in each."""
         size = self.artifact.batch_size or len(images)
-        found = []
+        found: list[Sequence[NDArray[Any]]] = []
         for start in range(0, len(images), size):
-            boxes, scores, selected = self._backend.run(images[start : start + size])
+            boxes, scores, selected = self._engine.run(images[start : start + size])
             found.append((boxes, scores, selected + np.array([start, 0, 0])))
         boxes, scores, selected = (np.concatenate(part) for part in zip(*found, strict=True))
-        return [boxes[:count], scores[:count], selected[selected[:, 0] < count]]
+        return {"boxes_xyxy": boxes[:count], "scores": scores[:count], "selected": selected[selected[:, 0] < count]}
 
-    def output(self, raw: tuple[Tensor, ...]) -> Any:
-        """The artifact's outputs as the task's type."""
-        return _OUTPUT[self.card.task](*raw)
-
-    def _check(self, pixels: Tensor) -> None:
-        size, wanted = (pixels.shape[2], pixels.shape[3]), self.artifact.image_size
+    def _check(self, pixels: NDArray[np.uint8]) -> None:
+        size, wanted = pixels.shape[1:3], self.artifact.image_size
         if wanted is not None and size != wanted:
             raise MobileViTError(
                 f"images of {size[0]} x {size[1]} for a model exported at {wanted[0]} x {wanted[1]} only; export "
-                "with --dynamic size for any size"
+                "with `dynamic` size for any size"
             )
 
 
-Engine = Literal["torch", "compile", "auto"]
-"""What runs a checkpoint: PyTorch, PyTorch compiled, or what `mobilevit tune` found to be fastest on this machine."""
-
-
 def open_session(
-    model: str | os.PathLike[str] | nn.Module, *, device: str, threads: int | None = None, engine: Engine = "torch"
-) -> tuple[ModelCard, Session]:
-    """A checkpoint, an artifact or a model, ready to run; and its card. See `Predictor` for arguments and errors."""
-    if not isinstance(model, nn.Module):
-        path = Path(model)
-        if artifacts.is_artifact(path):
-            if engine != "torch":
-                raise MobileViTError(f"{path}: an exported file runs in its own runtime; leave --engine out")
-            session = ArtifactSession(path, threads=threads, device=device)
-            return session.card, session
-        tuned = find_tuned(path) if engine == "auto" and device in ("auto", "cpu") else None
-        if tuned is not None:
-            artifact, its_threads = tuned
-            session = ArtifactSession(artifact, threads=threads or its_threads)
-            return session.card, session
-        model = factory.load(path)
-    if threads is not None:
-        if threads < 1:
-            raise MobileViTError(f"threads is {threads}; give 1 or more")
-        torch.set_num_threads(threads)
-    card = card_of(model)
-    compiled = engine == "compile"
-    return card, TorchSession(model, card.preprocessing, device=pick_device(device), compiled=compiled)
+    model: str | os.PathLike[str] | nn.Module,
+    *,
+    device: str = "auto",
+    threads: int | None = None,
+    engine: EngineChoice = "torch",
+) -> Session:
+    """Open a checkpoint, an artifact or a model; see `Predictor` for arguments and errors."""
+    if threads is not None and threads < 1:
+        raise MobileViTError(f"`threads` is {threads}; give 1 or more")
+    if not isinstance(model, str | os.PathLike):
+        return _torch_floor("a model").open_torch_session(model, device=device, threads=threads, engine=engine)
+    path = Path(model)
+    if artifacts.is_artifact(path):
+        if engine != "torch":
+            raise MobileViTError(f"{path}: an exported file runs in its own engine; leave `engine` out")
+        return ArtifactSession(path, threads=threads, device=device)
+    tuned = find_tuned(path) if engine == "auto" and device in ("auto", "cpu") else None
+    if tuned is not None:
+        artifact, its_threads = tuned
+        return ArtifactSession(artifact, threads=threads or its_threads)
+    return _torch_floor(str(path)).open_torch_session(path, device=device, threads=threads, engine=engine)
 
 
-def _logits(logits: Tensor) -> Tensor:
-    return logits.float()
+def read_card(path: str | os.PathLike[str]) -> ModelCard:
+    """Read what a checkpoint or an exported file says of itself.
+
+    Raises:
+        MobileViTError: the file cannot be read, or is a checkpoint and torch is not installed.
+    """
+    path = Path(path)
+    return artifacts.read_sidecar(path).card if artifacts.is_artifact(path) else _torch_floor(str(path)).read_card(path)
 
 
-def _boxes(boxes_xyxy: Tensor, scores: Tensor, selected: Tensor | None = None) -> DecodedOutput | list[Detections]:
-    """`selected` (M, 3) are image, class and anchor of the boxes that the artifact itself has kept."""
-    if selected is None:
-        return DecodedOutput(boxes_xyxy.float(), scores.float())
-    found = []
-    for number in range(len(boxes_xyxy)):
-        _, classes, anchors = selected[selected[:, 0] == number].T
-        order = scores[number, anchors, classes].argsort(descending=True)[:MAX_DETECTIONS]
-        anchors, classes = anchors[order], classes[order]
-        found.append(Detections(boxes_xyxy[number, anchors], scores[number, anchors, classes], classes))
-    return found
+class _TorchFloor(Protocol):
+    """What `mobilevit.torch_session` offers: the one door from this floor to PyTorch."""
+
+    def open_torch_session(
+        self,
+        model: Path | nn.Module,
+        *,
+        device: str,
+        threads: int | None,
+        engine: EngineChoice,
+    ) -> Session: ...
+
+    def read_card(self, path: Path) -> ModelCard: ...
 
 
-def _masks(answer: Tensor) -> SegmentationOutput:
-    return SegmentationOutput(answer, None)
-
-
-_OUTPUT: dict[Task, Any] = {"classification": _logits, "detection": _boxes, "segmentation": _masks}
+def _torch_floor(what: str) -> _TorchFloor:
+    try:
+        return cast(_TorchFloor, importlib.import_module("mobilevit.torch_session"))
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("mobilevit"):
+            raise
+        raise MissingPackageError(
+            f"{what} runs in PyTorch, which is not installed ({error.name} is missing); pip install "
+            "'mobilevit[train]', or export it where PyTorch is, and use the exported file here"
+        ) from None

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 import logging
 import math
 import threading
@@ -17,18 +16,15 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
-from typing import Any, NamedTuple
-
-from PIL import Image
+from typing import NamedTuple
 
 from mobilevit.errors import ImageError
 from mobilevit.imaging.decode import MAX_PIXELS, EncodedImage, open_image
+from mobilevit.results.base import ImageInfo, Outputs
 from mobilevit.runtime.predictor import Predictor, Prepared
 from mobilevit.serving.metrics import Metrics
 
 log = logging.getLogger("mobilevit")
-
-_NO_IMAGE = Image.new("RGB", (1, 1))
 
 
 class QueueFullError(Exception):
@@ -49,8 +45,8 @@ class Upload(NamedTuple):
 class Answer(NamedTuple):
     """What `Predictor.compute` says of an image; `Predictor.finish` makes the result of it."""
 
-    image: Prepared
-    answer: Any
+    info: ImageInfo
+    outputs: Outputs
 
 
 class _Job:
@@ -171,7 +167,7 @@ class Batcher:
     def _prepare(self, upload: Upload) -> Prepared:
         opened = self.open(upload)
         # The decoded image is not needed for numbers, and a queue full of photographs would fill the memory.
-        return dataclasses.replace(self.predictor.prepare(opened, upload.name), image=_NO_IMAGE)
+        return self.predictor.prepare(opened, upload.name, keep_image=False)
 
     def _work(self) -> None:
         while batch := self._next():
@@ -188,7 +184,7 @@ class Batcher:
             self._metrics.batch(self.name, len(batch), end - begin)
             self._seconds_each += 0.1 * ((end - start) / len(batch) - self._seconds_each)
             told = zip(batch, answers, strict=True)
-            self._answer([(job, Answer(image, answer)) for (job, image), answer in told])
+            self._answer([(job, Answer(image.info, outputs)) for (job, image), outputs in told])
 
     def _next(self) -> list[tuple[_Job, Prepared]]:
         """Wait for images; empty when closed."""

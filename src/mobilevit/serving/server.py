@@ -53,8 +53,8 @@ def listen(host: str, port: int) -> socket.socket:
         raise MobileViTError(f"--host {host}: {error.strerror}; give an address of this machine") from None
 
 
-def _in_use(host: str, port: int) -> ValueError:
-    return ValueError(f"port {port} of {host} is in use; stop what uses it, or give another --port")
+def _in_use(host: str, port: int) -> MobileViTError:
+    return MobileViTError(f"port {port} of {host} is in use; stop what uses it, or give another --port")
 
 
 def address_of(sock: socket.socket) -> str:

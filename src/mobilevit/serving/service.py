@@ -13,12 +13,10 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from PIL import Image
-from torch import nn
 
-from mobilevit import factory
-from mobilevit.errors import ImageError, TooManyPixelsError
-from mobilevit.explaining.explain import explain
+from mobilevit.errors import ImageError, MobileViTError, TooManyPixelsError
 from mobilevit.machine import available_cores
+from mobilevit.results.segmentation import SegmentationResult
 from mobilevit.runtime.artifact import is_artifact
 from mobilevit.runtime.predictor import Predictor
 from mobilevit.serving.batching import Answer, Batcher, QueueFullError, Upload, in_loop
@@ -26,9 +24,6 @@ from mobilevit.serving.metrics import Metrics
 from mobilevit.serving.refusal import RefusalError, busy
 from mobilevit.serving.settings import ServeConfig, ServedModel
 from mobilevit.serving.uploads import UploadBudget
-from mobilevit.tasks.classification import ClassificationResult
-from mobilevit.tasks.detection import DetectionResult
-from mobilevit.tasks.segmentation import SegmentationResult
 
 log = logging.getLogger("mobilevit")
 
@@ -58,7 +53,6 @@ class Service:
         self.ready = False
         self._files, self._predictors = {model.name: model for model in models}, predictors
         self._batchers: dict[str, Batcher] = {}
-        self._networks: dict[str, nn.Module] = {}
         self._explaining = 0
         self._explainer = ThreadPoolExecutor(1, "explain")
         threads = _threads_of_a_worker(config)
@@ -196,17 +190,14 @@ class Service:
         self._explaining -= 1
 
     def _explain(self, batcher: Batcher, upload: Upload, pixel: tuple[int, int] | None) -> dict[str, Any]:
-        name = batcher.name
         try:
             image = batcher.open(upload).decode()
         except ImageError as error:
             raise RefusalError(413 if isinstance(error, TooManyPixelsError) else 400, str(error)) from None
-        if name not in self._networks:
-            self._networks[name] = factory.load(self._files[name].path)
         with self._turn:
             try:
-                explanation = explain(self._networks[name], image, pixel=pixel)
-            except ValueError as error:
+                explanation = batcher.predictor.explain(image, pixel)
+            except MobileViTError as error:
                 raise RefusalError(422, str(error)) from None
         return {**explanation.to_dict(), "source": upload.name, "image_png": _png(explanation.draw())}
 
@@ -243,13 +234,10 @@ def _threads_of_a_worker(config: ServeConfig) -> int | None:
 
 def _item(batcher: Batcher, answer: Answer, top: int, min_score: float | None) -> dict[str, Any]:
     result = batcher.predictor.finish(*answer)
-    if isinstance(result, ClassificationResult):
-        return result.to_dict(top)
+    item = result.to_dict(top=top, min_score=min_score)
     if isinstance(result, SegmentationResult):
-        return {**result.to_dict(), "mask_png": _png(result.mask())}
-    assert isinstance(result, DetectionResult)
-    height, width = answer.image.size  # the result has no image to tell its size
-    return {**result.to_dict(min_score=min_score), "width": width, "height": height}
+        item["mask_png"] = _png(result.mask())
+    return item
 
 
 def _png(image: Image.Image) -> str:

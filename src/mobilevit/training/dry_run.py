@@ -17,8 +17,9 @@ from mobilevit.data.loaders import Batch, ahead_on
 from mobilevit.data.samplers import Size, Step
 from mobilevit.devices import peak_memory_mb
 from mobilevit.evaluation import evaluation_loader
+from mobilevit.models.inputs import normalize
 from mobilevit.progress import Progress
-from mobilevit.runtime.session import TorchSession
+from mobilevit.torch_session import TorchSession
 from mobilevit.training import distributed
 from mobilevit.training.config import TrainConfig
 from mobilevit.training.distributed import World
@@ -224,10 +225,10 @@ def _validation_seconds(learner: Learner, val_set: Any, world: World) -> float:
         num_workers=0,
         device=learner.device,
     )
-    session = TorchSession(learner.evaluated, learner.preprocessing, device=learner.device, amp_dtype=learner.amp_dtype)
+    session = TorchSession(learner.evaluated, learner.card, device=learner.device, amp_dtype=learner.amp_dtype)
     spent, images, before = 0.0, 0, time.monotonic()
     for number, batch in enumerate(loader.epoch()):
-        session(batch.images)
+        session.run(batch.images.permute(0, 2, 3, 1).numpy())
         if learner.device.type == "cuda":
             torch.cuda.synchronize(learner.device)
         now = time.monotonic()
@@ -244,7 +245,7 @@ def _activations_mb(learner: Learner, batch: Batch | None) -> float:
     if batch is None:
         return 0.0
     learner.train_mode()
-    images = learner.preprocessing.normalize(batch.images)
+    images = normalize(batch.images, learner.preprocessing)
     return round(saved_bytes(learner.model, images, amp_dtype=learner.amp_dtype) / 1e6, 1)
 
 

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from mobilevit import factory
-from mobilevit.card import card_of
+from mobilevit.card import ModelCard, card_of
 from mobilevit.data.imageset import ImageSet
 from mobilevit.data.loaders import Batch
 from mobilevit.errors import MobileViTError
 from mobilevit.imaging.preprocessing import Preprocessing
 from mobilevit.models import Model
 from mobilevit.models.deeplabv3 import DeepLabv3Config
+from mobilevit.models.inputs import normalize
 from mobilevit.training import distributed
 from mobilevit.training.config import TrainConfig
 from mobilevit.training.distillation import distillation_loss, open_teacher
@@ -39,7 +40,7 @@ class Learner:
     world: World
     device: torch.device
     model: nn.Module
-    preprocessing: Preprocessing
+    card: ModelCard
     objective: Objective
     optimizer: torch.optim.AdamW
     average: WeightAverage | None
@@ -53,6 +54,11 @@ class Learner:
     teacher: nn.Module | None
     """Normalized as the model's images are, (B, 3, H, W) -> logits (B, K)."""
     _last_batch: Batch | None = field(default=None, init=False)
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """How images become input."""
+        return self.card.preprocessing
 
     @property
     def evaluated(self) -> nn.Module:
@@ -106,7 +112,7 @@ class Learner:
 
     def _loss(self, batch: Batch) -> Tensor:
         """Mean over the batch's images."""
-        images, targets = self.preprocessing.normalize(batch.images), batch.targets
+        images, targets = normalize(batch.images, self.preprocessing), batch.targets
         if self.objective.mix is not None:
             images, targets = self.objective.mix(images, targets)
         with torch.autocast(self.device.type, dtype=self.amp_dtype, enabled=self.amp_dtype is not None):
@@ -165,14 +171,15 @@ def make_learner(
         raise MobileViTError("--sync-batch-norm needs GPUs; leave it out")
     if network is None:
         model: nn.Module = build_model(config, data)
-        preprocessing = card_of(model).preprocessing
+        card = card_of(model)
     else:
         assert config.resize_mode != "auto"
         model = network(len(data.classes))
         preprocessing = Preprocessing(
             size=config.input_size, resize_mode=config.resize_mode, crop_fraction=config.crop_fraction
         )
-    model = model.to(device)
+        card = ModelCard(name=config.model, task=data.task, classes=data.classes, preprocessing=preprocessing)
+    model, preprocessing = model.to(device), card.preprocessing
     if config.freeze_backbone:
         for name, parameter in model.named_parameters():
             parameter.requires_grad = is_head(name)
@@ -188,7 +195,7 @@ def make_learner(
         world=world,
         device=device,
         model=model,
-        preprocessing=preprocessing,
+        card=card,
         objective=make_objective(config, data, preprocessing, device),
         optimizer=make_optimizer(model, config, device),
         average=WeightAverage(model, copy.deepcopy(model), config.ema_momentum) if config.ema else None,

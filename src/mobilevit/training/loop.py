@@ -32,8 +32,8 @@ from mobilevit.evaluation import (
 )
 from mobilevit.models import Model
 from mobilevit.progress import Progress
-from mobilevit.runtime.session import TorchSession
 from mobilevit.tasks.report import Report
+from mobilevit.torch_session import TorchSession
 from mobilevit.training import distributed
 from mobilevit.training.config import TrainConfig
 from mobilevit.training.distributed import World
@@ -226,8 +226,8 @@ def _train(
             # -- evaluation, record -----------------------------------------------------------------------------------
             evaluated = learner.evaluated
             distributed.spread(world, evaluated)  # statistics of BatchNorm are each process's own
-            session = TorchSession(evaluated, preprocessing, device=device, amp_dtype=learner.amp_dtype)
-            report = evaluate(session, val_loader, preprocessing, label=f"{label}, validation").report
+            session = TorchSession(evaluated, learner.card, device=device, amp_dtype=learner.amp_dtype)
+            report = evaluate(session, val_loader, label=f"{label}, validation").report
             row = {
                 "epoch": epoch,
                 "train_loss": round(position.loss, 6),
@@ -264,8 +264,8 @@ def _train(
     # -- end ----------------------------------------------------------------------------------------------------------
     best = _load_best(run, model) if world.is_first else copy.deepcopy(model).eval()
     distributed.spread(world, best.to(device))
-    session = TorchSession(best, preprocessing, device=device, amp_dtype=learner.amp_dtype)
-    evaluation = evaluate(session, val_loader, preprocessing)
+    session = TorchSession(best, learner.card, device=device, amp_dtype=learner.amp_dtype)
+    evaluation = evaluate(session, val_loader)
     if writer is not None:
         writer.close()
         run.draw_curves()

@@ -21,7 +21,7 @@ from torch import nn
 
 from mobilevit import __version__
 from mobilevit.card import Task, card_of
-from mobilevit.errors import MobileViTError
+from mobilevit.errors import Interrupted, MobileViTError
 from mobilevit.files import write_bytes, write_json, write_text
 from mobilevit.models import Model
 from mobilevit.plotting import new_figure, save_figure
@@ -45,7 +45,7 @@ _LIMITS: dict[Task, str] = {
 }
 
 
-class TrainingInterrupted(Exception):  # noqa: N818, not an error: the user asked for it
+class TrainingInterrupted(Interrupted):
     """The run was stopped by Ctrl-C or SIGTERM, after its state was saved."""
 
     def __init__(self, config: Path) -> None:

@@ -200,8 +200,10 @@ def _tell_license(weights: PretrainedWeights, url: str) -> None:
     log.warning("%s: downloaded from %s; %s; %s", weights.name, url, weights.source, weights.license)
 
 
-def _cannot_download(weights: PretrainedWeights, placed: Path, reason: str) -> ValueError:
-    return ValueError(f"{weights.name} cannot be downloaded ({reason}); fetch {weights.url} and place it at {placed}")
+def _cannot_download(weights: PretrainedWeights, placed: Path, reason: str) -> MobileViTError:
+    return MobileViTError(
+        f"{weights.name} cannot be downloaded ({reason}); fetch {weights.url} and place it at {placed}"
+    )
 
 
 @cache

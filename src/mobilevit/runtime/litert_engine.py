@@ -1,15 +1,18 @@
-"""LiteRT (TensorFlow Lite) files, run on the processor through XNNPACK."""
+"""LiteRT (TensorFlow Lite) files, run on the CPU through XNNPACK."""
 
 from __future__ import annotations
 
 import importlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mobilevit.errors import MobileViTError
+from mobilevit.errors import MissingPackageError, MobileViTError, one_line
+from mobilevit.runtime.artifact import Artifact
+from mobilevit.runtime.engine import chunks, join
 
 # The runtime on its own; its name until 2024; and the package that both are part of.
 _RUNTIMES = ("ai_edge_litert.interpreter", "tflite_runtime.interpreter", "tensorflow.lite")
@@ -36,8 +39,7 @@ class LitertSession:
             self._input = self._interpreter.get_input_details()[0]
             outputs = self._interpreter.get_signature_runner().get_output_details()
         except (ValueError, RuntimeError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise MobileViTError(f"{path}: LiteRT cannot load it ({reason}); export it again") from error
+            raise MobileViTError(f"{path}: LiteRT cannot load it ({one_line(error)}); export it again") from error
         # The converter numbers the outputs in the graph's order; the file may hold them in another.
         names = sorted(outputs, key=lambda name: int(name.rpartition("_")[2]))
         self._outputs = [outputs[name]["index"] for name in names]
@@ -62,4 +64,33 @@ def _interpreter() -> Any:
             return importlib.import_module(name).Interpreter
         except ImportError:
             continue
-    raise MobileViTError("ai_edge_litert is not installed; pip install ai-edge-litert (it needs no particular PyTorch)")
+    raise MissingPackageError("ai_edge_litert is not installed; pip install 'mobilevit[litert]'")
+
+
+class LitertEngine:
+    """LiteRT."""
+
+    def __init__(self, path: Path, artifact: Artifact, threads: int, device: str) -> None:
+        if device not in ("auto", "cpu"):
+            raise MobileViTError(f"`device` is {device!r}, but LiteRT is used on the cpu here")
+        self._path, self._artifact, self._threads = path, artifact, threads
+        self._whole = LitertSession(path, threads=threads)
+        self._streams: list[LitertSession] = []
+        """Of one thread each; a session is not to be shared."""
+
+    def run(self, images: NDArray[Any]) -> list[NDArray[Any]]:
+        parts = chunks(images, self._artifact.batch_size or 1)
+        if len(parts) == 1 or self._threads == 1:
+            return join(self._whole.run(chunk) for chunk in parts)
+        while len(self._streams) < min(self._threads, len(parts)):
+            self._streams.append(LitertSession(self._path, threads=1))
+        count = len(self._streams)
+        results: list[list[NDArray[Any]]] = [[] for _ in parts]
+
+        def work(stream: int) -> None:
+            for place in range(stream, len(parts), count):
+                results[place] = self._streams[stream].run(parts[place])
+
+        with ThreadPoolExecutor(count) as pool:
+            list(pool.map(work, range(count)))
+        return join(results)

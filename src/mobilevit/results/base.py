@@ -1,0 +1,121 @@
+"""The interface that the results of all tasks share, so that generic code need not know the task."""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Self
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from mobilevit.card import ModelCard
+from mobilevit.errors import MobileViTError
+from mobilevit.imaging.drawing import save_image
+from mobilevit.imaging.preprocessing import Preprocessing
+
+Outputs = Mapping[str, NDArray[Any]]
+"""Named arrays that a session returns: "logits"; "boxes_xyxy" and "scores", perhaps with "selected"; or "label_map"."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageInfo:
+    """The image that a result belongs to."""
+
+    source: str
+    """The image's file, or what it was called."""
+    size: tuple[int, int]
+    """(height, width) of the upright image."""
+    image: Image.Image | None = field(default=None, repr=False)
+    """The upright RGB image; None where it was not kept, as in the server and in bulk prediction."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result(ABC):
+    """A model's prediction for one image.
+
+    `draw`, `to_dict`, `to_row` and `describe` take the same options for every task, and use those that concern theirs:
+    `top`, how many labels of a classification; `min_score`, the lowest score of a detection.
+    """
+
+    info: ImageInfo
+    classes: tuple[str, ...] = field(repr=False)
+
+    covers_image: ClassVar[bool] = False
+    """Whether every pixel gets an answer."""
+
+    @property
+    def source(self) -> str:
+        """The image's file, or what it was called."""
+        return self.info.source
+
+    @property
+    def image(self) -> Image.Image:
+        """The upright RGB image, as read."""
+        assert self.info.image is not None, "the image was not kept"
+        return self.info.image
+
+    @classmethod
+    def split(cls, outputs: Outputs) -> list[Outputs]:
+        """Divide the outputs of a batch into those of its images."""
+        count = len(next(iter(outputs.values())))
+        return [{name: array[number] for name, array in outputs.items()} for number in range(count)]
+
+    @classmethod
+    def check(cls, preprocessing: Preprocessing) -> None:
+        """Refuse preprocessing that does not suit the task.
+
+        Raises:
+            MobileViTError: it crops, where the border needs an answer, too.
+        """
+        if cls.covers_image and preprocessing.resize_mode == "crop":
+            raise MobileViTError(
+                "a cropped input says nothing of the border; give the model resize_mode 'pad' or 'stretch'"
+            )
+
+    @classmethod
+    def elements_per_image(cls, card: ModelCard) -> int:
+        """Count the elements of the outputs for one image, which bound the batch size."""
+        return len(card.classes)
+
+    @classmethod
+    @abstractmethod
+    def from_outputs(cls, outputs: Outputs, card: ModelCard, info: ImageInfo) -> Self:
+        """Decode the outputs for one image."""
+
+    @abstractmethod
+    def to_dict(self, *, top: int = 5, min_score: float | None = None) -> dict[str, Any]:
+        """Return plain values for JSON."""
+
+    @abstractmethod
+    def to_row(self, *, top: int = 3, min_score: float | None = None) -> dict[str, Any]:
+        """Return the columns of this result in a table of predictions."""
+
+    @abstractmethod
+    def describe(self, *, top: int = 3, min_score: float | None = None) -> str:
+        """Summarize the result in one line."""
+
+    @abstractmethod
+    def _drawn(self, *, top: int, min_score: float | None) -> Image.Image:
+        """Draw the result on a copy of the image."""
+
+    def draw(
+        self, path: str | os.PathLike[str] | None = None, *, top: int = 3, min_score: float | None = None
+    ) -> Image.Image:
+        """Draw the result on a copy of the image, and save that to `path` if given.
+
+        Raises:
+            MobileViTError: the suffix of `path` belongs to no image format.
+        """
+        drawn = self._drawn(top=top, min_score=min_score)
+        if path is not None:
+            save_image(drawn, path)
+        return drawn
+
+
+def float32(array: NDArray[Any]) -> NDArray[np.float32]:
+    """Convert an output to float32, whatever the engine computes in."""
+    return array.astype(np.float32, copy=False)

@@ -1,0 +1,246 @@
+"""Results of detection: from boxes and scores at every anchor to objects.
+
+Letters used in shapes: A anchors, K classes without the background, N objects.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from mobilevit.card import ModelCard
+from mobilevit.imaging.drawing import class_colors, draw_boxes
+from mobilevit.imaging.preprocessing import Placement
+from mobilevit.results.base import ImageInfo, Outputs, Result, float32
+
+DEFAULT_SCORE_THRESHOLD = 0.3
+"""The lowest score that is shown where the model's card names none."""
+
+# The published settings of `find_objects`.
+SCORE_THRESHOLD, IOU_THRESHOLD = 0.01, 0.5
+MAX_CANDIDATES, MAX_DETECTIONS = 400, 200
+
+
+class Detections(NamedTuple):
+    """Objects found in one image, best first."""
+
+    boxes_xyxy: NDArray[np.float32]
+    """(N, 4): left, top, right, bottom in 0..1 of the model's input, beyond it for objects that are cut off."""
+    scores: NDArray[np.float32]
+    """(N,): probability of the class."""
+    class_ids: NDArray[np.int64]
+    """(N,): 0..K-1."""
+
+
+def find_objects(
+    boxes_xyxy: NDArray[np.float32],
+    scores: NDArray[np.float32],
+    *,
+    score_threshold: float = SCORE_THRESHOLD,
+    iou_threshold: float = IOU_THRESHOLD,
+    max_candidates: int = MAX_CANDIDATES,
+    max_detections: int = MAX_DETECTIONS,
+) -> Detections:
+    """Drop improbable boxes and, of overlapping boxes of one class, keep the best (non-maximum suppression).
+
+    The result is that of suppressing each class by itself and then sorting. The work goes through the candidates of
+    all classes in the order of their scores and ends when there are enough. The defaults are the published ones.
+
+    Args:
+        boxes_xyxy: (A, 4).
+        scores: (A, K), without the background's.
+        score_threshold: candidates have a higher score.
+        iou_threshold: a box that overlaps a better one of its class by more is dropped.
+        max_candidates: the best of each class that are looked at.
+        max_detections: objects to return at most.
+    """
+    boxes, num_classes, flat = boxes_xyxy.astype(np.float64), scores.shape[1], scores.ravel()
+    kept = np.zeros(0, np.int64)
+    num_seen = np.zeros(num_classes, np.int64)
+    for places in _by_score(flat, score_threshold, block_size=max_candidates):
+        classes = places % num_classes
+        in_time = num_seen[classes] + _rank_in_class(classes) < max_candidates
+        num_seen += np.bincount(classes, minlength=num_classes)
+        places = places[in_time]
+        hidden: NDArray[np.bool_] = np.any(_overlap(boxes, kept, places, num_classes, iou_threshold), axis=0)
+        hides = _overlap(boxes, places, places, num_classes, iou_threshold)
+        chosen: list[int] = []
+        for number in range(len(places)):
+            if len(kept) + len(chosen) == max_detections:
+                break
+            if not hidden[number]:
+                chosen.append(number)
+                hidden |= hides[number]
+        kept = np.concatenate([kept, places[chosen]])
+        if len(kept) == max_detections:
+            break
+    return Detections(boxes_xyxy[kept // num_classes], flat[kept], kept % num_classes)
+
+
+def _by_score(flat: NDArray[np.float32], threshold: float, *, block_size: int) -> Iterator[NDArray[np.int64]]:
+    """Places of the values above a threshold, the largest first, in blocks."""
+    places = np.flatnonzero(flat > threshold)
+    if len(places) > 8 * block_size:  # one block is mostly enough: find it without sorting all
+        values = flat[places]
+        least = np.partition(values, -block_size)[-block_size]
+        first = places[values > least]
+        yield first[np.argsort(-flat[first], kind="stable")]
+        places = places[values <= least]
+    places = places[np.argsort(-flat[places], kind="stable")]
+    for start in range(0, len(places), block_size):
+        yield places[start : start + block_size]
+
+
+def _rank_in_class(classes: NDArray[np.int64]) -> NDArray[np.int64]:
+    """How many of the same class stand before each. Shape: (n,) -> (n,)."""
+    order = np.argsort(classes, kind="stable")
+    rank = np.empty_like(classes)
+    rank[order] = np.arange(len(classes)) - np.searchsorted(classes[order], classes[order])
+    return rank
+
+
+def _overlap(
+    boxes: NDArray[np.float64], a: NDArray[np.int64], b: NDArray[np.int64], num_classes: int, iou_threshold: float
+) -> NDArray[np.bool_]:
+    """Whether boxes of the same class overlap by more than the threshold; a and b are places anchor * K + class.
+
+    Shape: boxes (A, 4), a (n,), b (m,) -> (n, m).
+    """
+    overlap: NDArray[np.bool_] = np.equal.outer(a % num_classes, b % num_classes)
+    row, column = np.nonzero(overlap)  # most pairs are of different classes
+    first, second = boxes[a // num_classes][row], boxes[b // num_classes][column]
+    width = np.minimum(first[:, 2], second[:, 2]) - np.maximum(first[:, 0], second[:, 0])
+    height = np.minimum(first[:, 3], second[:, 3]) - np.maximum(first[:, 1], second[:, 1])
+    shared = width.clip(min=0) * height.clip(min=0)
+    first_area, second_area = ((part[:, 2] - part[:, 0]) * (part[:, 3] - part[:, 1]) for part in (first, second))
+    overlap[row, column] = shared > iou_threshold * (first_area + second_area - shared)
+    return overlap
+
+
+def decode_detections(outputs: Outputs) -> Detections:
+    """Find the objects in the outputs for one image, unless the model has suppressed boxes itself ("selected")."""
+    boxes, scores = float32(outputs["boxes_xyxy"]), float32(outputs["scores"])
+    if "selected" not in outputs:
+        return find_objects(boxes, scores)
+    _, classes, anchors = outputs["selected"].T
+    order = np.argsort(-scores[anchors, classes], kind="stable")[:MAX_DETECTIONS]
+    anchors, classes = anchors[order], classes[order]
+    return Detections(boxes[anchors], scores[anchors, classes], classes.astype(np.int64))
+
+
+def to_pixels(detections: Detections, placement: Placement) -> Detections:
+    """Move boxes to pixels of the original image, cut off at its border."""
+    boxes = placement.to_image(detections.boxes_xyxy.astype(np.float64))
+    return detections._replace(boxes_xyxy=boxes.astype(np.float32))
+
+
+@dataclass(frozen=True, kw_only=True)
+class DetectionResult(Result):
+    """The objects found in one image, best first."""
+
+    boxes_xyxy: NDArray[np.float32]
+    """(N, 4): left, top, right, bottom in pixels of the image."""
+    scores: NDArray[np.float32]
+    """(N,): probability of the class."""
+    class_ids: NDArray[np.int64]
+    """(N,): index into `classes`."""
+    score_threshold: float
+    """The lowest score that `draw`, `to_dict` and `describe` show by default; from the checkpoint."""
+
+    @classmethod
+    def split(cls, outputs: Outputs) -> list[Outputs]:
+        """Divide the outputs of a batch; rows of "selected" (M, 3) are image, class and anchor."""
+        if "selected" not in outputs:
+            return super().split(outputs)
+        boxes, scores, selected = outputs["boxes_xyxy"], outputs["scores"], outputs["selected"]
+        return [
+            {"boxes_xyxy": boxes[number], "scores": scores[number], "selected": selected[selected[:, 0] == number]}
+            for number in range(len(boxes))
+        ]
+
+    @classmethod
+    def from_outputs(cls, outputs: Outputs, card: ModelCard, info: ImageInfo) -> Self:
+        """Decode "boxes_xyxy" (A, 4), "scores" (A, K) and perhaps "selected" (M, 3)."""
+        found = to_pixels(decode_detections(outputs), card.preprocessing.placement(info.size))
+        threshold = DEFAULT_SCORE_THRESHOLD if card.score_threshold is None else card.score_threshold
+        return cls(info=info, classes=card.classes, score_threshold=threshold, **found._asdict())
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+    @property
+    def labels(self) -> list[str]:
+        """Class name of each object."""
+        return [self.classes[i] for i in self.class_ids]
+
+    def above(self, min_score: float | None = None) -> Self:
+        """Only the objects with at least this score; by default, the result's own threshold."""
+        keep = self.scores >= (self.score_threshold if min_score is None else min_score)
+        return replace(self, boxes_xyxy=self.boxes_xyxy[keep], scores=self.scores[keep], class_ids=self.class_ids[keep])
+
+    def _drawn(self, *, top: int, min_score: float | None) -> Image.Image:
+        shown = self.above(min_score)
+        colors = class_colors(len(self.classes))
+        texts = [f"{label} {score:.0%}" for label, score in zip(shown.labels, shown.scores, strict=True)]
+        return draw_boxes(self.image, shown.boxes_xyxy, texts, [colors[i] for i in shown.class_ids])
+
+    def to_dict(self, *, top: int = 5, min_score: float | None = None) -> dict[str, Any]:
+        """Return plain values for JSON; boxes are in pixels with two decimals."""
+        shown = self.above(min_score)
+        rows = zip(shown.labels, shown.scores.tolist(), shown.boxes_xyxy.tolist(), strict=True)
+        height, width = self.info.size
+        return {
+            "source": self.source,
+            "width": width,
+            "height": height,
+            "detections": [
+                {"label": label, "score": round(score, 6), "box_xyxy": [round(v, 2) for v in box]}
+                for label, score, box in rows
+            ],
+        }
+
+    def to_row(self, *, top: int = 3, min_score: float | None = None) -> dict[str, Any]:
+        """Return the column detections: label, score, left, top, right and bottom of each object."""
+        shown = self.above(min_score)
+        found = zip(shown.labels, shown.scores.tolist(), shown.boxes_xyxy.tolist(), strict=True)
+        edges = ("left", "top", "right", "bottom")
+        return {
+            "detections": [
+                {"label": label, "score": score, **dict(zip(edges, box, strict=True))} for label, score, box in found
+            ]
+        }
+
+    def to_coco(
+        self, image_id: int, *, category_ids: Sequence[int] | None = None, min_score: float = 0.0
+    ) -> list[dict[str, Any]]:
+        """Return entries of a COCO results file: boxes as left, top, width, height.
+
+        Args:
+            image_id: of the image in the annotations.
+            category_ids: of each class in the annotations; by default 1, 2, 3 ...
+            min_score: leave out objects below; COCO's evaluation wants all.
+        """
+        ids = range(1, len(self.classes) + 1) if category_ids is None else category_ids
+        shown = self.above(min_score)
+        return [
+            {
+                "image_id": image_id,
+                "category_id": ids[class_id],
+                "bbox": [round(left, 2), round(top, 2), round(right - left, 2), round(bottom - top, 2)],
+                "score": round(score, 6),
+            }
+            for class_id, score, (left, top, right, bottom) in zip(
+                shown.class_ids.tolist(), shown.scores.tolist(), shown.boxes_xyxy.tolist(), strict=True
+            )
+        ]
+
+    def describe(self, *, top: int = 3, min_score: float | None = None) -> str:
+        """Count the objects of each class in one line."""
+        names = self.above(min_score).labels
+        counts = {name: names.count(name) for name in dict.fromkeys(names)}
+        return ", ".join(f"{count} {name}" for name, count in counts.items()) or "nothing found"

@@ -1,0 +1,82 @@
+"""What runs an exported file: one module per engine, from a batch of input to arrays of output.
+
+On a CPU, several images are computed side by side, one thread each, a few images at a time: what one layer leaves in
+the cache is still there for the next, which is faster than one large batch with all threads (benchmarks/engines.py).
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mobilevit.errors import MissingPackageError, MobileViTError, one_line
+from mobilevit.machine import available_cores
+from mobilevit.runtime.artifact import Artifact, Format
+
+
+class Engine(Protocol):
+    """A loaded artifact."""
+
+    def run(self, images: NDArray[Any]) -> list[NDArray[Any]]:
+        """Compute a batch, a multiple of the artifact's own batch size; the outputs are in the artifact's order."""
+        ...
+
+
+_ENGINES: dict[Format, str] = {
+    "onnx": "onnx_engine.OnnxEngine",
+    "openvino": "openvino_engine.OpenvinoEngine",
+    "executorch": "executorch_engine.ExecutorchEngine",
+    "litert": "litert_engine.LitertEngine",
+    "coreml": "coreml_engine.CoremlEngine",
+    "pt2": "pt2_engine.Pt2Engine",
+}
+
+
+def open_engine(path: Path, artifact: Artifact, *, threads: int | None, device: str) -> Engine:
+    """Load an artifact into its engine.
+
+    Raises:
+        MobileViTError: the engine is not installed, cannot read the file, or does not run on this system.
+    """
+    if threads is not None and threads < 1:
+        raise MobileViTError(f"`threads` is {threads}; give 1 or more")
+    module, _, name = _ENGINES[artifact.format].partition(".")
+    make = getattr(importlib.import_module(f"mobilevit.runtime.{module}"), name)
+    try:
+        engine: Engine = make(path, artifact, threads or available_cores(), device)
+    except (MobileViTError, KeyboardInterrupt):
+        raise
+    except Exception as error:  # every runtime has its own
+        raise MobileViTError(
+            f"{path}: {artifact.format} cannot load it ({one_line(error)}); export it again"
+        ) from error
+    return engine
+
+
+def import_runtime(module: str, extra: str) -> ModuleType:
+    """Import the package of an engine.
+
+    Raises:
+        MissingPackageError: it is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise MissingPackageError(f"{module} is not installed; pip install 'mobilevit[{extra}]'") from None
+
+
+def chunks(images: NDArray[Any], size: int) -> list[NDArray[Any]]:
+    """Divide a batch into parts of `size` images."""
+    return [images[start : start + size] for start in range(0, len(images), size)]
+
+
+def join(parts: Iterable[Sequence[NDArray[Any]]]) -> list[NDArray[Any]]:
+    """Concatenate the outputs of several runs."""
+    outputs = list(zip(*parts, strict=True))
+    return [np.concatenate(list(part)) if len(part) > 1 else part[0] for part in outputs]

@@ -1,0 +1,76 @@
+"""ExecuTorch, which needs torch to hand arrays over."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import threading
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+from numpy.typing import NDArray
+
+from mobilevit.errors import MobileViTError
+from mobilevit.runtime.artifact import Artifact
+from mobilevit.runtime.engine import chunks, import_runtime, join
+
+
+class ExecutorchEngine:
+    """ExecuTorch, which in Python computes on the processor.
+
+    Its threads are one pool for the whole process, and replacing that takes it away from under programs loaded before:
+    a backend that finds another pool than its own loads its program anew.
+    """
+
+    _turn: ClassVar[threading.Lock] = threading.Lock()
+    """A program has one set of buffers, and all have one pool."""
+    _pool: ClassVar[object] = None
+    """Stands for the pool that is there."""
+
+    def __init__(self, path: Path, artifact: Artifact, threads: int, device: str) -> None:
+        import_runtime("executorch", "executorch")
+        if device not in ("auto", "cpu"):
+            raise MobileViTError(f"`device` is {device!r}, but ExecuTorch files are made for the cpu")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of being experimental
+            self._library = import_runtime("executorch.extension.pybindings.portable_lib", "executorch")
+            self._runtime = import_runtime("executorch.runtime", "executorch").Runtime.get()
+        self._path, self._artifact, self._threads = path, artifact, threads
+        with self._turn:
+            self._load()
+
+    def _load(self) -> None:
+        with _silent_stderr():  # its C++ tells which files describe a phone's processor, wherever it runs
+            if self._pool is None or self._library._threadpool_get_thread_count() != self._threads:
+                self._library._unsafe_reset_threadpool(self._threads)
+                ExecutorchEngine._pool = object()
+            self._my_pool = self._pool
+            self._program = self._runtime.load_program(self._path)
+            self._method = self._program.load_method("forward")
+
+    def run(self, images: NDArray[Any]) -> list[NDArray[Any]]:
+        import torch
+
+        with self._turn:
+            if self._my_pool is not self._pool:
+                self._load()
+            parts = chunks(images, self._artifact.batch_size or 1)
+            found = [self._method.execute([torch.from_numpy(chunk)]) for chunk in parts]
+        return join([part.numpy() for part in parts] for parts in found)
+
+
+@contextlib.contextmanager
+def _silent_stderr() -> Iterator[None]:
+    """Without what libraries write to the process's standard error past Python."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    try:
+        with Path(os.devnull).open("w") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)

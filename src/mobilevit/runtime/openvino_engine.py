@@ -1,0 +1,76 @@
+"""OpenVINO."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mobilevit.errors import MobileViTError
+from mobilevit.runtime.artifact import Artifact
+from mobilevit.runtime.engine import chunks, import_runtime, join
+
+log = logging.getLogger("mobilevit")
+
+
+class OpenvinoEngine:
+    """OpenVINO."""
+
+    def __init__(self, path: Path, artifact: Artifact, threads: int, device: str) -> None:
+        openvino = import_runtime("openvino", "openvino")
+        self._artifact, self._threads = artifact, threads
+        self._core = openvino.Core()
+        self._device = "CPU" if device in ("auto", "cpu") else device.upper()
+        if self._device not in self._core.available_devices:
+            raise MobileViTError(
+                f"`device` is {device!r}, but OpenVINO sees {', '.join(self._core.available_devices).lower()} here"
+            )
+        self._model = self._core.read_model(path)
+        self._compiled: dict[int, Any] = {}
+        self._compile(1)
+
+    def _compile(self, streams: int) -> Any:
+        if streams not in self._compiled:
+            settings = dict(self._artifact.settings)
+            if settings.get("INFERENCE_PRECISION_HINT") == "bf16" and not self._has_bfloat16():
+                if self._artifact.precision == "bf16":  # of int8, it is only what stays in floating point
+                    log.warning("this processor has no bfloat16; OpenVINO computes in float32 instead")
+                settings["INFERENCE_PRECISION_HINT"] = "f32"
+            if self._device == "CPU":
+                settings |= {"INFERENCE_NUM_THREADS": str(self._threads), "NUM_STREAMS": str(streams)}
+            self._compiled[streams] = self._core.compile_model(self._model, self._device, settings)
+        return self._compiled[streams]
+
+    def _has_bfloat16(self) -> bool:
+        return "BF16" in self._core.get_property(self._device, "OPTIMIZATION_CAPABILITIES")
+
+    def run(self, images: NDArray[Any]) -> list[NDArray[Any]]:
+        parts = chunks(images, self._artifact.batch_size or 1)
+        streams = min(self._threads, len(parts))
+        compiled = self._compile(streams)
+        if len(parts) == 1:
+            found = compiled(parts[0])
+            return [np.array(found[port]) for port in compiled.outputs]
+        # Not by AsyncInferQueue: its threads want the GIL once more when they are done, and so hang a program that lets
+        # go of the model right after.
+        free = [compiled.create_infer_request() for _ in range(streams)]
+        computing: deque[Any] = deque()
+        results: list[list[NDArray[Any]]] = []
+
+        def finish() -> Any:
+            request = computing.popleft()
+            request.wait()
+            results.append([np.array(tensor.data) for tensor in request.output_tensors])
+            return request
+
+        for chunk in parts:
+            request = free.pop() if free else finish()
+            request.start_async({0: chunk})
+            computing.append(request)
+        while computing:
+            finish()
+        return join(results)
