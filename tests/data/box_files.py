@@ -5,7 +5,7 @@ from typing import Any
 
 from PIL import Image
 
-from mobilevit.data.detection import detection_splits
+from mobilevit.data.box_layouts import detection_splits
 from mobilevit.data.imageset import Boxes, ImageSet
 
 

@@ -82,8 +82,8 @@ def test_detection(boxes: Path) -> None:
         "  val: 2 images, 200 x 150, 3 objects (1 small, 1 medium, 1 large), 0 images without any",
         "",
         "  class, objects (images)  train    val",
-        "  cat                        3 (2)  1 (1)",
-        "  dog                        2 (1)  2 (2)",
+        "  cat                      3 (2)  1 (1)",
+        "  dog                      2 (1)  2 (2)",
         "",
         "no problems found",
     ]
@@ -102,8 +102,8 @@ def test_segmentation(masks: Path) -> None:
     lines = report.lines()
     assert lines[1] == "  train: 2 images, 200 x 150, 12.50% of the pixels void"
     assert lines[5:7] == [
-        "  sky                       71.43% (2)  12.50% (1)",
-        "  road                      28.57% (1)  12.50% (1)",
+        "  sky                     71.43% (2)  12.50% (1)",
+        "  road                    28.57% (1)  12.50% (1)",
     ]
     assert lines[-3:] == ["1 problem", "  class without images: 1", f"    {masks}/images/train: car"]
 
@@ -115,7 +115,7 @@ def test_classification(shapes: Path) -> None:
     assert (statistics.images, statistics.readable, statistics.largest) == (60, 60, (32, 32))
     assert statistics.images_of == dict.fromkeys(report.classes, 10)
     assert report.problems == ()
-    assert report.lines()[3:5] == ["  class, images  all", f"  {report.classes[0]:15}   10"]
+    assert report.lines()[3:5] == ["  class, images  all", f"  {report.classes[0]:13}   10"]
 
 
 def test_the_task_can_be_given(boxes: Path) -> None:
@@ -244,7 +244,7 @@ def test_many_classes_are_cut_short(tmp_path: Path) -> None:
     for number in range(43):
         write_image(tmp_path / f"class{number:02}/a.png", number, size=(8, 8))
     lines = check(tmp_path).lines()
-    assert [line for line in lines if "class39" in line] == ["  class39            1"]
+    assert [line for line in lines if "class39" in line] == ["  class39          1"]
     assert "  and 3 more classes" in lines
 
 

@@ -29,7 +29,7 @@ from PIL import Image
 
 from mobilevit.cli import main
 from mobilevit.data import shard_files, shard_writing, shards
-from mobilevit.data.classification import classification_splits
+from mobilevit.data.class_layouts import classification_splits
 from mobilevit.data.datasets import find_splits, load_train_val
 from mobilevit.data.imageset import ImageSet
 from mobilevit.data.loaders import BatchLoader
@@ -107,7 +107,7 @@ def test_shards_hold_what_the_folder_holds(folder: Path, packed: Path) -> None:
     assert contents(after) == contents(before)
     assert after.class_counts() == [9, 5, 4]
     index = json.loads((packed / "index.json").read_text())
-    assert [shard["pictures"] for shard in index["shards"]] == [len(part) for part in after.shards or ()]
+    assert [shard["images"] for shard in index["shards"]] == [len(part) for part in after.shards or ()]
     assert len(index["shards"]) == 5
     assert [n for part in after.shards or () for n in part] == list(range(18))
     for shard in index["shards"]:
@@ -717,7 +717,7 @@ def test_command_then_training(
         == 0
     )
     told = json.loads(capsys.readouterr().out)
-    assert (told["pictures"], told["left_out"]) == (60, [])
+    assert (told["images"], told["left_out"]) == (60, [])
     assert told["shards"] > 2
     of_folder, _ = load_train_val(shapes, val_path=None, val_fraction=0.2, seed=0)
     of_shards, _ = load_train_val(out, val_path=None, val_fraction=0.2, seed=0)

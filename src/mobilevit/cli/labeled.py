@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from typing import TYPE_CHECKING, Any
-
-from mobilevit.errors import MobileViTError
 
 if TYPE_CHECKING:
     from mobilevit.card import ModelCard
@@ -43,38 +40,10 @@ def data_to_evaluate(path: str, split: str, card: ModelCard) -> tuple[ImageSet[A
     Raises:
         ValueError: no such part, or classes that the model does not know.
     """
-    data, which = _choose(path, split, card)
+    from mobilevit.data.datasets import part_to_evaluate
+
+    data, which = part_to_evaluate(path, split, task=card.task, provenance=card.provenance)
     return data.relabel(card.classes), which
-
-
-def _choose(path: str, split: str, card: ModelCard) -> tuple[ImageSet[Any], str]:
-    from mobilevit.data.datasets import find_splits
-    from mobilevit.data.imageset import split as divide
-
-    sets = find_splits(path, card.task)
-    everything = sets.get("all")
-    if everything is None:
-        kind = split
-        if split == "auto":
-            kind = next(name for name in ("val", "test", "train") if name in sets)
-        if kind not in sets:
-            raise MobileViTError(f"{path}: is divided into {' and '.join(sets)}; choose --split {' or '.join(sets)}")
-        return sets[kind], f"the {kind} part"
-    if split == "test":
-        raise MobileViTError(f"{path}: has no test part; leave --split out, or choose --split all")
-    if split == "all":
-        return everything, "all of it"
-    told = card.provenance
-    if "data_fingerprint" in told:
-        with contextlib.suppress(ValueError):  # data that cannot be divided are not what it was trained on
-            train, val = divide(everything, val_fraction=float(told["val_fraction"]), seed=int(told["seed"]))
-            if train.fingerprint() == told["data_fingerprint"]:
-                if split == "train":
-                    return train, "what it was trained on"
-                return val, "what was held out when it was trained on these"
-    if split != "auto":
-        raise MobileViTError(f"{path}: not divided, and not what this checkpoint was trained on; use --split all")
-    return everything, "all of it"
 
 
 def measure_on(path: str, card: ModelCard) -> Evaluate:

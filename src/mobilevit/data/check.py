@@ -19,7 +19,7 @@ from mobilevit.class_names import IGNORE
 from mobilevit.data.boxes import size_problem
 from mobilevit.data.datasets import find_splits
 from mobilevit.data.imageset import Boxes, ImageSet, Mask, Problem, read_label_map
-from mobilevit.data.segmentation import unusable_mask, values_without_class
+from mobilevit.data.mask_layouts import unusable_mask, values_without_class
 from mobilevit.data.shards import holds_shards
 from mobilevit.errors import ImageError
 from mobilevit.imaging import drawing

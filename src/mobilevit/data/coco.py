@@ -9,8 +9,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mobilevit.data.boxes import BoxTable, Listing, image_size, index_classes, relative, sub_folder
-from mobilevit.data.imageset import PARTS, Boxes, ImageSet, find_parts, some
+from mobilevit.data.boxes import Box, BoxTable, box_splits
+from mobilevit.data.folders import PART_NAMES, Listing, find_parts, part_in, relative, some, sub_folder
+from mobilevit.data.imageset import Boxes, ImageSet
 from mobilevit.errors import MobileViTError
 from mobilevit.progress import Progress
 
@@ -52,43 +53,38 @@ def read_coco(folder: Path, files: Sequence[Path]) -> dict[str, ImageSet[Boxes]]
     part_folders = find_parts(folder).values()
     by_part: dict[str, list[Path]] = {}
     for file in files:
-        part = _part_of(file.parent.name if file.parent in part_folders else file.stem)
-        by_part.setdefault(part, []).append(file)
-    if len(by_part) > 1:
-        by_part.pop("all", None)
+        part = part_in(file.parent.name if file.parent in part_folders else file.stem)
+        by_part.setdefault(part or "all", []).append(file)
+    unnamed = by_part.pop("all", []) if len(by_part) > 1 else []
     for same in by_part.values():
         if len(same) > 1:
             names = some([relative(p, folder) for p in same])
             raise MobileViTError(f"{folder}: {names} are of the same part; give the path of one of them")
-    return _read({part: by_part[part][0] for part in (*PARTS, "all") if part in by_part}, folder)
+    return _read({part: by_part[part][0] for part in (*PART_NAMES, "all") if part in by_part}, folder, unnamed)
 
 
-def _part_of(name: str) -> str:
-    """Such as "train" for "instances_train2017"."""
-    words = set(re.split(r"[^a-z]+", name.lower()))
-    return next((part for part, names in PARTS.items() if words & {*names}), "all")
-
-
-def _read(files: Mapping[str, Path], root: Path) -> dict[str, ImageSet[Boxes]]:
-    """All parts have the classes of the first."""
-    splits: dict[str, ImageSet[Boxes]] = {}
-    classes: tuple[str, ...] | None = None
-    known = "the categories"
+def _read(files: Mapping[str, Path], root: Path, unnamed: Sequence[Path] = ()) -> dict[str, ImageSet[Boxes]]:
+    """Read a file for each part; all have the classes of the first."""
+    tables: dict[str, BoxTable] = {}
+    index_of: dict[Hashable, int] = {}
     for part, file in files.items():
         content = _load(file)
-        table = BoxTable(root=root, origin=str(file), word="annotation")
+        known = f"the categories of {next(iter(files.values()))}" if tables else "the categories"
+        table = BoxTable(root=root, origin=str(file), word="annotation", known=known)
         categories = _categories(content, table)
-        if classes is None:
-            classes, index_of = index_classes(categories.items())
-        else:
-            index_of = {key: classes.index(name) for key, name in categories.items() if name in classes}
-            known = f"the categories of {next(iter(files.values()))}"
-        place = part if part in PARTS else _part_of(file.stem)
+        if not tables:
+            index_of = {name: index for index, name in enumerate(dict.fromkeys(categories.values()))}
+        # Ids may differ between the files; names are the classes.
+        names = {key: name for key, name in categories.items() if name in index_of}
+        place = part if part in PART_NAMES else part_in(file.stem)
         numbers = _add_images(table, content["images"], file, root, place)
-        _add_boxes(table, content["annotations"], numbers, file)
+        _add_boxes(table, content["annotations"], numbers, names, file)
         del content  # gigabytes, perhaps
-        splits[part] = table.image_set(classes, index_of, known)
-    return splits
+        tables[part] = table
+    for file in unnamed:
+        remedy = "not used; name a part in its name, as in instances_train.json"
+        next(iter(tables.values())).report(file, "annotations of no part", remedy=remedy)
+    return box_splits(tables, tuple(str(name) for name in index_of), index_of)
 
 
 def _load(file: Path) -> dict[str, list[_Entry]]:
@@ -122,7 +118,9 @@ def _categories(content: dict[str, list[_Entry]], table: BoxTable) -> dict[Hasha
 # -- images ---------------------------------------------------------------------------------------------------------
 
 
-def _add_images(table: BoxTable, entries: Sequence[_Entry], file: Path, root: Path, part: str) -> dict[Hashable, int]:
+def _add_images(
+    table: BoxTable, entries: Sequence[_Entry], file: Path, root: Path, part: str | None
+) -> dict[Hashable, int]:
     """Number of the image of each id; -1 where it is missing."""
     named = [e for e in entries if isinstance(e.get("file_name"), str) and isinstance(e.get("id"), int | str)]
     if len(named) < len(entries):
@@ -154,17 +152,13 @@ def _size(table: BoxTable, entry: _Entry, image: Path) -> tuple[int, int] | None
     width, height = entry.get("width"), entry.get("height")
     if isinstance(width, int) and isinstance(height, int) and min(width, height) > 0:
         return width, height
-    try:
-        return image_size(image)
-    except OSError as error:
-        table.report_unreadable(image, error)
-        return None
+    return table.open_image(image)
 
 
-def _place(names: Sequence[str], file: Path, root: Path, part: str, listing: Listing) -> Callable[[str], Path]:
+def _place(names: Sequence[str], file: Path, root: Path, part: str | None, listing: Listing) -> Callable[[str], Path]:
     """From an image's name in the file to its path: the folder is the one that has most of a few of them."""
     year = re.search(r"(?:train|val|test)\d+$", file.stem)
-    folders = [*([year.group()] if year else []), *PARTS.get(part, ()), ""]
+    folders = [*([year.group()] if year else []), *PART_NAMES.get(part or "", ()), ""]
     bases = [file.parent]
     for base in dict.fromkeys((root, file.parent, file.parent.parent)):
         bases += [base / above / folder for folder in folders for above in ("", "images", "JPEGImages")]
@@ -188,7 +182,13 @@ def _last_name(folder: Path, name: str) -> Path:
 # -- boxes ------------------------------------------------------------------------------------------------------------
 
 
-def _add_boxes(table: BoxTable, entries: Sequence[_Entry], numbers: Mapping[Hashable, int], file: Path) -> None:
+def _add_boxes(
+    table: BoxTable,
+    entries: Sequence[_Entry],
+    numbers: Mapping[Hashable, int],
+    names: Mapping[Hashable, str],
+    file: Path,
+) -> None:
     for entry in entries:
         try:
             owner = numbers.get(entry["image_id"])
@@ -206,4 +206,5 @@ def _add_boxes(table: BoxTable, entries: Sequence[_Entry], numbers: Mapping[Hash
             table.report(where, "annotation for an image that is not listed", f"image {entry['image_id']}", "left out")
         elif owner >= 0:
             box = (x, y, x + width, y + height)
-            table.add_box(owner, entry.get("id", 0), label, box, bool(entry.get("iscrowd")), area)
+            crowd = bool(entry.get("iscrowd"))
+            table.boxes.append(Box(owner, entry.get("id", 0), names.get(label, label), box, crowd, area))

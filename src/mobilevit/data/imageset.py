@@ -17,6 +17,7 @@ from PIL import Image
 
 from mobilevit.card import Task
 from mobilevit.class_names import IGNORE
+from mobilevit.data.folders import some
 from mobilevit.errors import ImageError, MobileViTError
 from mobilevit.imaging.decode import Source
 
@@ -252,7 +253,7 @@ def split(data: ImageSet[Target], *, val_fraction: float, seed: int) -> tuple[Im
             whose = f"class {name} has" if data.task == "classification" else "there is"
             raise MobileViTError(
                 f"{data.origin}: {whose} only one image; two are needed, one to train on and "
-                "one to validate on. Add images, or give --val-data"
+                "one to validate on. Add images, or give `val_data`"
             )
         # Seeded by the class's name, so that adding a class leaves the others' division as it was.
         random.Random(f"{seed}/{name}").shuffle(numbers)
@@ -275,45 +276,6 @@ def _strata(data: ImageSet[Any]) -> list[tuple[str, list[int]]]:
             label = target
         groups.setdefault(label, []).append(number)
     return [("" if label < 0 else data.classes[label], numbers) for label, numbers in sorted(groups.items())]
-
-
-PARTS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
-"""What the parts of data are called, and how else folders and files for them may be."""
-
-
-def find_parts(folder: Path) -> dict[str, Path]:
-    """The sub-folders for parts of the data, such as {"train": ..., "val": ...}; "Valid" is as good as "val"."""
-    if not folder.is_dir():
-        return {}
-    folders = {entry.name.lower(): entry for entry in sorted(folder.iterdir(), reverse=True) if entry.is_dir()}
-    found = {part: [folders[name] for name in names if name in folders] for part, names in PARTS.items()}
-    return {part: candidates[0] for part, candidates in found.items() if candidates}
-
-
-def read_lists(folder: Path) -> dict[str, tuple[Path, list[str]]]:
-    """Which images belong to which part, from `train.txt`, `val.txt` and `test.txt`: a name without suffix a line.
-
-    `trainaug.txt`, which adds SBD's images to VOC's, comes before `train.txt`; without either, `trainval.txt` is the
-    training part. What is also in `val.txt` is not trained on.
-    """
-    found = {}
-    for part, names in PARTS.items():
-        for name in ("trainaug", "train_aug", *names, "trainval") if part == "train" else names:
-            file = folder / f"{name}.txt"
-            if file.is_file():
-                lines = file.read_text(encoding="utf-8-sig", errors="surrogateescape").splitlines()
-                found[part] = (file, list(dict.fromkeys(line.strip() for line in lines if line.strip())))
-                break
-    if "train" in found and "val" in found:
-        held_out = set(found["val"][1])
-        found["train"] = (found["train"][0], [name for name in found["train"][1] if name not in held_out])
-    return found
-
-
-def some(names: Sequence[str], limit: int = 5) -> str:
-    """The first few names, and how many more there are."""
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
 
 
 def _open_at(opener: Callable[[int], Source], indices: Sequence[int], number: int) -> Source:

@@ -24,7 +24,7 @@ from urllib.parse import urlsplit
 import numpy as np
 from numpy.typing import NDArray
 
-from mobilevit.errors import ImageError
+from mobilevit.errors import ImageError, MobileViTError
 from mobilevit.files import DiskFullError, cache_folder, disk_is_full, file_lock, write_atomically
 
 Value = TypeVar("Value")
@@ -39,7 +39,7 @@ _STALE_S = 24 * 3600.0
 """Age at which a half-written file in the cache belongs to nobody alive."""
 
 
-class ShardError(ValueError):
+class ShardError(MobileViTError):
     """Shards that cannot be used, in one line."""
 
 

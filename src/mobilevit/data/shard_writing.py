@@ -22,7 +22,8 @@ from PIL import Image
 
 from mobilevit.card import Task
 from mobilevit.data.datasets import find_splits
-from mobilevit.data.imageset import PARTS, ImageSet, check_classes, split
+from mobilevit.data.folders import PART_NAMES
+from mobilevit.data.imageset import ImageSet, check_classes, split
 from mobilevit.data.shard_files import ShardError
 from mobilevit.data.shards import FORMAT, INDEX, TABLE, VERSION, parquet
 from mobilevit.errors import ImageError, MobileViTError
@@ -39,7 +40,7 @@ _READ_AHEAD = 64
 """Images that are read, and checked, before they are written."""
 _BLOCK = 512
 """Bytes that everything in a tar file is a multiple of."""
-_OURS = re.compile(rf"({'|'.join(PARTS)})-\d{{6,}}\.tar|{re.escape(INDEX)}|{re.escape(TABLE)}")
+_OURS = re.compile(rf"({'|'.join(PART_NAMES)})-\d{{6,}}\.tar|{re.escape(INDEX)}|{re.escape(TABLE)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,7 +145,7 @@ def write_shards(
     return ShardReport(
         out=str(out),
         shards=len(shards),
-        images=sum(shard["pictures"] for shard in shards),
+        images=sum(shard["images"] for shard in shards),
         num_bytes=sum(shard["bytes"] for shard in shards),
         left_out=tuple(left_out),
     )
@@ -168,17 +169,19 @@ def _is_former(entry: Path) -> bool:
     """Whether an earlier call wrote it."""
     if entry.is_dir():
         inside = [file for file in entry.iterdir() if not file.name.startswith(".")]
-        return entry.name in PARTS and all(_OURS.fullmatch(file.name) for file in inside)
+        return entry.name in PART_NAMES and all(_OURS.fullmatch(file.name) for file in inside)
     return _OURS.fullmatch(entry.name) is not None
 
 
 def _remove_former(out: Path) -> None:
     """Indexes first: without them, what is left is not taken for whole."""
-    files = [file for folder in (out, *(out / part for part in PARTS)) for file in _entries(folder) if file.is_file()]
+    files = [
+        file for folder in (out, *(out / part for part in PART_NAMES)) for file in _entries(folder) if file.is_file()
+    ]
     for file in sorted(files, key=lambda file: file.name != INDEX):
         if _OURS.fullmatch(file.name):
             file.unlink()
-    for part in PARTS:
+    for part in PART_NAMES:
         if (out / part).is_dir() and not _entries(out / part):
             (out / part).rmdir()
 
@@ -212,7 +215,7 @@ def _write_part(
                 shards.append(
                     {
                         "name": path.name,
-                        "pictures": len(rows["key"]) - first,
+                        "images": len(rows["key"]) - first,
                         "bytes": path.stat().st_size,
                         "sha256": _sha256(path),
                     }
@@ -225,7 +228,7 @@ def _write_part(
     types = (pa.int32(), pa.string(), pa.int32(), pa.int64(), pa.int64(), pa.string())
     table = pa.table({name: pa.array(rows[name], kind) for name, kind in zip(rows, types, strict=True)})
     write_atomically(folder / TABLE, lambda file: pq.write_table(table, file))
-    index = {"format": FORMAT, "version": VERSION, "pictures": len(rows["key"]), "classes": list(data.classes)}
+    index = {"format": FORMAT, "version": VERSION, "images": len(rows["key"]), "classes": list(data.classes)}
     index["shards"] = shards
     write_json(folder / INDEX, index)
     return index

@@ -25,7 +25,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mobilevit.data.imageset import PARTS, ImageSet, Problem, find_parts
+from mobilevit.data.folders import PART_NAMES, as_splits, find_parts, part_in
+from mobilevit.data.imageset import ImageSet, Problem
 from mobilevit.data.shard_files import (
     ShardError,
     ShardFile,
@@ -144,19 +145,19 @@ def shard_splits(path: str | os.PathLike[str]) -> dict[str, ImageSet[int]]:
         raise ShardError(f"{place}: no shards there; it needs an {INDEX}, or files that end in .tar")
     sets = {part: _read(place, shards) for part, shards in places.items()}
     first = next(iter(sets.values()))
-    return {part: data.relabel(first.classes) for part, data in sets.items()}
+    return as_splits({part: data.relabel(first.classes) for part, data in sets.items()})
 
 
 def _find(place: str) -> dict[str, list[str]]:
     """Paths or URLs of the shards of each part."""
     if is_pattern(place) and not Path(place).exists():
-        return {"all": expand(place)}
+        return _by_name(expand(place))
     if name_of(place).lower().endswith(_TAR_SUFFIXES):
         return {"all": [place]}
     if found := _in_folder(place):
         return _by_name(found)
     if is_url(place):
-        return {part: _in_folder(join(place, part)) for part in PARTS}
+        return {part: _in_folder(join(place, part)) for part in PART_NAMES}
     return {part: _in_folder(str(folder)) for part, folder in find_parts(Path(place)).items()}
 
 
@@ -175,15 +176,16 @@ def _in_folder(folder: str) -> list[str]:
 
 
 def _by_name(places: list[str]) -> dict[str, list[str]]:
-    """Divided where each name says its part, and not all the same."""
+    """Divide shards whose names say their parts."""
     parts: dict[str, list[str]] = {}
     for place in places:
-        words = re.split(r"[^a-z]+", name_of(place).lower())
-        part = next((part for part, names in PARTS.items() if set(names) & set(words)), "all")
-        parts.setdefault(part, []).append(place)
-    if "all" in parts or len(parts) < 2:
-        return {"all": places}
-    return {part: parts[part] for part in PARTS if part in parts}
+        parts.setdefault(part_in(name_of(place)) or "all", []).append(place)
+    if "all" in parts and len(parts) > 1:
+        named = next(shards[0] for part, shards in parts.items() if part != "all")
+        raise ShardError(
+            f"{parts['all'][0]}: its name says no part, but that of {name_of(named)} does; name all or none"
+        )
+    return parts
 
 
 # -- reading ----------------------------------------------------------------------------------------------------------

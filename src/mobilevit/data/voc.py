@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Hashable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from xml.etree import ElementTree
 
-from mobilevit.data.boxes import (
+from mobilevit.data.boxes import Box, BoxTable, box_splits, size_problem
+from mobilevit.data.folders import (
     IMAGE_FOLDERS,
-    BoxTable,
+    find_parts,
     has_file,
-    image_size,
     read_class_names,
+    read_lists,
     relative,
-    size_problem,
+    some,
     stem,
     sub_folder,
 )
-from mobilevit.data.imageset import Boxes, ImageSet, find_parts, read_lists, some
+from mobilevit.data.imageset import Boxes, ImageSet
 from mobilevit.errors import MobileViTError
 from mobilevit.imaging.decode import find_images
 from mobilevit.progress import Progress
@@ -48,9 +49,8 @@ def read_voc(root: Path) -> dict[str, ImageSet[Boxes]]:
     if file.is_file():
         classes = tuple(read_class_names(file))
     else:
-        classes = tuple(sorted({str(label) for table in tables.values() for label in table.labels}))
-    index_of: dict[Hashable, int] = {name: index for index, name in enumerate(classes)}
-    return {part: table.image_set(classes, index_of, "classes.txt") for part, table in tables.items()}
+        classes = tuple(sorted({str(box.label) for table in tables.values() for box in table.boxes}))
+    return box_splits(tables, classes, {name: index for index, name in enumerate(classes)})
 
 
 class _Files:
@@ -100,7 +100,7 @@ def _keys(line: str) -> tuple[str, str]:
 
 def _listed(root: Path, file: Path, lines: list[str], xmls: _Files, images: _Files) -> BoxTable:
     """The images of a list."""
-    table = BoxTable(root=root, origin=str(file), word="object")
+    table = BoxTable(root=root, origin=str(file), word="object", known="classes.txt")
     with Progress("read annotations", len(lines)) as progress:
         for line in lines:
             progress.advance(1)
@@ -116,7 +116,7 @@ def _listed(root: Path, file: Path, lines: list[str], xmls: _Files, images: _Fil
 
 def _whole_folder(root: Path, folder: Path, xmls: _Files, images: _Files) -> BoxTable:
     """Every annotation, then the images without one."""
-    table = BoxTable(root=root, origin=str(folder), word="object")
+    table = BoxTable(root=root, origin=str(folder), word="object", known="classes.txt")
     used: set[str | None] = set()
     with Progress("read annotations", len(xmls.by_name)) as progress:
         for name in sorted(xmls.by_name):
@@ -147,10 +147,8 @@ def _add_xml(table: BoxTable, xml: Path, images: _Files, name: str | None) -> st
 
 
 def _add_image(table: BoxTable, image: Path, xml: Path | None) -> int | None:
-    try:
-        size = image_size(image)
-    except OSError as error:
-        table.report_unreadable(image, error)
+    size = table.open_image(image)
+    if size is None:
         return None
     if xml is None:
         table.report(image, "image without an annotation file", remedy="taken as one without objects")
@@ -180,7 +178,7 @@ def _add_objects(table: BoxTable, owner: int, xml: Path, tree: ElementTree.Eleme
             table.report(f"{xml}, object {mark}", "object without a name", remedy="left out; name it")
             continue
         difficult = (item.findtext("difficult") or "").strip() == "1"
-        table.add_box(owner, mark, label, (left, top, right, bottom), difficult)
+        table.boxes.append(Box(owner, mark, label, (left, top, right, bottom), difficult))
 
 
 def _parse(file: Path) -> ElementTree.Element:

@@ -10,18 +10,19 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 
-from mobilevit.data.boxes import (
+from mobilevit.data.boxes import Box, BoxTable, box_splits
+from mobilevit.data.folders import (
     IMAGE_FOLDERS,
-    BoxTable,
+    PART_NAMES,
     Listing,
+    find_parts,
     has_file,
-    image_size,
-    index_classes,
     read_class_names,
+    some,
     stem,
     sub_folder,
 )
-from mobilevit.data.imageset import PARTS, Boxes, ImageSet, find_parts, some
+from mobilevit.data.imageset import Boxes, ImageSet
 from mobilevit.errors import MobileViTError
 from mobilevit.imaging.decode import IMAGE_SUFFIXES, find_images
 from mobilevit.progress import Progress
@@ -37,7 +38,9 @@ def looks_like_yolo_yaml(file: Path) -> bool:
     if file.suffix.lower() not in (".yaml", ".yml") or not file.is_file() or file.stat().st_size > 1 << 20:
         return False
     text = file.read_text(encoding="utf-8-sig", errors="replace")
-    return bool(re.search(r"^names\s*:", text, re.MULTILINE) and re.search(r"^(train|val)\s*:", text, re.MULTILINE))
+    return bool(
+        re.search(r"^names\s*:", text, re.MULTILINE) and re.search(r"^(train|val|test)\s*:", text, re.MULTILINE)
+    )
 
 
 def find_yolo_yaml(folder: Path) -> list[Path]:
@@ -72,7 +75,7 @@ def _yaml_parts(file: Path, content: Mapping[Any, Any]) -> dict[str, list[Path]]
     """The images of each part."""
     base = str(content.get("path") or "")
     parts: dict[str, list[Path]] = {}
-    for part, keys in PARTS.items():
+    for part, keys in PART_NAMES.items():
         value = next((content[key] for key in keys if content.get(key)), None)
         if value is None:
             continue
@@ -145,15 +148,19 @@ def _read(parts: Mapping[str, list[Path]], names: Mapping[Hashable, str], root: 
     first = next(iter(tables.values()))
     _report_unused_labels(first, [p for images in parts.values() for p in images], listing)
     if not names:
-        used = sorted({label for table in tables.values() for label in table.labels if isinstance(label, int)})
+        labels = (box.label for table in tables.values() for box in table.boxes)
+        used = sorted({label for label in labels if isinstance(label, int)})
         names = {number: f"class_{number}" for number in used}
         first.report(root, "no class names", f"{len(used)} classes", "numbered; add a classes.txt with a name a line")
-    classes, index_of = index_classes(names.items())
-    return {part: table.image_set(classes, index_of, "the class names") for part, table in tables.items()}
+    classes = dict.fromkeys(names.values())
+    index_of = {name: index for index, name in enumerate(classes)}
+    return box_splits(tables, tuple(classes), {number: index_of[name] for number, name in names.items()})
 
 
 def _table(root: Path, part: str, images: Sequence[Path], listing: Listing) -> BoxTable:
-    table = BoxTable(root=root, origin=str(root) if part == "all" else f"{root} ({part})", word="line")
+    table = BoxTable(
+        root=root, origin=str(root) if part == "all" else f"{root} ({part})", word="line", known="the class names"
+    )
     if not images:
         raise MobileViTError(f"{table.origin}: no images; known kinds are {', '.join(sorted(IMAGE_SUFFIXES))}")
     with Progress("read annotations", len(images)) as progress:
@@ -164,13 +171,8 @@ def _table(root: Path, part: str, images: Sequence[Path], listing: Listing) -> B
 
 
 def _add_image(table: BoxTable, image: Path, listing: Listing) -> None:
-    try:
-        size = image_size(image)
-    except FileNotFoundError:
-        table.report(image, "listed image that is missing", remedy="left out")
-        return
-    except OSError as error:
-        table.report_unreadable(image, error)
+    size = table.open_image(image)
+    if size is None:
         return
     places = (_label_file(image), image.with_suffix(".txt"))
     labels = next((file for file in places if file in listing), None)
@@ -214,7 +216,7 @@ def _add_line(table: BoxTable, owner: int, line: int, text: str) -> None:
     else:
         left, top, right, bottom = min(numbers[::2]), min(numbers[1::2]), max(numbers[::2]), max(numbers[1::2])
     width, height = table.sizes[owner]
-    table.add_box(owner, line, int(label), (left * width, top * height, right * width, bottom * height))
+    table.boxes.append(Box(owner, line, int(label), (left * width, top * height, right * width, bottom * height)))
 
 
 def _report_unused_labels(table: BoxTable, images: Sequence[Path], listing: Listing) -> None:

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mobilevit.data.coco import find_coco, looks_like_coco, read_coco, read_coco_file
-from mobilevit.data.imageset import Boxes, ImageSet, some
+from mobilevit.data.folders import some
+from mobilevit.data.imageset import Boxes, ImageSet
 from mobilevit.data.voc import find_voc, read_voc
 from mobilevit.data.yolo import find_yolo, find_yolo_yaml, looks_like_yolo_yaml, read_yolo, read_yolo_yaml
 from mobilevit.errors import MobileViTError
@@ -50,7 +51,7 @@ def detection_splits(path: Path) -> dict[str, ImageSet[Boxes]]:
     if not any(boxes.labels.size for data in splits.values() for boxes in data.targets):
         first = next((f"; first trouble: {problem}" for data in splits.values() for problem in data.problems), "")
         raise MobileViTError(f"{path}: {sum(map(len, splits.values()))} images, but not one usable box{first}")
-    return splits if len(splits) > 1 else {"all": next(iter(splits.values()))}
+    return splits
 
 
 def _read_file(path: Path) -> dict[str, ImageSet[Boxes]]:

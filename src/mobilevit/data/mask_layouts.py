@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,12 +11,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mobilevit.class_names import IGNORE, VOC_CLASSES
-from mobilevit.data.imageset import ImageSet, Mask, Problem, find_parts, read_label_map, read_lists, some
+from mobilevit.data.folders import (
+    IMAGE_FOLDERS,
+    as_splits,
+    find_parts,
+    has_file,
+    read_class_names,
+    read_lists,
+    some,
+    sub_folder,
+    sub_folders,
+)
+from mobilevit.data.imageset import ImageSet, Mask, Problem, read_label_map
 from mobilevit.errors import ImageError, MobileViTError
 from mobilevit.imaging.decode import find_images
 from mobilevit.progress import Progress
 
-_IMAGE_FOLDERS = ("images", "jpegimages", "image", "imgs", "img")
 _MASK_FOLDERS = ("masks", "mask", "annotations", "labels")
 _MASK_SUFFIXES = (".gif", ".tiff", ".tif", ".bmp", ".png")  # the last one that a name has is taken
 _LAYOUTS = "images/ and masks/ (PNG, called as the images), or Pascal VOC (JPEGImages/, SegmentationClass/)"
@@ -56,6 +65,9 @@ def segmentation_splits(path: Path) -> dict[str, ImageSet[Mask]]:
         raise MobileViTError(f"{path}: holds {some([str(layout.root) for layout in layouts])}; give the path of one")
     layout = layouts[0]
     pairs = _pairs(layout)
+    if len(pairs) > 1 and "test" in pairs and not pairs["test"].masks:  # images to test on are often without masks
+        unlabeled = Problem(file=pairs.pop("test").origin, kind="test part without masks", remedy="left out")
+        next(iter(pairs.values())).problems.append(unlabeled)
     for part, found in pairs.items():
         if not found.masks:
             why = found.problems[0] if found.problems else f"nothing in {found.origin}"
@@ -78,7 +90,7 @@ def segmentation_splits(path: Path) -> dict[str, ImageSet[Mask]]:
         )
         for part, found in pairs.items()
     }
-    return splits if len(splits) > 1 else {"all": next(iter(splits.values()))}
+    return as_splits(splits)
 
 
 # -- images and their masks -----------------------------------------------------------------------------------------
@@ -128,37 +140,28 @@ def _layouts(path: Path) -> list[_Layout]:
     return [
         _Layout(root=base, folders={"all": (images, masks)}, is_voc=True)
         for base, images, masks in found
-        if images.is_dir() and _has_masks(masks)
+        if images.is_dir() and has_file(masks, _MASK_SUFFIXES)
     ]
 
 
 def _folders(path: Path) -> dict[str, tuple[Path, Path]]:
-    images, masks = _sub_folder(path, _IMAGE_FOLDERS), _sub_folder(path, _MASK_FOLDERS, of_masks=True)
+    images, masks = sub_folder(path, IMAGE_FOLDERS), _mask_folder(path)
     if images and masks:
         divided = find_parts(images)
         if not divided:
             return {"all": (images, masks)}
         parts_of_masks = find_parts(masks) or dict.fromkeys(divided, masks)
-        if "test" not in parts_of_masks:  # images to test on are often handed out without masks
-            divided.pop("test", None)
         return {part: (p, parts_of_masks.get(part, masks / part)) for part, p in divided.items()}
     both = {}
     for part, folder in find_parts(path).items():
-        images, masks = _sub_folder(folder, _IMAGE_FOLDERS), _sub_folder(folder, _MASK_FOLDERS, of_masks=True)
-        if images and masks:
-            both[part] = (images, masks)
-    return both
+        images, masks = sub_folder(folder, IMAGE_FOLDERS), _mask_folder(folder)
+        if images:
+            both[part] = (images, masks or folder / _MASK_FOLDERS[0])
+    return both if any(masks.is_dir() for _, masks in both.values()) else {}
 
 
-def _sub_folder(folder: Path, names: Sequence[str], *, of_masks: bool = False) -> Path | None:
-    """The first of the sub-folders called so; "Images" is as good as "images"."""
-    folders = {entry.name.lower(): Path(entry.path) for entry in os.scandir(folder) if entry.is_dir()}
-    found = (folders[name] for name in names if name in folders)
-    return next((p for p in found if not of_masks or _has_masks(p)), None)
-
-
-def _has_masks(folder: Path) -> bool:
-    return any(name.lower().endswith(_MASK_SUFFIXES) for _, _, names in os.walk(folder) for name in names)
+def _mask_folder(folder: Path) -> Path | None:
+    return next((p for p in sub_folders(folder, _MASK_FOLDERS) if has_file(p, _MASK_SUFFIXES)), None)
 
 
 def _pairs(layout: _Layout) -> dict[str, _Pairs]:
@@ -237,23 +240,22 @@ def values_without_class(values: Iterable[int], file: str) -> list[Problem]:
 
 
 def _read_names(file: Path) -> dict[int, str]:
+    if file.suffix == ".txt":
+        lines = read_class_names(file)
+        if len(lines) > IGNORE:
+            room = "a mask can have 255, as the value 255 is the ignore label"
+            raise MobileViTError(f"{file}: {len(lines)} classes; {room}")
+        return dict(enumerate(lines))
     try:
-        text = file.read_text(encoding="utf-8-sig")
-        if file.suffix == ".json":
-            content = json.loads(text)
-            pairs = enumerate(content) if isinstance(content, list) else content.items()
-            names = {int(value): str(name).strip() for value, name in pairs}
-        else:
-            names = {value: line.strip() for value, line in enumerate(text.rstrip().splitlines())}
+        content = json.loads(file.read_text(encoding="utf-8-sig"))
+        pairs = enumerate(content) if isinstance(content, list) else content.items()
+        names = {int(value): str(name).strip() for value, name in pairs}
     except (ValueError, AttributeError, RecursionError):
-        what = 'a list of names, or {"0": "name"}' if file.suffix == ".json" else "a name a line, in UTF-8"
-        raise MobileViTError(f"{file}: cannot be read; it needs {what}") from None
+        raise MobileViTError(f'{file}: cannot be read; it needs a list of names, or {{"0": "name"}}') from None
     if not names or not all(names.values()) or not all(0 <= value <= IGNORE for value in names):
         raise MobileViTError(
             f"{file}: names are missing, or values outside 0..255; each class needs a name and a value"
         )
-    if file.suffix == ".txt" and len(names) > IGNORE:
-        raise MobileViTError(f"{file}: {len(names)} classes; a mask can have 255, as the value 255 is the ignore label")
     return dict(sorted(names.items()))
 
 

@@ -37,7 +37,7 @@ def test_nested_folders_and_what_is_passed_over(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("train", ["train", "training", "Train"])
-@pytest.mark.parametrize("val", ["val", "valid", "validation", "test", "testing", "Test"])
+@pytest.mark.parametrize("val", ["val", "valid", "validation", "dev", "Valid"])
 def test_train_and_val_folders(tmp_path: Path, train: str, val: str) -> None:
     write_folder(tmp_path / train, {"cat": 2, "dog": 2, "owl": 1})
     write_folder(tmp_path / val, {"cat": 1, "owl": 2})  # a class may be missing; numbers are those of train
@@ -51,10 +51,10 @@ def test_train_and_val_folders(tmp_path: Path, train: str, val: str) -> None:
     assert [part.names for part in loaded] == [sets["train"].names, sets["val"].names]
 
 
-def test_val_is_preferred_to_test(tmp_path: Path) -> None:
+def test_train_val_and_test_folders(tmp_path: Path) -> None:
     for part, count in (("train", 3), ("test", 2), ("val", 1)):
         write_folder(tmp_path / part, {"cat": count, "dog": count})
-    assert {kind: len(data) for kind, data in find_splits(tmp_path).items()} == {"train": 6, "val": 2}
+    assert {kind: len(data) for kind, data in find_splits(tmp_path).items()} == {"train": 6, "val": 2, "test": 4}
 
 
 def test_train_alone_is_not_divided(tmp_path: Path) -> None:
@@ -90,7 +90,7 @@ def test_an_empty_folder_of_an_unknown_class_does_no_harm(tmp_path: Path) -> Non
         (["cat/readme.txt", "dog/x.tmp"], r"data: no images in its sub-folders; known kinds are \.avif, \.bmp"),
         (["cat/1.png", "cat/2.png"], r"data: only one class \(cat\); a classifier needs two or more"),
         (["cat/1.png", "cat/2.png", "dog/no.txt"], r"data: no images of dog; add some or remove the class"),
-        (["cat/1.png", "cat/2.png", "dog/1.png"], r"data: class dog has only one image; two are needed.*--val-data"),
+        (["cat/1.png", "cat/2.png", "dog/1.png"], r"data: class dog has only one image; two are needed.*`val_data`"),
         (["train/1.png", "val/1.png"], r"train: only loose files in it"),
         (["train/cat/1.png", "train/dog/1.png", "val/1.png"], r"val: only loose files in it"),
         (["train/cat/1.png", "train/dog/1.txt", "val/cat/1.png"], r"train: no images of dog"),
@@ -157,15 +157,16 @@ def test_csv_with_a_split_column(tmp_path: Path) -> None:
     sets = find_splits(path)
     assert {kind: (data.names, data.targets) for kind, data in sets.items()} == {
         "train": (["a.png", "c.png", "e.png"], [0, 1, 0]),
-        "val": (["b.png", "d.png"], [1, 0]),
+        "val": (["b.png"], [1]),
+        "test": (["d.png"], [0]),
     }
     assert numbers(sets["train"]) == [0, 2, 4]
-    assert numbers(sets["val"]) == [1, 3]
+    assert numbers(sets["val"]) == [1]
+    assert numbers(sets["test"]) == [3]
 
 
-@pytest.mark.parametrize("part", ["train", "val"])
-def test_csv_whose_rows_are_all_of_one_part_is_not_divided(tmp_path: Path, part: str) -> None:
-    text = "path,label,split\n" + "".join(f"{i}.png,{'ab'[i % 2]},{part}\n" for i in range(8))
+def test_csv_whose_rows_are_all_of_the_train_part_is_not_divided(tmp_path: Path) -> None:
+    text = "path,label,split\n" + "".join(f"{i}.png,{'ab'[i % 2]},train\n" for i in range(8))
     path = write_csv(tmp_path / "a.csv", text)
     assert list(find_splits(path)) == ["all"]
     train, val = load_train_val(path, val_path=None, val_fraction=0.25, seed=0)
@@ -205,7 +206,8 @@ def test_folder_of_csv_files(tmp_path: Path) -> None:
     write_csv(tmp_path / "test.csv", "path,label\nc.png,dog\n")
     sets = find_splits(tmp_path)
     assert sets["train"].targets == [0, 1]
-    assert (sets["val"].targets, sets["val"].classes) == ([1], ("cat", "dog"))
+    assert list(sets) == ["train", "test"]
+    assert (sets["test"].targets, sets["test"].classes) == ([1], ("cat", "dog"))
 
 
 # -- parquet ----------------------------------------------------------------------------------------------------------

@@ -1,0 +1,286 @@
+"""Images of one class each: a folder per class, a CSV file, parquet files, or shards (see `shards.py`)."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from mobilevit.data.folders import PART_NAMES, as_splits, part_named, some, sub_folders
+from mobilevit.data.imageset import ImageSet, Problem
+from mobilevit.data.shards import holds_shards, shard_splits
+from mobilevit.errors import MissingPackageError, MobileViTError
+from mobilevit.imaging.decode import IMAGE_SUFFIXES, Source, find_images
+
+_Rows = tuple[ImageSet[int], list[str] | None]
+"""Images, and the word that each has in the column `split`, if there is one."""
+
+
+def classification_splits(path: Path) -> dict[str, ImageSet[int]]:
+    """Recognize and read a folder of images, a CSV or parquet file, or a folder with such parts.
+
+    Folders hold one sub-folder per class. CSV files have columns `path` (relative to the file) and `label`, parquet
+    files `image` (encoded bytes, or a struct with them) and `label`; a column `split` divides either. The parts in a
+    folder are sub-folders, or files such as `train.csv`, `test.parquet` or `train-00000-of-00002.parquet`. Shards are
+    tar files in WebDataset's format.
+
+    Returns:
+        {"train": ..., "val": ..., "test": ...}, as far as the data are divided, else {"all": ...}.
+
+    Raises:
+        MobileViTError: nothing there, or nothing usable.
+    """
+    if holds_shards(path):
+        return shard_splits(path)
+    if path.is_file():
+        return _divide(*_read_rows([path]))
+    parts = _find_parts(path)
+    if not _are_parts(parts, path):
+        return {"all": _from_folder(path)}
+    problems: tuple[Problem, ...] = ()
+    if len(parts) > 1 and "test" in parts and not _has_labels(parts["test"]):
+        remedy = "left out; put the images into one sub-folder per class"
+        problems = (Problem(file=str(parts.pop("test")[0]), kind="test part without classes", remedy=remedy),)
+    sets = {part: _read_part(part, places) for part, places in parts.items()}
+    classes = _sorted_classes({name for data in sets.values() for name in data.classes})
+    classes = sets["train"].classes if "train" in sets else classes
+    sets = {part: data.relabel(classes) for part, data in sets.items()}
+    first = next(iter(sets))
+    sets[first] = replace(sets[first], problems=sets[first].problems + problems)
+    return as_splits(sets)
+
+
+# -- parts ------------------------------------------------------------------------------------------------------------
+
+
+def _find_parts(folder: Path) -> dict[str, list[Path]]:
+    """Find what belongs to each part: a folder of class folders, else CSV or parquet files, else any folder."""
+    files = [entry for entry in sorted(folder.iterdir()) if entry.is_file()]
+    found = {}
+    for part, names in PART_NAMES.items():
+        pattern = re.compile(rf"({'|'.join(names)})(-\d+(-of-\d+)?)?\.(csv|parquet)")
+        named = [file for file in files if pattern.fullmatch(file.name.lower())]
+        folders = sub_folders(folder, names)
+        candidates = [
+            *([p] for p in folders if _class_folders(p)),
+            [file for file in named if file.suffix.lower() == ".csv"],
+            [file for file in named if file.suffix.lower() == ".parquet"],
+            folders[:1],
+        ]
+        places = next((places for places in candidates if places), None)
+        if places:
+            found[part] = places
+    return found
+
+
+def _has_labels(places: Sequence[Path]) -> bool:
+    return places[0].is_file() or bool(_class_folders(places[0]))
+
+
+def _are_parts(parts: dict[str, list[Path]], folder: Path) -> bool:
+    """Whether what is named for parts are parts, and not folders of images of a class with such a name."""
+    if "train" in parts:
+        return len(parts) > 1 or _has_labels(parts["train"])
+    if any(places[0].is_file() for places in parts.values()):
+        return True
+    others = [p for p in _class_folders(folder) if part_named(p.name) is None]
+    return bool(parts) and not others and all(map(_has_labels, parts.values()))
+
+
+def _read_part(part: str, places: Sequence[Path]) -> ImageSet[int]:
+    if places[0].is_dir():
+        return _from_folder(places[0])
+    data, words = _read_rows(places)
+    if others := sorted({word for word in words or () if part_named(word) != part}):
+        remedy = "remove these rows, or the column"
+        raise MobileViTError(f"{data.origin}: holds the {part} part, but has rows with split {some(others)}; {remedy}")
+    return data
+
+
+def _divide(data: ImageSet[int], words: list[str] | None) -> dict[str, ImageSet[int]]:
+    if words is None:
+        return {"all": data}
+    parts = [part_named(word) for word in words]
+    if unknown := sorted({word for word, part in zip(words, parts, strict=True) if part is None}):
+        raise MobileViTError(f"{data.origin}: split {some(unknown)} is neither train nor val nor test")
+    rows = {part: [i for i, other in enumerate(parts) if other == part] for part in PART_NAMES}
+    return as_splits({part: data.subset(numbers) for part, numbers in rows.items() if numbers})
+
+
+# -- folders ----------------------------------------------------------------------------------------------------------
+
+
+def _class_folders(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+
+
+def _from_folder(folder: Path) -> ImageSet[int]:
+    class_folders = _class_folders(folder)
+    if not class_folders:
+        loose = "only loose files" if any(folder.iterdir()) else "nothing"
+        raise MobileViTError(f"{folder}: {loose} in it; put the images into one sub-folder per class")
+    found = [(image, label) for label, p in enumerate(class_folders) for image in find_images(p)]
+    if not found:
+        kinds = ", ".join(sorted(IMAGE_SUFFIXES))
+        raise MobileViTError(f"{folder}: no images in its sub-folders; known kinds are {kinds}")
+    paths = [image for image, _ in found]
+    return ImageSet(
+        task="classification",
+        origin=str(folder),
+        names=[p.relative_to(folder).as_posix() for p in paths],
+        targets=[label for _, label in found],
+        classes=tuple(p.name for p in class_folders),
+        open=paths.__getitem__,
+    )
+
+
+# -- CSV --------------------------------------------------------------------------------------------------------------
+
+
+def _read_rows(files: Sequence[Path]) -> _Rows:
+    kinds = {file.suffix.lower() for file in files}
+    if kinds == {".parquet"}:
+        return _from_parquet(files)
+    if kinds != {".csv"}:
+        raise MobileViTError(
+            f"{files[0]}: not a kind of data; give a folder, a .csv file (path, label) or a .parquet file"
+        )
+    if len(files) > 1:
+        raise MobileViTError(f"{files[0]}: beside {files[1].name}, which is of the same part; keep one of them")
+    return _from_csv(files[0])
+
+
+def _from_csv(path: Path) -> _Rows:
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file)
+            numbered = [(reader.line_num, row) for row in reader]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise MobileViTError(f"{path}: not a CSV file in UTF-8 ({error})") from None
+    rows = [row for _, row in numbered]
+    if not rows:
+        raise MobileViTError(f"{path}: no rows; a line an image is needed, under the heading path,label")
+    if missing := {"path", "label"} - set(rows[0]):
+        raise MobileViTError(f"{path}: no column {' and '.join(sorted(missing))}; the heading must name path and label")
+    for line, row in numbered:
+        if not row["path"] or not row["label"]:
+            raise MobileViTError(f"{path}, line {line}: path or label is empty; fill it in or remove the line")
+    names = [row["path"] for row in rows]
+    classes, labels = _numbered([row["label"] for row in rows])
+    data = ImageSet(
+        task="classification",
+        origin=str(path),
+        names=names,
+        targets=labels,
+        classes=classes,
+        open=[path.parent / name for name in names].__getitem__,
+    )
+    return data, [row["split"] or "" for row in rows] if "split" in rows[0] else None
+
+
+def _numbered(labels: Sequence[str]) -> tuple[tuple[str, ...], list[int]]:
+    classes = _sorted_classes(set(labels))
+    index_of = {name: index for index, name in enumerate(classes)}
+    return classes, [index_of[label] for label in labels]
+
+
+def _sorted_classes(names: set[str]) -> tuple[str, ...]:
+    """Sort by number if all are numbers, so that 10 follows 9, else by name."""
+    numeric = all(name.isdecimal() for name in names)
+    return tuple(sorted(names, key=lambda name: (int(name) if numeric else 0, name)))
+
+
+# -- parquet ----------------------------------------------------------------------------------------------------------
+
+
+def _from_parquet(files: Sequence[Path]) -> _Rows:
+    table = _read_parquet(files)
+    path = files[0]
+    if missing := {"image", "label"} - set(table.column_names):
+        raise MobileViTError(
+            f"{path}: no column {' and '.join(sorted(missing))}; it needs image (encoded bytes) and label"
+        )
+    if not table.num_rows:
+        raise MobileViTError(f"{path}: no rows")
+    values = table["label"].to_pylist()
+    if None in values:
+        raise MobileViTError(f"{path}: row {values.index(None)} has no label; fill it in or remove the row")
+    names = _class_names(table.schema.metadata or {})
+    if names is None:
+        classes, labels = _numbered([str(value) for value in values])
+    elif all(isinstance(value, int) and 0 <= value < len(names) for value in values):
+        classes, labels = tuple(names), values
+    else:
+        raise MobileViTError(f"{path}: labels outside 0..{len(names) - 1}, for which the file's metadata has names")
+    data = ImageSet(
+        task="classification",
+        origin=str(path if len(files) == 1 else path.parent),
+        names=[f"row {row}" for row in range(len(values))],
+        targets=labels,
+        classes=classes,
+        open=_ParquetImages(files, _image_column(table, path)),
+    )
+    words = [str(word or "") for word in table["split"].to_pylist()] if "split" in table.column_names else None
+    return data, words
+
+
+def _read_parquet(files: Sequence[Path]) -> Any:
+    """Read several files as one `pyarrow.Table`."""
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError:
+        raise MissingPackageError(
+            f"{files[0]}: reading parquet needs pyarrow; pip install 'mobilevit[train]'"
+        ) from None
+    try:
+        return pa.concat_tables([pq.read_table(file, memory_map=True) for file in files])
+    except (pa.ArrowException, OSError) as error:
+        named = some([str(file) for file in files])
+        raise MobileViTError(f"{named}: damaged or not a parquet file ({str(error).splitlines()[0]})") from None
+
+
+def _image_column(table: Any, path: Path) -> Any:
+    import pyarrow as pa
+
+    images = table["image"]
+    if pa.types.is_struct(images.type) and images.type.get_field_index("bytes") >= 0:
+        # The layout of Hugging Face datasets: {bytes, path}.
+        images = pa.chunked_array([chunk.field("bytes") for chunk in images.chunks])
+    if not any(is_kind(images.type) for is_kind in (pa.types.is_binary, pa.types.is_large_binary)):
+        raise MobileViTError(f"{path}: column image holds {images.type}; it needs encoded images (bytes)")
+    return images
+
+
+class _ParquetImages:
+    """Encoded images by row; a process it is sent to reads the files itself."""
+
+    def __init__(self, files: Sequence[Path], column: Any) -> None:
+        self.files, self.column = files, column
+
+    def __call__(self, row: int) -> bytes:
+        image: bytes = self.column[row].as_py()
+        return image
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _open_parquet, (self.files,)
+
+
+def _open_parquet(files: Sequence[Path]) -> Callable[[int], Source]:
+    return _ParquetImages(files, _image_column(_read_parquet(files), files[0]))
+
+
+def _class_names(metadata: dict[bytes, bytes]) -> list[str] | None:
+    """Read class names from the schema's metadata: a plain list, or the features of a Hugging Face data set."""
+    for key in (b"classes", b"class_names", b"labels", b"names"):
+        if key in metadata:
+            text = metadata[key].decode()
+            return [str(name) for name in json.loads(text)] if text.startswith("[") else text.split(",")
+    if b"huggingface" in metadata:
+        names = json.loads(metadata[b"huggingface"])["info"]["features"].get("label", {}).get("names")
+        return None if names is None else [str(name) for name in names]
+    return None
