@@ -23,11 +23,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from mobilevit.cli.labeled import data_to_evaluate
 
 import record
 from mobilevit import create_model, factory
 from mobilevit.card import ModelCard, card_of
-from mobilevit.cli.labeled import data_to_evaluate
 from mobilevit.data.shapes import render_scene
 from mobilevit.evaluation import evaluate, evaluation_loader
 from mobilevit.exporting.export import FORMATS, ExportError, export

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mobilevit.benchmarking.benchmark import benchmark
+    from mobilevit.benchmarking.config import BenchmarkConfig, TuneConfig
     from mobilevit.benchmarking.tune import tune
     from mobilevit.errors import ImageError
     from mobilevit.explaining.explain import explain
@@ -26,11 +27,13 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME_OF = {
+    "BenchmarkConfig": "benchmarking.config",
     "ExportReport": "exporting.export",
     "ImageError": "errors",
     "Predictor": "runtime.predictor",
     "Preprocessing": "imaging.preprocessing",
     "TrainConfig": "training.config",
+    "TuneConfig": "benchmarking.config",
     "benchmark": "benchmarking.benchmark",
     "convert_state_dict": "weights.convert",
     "create_model": "factory",
@@ -46,11 +49,13 @@ _HOME_OF = {
 }
 
 __all__ = [
+    "BenchmarkConfig",
     "ExportReport",
     "ImageError",
     "Predictor",
     "Preprocessing",
     "TrainConfig",
+    "TuneConfig",
     "benchmark",
     "convert_state_dict",
     "create_model",

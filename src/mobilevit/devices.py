@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import sys
-
 import torch
 
 from mobilevit.errors import MobileViTError
+from mobilevit.machine import peak_memory
 
 
 def pick_device(name: str) -> torch.device:
@@ -45,9 +44,5 @@ def peak_memory_mb(device: torch.device) -> float | None:
     """
     if device.type == "cuda":
         return round(torch.cuda.max_memory_reserved(device) / 1e6, 1)
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return round(peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6, 1)
+    peak = peak_memory()
+    return None if peak is None else round(peak / 1e6, 1)

@@ -6,24 +6,31 @@ import dataclasses
 import io
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import mobilevit
 from mobilevit.benchmarking import benchmark as benchmarks
 from mobilevit.benchmarking import contenders, peers, rounds, worker
 from mobilevit.benchmarking.benchmark import benchmark
+from mobilevit.benchmarking.config import BenchmarkConfig
 from mobilevit.benchmarking.contenders import Contender, Network
-from mobilevit.benchmarking.exports import export_all
-from mobilevit.benchmarking.report import BenchmarkReport, read_report
-from mobilevit.benchmarking.rounds import Failure, Measurement, Worker, WorkerError, measure
+from mobilevit.benchmarking.measurement import BenchmarkReport, Failure, Measurement
+from mobilevit.benchmarking.plot import save_plot
+from mobilevit.benchmarking.rounds import Worker, WorkerError, measure
+from mobilevit.cli import main
+from mobilevit.data.shapes import render_scene
 from mobilevit.machine import Machine
 
 NETWORK = Network(label="mobilevit_xxs", origin="mobilevit", architecture="mobilevit_xxs", image_size=(64, 64))
@@ -33,8 +40,8 @@ EAGER = Contender(network=NETWORK, engine="eager")
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
-    model = mobilevit.create_model("mobilevit_xxs", num_classes=5)
-    return mobilevit.save(model, tmp_path_factory.mktemp("checkpoint") / "five.safetensors")
+    model = mobilevit.create_model("mobilevit_xxs", classes=("a", "b", "c"))
+    return mobilevit.save(model, tmp_path_factory.mktemp("checkpoint") / "three.safetensors")
 
 
 @pytest.fixture(scope="module")
@@ -46,23 +53,22 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def report(checkpoint: Path, kept: Path) -> BenchmarkReport:
     pytest.importorskip("onnxruntime")
 
-    def evaluate(session: Any, card: Any, label: str) -> dict[str, float]:
-        assert label.startswith("mobilevit_xxs")
-        answers = session(torch.zeros(1, 3, *card.preprocessing.size, dtype=torch.uint8))
-        return {"top1": 0.5, "classes": float(answers.shape[1])}
-
-    return benchmark(
-        checkpoint,
-        image_size=(64, 64),
+    data = kept / "data"
+    for number, name in enumerate("abc" * 2):
+        (data / name).mkdir(parents=True, exist_ok=True)
+        render_scene(number, size=96).image.save(data / name / f"{number}.png")
+    config = BenchmarkConfig(
+        image_size=64,
         engines=("onnx", "eager"),
         precisions=("bf16", "fp32"),
         threads=(1,),
-        with_peers=False,
-        evaluate=evaluate,
+        peers=False,
+        data=str(data),
         rounds=2,
-        out=kept,
+        out=kept / "out",
         max_workers=2,  # so that two groups meet the same baseline
     )
+    return benchmark(checkpoint, config)
 
 
 def _measurement(engine: str, ms: float, **changes: Any) -> Measurement:
@@ -121,49 +127,60 @@ def test_everyone_is_measured_beside_plain_pytorch(report: BenchmarkReport) -> N
         assert measurement.fastest_ms <= measurement.quartiles_ms[0] <= measurement.quartiles_ms[1]
         assert measurement.quartiles_ms[1] <= measurement.slowest_ms
         assert measurement.memory > measurement.weight_bytes > 10**6
-        assert measurement.metrics == {"top1": 0.5, "classes": 5.0}
+        assert measurement.metrics.keys() >= {"top1"}
+    assert plain.metrics == onnx.metrics
 
 
 def test_files_tables_and_json(report: BenchmarkReport, kept: Path) -> None:
-    assert read_report(kept / "benchmark.json") == report
-    assert (kept / "benchmark.png").stat().st_size > 10_000
-    assert (kept / "exported" / "mobilevit_xxs.onnx").is_file()
+    written = json.loads((kept / "out" / "benchmark.json").read_text())
+    assert written == json.loads(json.dumps(report.to_dict()))
+    assert written["measurements"][2]["contender"]["engine"] == "onnx"
+    assert written["measurements"][2]["images_per_second"] == round(1e3 / report.measurements[2].median_ms, 3)
+    assert (kept / "out" / "benchmark.png").stat().st_size > 10_000
+    assert (kept / "out" / "exported" / "mobilevit_xxs.onnx").is_file()
     heading, rows = report.table(report.cases[0])
     assert all(len(row) == len(heading) for row in rows)
     assert heading[-1] == "top1"
+    assert "GPU, MB" not in heading
     assert report.notes() == ["left out: onnx has no bf16"]
-
-
-def test_no_result_file(tmp_path: Path) -> None:
-    (tmp_path / "benchmark.json").write_text("{}")
-    with pytest.raises(ValueError, match="cannot be read as a result of mobilevit benchmark"):
-        read_report(tmp_path / "benchmark.json")
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         ({"engines": ("tensorflow",)}, "unknown engine 'tensorflow'"),
-        ({"engines": ()}, "no engine is named"),
+        ({"engines": ("opnx",)}, "unknown engine 'opnx'; did you mean onnx"),
+        ({"engines": ()}, "`engines` is empty"),
         ({"precisions": ("fp8",)}, "unknown precision 'fp8'"),
-        ({"precisions": ()}, "no precision is named"),
-        ({"precisions": ("int8",)}, "give --calibration"),
-        ({"batch_sizes": (0,)}, "batch size is 0"),
-        ({"batch_sizes": ()}, "no batch size"),
-        ({"threads": (-1,)}, "threads is -1"),
-        ({"rounds": 0}, "rounds is 0"),
-        ({"max_workers": 1}, "max_workers is 1"),
-        ({"device": "mps"}, "--device mps"),
-        ({"cvnets": "nowhere"}, "no clone of https://github.com/apple/ml-cvnets"),
+        ({"precisions": ()}, "`precisions` is empty"),
+        ({"precisions": ("int8",)}, "give `calibration`"),
+        ({"batch_sizes": (0,)}, "`batch_sizes` is 0"),
+        ({"batch_sizes": ()}, "`batch_sizes` is empty"),
+        ({"threads": (-1,)}, "`threads` is -1"),
+        ({"rounds": 0}, "`rounds` is 0"),
+        ({"max_workers": 1}, "`max_workers` is 1"),
+        ({"device": "mps"}, "mps"),
+        ({"cvnets": Path("nowhere")}, "no clone of https://github.com/apple/ml-cvnets"),
         ({"image_size": (8, 8)}, "too small"),
         ({"engines": ("eager",), "precisions": ("fp16",)}, "nothing to measure: eager has no fp16 on the CPU"),
-        ({"task": "detection", "compare": True}, "--compare is for classification"),
+        ({"task": "detection", "compare": True}, "`compare` is for classification"),
+        ({"task": "detection", "cvnets": Path("nowhere")}, "`cvnets` is for classification"),
+        ({"data": "images"}, "`data` needs a checkpoint"),
     ],
 )
 def test_mistakes_are_told_in_a_line(arguments: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words) as told:
-        benchmark("mobilevit_xxs", **{"engines": ("eager",), **arguments})
+        benchmark("mobilevit_xxs", BenchmarkConfig(**{"engines": ("eager",), **arguments}))
     assert "\n" not in str(told.value)
+
+
+def test_the_command_names_its_flags(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["benchmark", "mobilevit_xxs", "--engines", "eager", "--batch-sizes", "1", "0"]) == 2
+    assert capsys.readouterr().err == "error: --batch-sizes is 0; give 1 or more\n"
+    assert main(["benchmark", "mobilevit_xxs", "--image-size", "8", "9", "--engines", "eager"]) == 2
+    assert "too small" in capsys.readouterr().err
+    assert main(["tune", "no.safetensors", "--max-loss", "2"]) == 2
+    assert capsys.readouterr().err == "error: --max-loss is 2.0; give a share from 0 to 1, such as 0.01\n"
 
 
 def test_engines_that_are_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,32 +191,27 @@ def test_engines_that_are_not_installed(monkeypatch: pytest.MonkeyPatch) -> None
     assert "litert: no_such_package not installed; pip install 'mobilevit[litert]'" in left_out
     with pytest.raises(ValueError, match="pip install"):
         contenders.pick_engines(("litert",), "cpu")
-    assert "openvino: is measured on the CPU only; leave --device out" in contenders.pick_engines(("all",), "cuda")[1]
+    assert "openvino: is measured on the CPU only; leave `device` out" in contenders.pick_engines(("all",), "cuda")[1]
 
 
 def test_who_takes_part(tmp_path: Path) -> None:
     pytest.importorskip("timm")
     pytest.importorskip("transformers")
     model = mobilevit.create_model("mobilevit_xxs")
-    networks, absent = benchmarks._networks(
-        model, (256, 256), tmp_path, with_peers=True, cvnets=None, compare=True, patches=True
-    )
+    networks, absent = benchmarks._networks(model, BenchmarkConfig(compare=True, patches=True), tmp_path)
     assert not absent
     assert [network.label for network in networks] == [
         "mobilevit_xxs", "mobilevit_xxs patches 8, 4, 2", "timm", "timm channels_last", "transformers",
         "MobileNetV2", "DeiT-Ti", "PiT-Ti",
     ]  # fmt: skip
-    entered, _ = contenders.enter(
-        networks, ["eager", "onnx", "pt2"], ["fp32", "int8"], batch_sizes=(1, 4), threads=(1, 2), device="cpu"
-    )
+    config = BenchmarkConfig(precisions=("fp32", "int8"), batch_sizes=(1, 4), threads=(1, 2))
+    entered, _ = contenders.enter(networks, ["eager", "onnx", "pt2"], config, "cpu")
     assert len({(contender.name, contender.case) for contender in entered}) == len(entered)
     assert entered[0].network == networks[0]
     assert not [c for c in entered if c.precision == "int8" and c.network.origin != "mobilevit"]
     assert not [c for c in entered if c.engine == "pt2" and c.network.origin != "mobilevit"]
     other = mobilevit.create_model("mobilevit_xxs", patch_size=(8, 4, 2))
-    networks, absent = benchmarks._networks(
-        other, (256, 256), tmp_path, with_peers=True, cvnets=None, compare=False, patches=True
-    )
+    networks, absent = benchmarks._networks(other, BenchmarkConfig(patches=True), tmp_path)
     assert len(networks) == 1
     assert len(absent) == 2
 
@@ -210,18 +222,17 @@ def test_who_takes_part(tmp_path: Path) -> None:
 def test_a_worker_answers_and_survives_mistakes(checkpoint: Path, tmp_path: Path) -> None:
     contender = dataclasses.replace(EAGER, network=dataclasses.replace(NETWORK, checkpoint=str(checkpoint)))
     missing = dataclasses.replace(EAGER, network=dataclasses.replace(NETWORK, checkpoint=str(tmp_path / "none.pt")))
-    requests = [
-        {"do": "load", "contender": missing.to_dict(), "answers": str(tmp_path / "a.npz")},
-        {"do": "load", "contender": contender.to_dict(), "answers": str(tmp_path / "a.npz")},
-        {"do": "time", "runs": 3},
-    ]
-    replies = io.StringIO()
-    worker.serve(io.StringIO("".join(json.dumps(request) + "\n" for request in requests)), replies)
-    failed, loaded, timed = (json.loads(line) for line in replies.getvalue().splitlines())
-    assert "none.pt" in failed["error"]
-    assert loaded["weight_bytes"] > 10**6
-    assert len(timed["milliseconds"]) == 3
-    assert timed["gpu_memory"] is None
+    requests = [("load", (missing,)), ("load", (contender,)), ("time", (3,))]
+    replies = io.BytesIO()
+    worker.serve(io.BytesIO(b"".join(map(pickle.dumps, requests))), replies)
+    replies.seek(0)
+    (failed, message), (loads, loaded), (times, turn) = (pickle.load(replies) for _ in range(3))
+    assert (failed, loads, times) == (False, True, True)
+    assert "none.pt" in message
+    assert loaded.weight_bytes > 10**6
+    assert [part.shape for part in loaded.answers] == [(1, 3)]
+    assert len(turn.times_ms) == 3
+    assert turn.gpu_memory is None
 
 
 @pytest.mark.parametrize("origin", ["timm", "transformers"])
@@ -273,10 +284,10 @@ def test_a_clone_of_cvnets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no such signals")
 def test_the_death_of_a_worker_is_explained() -> None:
-    with Worker(1) as process:
+    with closing(Worker(1)) as process:
         os.kill(process.pid, signal.SIGKILL)
-        with pytest.raises(WorkerError, match=r"its process ended \(SIGKILL, perhaps for want of memory\)"):
-            process.ask("time", runs=1)
+        with pytest.raises(WorkerError, match=r"its process ended \(SIGKILL, perhaps out of memory\)"):
+            process.ask("time", 1)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
@@ -299,7 +310,7 @@ def test_a_worker_does_not_outlive_its_parent() -> None:
     pytest.fail("still there after a minute")
 
 
-def test_who_dies_between_turns_does_not_stop_the_others(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_who_dies_between_turns_does_not_stop_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     class Scripted:
         """A worker whose third turn is its last if it runs bf16."""
 
@@ -307,50 +318,60 @@ def test_who_dies_between_turns_does_not_stop_the_others(monkeypatch: pytest.Mon
             self.turns = 0
             self.mortal = False
 
-        def ask(self, do: str, **details: Any) -> dict[str, Any]:
-            if do == "load":
-                self.mortal = details["contender"]["precision"] == "bf16"
-                if details["contender"]["precision"] == "fp16":
+        def ask(self, method: str, argument: Any) -> Any:
+            if method == "load":
+                self.mortal = argument.precision == "bf16"
+                if argument.precision == "fp16":
                     raise WorkerError("no such thing")
-                return {"seconds": 1.0, "milliseconds": 10.0, "weight_bytes": 1, "memory": 1, "gpu_memory": None}
+                warm_up = worker.Turn(times_ms=[10.0], memory=1, gpu_memory=None)
+                answers = [np.array([2.0, -4.0 if argument.precision == "fp32" else -3.0])]
+                return worker.Loaded(seconds=1.0, weight_bytes=1, answers=answers, warm_up=warm_up)
             self.turns += 1
             if self.mortal and self.turns == 3:
                 raise WorkerError("its process ended")
-            return {"milliseconds": [10.0, 12.0, 11.0], "memory": 2, "gpu_memory": None}
+            return worker.Turn(times_ms=[10.0, 12.0, 11.0], memory=2, gpu_memory=None)
 
         def close(self) -> None: ...
 
     monkeypatch.setattr(rounds, "Worker", Scripted)
     entered = [dataclasses.replace(EAGER, precision=precision) for precision in ("fp32", "bf16", "fp16", "int8")]
-    results = measure(entered, rounds=4, folder=tmp_path, max_workers=2)
+    results = measure(entered, rounds=4, max_workers=2)
     assert [type(result) for result in results] == [Measurement, Failure, Failure, Measurement]
     assert isinstance(results[3], Measurement)
-    assert results[3].speedup == 1.0
+    assert (results[3].speedup, results[3].deviation, results[3].memory, results[3].runs) == (1.0, 0.25, 2, 12)
+    assert isinstance(results[0], Measurement)
+    assert results[0].deviation == 0.0
     # Without its baseline, a contender has no ratio.
-    results = measure([entered[2], entered[0]], rounds=4, folder=tmp_path)
+    results = measure([entered[2], entered[0]], rounds=4)
     assert isinstance(results[1], Measurement)
     assert results[1].speedup is None
 
 
 def test_an_export_that_fails(tmp_path: Path) -> None:
     contender = dataclasses.replace(EAGER, engine="onnx", network=dataclasses.replace(NETWORK, checkpoint="none.pt"))
-    (failure,) = export_all([contender], tmp_path)
-    assert isinstance(failure, Failure)
+    ready, (failure,) = benchmarks._export_all([EAGER, contender], tmp_path, None)
+    assert ready == [EAGER]
+    assert failure.contender == contender
     assert failure.reason.startswith("export: ")
 
 
-# -- the image ------------------------------------------------------------------------------------------------------
+# -- the plot ---------------------------------------------------------------------------------------------------------
 
 
-def test_images_with_and_without_accuracy(tmp_path: Path) -> None:
+def test_plots_with_and_without_accuracy(tmp_path: Path) -> None:
     bars = _report(_measurement("eager", 10), _measurement("onnx", 5, speedup=None), _measurement("onnx", 9, threads=2))
-    bars.save(tmp_path / "bars")
     other = dataclasses.replace(NETWORK, label="$other", published_top1=0.7)
     both = _report(
         _measurement("eager", 10, network=dataclasses.replace(NETWORK, published_top1=0.69)),
         _measurement("onnx", 5, network=other, precision="int8"),
         _measurement("onnx", 9, threads=2),
     )
-    both.save(tmp_path / "both")
-    assert read_report(tmp_path / "both" / "benchmark.json") == both
-    assert all((tmp_path / name / "benchmark.png").is_file() for name in ("bars", "both"))
+    sizes = {}
+    for name, report in (("bars", bars), ("both", both)):
+        save_plot(report, tmp_path / f"{name}.png")
+        with Image.open(tmp_path / f"{name}.png") as image:
+            sizes[name] = image.size
+    assert sizes["both"][0] > 1.5 * sizes["bars"][0]
+    heading, rows = both.table((1, 1))
+    assert [row[heading.index("engine")] for row in rows] == ["onnx", "eager"]
+    assert both.notes() == ["failed: mobilevit_xxs eager fp32: why", "left out: litert: not installed"]

@@ -7,6 +7,7 @@ import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,8 @@ import torch
 
 import mobilevit
 from mobilevit.benchmarking import tune as tuning
-from mobilevit.benchmarking.rounds import Measurement
+from mobilevit.benchmarking.config import TuneConfig
+from mobilevit.benchmarking.measurement import Measurement
 from mobilevit.benchmarking.tune import Tuned, tune
 from mobilevit.imaging.preprocessing import Preprocessing
 from mobilevit.runtime.tuned import find_tuned, tuned_file
@@ -46,7 +48,8 @@ def tuned(checkpoint: Path) -> Tuned:
             ]
 
         patch.setattr(tuning, "measure", onnx_wins)
-        return tune(checkpoint, engines=("onnx",), precisions=("fp32", "bf16", "int8"), threads=1, rounds=2)
+        config = TuneConfig(engines=("onnx",), precisions=("fp32", "bf16", "int8"), threads=1, rounds=2)
+        return tune(checkpoint, config)
 
 
 @pytest.fixture
@@ -62,7 +65,7 @@ def test_the_winner_is_kept_and_found(tuned: Tuned, checkpoint: Path) -> None:
     assert tuned.artifact == checkpoint.parent / "five.tuned" / "five.onnx"
     assert find_tuned(checkpoint) == (tuned.artifact, 1)
     assert [(m.contender.engine, m.contender.threads) for m in tuned.measurements] == [("onnx", 1), ("eager", 1)]
-    assert dict(tuned.dropped) == {"int8": "not tried, as no --calibration images were given"}
+    assert dict(tuned.dropped) == {"int8": "not tried, as no calibration images were given"}
     assert sorted(p.name for p in checkpoint.parent.iterdir()) == ["five.safetensors", "five.tuned", "five.tuned.json"]
     heading, rows = tuned.table()
     assert all(len(row) == len(heading) for row in rows)
@@ -115,38 +118,44 @@ def test_no_result_or_pytorch_the_fastest(
     assert find_tuned(checkpoint) is None
 
 
-def test_what_loses_too_much_is_dropped(checkpoint: Path, tmp_path: Path) -> None:
-    def evaluate(session: Any, card: Any, label: str) -> dict[str, float]:
-        return {"top1": 0.9 if label == "PyTorch" else 0.8}
-
-    found = tune(
-        checkpoint,
-        out=tmp_path / "out",
-        engines=("onnx",),
-        precisions=("fp32",),
-        threads=1,
-        rounds=1,
-        evaluate=evaluate,
-    )
-    assert found.engine == "eager"
+def test_what_loses_too_much_is_dropped(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "_loss", lambda _: 0.1)
+    config = TuneConfig(out=tmp_path / "out", engines=("onnx",), precisions=("fp32",), threads=1, rounds=1)
+    found = tune(checkpoint, config)
+    assert found.fastest.contender.engine == "eager"
     assert found.artifact is None
     assert found.dropped == (("onnx fp32", "loses 10.00%, where 1.00% is allowed"),)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["five.tuned.json"]
+    values = json.loads(found.path.read_text())
+    assert (values["engine"], values["precision"], values["threads"]) == ("eager", "fp32", 1)
+    assert (values["artifact"], values["losses"], values["speedup"]) == (None, {"onnx fp32": 0.1}, 1.0)
+
+
+def test_loss_is_of_accuracy_if_that_was_measured() -> None:
+    parity = SimpleNamespace(agreement=0.98)
+    artifact = SimpleNamespace(card=SimpleNamespace(task="detection"))
+    report = SimpleNamespace(artifact=artifact, parity=parity, metrics={}, torch_metrics={})
+    assert tuning._loss(report) == pytest.approx(0.02)  # type: ignore[arg-type]
+    report.metrics, report.torch_metrics = {"ap": 0.55}, {"ap": 0.6}
+    assert tuning._loss(report) == pytest.approx(0.05)  # type: ignore[arg-type]
+    report.metrics = {"ap": 0.65}
+    assert tuning._loss(report) == 0  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"max_loss": 2}, "max_loss is 2"),
-        ({"batch_size": 0}, "batch_size is 0"),
-        ({"threads": 0}, "threads is 0"),
-        ({"rounds": 0}, "rounds is 0"),
+        ({"max_loss": 2}, "`max_loss` is 2"),
+        ({"batch_size": 0}, "`batch_size` is 0"),
+        ({"threads": 0}, "`threads` is 0"),
+        ({"rounds": 0}, "`rounds` is 0"),
         ({"precisions": ("fp8",)}, "unknown precision 'fp8'"),
         ({"engines": ("compile",)}, "compiles anew"),
         ({"engines": ("tvm",)}, "unknown engine 'tvm'"),
+        ({"engines": ("opnvino",)}, "did you mean openvino?"),
     ],
 )
 def test_mistakes_are_told_in_a_line(arguments: dict[str, Any], words: str, checkpoint: Path) -> None:
     with pytest.raises(ValueError, match=words) as told:
-        tune(checkpoint, **arguments)
+        tune(checkpoint, TuneConfig(**arguments))
     assert "\n" not in str(told.value)

@@ -1,4 +1,4 @@
-"""What is timed: a network in an engine, at a precision, with so many images and threads."""
+"""Networks, engines and precisions that are timed side by side."""
 
 from __future__ import annotations
 
@@ -6,27 +6,27 @@ import importlib.util
 import itertools
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
-from mobilevit.errors import MobileViTError
+from mobilevit.benchmarking.config import BenchmarkConfig, Precision
+from mobilevit.card import ModelCard
+from mobilevit.errors import MobileViTError, did_you_mean
 from mobilevit.exporting.export import FORMATS
+from mobilevit.machine import available_cores
 from mobilevit.runtime.artifact import Format
 
 Engine = Literal["eager", "compile", "onnx", "openvino", "executorch", "litert", "pt2"]
-"""PyTorch as it is, PyTorch through `torch.compile`, or the runtime of an exported format."""
-
-Precision = Literal["fp32", "bf16", "fp16", "int8"]
+"""PyTorch as it is, PyTorch through `torch.compile`, or the engine of an exported format."""
 
 Origin = Literal["mobilevit", "timm", "transformers", "cvnets"]
-"""Whose code the network is."""
+"""Whose code a network is."""
 
 ENGINES: tuple[Engine, ...] = get_args(Engine)
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
-CUDA_ENGINES: tuple[Engine, ...] = ("eager", "compile", "onnx", "pt2")
-PEER_ENGINES: tuple[Engine, ...] = ("eager", "compile", "onnx", "openvino")
-"""Peers come to the other formats by no road that their users take."""
+_CUDA_ENGINES = ("eager", "compile", "onnx", "pt2")
+_PEER_ENGINES = ("eager", "compile", "onnx", "openvino")  # users of peers have no way to the others
 
 _PACKAGES: dict[Engine, tuple[str, ...]] = {
     "eager": (),
@@ -42,30 +42,42 @@ _PACKAGES: dict[Engine, tuple[str, ...]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Network:
-    """Whose network, with which weights."""
+    """An implementation of a network, with its weights."""
 
     label: str
-    """What people call it; each has its own."""
+    """Its unique name in the report."""
     origin: Origin
     architecture: str
-    """A key of `MODELS`, or a name of timm's."""
+    """A key of `MODELS`, or a name of timm."""
     image_size: tuple[int, int]
     """(height, width) of the input in pixels."""
     checkpoint: str | None = None
-    """File of this package whose weights it gets, whoever's code it is; None: fresh weights."""
+    """File of this package with its weights, whoever's code it is; None: fresh weights."""
     weights: str = ""
-    """What its answers may be compared with: networks with the same word here compute the same."""
+    """Networks with the same word here compute the same answers."""
     channels_last: bool = False
-    """Memory layout of weights and images; ours are always channels-last."""
+    """Memory layout of a peer's weights and images; ours are always channels-last."""
     clone: str | None = None
-    """Of ml-cvnets: its folder."""
+    """Folder of ml-cvnets."""
     published_top1: float | None = None
     """0..1, on ImageNet, if it is to be shown."""
 
 
+def our_network(card: ModelCard, checkpoint: Path) -> Network:
+    """Describe a model of this package whose weights lie in a file."""
+    return Network(
+        label=card.name,
+        origin="mobilevit",
+        architecture=card.name,
+        image_size=card.preprocessing.size,
+        checkpoint=str(checkpoint),
+        weights=checkpoint.stem,
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Contender:
-    """One of those that are timed in turns."""
+    """A network in an engine, at a precision, with a number of images and threads."""
 
     network: Network
     engine: Engine
@@ -78,59 +90,51 @@ class Contender:
 
     @property
     def name(self) -> str:
-        """Network, engine and precision; unique among contenders with the same batch and threads."""
+        """Network, engine and precision; unique among contenders of the same case."""
         return f"{self.network.label} {self.engine} {self.precision}"
 
     @property
     def case(self) -> tuple[int, int]:
-        """Batch size and threads: those who share them are compared."""
+        """Batch size and threads: contenders with the same are compared."""
         return self.batch_size, self.threads
 
     @property
     def format(self) -> Format | None:
-        """What to export to; None: PyTorch runs it as it is."""
-        return format_of(self.engine)
+        """The format to export to; None: PyTorch runs the model itself."""
+        return None if self.engine == "eager" or self.engine == "compile" else self.engine
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON; `from_dict` reads them back."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Contender:
-        """The inverse of `to_dict`."""
-        network = values["network"]
-        height, width = network["image_size"]
-        return cls(**{**values, "network": Network(**{**network, "image_size": (height, width)})})
-
-
-def format_of(engine: Engine) -> Format | None:
-    """What to export to for an engine; None: PyTorch runs the model itself."""
-    return None if engine == "eager" or engine == "compile" else engine
+    @property
+    def of_file(self) -> Contender:
+        """The same for all contenders that share an exported file."""
+        # Engines on a CPU divide a batch into images, with one thread for each.
+        whole = self.engine == "pt2" or self.device != "cpu"
+        return replace(self, threads=1, batch_size=self.batch_size if whole else 1, artifact=None)
 
 
 def missing(engine: Engine, device: str = "cpu") -> str:
-    """Why an engine cannot run here, with a remedy; empty if it can."""
+    """Say why an engine cannot run here, with a remedy; empty if it can."""
     absent = [module for module in _PACKAGES[engine] if importlib.util.find_spec(module) is None]
     if absent:
         return f"{engine}: {' and '.join(absent)} not installed; pip install 'mobilevit[{engine}]'"
     if engine == "compile" and device == "cpu" and not any(map(shutil.which, ("g++", "c++", "clang++", "cl"))):
         return "compile: no C++ compiler here; install g++ or clang++"
-    if device != "cpu" and engine not in CUDA_ENGINES:
-        return f"{engine}: is measured on the CPU only; leave --device out"
+    if device != "cpu" and engine not in _CUDA_ENGINES:
+        return f"{engine}: is measured on the CPU only; leave `device` out"
     return ""
 
 
 def pick_engines(wanted: Sequence[str], device: str) -> tuple[list[Engine], list[str]]:
-    """The engines a user named, and lines on those that "all" had to leave out.
+    """Find the engines that a user named, and say which of "all" are left out, and why.
 
     Raises:
-        ValueError: one is unknown, or was named and is not installed.
+        MobileViTError: one is unknown, or was named and is not installed.
     """
+    choose = f"choose all, or from {', '.join(ENGINES)}"
     if not wanted:
-        raise MobileViTError(f"no engine is named; choose all, or from {', '.join(ENGINES)}")
+        raise MobileViTError(f"`engines` is empty; {choose}")
     for name in wanted:
         if name not in (*ENGINES, "all"):
-            raise MobileViTError(f"unknown engine {name!r}; choose all, or from {', '.join(ENGINES)}")
+            raise MobileViTError(f"unknown engine {name!r}; {did_you_mean(name, ENGINES)}{choose}")
     named = ENGINES if "all" in wanted else [engine for engine in ENGINES if engine in wanted]
     why = {engine: missing(engine, device) for engine in named}
     left_out = [reason for reason in why.values() if reason]
@@ -139,59 +143,55 @@ def pick_engines(wanted: Sequence[str], device: str) -> tuple[list[Engine], list
     return [engine for engine in named if not why[engine]], left_out
 
 
+def check_precisions(names: Sequence[str]) -> None:
+    """Raise a `MobileViTError` unless all are known."""
+    for name in names:
+        if name not in PRECISIONS:
+            raise MobileViTError(f"unknown precision {name!r}; choose from {', '.join(PRECISIONS)}")
+
+
 def has_precision(engine: Engine, precision: Precision, device: str) -> bool:
-    """Whether an engine computes in it there."""
-    its_format = format_of(engine)
-    if its_format is None:
+    """Whether an engine computes in a precision on a device."""
+    if engine == "eager" or engine == "compile":
         return precision in (("fp32", "bf16") if device == "cpu" else ("fp32", "bf16", "fp16"))
-    return precision in FORMATS[its_format].precisions
+    return precision in FORMATS[engine].precisions
 
 
 def enter(
-    networks: Sequence[Network],
-    engines: Sequence[Engine],
-    precisions: Sequence[Precision],
-    *,
-    batch_sizes: Sequence[int],
-    threads: Sequence[int],
-    device: str,
+    networks: Sequence[Network], engines: Sequence[Engine], config: BenchmarkConfig, device: str
 ) -> tuple[list[Contender], list[str]]:
-    """Everyone who takes part, the baseline of each case first, and lines on what there is not.
+    """List all contenders, the baseline of each case first, and a line on every combination that does not exist.
 
-    The baseline is the first network in plain PyTorch in float32, where that takes part.
+    The baseline is the first network in plain PyTorch in float32, if that takes part.
     """
+    combinations = list(itertools.product(engines, [p for p in PRECISIONS if p in config.precisions]))
     left_out = [
         f"{engine} has no {precision}" + (" on the CPU" if device == "cpu" and engine in ("eager", "compile") else "")
-        for engine, precision in itertools.product(engines, precisions)
+        for engine, precision in combinations
         if not has_precision(engine, precision, device)
     ]
-    contenders = []
-    for batch_size, count in itertools.product(batch_sizes, threads):
-        for engine, precision, network in itertools.product(engines, precisions, networks):
-            ours = network.origin == "mobilevit"
-            if not has_precision(engine, precision, device) or not (ours or engine in PEER_ENGINES):
-                continue
-            # What int8 costs depends on the layers that stay in floating point, which are chosen for our own model;
-            # and a memory layout is PyTorch's affair.
-            if not ours and (precision == "int8" or (network.label.endswith("channels_last") and engine != "eager")):
-                continue
-            contenders.append(
-                Contender(
-                    network=network,
-                    engine=engine,
-                    precision=precision,
-                    batch_size=batch_size,
-                    threads=count,
-                    device=device,
-                )
-            )
+    contenders = [
+        Contender(
+            network=network,
+            engine=engine,
+            precision=precision,
+            batch_size=batch_size,
+            threads=threads,
+            device=device,
+        )
+        for batch_size, threads in itertools.product(config.batch_sizes, config.threads or [available_cores()])
+        for engine, precision in combinations
+        for network in networks
+        if has_precision(engine, precision, device) and _takes_part(network, engine, precision)
+    ]
     return contenders, left_out
 
 
-def size_of(artifact: str) -> int:
-    """Bytes of an exported file, with what belongs to it."""
-    path = Path(artifact)
-    if path.is_dir():
-        return sum(part.stat().st_size for part in path.rglob("*") if part.is_file())
-    weights = path.with_suffix(".bin")
-    return path.stat().st_size + (weights.stat().st_size if path.suffix == ".xml" and weights.is_file() else 0)
+def _takes_part(network: Network, engine: Engine, precision: Precision) -> bool:
+    """Whether a peer is measured there; ours is everywhere."""
+    if network.origin == "mobilevit":
+        return True
+    # The layers that stay in floating point, which decide what int8 costs, are chosen for our own model; and memory
+    # layouts are for PyTorch alone.
+    layout_matters = network.label.endswith("channels_last")
+    return engine in _PEER_ENGINES and precision != "int8" and (engine == "eager" or not layout_matters)

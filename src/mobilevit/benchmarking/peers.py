@@ -1,52 +1,79 @@
-"""Other implementations of MobileViT, and the networks it is compared with, made as their users make them."""
+"""Other implementations of MobileViT, and the networks it is compared with, built as their users build them."""
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import importlib.util
 import os
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from mobilevit.errors import MobileViTError
+from mobilevit.benchmarking.contenders import Network
+from mobilevit.errors import MissingPackageError, MobileViTError
 from mobilevit.models import MODELS
-
-PEERS = ("timm", "transformers")
-"""Those that are packages; ml-cvnets is a folder."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Compared:
-    """A network of another architecture, from timm."""
-
-    label: str
-    image_size: tuple[int, int]
-    published_top1: float
-
-
-COMPARED: dict[str, Compared] = {
-    "mobilenetv2_100": Compared(label="MobileNetV2", image_size=(224, 224), published_top1=0.733),
-    "deit_tiny_patch16_224": Compared(label="DeiT-Ti", image_size=(224, 224), published_top1=0.722),
-    "pit_ti_224": Compared(label="PiT-Ti", image_size=(224, 224), published_top1=0.730),
-}
-"""What the paper compares MobileViT with for speed (arXiv:2110.02178, table 3), by their names in timm."""
 
 PUBLISHED_TOP1 = {"mobilevit_xxs": 0.690, "mobilevit_xs": 0.748, "mobilevit_s": 0.784}
 """On ImageNet, by the paper."""
 
+_COMPARED = (
+    ("mobilenetv2_100", "MobileNetV2", 0.733),
+    ("deit_tiny_patch16_224", "DeiT-Ti", 0.722),
+    ("pit_ti_224", "PiT-Ti", 0.730),
+)
+"""Networks that the paper compares MobileViT with for speed (arXiv:2110.02178, table 3): name in timm, label, top-1."""
 
-def is_installed(package: str) -> bool:
-    """Whether a package can be imported; it is not imported for that."""
+_CVNETS_CONFIG = Path("config", "classification", "imagenet", "mobilevit.yaml")
+_CVNETS_MODES = {"mobilevit_xxs": "xx_small", "mobilevit_xs": "x_small", "mobilevit_s": "small"}
+
+
+def installed_peers(ours: Network) -> tuple[list[Network], list[str]]:
+    """List the peers of our network that are installed, and a line on each that is not."""
+    networks, absent = [], []
+    if _is_installed("timm"):
+        networks.append(dataclasses.replace(ours, label="timm", origin="timm"))
+        networks.append(dataclasses.replace(ours, label="timm channels_last", origin="timm", channels_last=True))
+    else:
+        absent.append("timm: not installed; pip install 'mobilevit[peers]'")
+    if _is_installed("transformers"):
+        networks.append(dataclasses.replace(ours, label="transformers", origin="transformers"))
+    else:
+        absent.append("transformers: not installed; pip install 'mobilevit[peers]'")
+    return networks, absent
+
+
+def compared_networks() -> list[Network]:
+    """List the networks that the paper compares MobileViT with.
+
+    Raises:
+        MissingPackageError: timm is not installed.
+    """
+    if not _is_installed("timm"):
+        raise MissingPackageError("`compare` takes its networks from timm; pip install 'mobilevit[peers]'")
+    return [
+        Network(
+            label=label,
+            origin="timm",
+            architecture=name,
+            image_size=(224, 224),
+            weights=name,
+            channels_last=True,  # faster for convolutions, and no slower for the others
+            published_top1=top1,
+        )
+        for name, label, top1 in _COMPARED
+    ]
+
+
+def _is_installed(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
 
 
 def timm_model(name: str, num_classes: int = 1000) -> nn.Module:
-    """timm's, as `timm.create_model` gives it."""
+    """Build the model of timm."""
     import timm
 
     model: nn.Module = timm.create_model(name, num_classes=num_classes)
@@ -54,7 +81,7 @@ def timm_model(name: str, num_classes: int = 1000) -> nn.Module:
 
 
 class Logits(nn.Module):
-    """transformers' model, returning the tensor of logits alone."""
+    """The model of transformers, returning the tensor of logits alone."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -66,7 +93,7 @@ class Logits(nn.Module):
 
 
 def transformers_model(name: str, num_classes: int = 1000) -> nn.Module:
-    """transformers', configured to the same sizes."""
+    """Build the model of transformers, configured to the same sizes."""
     from transformers import MobileViTConfig, MobileViTForImageClassification
 
     ours = MODELS[name]
@@ -79,33 +106,29 @@ def transformers_model(name: str, num_classes: int = 1000) -> nn.Module:
     return Logits(MobileViTForImageClassification(config))
 
 
-_CVNETS_CONFIG = Path("config", "classification", "imagenet", "mobilevit.yaml")
-_CVNETS_MODES = {"mobilevit_xxs": "xx_small", "mobilevit_xs": "x_small", "mobilevit_s": "small"}
-
-
 def check_cvnets(clone: str | os.PathLike[str]) -> Path:
-    """The folder itself, made absolute.
+    """Make the folder absolute.
 
     Raises:
-        ValueError: it is not what https://github.com/apple/ml-cvnets has.
+        MobileViTError: it is not a clone of https://github.com/apple/ml-cvnets.
     """
     folder = Path(clone).resolve()
     for part in (Path("cvnets", "models"), Path("options", "opts.py"), _CVNETS_CONFIG):
         if not (folder / part).exists():
             raise MobileViTError(
-                f"--cvnets {clone}: no clone of https://github.com/apple/ml-cvnets, as it has no {part.as_posix()}"
+                f"{clone}: no clone of https://github.com/apple/ml-cvnets, as it has no {part.as_posix()}"
             )
     return folder
 
 
 def cvnets_model(name: str, clone: str | os.PathLike[str], num_classes: int = 1000) -> nn.Module:
-    """Apple's, from a clone of ml-cvnets, by its own configuration file.
+    """Build Apple's model from a clone of ml-cvnets, by its own configuration file.
 
     Puts the clone first on `sys.path`; its modules have names such as `utils` and `data`, so call this only in a
     process that does nothing else.
 
     Raises:
-        ValueError: not such a clone, or it cannot be imported.
+        MobileViTError: it is no such clone, or cannot be imported.
     """
     folder = check_cvnets(clone)
     sys.path.insert(0, str(folder))
@@ -113,9 +136,7 @@ def cvnets_model(name: str, clone: str | os.PathLike[str], num_classes: int = 10
         arguments = importlib.import_module("options.opts").get_training_arguments
         get_model = importlib.import_module("cvnets").get_model
     except ImportError as error:
-        raise MobileViTError(
-            f"--cvnets {clone}: cannot be imported ({error}); pip install what its requirements.txt names"
-        ) from None
+        raise MobileViTError(f"{clone}: cannot be imported ({error}); pip install its requirements.txt") from None
     options = arguments(args=["--common.config-file", str(folder / _CVNETS_CONFIG)])
     setattr(options, "model.classification.mit.mode", _CVNETS_MODES[name])
     setattr(options, "model.classification.n_classes", num_classes)
@@ -123,9 +144,8 @@ def cvnets_model(name: str, clone: str | os.PathLike[str], num_classes: int = 10
     return model
 
 
+@torch.no_grad()
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Fill a peer with weights under its own names."""
+    """Load weights under the peer's own names."""
     inner = model.model if isinstance(model, Logits) else model
-    assert isinstance(inner, nn.Module)
-    with torch.no_grad():
-        inner.load_state_dict(dict(weights))
+    inner.load_state_dict(dict(weights))

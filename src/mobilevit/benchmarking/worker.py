@@ -1,21 +1,22 @@
-"""What runs in a process of its own: one contender, which is loaded, warmed up, and timed whenever it is asked to.
+"""The process of one contender: it exports or loads a network, warms it up, and times runs when asked.
 
-`python -m mobilevit.benchmarking.worker` reads requests from standard input, one line of JSON each, and answers each
-with a line. It ends when its input does, so it outlives nobody who started it.
+`mobilevit.benchmarking.rounds.Worker` starts it and sends requests on its standard input: pickled pairs of a method of
+`Runner` and arguments. The process ends when its input does, so it never outlives its parent.
 """
 
 from __future__ import annotations
 
 import itertools
-import json
 import os
+import pickle
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, TextIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -24,60 +25,76 @@ from torch import Tensor, nn
 
 from mobilevit import factory
 from mobilevit.benchmarking import peers
-from mobilevit.benchmarking.contenders import Contender, Network, size_of
+from mobilevit.benchmarking.contenders import Contender, Network
 from mobilevit.card import ModelCard, card_of, default_classes
+from mobilevit.errors import MobileViTError, one_line
 from mobilevit.exporting.export import export
 from mobilevit.exporting.graph import ExportGraph
 from mobilevit.exporting.images import parity_pixels
 from mobilevit.imaging.preprocessing import Preprocessing
+from mobilevit.machine import peak_memory
 from mobilevit.models.inputs import normalize
-from mobilevit.runtime.artifact import read_sidecar
-from mobilevit.runtime.backends import open_backend
+from mobilevit.runtime.artifact import artifact_files, read_sidecar
+from mobilevit.runtime.engine import open_engine
 from mobilevit.weights.convert import convert_state_dict
 
-KEPT_ANSWERS = 4
-"""Images whose answers are handed over, to be compared with others'."""
+AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
-_WARM_UP_SECONDS = 1.0
-_AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_KEPT_ANSWERS = 4
+_WARM_UP_MS = 1000.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Turn:
+    """Some runs of a contender."""
+
+    times_ms: list[float]
+    memory: int
+    """Most bytes that the process has held so far; 0 where the system does not say."""
+    gpu_memory: int | None
+    """Most bytes of tensors on the GPU so far, without the driver's share; None: there is no GPU."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loaded:
+    """A contender that is warmed up."""
+
+    seconds: float
+    """From loading to the first answer, compilation included."""
+    weight_bytes: int
+    """Of the exported file, or of the weights in memory."""
+    answers: list[NDArray[Any]]
+    """Outputs for the first few images, to compare contenders by."""
+    warm_up: Turn
 
 
 def main() -> None:
-    """Serve until the input ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's affair, which then ends this process
-    replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # what libraries print must not get among the replies
-    serve(sys.stdin, replies)
+    """Answer requests until the input ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # at Ctrl-C the parent ends this process
+    replies = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # keeps what libraries print out of the replies
+    serve(sys.stdin.buffer, replies)
 
 
-def serve(requests: TextIO, replies: TextIO) -> None:
-    """Answer each line; an error is an answer, too."""
-    ready: Ready | None = None
-    for line in requests:
-        request = json.loads(line)
+def serve(requests: BinaryIO, replies: BinaryIO) -> None:
+    """Answer each request with a pair: whether it succeeded, and the result or the message of the error."""
+    runner = Runner()
+    while True:
         try:
-            if request["do"] == "load":
-                ready = Ready(Contender.from_dict(request["contender"]))
-                answer = ready.warm_up(Path(request["answers"]))
-            elif request["do"] == "export":
-                answer = export_file(Contender.from_dict(request["contender"]), request)
-            else:
-                assert ready is not None
-                answer = {"milliseconds": ready.time(request["runs"]), **ready.memory()}
+            method, arguments = pickle.load(requests)
+        except EOFError:
+            return
+        try:
+            reply = True, getattr(runner, method)(*arguments)
         except (Exception, SystemExit) as error:  # ml-cvnets leaves the process when something is amiss
-            answer = {"error": one_line(error)}
-        replies.write(json.dumps(answer) + "\n")
+            words = one_line(error, 300)
+            reply = False, words if isinstance(error, MobileViTError) else f"{type(error).__name__}: {words}"
+        pickle.dump(reply, replies)
         replies.flush()
 
 
-def one_line(error: BaseException) -> str:
-    """What went wrong; with the kind of error, if nobody wrote the words for users."""
-    words = " ".join(str(error).split())[:300]
-    return words if isinstance(error, ValueError) and words else f"{type(error).__name__}: {words}".removesuffix(": ")
-
-
 def build(network: Network) -> tuple[nn.Module, Preprocessing]:
-    """A network in eval mode, with the weights of its checkpoint; and how its images are prepared."""
+    """Build a network in eval mode with the weights of its checkpoint, and the preprocessing of its images."""
     preprocessing = Preprocessing(size=network.image_size)
     if network.checkpoint is None:
         return peers.timm_model(network.architecture).eval(), preprocessing
@@ -96,29 +113,8 @@ def build(network: Network) -> tuple[nn.Module, Preprocessing]:
     return peer, preprocessing
 
 
-def export_file(contender: Contender, request: dict[str, Any]) -> dict[str, Any]:
-    """Convert a contender's network to its engine's format, in the folder `out`."""
-    network = contender.network
-    model, preprocessing = build(network)
-    if network.origin != "mobilevit":
-        model = Exportable(model, preprocessing)
-    assert contender.format is not None
-    report = export(
-        model,
-        request["out"],
-        format=contender.format,
-        precision=contender.precision,
-        calibration=request["calibration"],
-        image_size=network.image_size,
-        batch_size=request["batch_size"],
-        verify=False,  # answers are compared with those of the other contenders
-        name=request["name"],
-    )
-    return {"path": str(report.path)}
-
-
-class Exportable(nn.Module):
-    """A peer with what an export asks of a model."""
+class _Exportable(nn.Module):
+    """A peer with the attributes that an export needs of a model."""
 
     def __init__(self, network: nn.Module, preprocessing: Preprocessing) -> None:
         super().__init__()
@@ -128,134 +124,116 @@ class Exportable(nn.Module):
         self.card = ModelCard(
             name="peer", task="classification", classes=default_classes(outputs), preprocessing=preprocessing
         )
-        self.backbone = SimpleNamespace(size_multiple=(1, 1))  # a peer says itself what sizes it takes
+        self.backbone = SimpleNamespace(size_multiple=(1, 1))  # a peer itself says which sizes it takes
 
     def forward(self, x: Tensor) -> Tensor:
         logits: Tensor = self.network(x)
         return logits
 
 
-class Ready:
-    """A contender that can run: from a prepared input to outputs, both in the memory of its device.
+class Runner:
+    """The methods that a worker offers. A run goes from prepared images to outputs, in the memory of the device."""
 
-    With a GPU, a run ends when the GPU has finished.
-    """
+    def export(self, contender: Contender, folder: Path, name: str, calibration: Path | None) -> str:
+        """Convert the network to the format of its engine; returns the file."""
+        network = contender.network
+        model, preprocessing = build(network)
+        report = export(
+            model if network.origin == "mobilevit" else _Exportable(model, preprocessing),
+            folder,
+            format=contender.engine,
+            precision=contender.precision,
+            calibration=calibration,
+            image_size=network.image_size,
+            batch_size=contender.batch_size,
+            verify=False,  # answers are compared with those of the other contenders
+            name=name,
+        )
+        return str(report.path)
 
-    def __init__(self, contender: Contender) -> None:
-        self.contender = contender
-        self._start = time.perf_counter()
-        self._on_gpu = contender.device.startswith("cuda")
-        if contender.format is None:
-            self.run, self.weight_bytes = self._in_torch()
+    def load(self, contender: Contender) -> Loaded:
+        """Load a contender and run it until times have settled."""
+        start = time.perf_counter()
+        self._contender, self._on_gpu = contender, contender.device.startswith("cuda")
+        if contender.artifact is None:
+            self._run, weight_bytes = self._in_torch()
         else:
-            self.run, self.weight_bytes = self._in_a_runtime()
-
-    def warm_up(self, answers: Path) -> dict[str, Any]:
-        """Run until times have settled, and write the answers for a few images."""
-        outputs = self.run()
-        started = time.perf_counter() - self._start
-        np.savez(answers, *(part[:KEPT_ANSWERS] for part in _arrays(outputs)))
+            self._run, weight_bytes = self._in_engine(Path(contender.artifact))
+        outputs = self._run()
+        seconds = round(time.perf_counter() - start, 3)
         # Clocks rise, allocators learn sizes, CUDA graphs are captured.
-        times = self.time(2)
-        while sum(times) < _WARM_UP_SECONDS * 1e3 and len(times) < 200:
-            times += self.time(1)
-        return {
-            "seconds": round(started, 3),
-            "milliseconds": min(times),
-            "weight_bytes": self.weight_bytes,
-            **self.memory(),
-        }
+        turn = self.time(2)
+        times = turn.times_ms
+        while sum(times) < _WARM_UP_MS and len(times) < 200:
+            times += self.time(1).times_ms
+        answers = [part[:_KEPT_ANSWERS] for part in _arrays(outputs)]
+        return Loaded(seconds=seconds, weight_bytes=weight_bytes, answers=answers, warm_up=turn)
 
-    def time(self, runs: int) -> list[float]:
-        """Milliseconds of each run, after one that is not counted: others have had the caches since the last turn.
+    def time(self, runs: int) -> Turn:
+        """Time some runs, after one that is not counted: others have used the caches since the last turn.
 
-        A single run is long, and caches are little of it.
+        A single run is long, and caches matter little to it.
         """
         times: list[float] = []
         for counted in [False] * (runs > 1) + [True] * runs:
-            if self._on_gpu:
-                torch.cuda.synchronize()
-            start = time.perf_counter()
-            self.run()
-            if self._on_gpu:
-                torch.cuda.synchronize()
+            start = self._now()
+            self._run()
             if counted:
-                times.append((time.perf_counter() - start) * 1e3)
-        return times
+                times.append((self._now() - start) * 1e3)
+        gpu_memory = torch.cuda.max_memory_allocated() if self._on_gpu else None
+        return Turn(times_ms=times, memory=peak_memory() or 0, gpu_memory=gpu_memory)
 
-    def memory(self) -> dict[str, Any]:
-        """Peaks since the start, in bytes; that of the GPU is of tensors, without the driver's share."""
-        return {"memory": peak_memory(), "gpu_memory": torch.cuda.max_memory_allocated() if self._on_gpu else None}
+    def _now(self) -> float:
+        if self._on_gpu:
+            torch.cuda.synchronize()
+        return time.perf_counter()
 
     def _images(self, preprocessing: Preprocessing) -> Tensor:
-        """Photographs, prepared. Shape: (B, 3, H, W), float32."""
+        """Prepare photographs. Shape: (B, 3, H, W), float32."""
         pixels, _ = parity_pixels(None, preprocessing)
-        pixels = pixels[torch.arange(self.contender.batch_size) % len(pixels)]
-        images = normalize(pixels, preprocessing)
-        # The weights that came from ours were turned to the order of these two, which read images as BGR.
-        return images.flip(1) if self.contender.network.origin in ("transformers", "cvnets") else images
+        images = normalize(pixels[torch.arange(self._contender.batch_size) % len(pixels)], preprocessing)
+        # Weights converted for these two expect BGR.
+        return images.flip(1) if self._contender.network.origin in ("transformers", "cvnets") else images
 
     def _in_torch(self) -> tuple[Callable[[], Any], int]:
-        contender, network = self.contender, self.contender.network
+        contender, network = self._contender, self._contender.network
         torch.set_num_threads(contender.threads)
         device = torch.device(contender.device)
         model, preprocessing = build(network)
         layout = torch.contiguous_format
         if network.origin == "mobilevit":
-            model = ExportGraph(model, image_size=None).eval()  # the same outputs as of exported files
+            model = ExportGraph(model, image_size=None).eval()  # with the outputs of exported files
             layout = torch.channels_last
         elif network.channels_last:
             layout = torch.channels_last
             model = model.to(memory_format=layout)
         model = model.to(device)
         weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
-        # "max-autotune" captures CUDA graphs; on a CPU it takes minutes for little.
-        call: Any = model
+        call: Callable[[Tensor], Any] = model
         if contender.engine == "compile":
+            # "max-autotune" captures CUDA graphs; on a CPU it takes minutes and gains little.
             call = torch.compile(model, mode="max-autotune" if self._on_gpu else "default")
         images = self._images(preprocessing).to(device).contiguous(memory_format=layout)
-        precision = _AMP.get(contender.precision)
+        dtype = AMP_DTYPES.get(contender.precision)
 
-        def run() -> Any:
-            amp = torch.autocast(device.type, dtype=precision, enabled=precision is not None)
-            with torch.inference_mode(), amp:
+        def run() -> object:
+            with torch.inference_mode(), torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
                 return call(images)
 
         return run, weight_bytes
 
-    def _in_a_runtime(self) -> tuple[Callable[[], Any], int]:
-        contender = self.contender
-        assert contender.artifact is not None
-        artifact = read_sidecar(Path(contender.artifact))
-        backend = open_backend(Path(contender.artifact), artifact, threads=contender.threads, device=contender.device)
+    def _in_engine(self, path: Path) -> tuple[Callable[[], Any], int]:
+        artifact = read_sidecar(path)
+        engine = open_engine(path, artifact, threads=self._contender.threads, device=self._contender.device)
         images = np.ascontiguousarray(self._images(artifact.card.preprocessing).numpy())
-        return lambda: backend.run(images), size_of(contender.artifact)
+        return lambda: engine.run(images), sum(part.stat().st_size for part in artifact_files(path))
 
 
 def _arrays(outputs: Any) -> Iterator[NDArray[Any]]:
-    """Of a tensor, a tuple of them, or arrays."""
+    """List the arrays in a tensor, an array, or a tuple or list of them."""
     if isinstance(outputs, Tensor):
         yield outputs.float().numpy(force=True)
     elif isinstance(outputs, np.ndarray):
         yield outputs
     else:
         yield from itertools.chain.from_iterable(map(_arrays, outputs))
-
-
-def peak_memory() -> int:
-    """Most memory this process has held, in bytes; 0 where the system does not tell."""
-    status = Path("/proc/self/status")
-    if status.is_file():  # getrusage would count what the parent held when it started this process
-        for line in status.read_text(encoding="utf-8").splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most if sys.platform == "darwin" else most * 1024
-
-
-if __name__ == "__main__":
-    main()

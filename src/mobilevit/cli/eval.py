@@ -9,9 +9,9 @@ from typing import Literal
 
 from tyro.conf import Positional
 
-from mobilevit.cli.labeled import data_to_evaluate, evaluate_on
 from mobilevit.cli.printing import print_json, print_report
 from mobilevit.errors import MobileViTError
+from mobilevit.labeled import data_to_evaluate, evaluate_on
 
 log = logging.getLogger("mobilevit")
 

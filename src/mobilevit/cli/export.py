@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Literal
 
 from tyro.conf import Positional
 
-from mobilevit.cli.labeled import measure_on
 from mobilevit.cli.options import height_and_width
 from mobilevit.cli.printing import print_json
 from mobilevit.errors import MobileViTError
+from mobilevit.labeled import measure_on
 
 if TYPE_CHECKING:
     from mobilevit.exporting.export import ExportReport

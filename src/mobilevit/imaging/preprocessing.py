@@ -13,6 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from mobilevit.errors import MobileViTError
+
 RESAMPLING = {
     "nearest": Image.Resampling.NEAREST,
     "bilinear": Image.Resampling.BILINEAR,
@@ -81,15 +83,15 @@ class Preprocessing:
 
     def __post_init__(self) -> None:
         if len(self.size) != 2 or min(self.size) < 32:
-            raise ValueError(f"image size {tuple(self.size)} is too small; both sides must be 32 pixels or more")
+            raise MobileViTError(f"image size {tuple(self.size)} is too small; both sides must be 32 pixels or more")
         if not 0 < self.crop_fraction <= 1:
-            raise ValueError(f"crop_fraction is {self.crop_fraction}; it must be above 0 and at most 1")
+            raise MobileViTError(f"crop_fraction is {self.crop_fraction}; it must be above 0 and at most 1")
         if self.resize_mode not in ("crop", "stretch", "pad"):
-            raise ValueError(f"resize_mode is {self.resize_mode!r}; it can be 'crop', 'stretch' or 'pad'")
+            raise MobileViTError(f"resize_mode is {self.resize_mode!r}; it can be 'crop', 'stretch' or 'pad'")
         if self.interpolation not in RESAMPLING:
-            raise ValueError(f"interpolation is {self.interpolation!r}; choose from {', '.join(RESAMPLING)}")
+            raise MobileViTError(f"interpolation is {self.interpolation!r}; choose from {', '.join(RESAMPLING)}")
         if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
-            raise ValueError(f"mean is {self.mean}, std {self.std}; each has three numbers, std's above 0")
+            raise MobileViTError(f"mean is {self.mean}, std {self.std}; each has three numbers, std's above 0")
 
     def placement(self, image: tuple[int, int]) -> Placement:
         """Where an image of (height, width) pixels lands."""

@@ -100,6 +100,13 @@ def is_artifact(path: str | os.PathLike[str]) -> bool:
     return Path(path).suffix.lower() in SUFFIXES
 
 
+def artifact_files(path: Path) -> list[Path]:
+    """List the files of an artifact, without its sidecar."""
+    if path.is_dir():
+        return [part for part in path.rglob("*") if part.is_file()]
+    return [path, path.with_suffix(".bin")] if path.suffix == ".xml" else [path]
+
+
 def sidecar_of(path: Path) -> Path:
     """Where the sidecar of an artifact lies."""
     return path.with_name(path.name + ".json")

@@ -1,4 +1,4 @@
-"""What commands with `--data` share: which labeled images to measure on, and the measuring."""
+"""Choosing the labeled images to measure on, and measuring."""
 
 from __future__ import annotations
 
