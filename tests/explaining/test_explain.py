@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,11 @@ import mobilevit
 from mobilevit.card import ModelCard, card_of
 from mobilevit.cli import main
 from mobilevit.data.shapes import render_scene
-from mobilevit.explaining.explain import Explanation, _answer, _strongest_place, attention_weights, explain
+from mobilevit.explaining.attention import attention_weights
+from mobilevit.explaining.explain import Explanation, _strongest_place, explain
+from mobilevit.explaining.subject import subject_of
 from mobilevit.imaging.preprocessing import Preprocessing
+from mobilevit.models.deeplabv3 import SegmentationOutput
 from mobilevit.models.mobilevit import Attention, unfold
 from mobilevit.models.ssdlite import DetectionOutput
 
@@ -159,11 +163,36 @@ def test_the_object_at_the_pixel_is_explained() -> None:
     output = DetectionOutput(class_logits=logits, box_regression=torch.zeros(1, 2, 4), anchors_cxcywh=anchors)
     card = ModelCard(name="x", task="detection", classes=("a", "b"), preprocessing=Preprocessing(size=(64, 64)))
     for place, label, middle in ((None, "a", 0.25), ((0.7, 0.8), "b", 0.75), ((0.5, 0.5), "a", 0.25)):
-        answer = _answer(card, output, place)
-        assert answer.label == label
-        assert answer.box is not None
-        assert answer.box.tolist() == pytest.approx([middle - 0.1] * 2 + [middle + 0.1] * 2)
-        assert answer.score == pytest.approx(float(answer.target.exp() / (answer.target.exp() + 2)), abs=1e-6)
+        subject = subject_of(output, card, place)
+        assert subject.label == label
+        assert subject.box_xyxy is not None
+        assert subject.box_xyxy.tolist() == pytest.approx([middle - 0.1] * 2 + [middle + 0.1] * 2)
+        odds = math.exp(float(subject.target.detach()))
+        assert subject.score == pytest.approx(odds / (odds + 2), abs=1e-6)
+
+
+def test_the_class_of_a_pixel_or_the_largest_class_is_explained() -> None:
+    logits = torch.zeros(1, 2, 2, 2)
+    logits[0, 1, 0, 0], logits[0, 0, 0, 1], logits[0, 0, 1] = 3.0, 1.0, 2.0
+    card = ModelCard(name="x", task="segmentation", classes=("a", "b"), preprocessing=Preprocessing(size=(32, 32)))
+    for place, label, target in ((None, "a", 5 / 3), ((0.2, 0.2), "b", 3.0), ((0.9, 0.1), "a", 1.0)):
+        subject = subject_of(SegmentationOutput(logits, None), card, place)
+        assert subject.label == label
+        assert float(subject.target) == pytest.approx(target)
+        assert subject.box_xyxy is None
+    assert subject.score == pytest.approx(1 / (1 + math.exp(-1)), abs=1e-6)
+    with pytest.raises(TypeError, match="nothing is known of the output int"):
+        subject_of(1, card, None)
+
+
+def test_names_in_other_scripts_are_drawn(recwarn: pytest.WarningsRecorder, caplog: pytest.LogCaptureFixture) -> None:
+    """With letters where this machine has a font for them; and $ is a dollar."""
+    model = model_of()
+    model.card = replace(model.card, classes=("кот $x", "пёс $x", "птица $x"))  # type: ignore[arg-type,union-attr]
+    drawn = explain(model, IMAGE).draw()
+    assert np.asarray(drawn)[:20].min() < 128
+    assert not [warning for warning in recwarn if "Glyph" in str(warning.message)]
+    assert "findfont" not in caplog.text
 
 
 def test_the_view_shows_what_the_model_sees() -> None:
@@ -208,4 +237,4 @@ def test_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "bad.png: not an image" in capsys.readouterr().err
     (tmp_path / "model.onnx").write_bytes(b"onnx")
     assert main(["explain", str(tmp_path / "model.onnx"), str(tmp_path / "bad.png")]) == 2
-    assert "explain looks inside; give it the checkpoint" in capsys.readouterr().err
+    assert "an exported file cannot be explained; give the checkpoint" in capsys.readouterr().err

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import Any
 
 from mobilevit.benchmarking.contenders import Contender
 from mobilevit.machine import Machine
@@ -42,7 +41,7 @@ class Measurement:
         """At this batch size."""
         return self.contender.batch_size / self.median_ms * 1e3
 
-    def figures(self) -> dict[str, Any]:
+    def figures(self) -> dict[str, object]:
         """Return all numbers but accuracy as plain values for JSON."""
         values = {**asdict(self), "images_per_second": round(self.images_per_second, 3)}
         return {name: value for name, value in values.items() if name not in ("contender", "metrics")}
@@ -105,7 +104,7 @@ class BenchmarkReport:
         failed = dict.fromkeys(f"failed: {failure.contender.name}: {failure.reason}" for failure in self.failures)
         return [*failed, *(f"left out: {line}" for line in self.left_out)]
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """Return plain values for JSON."""
         measurements = [{**asdict(m), **m.figures()} for m in self.measurements]
         return {**asdict(self), "measurements": measurements}

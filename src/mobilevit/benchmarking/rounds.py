@@ -21,11 +21,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from mobilevit.benchmarking.contenders import Contender
 from mobilevit.benchmarking.measurement import Failure, Measurement
-from mobilevit.benchmarking.worker import Loaded, Turn
+from mobilevit.benchmarking.worker import Array, Loaded, Turn
 from mobilevit.machine import free_memory
 from mobilevit.progress import Progress
 
@@ -137,7 +136,7 @@ def measure(
         The result of each, in their order.
     """
     results: dict[Contender, Measurement | Failure] = {}
-    waiting, references = deque(contenders), dict[str, list[NDArray[Any]]]()
+    waiting, references = deque(contenders), dict[str, list[Array]]()
     baseline: _Entry | None = None
     with contextlib.ExitStack() as stack, Progress(label, rounds * len(contenders), "turns") as progress:
         while waiting:
@@ -163,7 +162,7 @@ def measure(
     return [results[contender] for contender in contenders]
 
 
-def _start(contender: Contender, references: dict[str, list[NDArray[Any]]], keeper: contextlib.ExitStack) -> _Entry:
+def _start(contender: Contender, references: dict[str, list[Array]], keeper: contextlib.ExitStack) -> _Entry:
     """Start a process, and compare the answers with those of plain PyTorch in float32, which starts first."""
     worker = Worker(contender.threads)
     try:
@@ -230,7 +229,7 @@ def _result(entry: _Entry, baseline: _Entry | None, rounds: int) -> Measurement 
     )
 
 
-def _deviation(answers: Sequence[NDArray[Any]], reference: Sequence[NDArray[Any]] | None) -> float | None:
+def _deviation(answers: Sequence[Array], reference: Sequence[Array] | None) -> float | None:
     if reference is None or [a.shape for a in answers] != [b.shape for b in reference]:
         return None
     pairs = [(a.astype(np.float64), b.astype(np.float64)) for a, b in zip(answers, reference, strict=True)]

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from mobilevit import factory
 from mobilevit.benchmarking.config import TuneConfig
@@ -79,7 +78,7 @@ class Tuned:
             rows.append(row)
         return ["engine", "precision", "threads", "ms", "half of runs, ms", "x", "loss"], rows
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """Return plain values for JSON."""
         best = self.fastest
         return {

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -37,6 +37,8 @@ from mobilevit.models.inputs import normalize
 from mobilevit.runtime.artifact import artifact_files, read_sidecar
 from mobilevit.runtime.engine import open_engine
 from mobilevit.weights.convert import convert_state_dict
+
+Array = NDArray[np.generic]
 
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -63,7 +65,7 @@ class Loaded:
     """From loading to the first answer, compilation included."""
     weight_bytes: int
     """Of the exported file, or of the weights in memory."""
-    answers: list[NDArray[Any]]
+    answers: list[Array]
     """Outputs for the first few images, to compare contenders by."""
     warm_up: Turn
 
@@ -195,7 +197,7 @@ class Runner:
         # Weights converted for these two expect BGR.
         return images.flip(1) if self._contender.network.origin in ("transformers", "cvnets") else images
 
-    def _in_torch(self) -> tuple[Callable[[], Any], int]:
+    def _in_torch(self) -> tuple[Callable[[], object], int]:
         contender, network = self._contender, self._contender.network
         torch.set_num_threads(contender.threads)
         device = torch.device(contender.device)
@@ -209,7 +211,7 @@ class Runner:
             model = model.to(memory_format=layout)
         model = model.to(device)
         weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
-        call: Callable[[Tensor], Any] = model
+        call: Callable[[Tensor], object] = model
         if contender.engine == "compile":
             # "max-autotune" captures CUDA graphs; on a CPU it takes minutes and gains little.
             call = torch.compile(model, mode="max-autotune" if self._on_gpu else "default")
@@ -222,18 +224,19 @@ class Runner:
 
         return run, weight_bytes
 
-    def _in_engine(self, path: Path) -> tuple[Callable[[], Any], int]:
+    def _in_engine(self, path: Path) -> tuple[Callable[[], object], int]:
         artifact = read_sidecar(path)
         engine = open_engine(path, artifact, threads=self._contender.threads, device=self._contender.device)
         images = np.ascontiguousarray(self._images(artifact.card.preprocessing).numpy())
         return lambda: engine.run(images), sum(part.stat().st_size for part in artifact_files(path))
 
 
-def _arrays(outputs: Any) -> Iterator[NDArray[Any]]:
+def _arrays(outputs: object) -> Iterator[Array]:
     """List the arrays in a tensor, an array, or a tuple or list of them."""
     if isinstance(outputs, Tensor):
         yield outputs.float().numpy(force=True)
     elif isinstance(outputs, np.ndarray):
         yield outputs
     else:
+        assert isinstance(outputs, tuple | list)
         yield from itertools.chain.from_iterable(map(_arrays, outputs))

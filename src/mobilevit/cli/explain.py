@@ -14,14 +14,14 @@ from mobilevit.errors import MobileViTError
 
 @dataclass(frozen=True, kw_only=True)
 class Explain:
-    """Draw what a pixel attends to in every block, layer and head, and which parts of the image decided."""
+    """Draw what a pixel attends to in every block, layer and head, and the evidence in the image for the answer."""
 
     checkpoint: Positional[Path]
     """A .safetensors of this package, or a file of ml-cvnets, timm or transformers."""
     image: Positional[Path]
     """The image."""
     pixel: tuple[int, int] | None = None
-    """x and y of the pixel to look from, counted from 0 at the top left. Without it, where the most decided."""
+    """x and y of the pixel to look from, from 0 at the top left. Without it, where the evidence is strongest."""
     figure: Literal["attention", "patches", "both"] = "attention"
     """attention: what the pixel attends to. patches: how this image is unfolded into sequences, for teaching."""
     out: Path = Path("explanation.png")
@@ -37,7 +37,7 @@ class Explain:
 
         if is_artifact(self.checkpoint):
             raise MobileViTError(
-                f"{self.checkpoint}: explain looks inside; give it the checkpoint it was exported from"
+                f"{self.checkpoint}: an exported file cannot be explained; give the checkpoint it was exported from"
             )
         explanation = explain(factory.load(self.checkpoint), self.image, pixel=self.pixel)
         patches = self.out if self.figure == "patches" else self.out.with_stem(f"{self.out.stem}-patches")
@@ -49,11 +49,11 @@ class Explain:
             print_json(explanation.to_dict())
             return 0
         x, y = explanation.pixel
-        print(f"{explanation.label}  {explanation.score:.1%}, looked at from pixel {x} {y}")
+        print(f"{explanation.label}  {explanation.score:.1%}, attention of pixel {x} {y}")
         for block in explanation.blocks:
             (ph, pw), spread = block.patch_size, block.attended().mean(axis=1)
-            told = ", ".join(f"{value:.1f}" for value in spread)
-            print(f"  {block.name}, patches of {ph} x {pw}: attends to {told} of {block.num_tokens} patches, by layer")
+            means = ", ".join(f"{value:.1f}" for value in spread)
+            print(f"  {block.name}, patches of {ph} x {pw}: attends to {means} of {block.num_tokens} patches, by layer")
         for path, drawn in ((self.out, self.figure != "patches"), (patches, self.figure != "attention")):
             if drawn:
                 print(path)

@@ -1,1 +1,1 @@
-"""What a model looks at: attention and class activation, as arrays and figures."""
+"""Attention and class activation of a model for one image, as arrays and figures."""

@@ -1,0 +1,165 @@
+"""Attention in the blocks of a MobileViT: recorded while the model runs, then read out for one pixel.
+
+Letters are those of `mobilevit.models.mobilevit`: P pixels in a patch, N patches in a map, h heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from mobilevit.models.mobilevit import Attention, MobileViTBackbone, MobileViTBlock
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockAttention:
+    """Attention of one pixel of a block's map: to the pixels at its own offset in all patches, one in each."""
+
+    name: str
+    """layer3, layer4 or layer5."""
+    stride: int
+    """Pixels of the input to a pixel of the map."""
+    map_size: tuple[int, int]
+    """(height, width) of the map, resized to whole patches where necessary."""
+    map_size_before: tuple[int, int]
+    """(height, width) of the map before that; usually the same."""
+    patch_size: tuple[int, int]
+    """(height, width) of a patch, in pixels of the map."""
+    pixel: tuple[int, int]
+    """(row, column) of the chosen pixel on the map."""
+    weights: NDArray[np.float32]
+    """(layers, h, rows, columns): attention of the chosen pixel to each patch's pixel; sums to one over the patches."""
+    rollout: NDArray[np.float32]
+    """(rows, columns): attention through all layers of the block and past them, heads averaged (arXiv:2005.00928)."""
+
+    @property
+    def num_tokens(self) -> int:
+        """N, patches in the map."""
+        return self.rollout.size
+
+    def attended(self) -> NDArray[np.float64]:
+        """Count the patches that each head spreads its attention over: the exponential of its entropy.
+
+        Shape: (layers, h).
+        """
+        weights = self.weights.astype(np.float64)
+        entropy = -(weights * np.log(np.maximum(weights, 1e-30))).sum(axis=(2, 3))
+        spread: NDArray[np.float64] = np.exp(entropy)
+        return spread
+
+
+@dataclass(frozen=True)
+class Recording:
+    """Inputs and outputs inside a backbone during one forward pass."""
+
+    blocks: dict[str, MobileViTBlock] = field(default_factory=dict)
+    maps: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """(height, width) of each block's map, before it is resized to whole patches."""
+    attention: dict[str, list[tuple[Attention, Tensor]]] = field(default_factory=dict)
+    """Attention layers of each block with their inputs."""
+    stages: list[Tensor] = field(default_factory=list)
+    """Outputs of layer4 and layer5, which gradients reach."""
+
+
+@contextmanager
+def recording(backbone: MobileViTBackbone) -> Iterator[Recording]:
+    """Record every forward pass of a backbone until the context ends."""
+    record, handles = Recording(), []
+
+    def keep_stage(_: nn.Module, __: tuple[Tensor], output: Tensor) -> Tensor:
+        # Gradients are needed from here on only.
+        output = output if record.stages else output.detach().requires_grad_()
+        record.stages.append(output)
+        return output
+
+    for name in ("layer3", "layer4", "layer5"):
+        stage: nn.Sequential = getattr(backbone, name)
+        block = stage[1]
+        assert isinstance(block, MobileViTBlock)
+        record.blocks[name], record.attention[name] = block, []
+
+        def keep_size(_: nn.Module, inputs: tuple[Tensor], __: Tensor, name: str = name) -> None:
+            record.maps[name] = (inputs[0].shape[2], inputs[0].shape[3])
+
+        def keep_input(module: Attention, inputs: tuple[Tensor], _: Tensor, name: str = name) -> None:
+            record.attention[name].append((module, inputs[0].detach()))
+
+        handles.append(block.register_forward_hook(keep_size))
+        handles += [m.register_forward_hook(keep_input) for m in block.modules() if isinstance(m, Attention)]
+        if name != "layer3":
+            handles.append(stage.register_forward_hook(keep_stage))
+    try:
+        yield record
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def attention_weights(attention: Attention, x: Tensor) -> Tensor:
+    """Compute the weights that `Attention.forward` gives to values and does not return.
+
+    Shape: (B, N, D) -> (B, h, N, N).
+    """
+    batch, num_tokens, _ = x.shape
+    qkv = attention.qkv(x).view(batch, num_tokens, 3 * attention.num_heads, attention.head_dim)
+    q, k, _ = qkv.transpose(1, 2).chunk(3, dim=1)
+    weights: Tensor = (q @ k.transpose(2, 3) * attention.scale).softmax(dim=-1)
+    return weights
+
+
+@torch.no_grad()
+def block_attention(name: str, record: Recording, place: tuple[float, float], input_width: int) -> BlockAttention:
+    """Read out the attention of one pixel in a block.
+
+    Args:
+        name: of the block.
+        record: of a forward pass with one image.
+        place: (x, y) of the pixel, as shares of the input's width and height.
+        input_width: in pixels.
+    """
+    (height, width), (ph, pw) = record.maps[name], record.blocks[name].patch_size
+    padded = (-(-height // ph) * ph, -(-width // pw) * pw)
+    row, column = (min(int(share * side), side - 1) for share, side in zip(place[::-1], padded, strict=True))
+    rows, columns = padded[0] // ph, padded[1] // pw
+    sequence = column % pw * ph + row % ph  # as `unfold` orders them
+    token = row // ph * columns + column // pw
+    layers = [attention_weights(module, x[sequence : sequence + 1])[0] for module, x in record.attention[name]]
+    identity = torch.eye(rows * columns, device=layers[0].device)
+    through = identity
+    for layer in layers:
+        through = (layer.mean(dim=0) + identity) / 2 @ through
+    weights = torch.stack([layer[:, token] for layer in layers]).reshape(len(layers), -1, rows, columns)
+    return BlockAttention(
+        name=name,
+        stride=round(input_width / width),
+        map_size=padded,
+        map_size_before=(height, width),
+        patch_size=(ph, pw),
+        pixel=(row, column),
+        weights=weights.numpy(force=True),
+        rollout=through[token].reshape(rows, columns).numpy(force=True),
+    )
+
+
+def class_activation(target: Tensor, stages: list[Tensor]) -> NDArray[np.float32]:
+    """Compute the evidence for a score on the last map, 0 to 1, by Grad-CAM (arXiv:1610.02391).
+
+    Args:
+        target: the score, of which the stages have gradients.
+        stages: maps from fine to coarse. Shape: (1, C, h, w) each.
+
+    Shape: (h, w) of the coarsest map that the score depends on.
+    """
+    gradients = torch.autograd.grad(target, stages, allow_unused=True)
+    # An object may have been found on the finer map; it does not depend on the coarser one.
+    pairs = [(stage, gradient) for stage, gradient in zip(stages, gradients, strict=True) if gradient is not None]
+    stage, gradient = next((pair for pair in reversed(pairs) if pair[1].any()), pairs[0])
+    activation = torch.einsum("c,chw->hw", gradient[0].mean(dim=(1, 2)), stage.detach()[0]).clamp(min=0)
+    evidence: NDArray[np.float32] = (activation / activation.max().clamp(min=1e-12)).float().numpy(force=True)
+    return evidence
