@@ -1,1 +1,1 @@
-"""What `mobilevit benchmark` and `mobilevit tune` run."""
+"""`benchmark` and `tune`: how fast a model runs on this machine, and in which engine."""

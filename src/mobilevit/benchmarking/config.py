@@ -22,7 +22,7 @@ class BenchmarkConfig:
     )
     """eager is PyTorch, fused; all: those that are installed."""
     precisions: tuple[Precision, ...] = ("fp32",)
-    """An engine takes part in those it has; int8 needs --calibration."""
+    """An engine takes part in those it has; int8 needs calibration images."""
     batch_sizes: tuple[int, ...] = (1,)
     """Images in a run."""
     threads: tuple[int, ...] = ()
@@ -58,20 +58,20 @@ class TuneConfig:
     engines: tuple[Literal["all", "onnx", "openvino", "executorch", "litert", "pt2"], ...] = ("all",)
     """all: those that are installed. PyTorch always takes part."""
     precisions: tuple[Precision, ...] = ("fp32", "bf16", "fp16", "int8")
-    """int8 takes part with --calibration only."""
+    """int8 takes part only with calibration images."""
     max_loss: float = 0.01
-    """Accepted loss of accuracy (with --data) or of agreement with float32 PyTorch: 0.01 is one in a hundred."""
+    """Accepted loss of accuracy (with labeled data) or of agreement with float32 PyTorch; 0.01 is one in a hundred."""
     batch_size: int = 1
     """Images in a run."""
     threads: int | None = None
     """Threads to compute with. Without it, all cores and half of them are tried."""
     images: Path | None = None
-    """Folder of images to compare answers on. Without it, those of --calibration, or built-in photographs."""
+    """Folder of images to compare answers on. Without it, those for calibration, or built-in photographs."""
     calibration: Path | None = None
     """int8: a folder of images like those the model will see."""
     data: str | None = None
-    """Labeled images, as for training: --max-loss is then a loss of accuracy."""
+    """Labeled images, as for training: max_loss is then a loss of accuracy."""
     rounds: int = 10
     """Turns of each engine."""
     out: Path | None = None
-    """Folder for the result. Without it, that of the checkpoint, which is where --engine auto looks."""
+    """Folder for the result. Without it, that of the checkpoint, where engine auto looks."""

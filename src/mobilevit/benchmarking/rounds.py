@@ -47,7 +47,7 @@ class Worker:
     """
 
     def __init__(self, threads: int) -> None:
-        self._said = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115, closed in close()
+        self._said = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115, see close()
         self._process = subprocess.Popen(
             [sys.executable, "-c", "from mobilevit.benchmarking.worker import main; main()"],
             stdin=subprocess.PIPE,
@@ -73,30 +73,23 @@ class Worker:
             self._requests.flush()
             succeeded, result = pickle.load(self._replies)
         except (BrokenPipeError, EOFError, pickle.UnpicklingError):
-            raise WorkerError(self._obituary()) from None
+            raise WorkerError(self._how_it_ended()) from None
         if not succeeded:
             raise WorkerError(result)
         return result
 
     def close(self) -> None:
         """End the process and all that it has started."""
-        with contextlib.suppress(BrokenPipeError):
-            self._requests.close()
-        try:
-            self._process.wait(timeout=5)
-        except subprocess.TimeoutExpired:
-            log.debug("worker %d did not end by itself", self.pid)
-        finally:
-            if hasattr(os, "killpg"):
-                with contextlib.suppress(ProcessLookupError, PermissionError):
-                    os.killpg(self.pid, signal.SIGKILL)
-            else:
-                self._process.kill()
-            self._process.wait()
-            self._replies.close()
-            self._said.close()
+        if hasattr(os, "killpg"):
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self.pid, signal.SIGKILL)
+        self._process.kill()
+        self._process.wait()
+        for stream in (self._requests, self._replies, self._said):
+            with contextlib.suppress(BrokenPipeError):
+                stream.close()
 
-    def _obituary(self) -> str:
+    def _how_it_ended(self) -> str:
         code = self._process.wait()
         how = f"exit status {code}" if code >= 0 else signal.Signals(-code).name
         how += ", perhaps out of memory" if how == "SIGKILL" else ""
