@@ -1,4 +1,4 @@
-"""What a training run can be told, in one typed place; a field's description is also its --help."""
+"""Training settings: one typed tree whose leaves have unique names; a field's docstring is also its --help."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ import json
 import math
 import types
 import typing
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from mobilevit.errors import MobileViTError
+from mobilevit.tasks.settings import ClassificationSettings, DetectionSettings, SegmentationSettings
 
 if TYPE_CHECKING:
     from mobilevit.card import Task
@@ -24,21 +26,75 @@ _INPUTS: dict[Task, tuple[int, ResizeMode]] = {
     "detection": (320, "stretch"),
     "segmentation": (512, "pad"),
 }
-"""Side of the input and resize mode where a user says nothing."""
+"""Default side of the input in pixels, and default resize mode."""
 
 
-_ONLY_FOR: dict[str, tuple[Task, ...]] = {
-    **dict.fromkeys(("min_crop_area", "randaugment", "mixup", "cutmix", "random_erasing"), ("classification",)),
-    **dict.fromkeys(("label_smoothing", "class_weights", "decode"), ("classification",)),
-    **dict.fromkeys(("multi_scale", "train_sizes", "max_batch_size"), ("classification",)),
-    **dict.fromkeys(("teacher", "teacher_weights"), ("classification",)),
-    **dict.fromkeys(("distillation_share", "distillation_temperature"), ("classification",)),
-    **dict.fromkeys(("zoom_out", "iou_crop"), ("detection",)),
-    **dict.fromkeys(("crop_size", "scale_range", "rotation"), ("segmentation",)),
-    **dict.fromkeys(("output_stride", "aspp_channels", "aux_head", "aux_weight"), ("segmentation",)),
-    "photometric_distortion": ("detection", "segmentation"),
-}
-"""Settings that not every task has."""
+@dataclass(frozen=True, kw_only=True)
+class OptimizerSettings:
+    """AdamW, the learning rate's schedule, and the moving average of the weights."""
+
+    grad_accum_steps: int = 1
+    """Batches whose gradients are added up for one update."""
+    warmup_fraction: float = 0.1
+    """Share of all updates over which the learning rate rises from a tenth of its peak; 3,000 updates in the paper."""
+    final_lr_fraction: float = 0.01
+    """Learning rate at the end of the cosine, as a share of its peak; 0.1 in the paper."""
+    weight_decay: float = 0.01
+    """Weight decay of AdamW; the paper's value."""
+    decay_norm_and_bias: bool = True
+    """Decay normalization weights and biases, too, as in the paper."""
+    head_lr_factor: float | None = None
+    """Learning rate of the classifier or head, relative to the rest. Default: 10 for masks on a trained backbone, as
+    published, else 1."""
+    layer_decay: float = 1.0
+    """Learning rate of each stage relative to the next one's, for fine-tuning; 0.8 is usual, 1 is off."""
+    clip_grad_norm: float | None = None
+    """Largest norm of the gradients; larger ones are scaled down."""
+    ema: bool = True
+    """Evaluate and keep an exponential moving average of the weights, as the paper does."""
+    ema_momentum: float = 5e-4
+    """Share of the current weights in each update of the average; larger in the first updates. The paper's value."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SizeSettings:
+    """Input sizes that vary from step to step; for classification."""
+
+    multi_scale: Literal["off", "paper", "never_below_base"] = "off"
+    """Draw the input size of each step anew, with a batch to match. paper: fewer images above the image size;
+    never_below_base: as many, as the code published with the paper."""
+    train_sizes: tuple[tuple[int, int], ...] | None = None
+    """Heights and widths that --multi-scale draws from. Default: the paper's 160 160, 192 192, 256 256, 288 288 and
+    320 320, relative to its 256."""
+    max_batch_size: int | None = None
+    """With --multi-scale: most images in a step of one process, however small they are."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillationSettings:
+    """Learning from a larger model; for classification."""
+
+    teacher: str | None = None
+    """Learn from this model, too: timm/NAME, torchvision/NAME, or a checkpoint; of the same classes."""
+    teacher_weights: Path | None = None
+    """A .safetensors or .pth of the timm or torchvision teacher, fine-tuned on these classes. Default: the published
+    weights."""
+    distillation_share: float = 0.5
+    """With --teacher: its part in the loss; the labels have the rest."""
+    distillation_temperature: float = 2.0
+    """With --teacher: how much both outputs are softened before they are compared; 1 to 4 is usual."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HardwareSettings:
+    """How the device is used."""
+
+    amp: Literal["auto", "off", "bf16", "fp16"] = "auto"
+    """Mixed precision. auto: bf16 on GPUs that have it, off elsewhere."""
+    sync_batch_norm: bool = False
+    """Several GPUs: statistics over the batches of all of them, as published for boxes and masks."""
+    compile: bool = False
+    """Compile the model with torch.compile: minutes at first, faster after."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,128 +108,56 @@ class TrainConfig:
     out: Path = Path("runs/train")
     """Run folder: configuration, metrics, curves, checkpoints, model card."""
     val_data: str | Path | None = None
-    """Data to validate on, in any of the forms of --data. Without it, val/ beside train/, else a split of the data."""
+    """Data to validate on, in any of the forms of --data. Default: val/ beside train/, else a split of the data."""
     val_fraction: float = 0.2
     """Share of every class held out for validation where the data are not divided."""
 
     model: str = "mobilevit_xxs"
     """mobilevit_xxs, mobilevit_xs or mobilevit_s."""
     weights: str | None = None
-    """Start from "pretrained" (ImageNet weights of this model), a name, or a checkpoint. Without it, from scratch."""
+    """Start from "pretrained" (ImageNet weights of this model), a name, or a checkpoint. Default: from scratch."""
     patch_size: tuple[int, int, int] = (2, 2, 2)
     """Patch sides at strides 8, 16 and 32. 8 4 2 is the paper's configuration B: faster, coarser."""
     freeze_backbone: bool = False
     """Train the classifier or head alone; the backbone's weights and statistics stay."""
-    output_stride: int | None = None
-    """Segmentation: 16, or 8 for twice as fine maps at three times the cost. Without it, 16."""
-    aspp_channels: int | None = None
-    """Segmentation: width of the head. Without it, that of the weights, or the paper's 256."""
-    aux_head: bool = False
-    """Segmentation: train a second classifier on the map before the last, which is not used afterwards."""
 
     image_size: int | tuple[int, int] | None = None
-    """Side of the model's input in pixels, or height and width. Without it: 256, for boxes 320, for masks 512."""
+    """Side of the model's input in pixels, or height and width. Default: 256, for boxes 320, for masks 512."""
     resize_mode: ResizeMode = "auto"
     """How images become input: a centered crop, stretched, or whole with a margin. auto: crop for classification,
     stretch for boxes, pad for masks."""
     crop_fraction: float = 256 / 288
     """Share of the shorter side that evaluation keeps; the paper's 256 of 288."""
-    min_crop_area: float = 0.35
-    """Classification: smallest share of the area a training crop may have; 0.08 in the paper, for ImageNet's million
-    images."""
-    zoom_out: float = 0.5
-    """Boxes: probability that a training image is shown smaller, on a gray ground; 0 is off."""
-    iou_crop: bool = True
-    """Boxes: train on crops that hold some object by various shares."""
-    crop_size: int | tuple[int, int] | None = None
-    """Masks: side of the training crops, or height and width. Without it, the image size."""
-    scale_range: tuple[float, float] = (0.5, 1.5)
-    """Masks: size of training images before the crop, relative to their size in evaluation."""
-    rotation: float = 10.0
-    """Masks: turn half of the training images by up to this many degrees."""
-    photometric_distortion: bool = True
-    """Boxes and masks: vary brightness, contrast, saturation and hue."""
     flip: bool = True
     """Mirror half of the training images. Off for text, digits, or where left and right matter."""
-    randaugment: int = 0
-    """Classification: strength of RandAugment, 0 to 30; 0 is off, 9 is usual."""
-    mixup: float = 0.0
-    """Classification: alpha of MixUp; 0 is off, 0.2 is usual."""
-    cutmix: float = 0.0
-    """Classification: alpha of CutMix; 0 is off, 1.0 is usual."""
-    random_erasing: float = 0.0
-    """Classification: probability that a rectangle of a training image is blanked; 0 is off, 0.25 is usual."""
+    photometric_distortion: bool = True
+    """Boxes and masks: vary brightness, contrast, saturation and hue."""
 
     epochs: int = 20
     """Passes over the training data; 300 in the paper."""
     batch_size: int = 32
     """Images in a step of one process; 128 on each of 8 GPUs in the paper."""
-    multi_scale: Literal["off", "paper", "never_below_base"] = "off"
-    """Classification: draw the input size of each step anew, with a batch to match. paper: fewer images above the
-    image size; never_below_base: as many, as the code published with the paper."""
-    train_sizes: tuple[tuple[int, int], ...] | None = None
-    """The heights and widths that --multi-scale draws from. Without it, the paper's 160 160, 192 192, 256 256, 288 288
-    and 320 320, relative to its 256."""
-    max_batch_size: int | None = None
-    """With --multi-scale: images in a step of one process, however small they are."""
-    grad_accum_steps: int = 1
-    """Batches whose gradients are added up for one update."""
     learning_rate: float | None = None
-    """Peak learning rate. Without it, the paper's (2e-3 at batch 1024; boxes and masks 9e-4 at 128), scaled by the
-    square root of the batch."""
-    warmup_fraction: float = 0.1
-    """Share of all updates over which the learning rate rises from a tenth of its peak; 3,000 updates in the paper."""
-    final_lr_fraction: float = 0.01
-    """Learning rate at the end of the cosine, as a share of its peak; 0.1 in the paper."""
-    weight_decay: float = 0.01
-    """Of AdamW; the paper's value."""
-    decay_norm_and_bias: bool = True
-    """Whether normalization weights and biases decay too, as in the paper."""
-    head_lr_factor: float | None = None
-    """Learning rate of the classifier or head, relative to the rest. Without it: 10 for masks on a trained backbone, as
-    published, else 1."""
-    layer_decay: float = 1.0
-    """Each stage's learning rate relative to the next one's, for fine-tuning; 0.8 is usual, 1 is off."""
-    clip_grad_norm: float | None = None
-    """Largest norm of the gradients; larger ones are scaled down."""
-    label_smoothing: float = 0.1
-    """Classification: share of the target spread over all classes; the paper's value."""
-    class_weights: Literal["none", "balanced"] = "none"
-    """Classification. "balanced": classes count alike in the loss, however many images each has."""
-    teacher: str | None = None
-    """Classification: learn from this model, too: timm/NAME, torchvision/NAME, or a checkpoint; of the same classes."""
-    teacher_weights: Path | None = None
-    """A .safetensors or .pth of the timm or torchvision teacher, fine-tuned on these classes. Without it, the
-    published ones."""
-    distillation_share: float = 0.5
-    """With --teacher: its part in the loss; the labels have the rest."""
-    distillation_temperature: float = 2.0
-    """With --teacher: how much the answers of both are softened before they are compared; 1 to 4 is usual."""
-    ema: bool = True
-    """Evaluate and keep an exponential moving average of the weights, as the paper does."""
-    ema_momentum: float = 5e-4
-    """Share of the current weights in each update of the average; larger in the first updates. The paper's value."""
-    aux_weight: float = 0.4
-    """Masks: weight of the auxiliary head's loss."""
+    """Peak learning rate. Default: the paper's (2e-3 at batch 1024; boxes and masks 9e-4 at 128), scaled by the square
+    root of the batch."""
     early_stopping: int | None = None
     """Stop after this many epochs without a better top-1, AP or mean IoU."""
-
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:1 or mps."""
-    amp: Literal["auto", "off", "bf16", "fp16"] = "auto"
-    """Mixed precision. auto: bf16 on GPUs that have it, off elsewhere."""
-    sync_batch_norm: bool = False
-    """Several GPUs: statistics over the batches of all of them, as published for boxes and masks."""
-    compile: bool = False
-    """Compile the model with torch.compile: minutes at first, faster after."""
-    decode: Literal["cpu", "device"] = "cpu"
-    """Classification: where JPEGs are decoded and cropped. device: on the GPU, if reading processes cannot keep up."""
-    num_workers: int | None = None
-    """Processes that read images; 0 reads in the main one. Without it, by the number of cores."""
     seed: int = 0
     """Decides initial weights, split, order, augmentation and dropout."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1 or mps."""
+    num_workers: int | None = None
+    """Processes that read images; 0 reads in the main one. Default: by the number of cores."""
     checkpoint_minutes: float = 5.0
     """Save for --resume at least this often (and after every epoch); 0 saves after every step."""
+
+    classification: ClassificationSettings = field(default_factory=ClassificationSettings)
+    detection: DetectionSettings = field(default_factory=DetectionSettings)
+    segmentation: SegmentationSettings = field(default_factory=SegmentationSettings)
+    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    sizes: SizeSettings = field(default_factory=SizeSettings)
+    distillation: DistillationSettings = field(default_factory=DistillationSettings)
+    hardware: HardwareSettings = field(default_factory=HardwareSettings)
 
     def __post_init__(self) -> None:
         # As a `Path`, a URL would lose one of its slashes.
@@ -184,7 +168,7 @@ class TrainConfig:
 
     @property
     def data_name(self) -> str:
-        """What to call the data: the last part of their path or URL."""
+        """The last part of the data's path or URL."""
         return Path(self.data).name
 
     @property
@@ -196,35 +180,7 @@ class TrainConfig:
         if self.learning_rate is not None:
             return self.learning_rate
         peak, batch = (2e-3, 1024) if self.task in ("auto", "classification") else (9e-4, 128)
-        return peak * math.sqrt(self.batch_size * self.grad_accum_steps / batch)
-
-    def resolve(self, task: Task, num_processes: int = 1) -> TrainConfig:
-        """The same settings with everything decided that depends on the task and on who else trains.
-
-        Raises:
-            ValueError: something is set that this task does not have.
-        """
-        for field in dataclasses.fields(self):
-            tasks = _ONLY_FOR.get(field.name, (task,))
-            if task not in tasks and getattr(self, field.name) != field.default:
-                flag = field.name.replace("_", "-")
-                raise MobileViTError(f"--{flag} is for {' and '.join(tasks)}; this is {task}, so leave it out")
-        size, mode = _INPUTS[task]
-        image_size = _height_width(size if self.image_size is None else self.image_size)
-        head_lr_factor = self.head_lr_factor
-        if head_lr_factor is None:
-            head_lr_factor = 10.0 if task == "segmentation" and self.weights is not None else 1.0
-        learning_rate = self.learning_rate
-        if learning_rate is None and num_processes > 1:
-            learning_rate = self.peak_learning_rate * math.sqrt(num_processes)
-        return dataclasses.replace(
-            self,
-            task=task,
-            learning_rate=learning_rate,
-            image_size=image_size,
-            resize_mode=mode if self.resize_mode == "auto" else self.resize_mode,
-            head_lr_factor=head_lr_factor,
-        )
+        return peak * math.sqrt(self.batch_size * self.optimizer.grad_accum_steps / batch)
 
     @property
     def input_size(self) -> tuple[int, int]:
@@ -233,120 +189,201 @@ class TrainConfig:
         return _height_width(self.image_size)
 
     @property
-    def training_crop(self) -> tuple[int, int]:
-        """(height, width) of segmentation's training crops, once the task is known."""
-        return self.input_size if self.crop_size is None else _height_width(self.crop_size)
+    def training_size(self) -> tuple[int, int]:
+        """(height, width) of training images where `multi_scale` is off, once the task is known."""
+        crop = self.segmentation.crop_size
+        return self.input_size if crop is None else _height_width(crop)
 
     def step_sizes(self) -> tuple[SizedBatch, ...]:
-        """What --multi-scale draws from, once the task is known; nothing if it is off."""
-        if self.multi_scale == "off":
+        """Sizes that `multi_scale` draws from, with their batches, once the task is known; none if it is off."""
+        if self.sizes.multi_scale == "off":
             return ()
         from mobilevit.data.samplers import level_batches, multi_scale_sizes
 
-        sizes = self.train_sizes or multi_scale_sizes(self.input_size)
         return level_batches(
             self.input_size,
             self.batch_size,
-            sizes,
-            never_below=self.multi_scale == "never_below_base",
-            most=self.max_batch_size,
+            self.sizes.train_sizes or multi_scale_sizes(self.input_size),
+            never_below=self.sizes.multi_scale == "never_below_base",
+            most=self.sizes.max_batch_size,
         )
+
+    def resolve(self, task: Task, num_processes: int = 1) -> TrainConfig:
+        """Decide everything that depends on the task and on the number of processes.
+
+        Raises:
+            MobileViTError: something is set that this task does not have.
+        """
+        self._refuse_other_tasks(task)
+        size, mode = _INPUTS[task]
+        head_lr_factor = self.optimizer.head_lr_factor
+        if head_lr_factor is None:
+            head_lr_factor = 10.0 if task == "segmentation" and self.weights is not None else 1.0
+        learning_rate = self.learning_rate
+        if learning_rate is None and num_processes > 1:
+            learning_rate = dataclasses.replace(self, task=task).peak_learning_rate * math.sqrt(num_processes)
+        return dataclasses.replace(
+            self,
+            task=task,
+            learning_rate=learning_rate,
+            image_size=_height_width(size if self.image_size is None else self.image_size),
+            resize_mode=mode if self.resize_mode == "auto" else self.resize_mode,
+            optimizer=dataclasses.replace(self.optimizer, head_lr_factor=head_lr_factor),
+        )
+
+    def _refuse_other_tasks(self, task: Task) -> None:
+        only_for = {
+            "classification": (self.classification, self.sizes, self.distillation),
+            "detection": (self.detection,),
+            "segmentation": (self.segmentation,),
+        }
+        for other, groups in only_for.items():
+            for group in groups:
+                if task != other and group != type(group)():
+                    name, _ = next(_changes(group))
+                    raise MobileViTError(f"`{name}` is for {other}; this is {task}, so leave it out")
+        if task == "classification" and not self.photometric_distortion:
+            raise MobileViTError(
+                "`photometric_distortion` is for detection and segmentation; this is classification, so leave it out"
+            )
 
     def validate(self) -> None:
         """Check every value that can be checked without looking at data or devices.
 
         Raises:
-            ValueError: with the flag, its value and what it may be.
+            MobileViTError: names the setting, its value and what it must be.
         """
-        positive = ("epochs", "grad_accum_steps")
-        not_negative = (
-            "weight_decay",
-            "mixup",
-            "cutmix",
-            "checkpoint_minutes",
-            "randaugment",
-            "rotation",
-            "aux_weight",
-        )
-        shares = (
-            "zoom_out",
-            "warmup_fraction",
-            "final_lr_fraction",
-            "random_erasing",
-            "label_smoothing",
-            "distillation_share",
-            "ema_momentum",
-        )
-        for name in positive:
-            self._require(name, getattr(self, name) >= 1, "1 or more")
-        for name in not_negative:
-            self._require(name, getattr(self, name) >= 0, "0 or more")
-        for name in shares:
-            self._require(name, 0 <= getattr(self, name) <= 1, "from 0 to 1")
-        for name in ("min_crop_area", "crop_fraction", "layer_decay"):
-            self._require(name, 0 < getattr(self, name) <= 1, "above 0 and at most 1")
-        for name in ("learning_rate", "clip_grad_norm", "early_stopping"):
-            value = getattr(self, name)
-            self._require(name, value is None or value > 0, "above 0")
-        self._require("val_fraction", 0 < self.val_fraction < 1, "between 0 and 1")
-        self._require("batch_size", self.batch_size >= 2, "2 or more, for the statistics of BatchNorm")
-        for name in ("teacher_weights", "distillation_share", "distillation_temperature"):
-            told = getattr(self, name) == getattr(type(self), name) or self.teacher is not None
-            self._require(name, told, "left out without --teacher")
-        self._require("distillation_temperature", self.distillation_temperature > 0, "above 0")
-        for name in ("train_sizes", "max_batch_size"):
-            told = getattr(self, name) is None or self.multi_scale != "off"
-            self._require(name, told, "left out without --multi-scale")
-        self._require("max_batch_size", self.max_batch_size is None or self.max_batch_size >= 2, "2 or more")
-        for side in (side for size in self.train_sizes or () for side in size):
-            self._require("train_sizes", side >= 32 and side % 32 == 0, "multiples of 32, height and width in turn")
-        for name in ("image_size", "crop_size"):
-            size = getattr(self, name)
-            self._require(name, size is None or min(_height_width(size)) >= 32, "32 or more")
-        self._require("scale_range", 0 < self.scale_range[0] <= self.scale_range[1], "two numbers above 0, in order")
-        self._require("head_lr_factor", self.head_lr_factor is None or self.head_lr_factor >= 0, "0 or more")
-        self._require("aspp_channels", self.aspp_channels is None or self.aspp_channels >= 1, "1 or more")
-        self._require(
-            "resize_mode", self.task != "segmentation" or self.resize_mode != "crop", "stretch or pad for masks"
-        )
-        self._require("randaugment", self.randaugment <= 30, "at most 30")
-        for name in ("randaugment", "random_erasing"):
-            self._require(name, self.decode == "cpu" or getattr(self, name) == 0, "0 with --decode device")
-        self._require("seed", 0 <= self.seed < 2**32, "from 0 to 4294967295")
-        self._require("num_workers", self.num_workers is None or self.num_workers >= 0, "0 or more")
-        self._require("patch_size", min(self.patch_size) >= 1, "three sizes of 1 or more")
+        values = self.flat()
+        for names, allowed, holds in _ALLOWED:
+            for name in names.split():
+                _require(values, name, allowed, all(holds(number) for number in _numbers(values[name])))
+        low, high = self.segmentation.scale_range
+        _require(values, "scale_range", "two numbers above 0, in order", 0 < low <= high)
+        is_possible = self.task != "segmentation" or self.resize_mode != "crop"
+        _require(values, "resize_mode", "stretch or pad for masks", is_possible)
+        defaults = {**dict(_leaves(DistillationSettings())), **dict(_leaves(SizeSettings()))}
+        for names, needed, is_given in (
+            ("teacher_weights distillation_share distillation_temperature", "teacher", self.distillation.teacher),
+            ("train_sizes max_batch_size", "multi_scale", self.sizes.multi_scale != "off"),
+        ):
+            for name in names.split():
+                is_possible = bool(is_given) or values[name] == defaults[name]
+                _require(values, name, f"left out without `{needed}`", is_possible)
 
-    def _require(self, name: str, holds: bool, allowed: str) -> None:
-        if not holds:
-            raise MobileViTError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be {allowed}")
+    def flat(self) -> dict[str, object]:
+        """All settings by name, those of the groups among them; the command line's flags are the same names."""
+        return dict(_leaves(self))
+
+    def changes(self) -> dict[str, object]:
+        """The settings that differ from their defaults, by name."""
+        return dict(_changes(self))
 
     def to_json(self) -> str:
-        """Indented JSON; `from_json` reads it back."""
+        """Write indented JSON that `from_json` reads back."""
         return json.dumps(dataclasses.asdict(self), indent=2, default=str) + "\n"
 
     @classmethod
     def from_json(cls, path: Path) -> TrainConfig:
-        """Read what `to_json` wrote.
+        """Read what `to_json` wrote, in version 0.1, too, where the settings of all groups lay side by side.
 
         Raises:
-            ValueError: no such file, not JSON, or fields that do not exist or have the wrong type.
+            MobileViTError: no such file, not JSON, or fields that do not exist or have the wrong type.
         """
         try:
-            values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            hints = typing.get_type_hints(cls)
-            if unknown := sorted(set(values) - set(hints)):
-                raise MobileViTError(f"unknown setting {', '.join(unknown)}")
-            return cls(**{name: _as_type(name, value, hints[name]) for name, value in values.items()})
+            values = json.loads(path.read_text(encoding="utf-8"))
         except OSError:
             raise MobileViTError(
-                f"{path}: no such configuration; --config takes the config.json of a run folder"
+                f"{path}: no such configuration; `config` takes the config.json of a run folder"
             ) from None
-        except (ValueError, TypeError) as error:
+        except ValueError as error:
             raise MobileViTError(f"{path}: not the configuration of a run ({error})") from None
+        try:
+            if not isinstance(values, dict) or "data" not in values:
+                raise MobileViTError("it names no data")
+            if values.pop("decode", "cpu") != "cpu":  # a setting of version 0.1
+                raise MobileViTError("decode is device, which went with version 0.1; remove it")
+            return _from_values(cls, values)
+        except MobileViTError as error:
+            raise MobileViTError(f"{path}: not the configuration of a run ({error})") from None
+
+
+_ALLOWED: tuple[tuple[str, str, Callable[[float], bool]], ...] = (
+    ("epochs grad_accum_steps early_stopping aspp_channels", "1 or more", lambda x: x >= 1),
+    ("patch_size", "three sizes of 1 or more", lambda x: x >= 1),
+    ("batch_size max_batch_size", "2 or more, for the statistics of BatchNorm", lambda x: x >= 2),
+    ("weight_decay checkpoint_minutes head_lr_factor num_workers", "0 or more", lambda x: x >= 0),
+    ("mixup cutmix rotation aux_weight", "0 or more", lambda x: x >= 0),
+    ("learning_rate clip_grad_norm distillation_temperature", "above 0", lambda x: x > 0),
+    ("zoom_out random_erasing label_smoothing distillation_share", "from 0 to 1", lambda x: 0 <= x <= 1),
+    ("warmup_fraction final_lr_fraction ema_momentum", "from 0 to 1", lambda x: 0 <= x <= 1),
+    ("min_crop_area crop_fraction layer_decay", "above 0 and at most 1", lambda x: 0 < x <= 1),
+    ("val_fraction", "between 0 and 1", lambda x: 0 < x < 1),
+    ("randaugment", "from 0 to 30", lambda x: 0 <= x <= 30),
+    ("image_size crop_size", "32 or more", lambda x: x >= 32),
+    ("train_sizes", "multiples of 32, height and width in turn", lambda x: x >= 32 and x % 32 == 0),
+    ("seed", "from 0 to 4294967295", lambda x: 0 <= x < 2**32),
+)
+"""Names of settings, what each of their numbers must be, in words and as a test. None is always allowed."""
+
+
+def _require(values: Mapping[str, object], name: str, allowed: str, holds: bool) -> None:
+    if not holds:
+        raise MobileViTError(f"`{name}` is {values[name]}; it must be {allowed}")
+
+
+def _numbers(value: object) -> Iterator[float]:
+    if isinstance(value, int | float):
+        yield value
+    elif isinstance(value, tuple):
+        for item in value:
+            yield from _numbers(item)
 
 
 def _height_width(size: int | tuple[int, int]) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else size
+
+
+def _leaves(group: object) -> Iterator[tuple[str, object]]:
+    """Name and value of every setting of a group and of the groups in it."""
+    assert dataclasses.is_dataclass(group)
+    for one in dataclasses.fields(group):
+        value = getattr(group, one.name)
+        if dataclasses.is_dataclass(value):
+            yield from _leaves(value)
+        else:
+            yield one.name, value
+
+
+def _changes(group: object) -> Iterator[tuple[str, object]]:
+    """Of `_leaves`, those that differ from their defaults."""
+    assert dataclasses.is_dataclass(group)
+    for one in dataclasses.fields(group):
+        value = getattr(group, one.name)
+        if dataclasses.is_dataclass(value):
+            yield from _changes(value)
+        elif value != one.default:
+            yield one.name, value
+
+
+_Group = typing.TypeVar("_Group")
+
+
+def _from_values(group: type[_Group], values: dict[str, Any]) -> _Group:
+    """A group of settings from JSON; what belongs into a group of it may also lie beside that group."""
+    rest = dict(values)
+    arguments: dict[str, Any] = {}
+    for name, hint in typing.get_type_hints(group).items():
+        if dataclasses.is_dataclass(hint):
+            inner = rest.pop(name, {})
+            if not isinstance(inner, dict):
+                raise MobileViTError(f"{name} is {inner!r}; it is a group of settings")
+            beside = {one.name: rest.pop(one.name) for one in dataclasses.fields(hint) if one.name in rest}
+            arguments[name] = _from_values(hint, inner | beside)
+        elif name in rest:
+            arguments[name] = _as_type(name, rest.pop(name), hint)
+    if rest:
+        raise MobileViTError(f"unknown setting {', '.join(sorted(rest))}")
+    return group(**arguments)
 
 
 def _as_type(name: str, value: Any, hint: Any) -> Any:
@@ -364,7 +401,7 @@ def _as_type(name: str, value: Any, hint: Any) -> Any:
             if inner[-1] is Ellipsis:
                 return tuple(_as_type(name, item, inner[0]) for item in value)
             if len(value) == len(inner):
-                return tuple(value)
+                return tuple(_as_type(name, item, one) for item, one in zip(value, inner, strict=True))
         if typing.get_origin(kind) is Literal and value in typing.get_args(kind):
             return value
         if isinstance(kind, type) and type(value) is kind:

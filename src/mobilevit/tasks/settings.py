@@ -1,0 +1,59 @@
+"""Training settings that only one task has; a field's docstring is also its --help.
+
+Without torch, as the command line needs these before it knows whether there is anything to train.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassificationSettings:
+    """Augmentation and loss of classification."""
+
+    min_crop_area: float = 0.35
+    """Smallest share of the area a training crop may have; 0.08 in the paper, for ImageNet's million images."""
+    randaugment: int = 0
+    """Strength of RandAugment, 0 to 30; 0 is off, 9 is usual."""
+    mixup: float = 0.0
+    """Alpha of MixUp; 0 is off, 0.2 is usual."""
+    cutmix: float = 0.0
+    """Alpha of CutMix; 0 is off, 1.0 is usual."""
+    random_erasing: float = 0.0
+    """Probability that a rectangle of a training image is blanked; 0 is off, 0.25 is usual."""
+    label_smoothing: float = 0.1
+    """Share of the target spread over all classes; the paper's value."""
+    class_weights: Literal["none", "balanced"] = "none"
+    """balanced: every class counts the same in the loss, however many images it has."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DetectionSettings:
+    """Augmentation of images with boxes."""
+
+    zoom_out: float = 0.5
+    """Probability that a training image is shown smaller, on a gray ground; 0 is off."""
+    iou_crop: bool = True
+    """Train on crops that hold some object by various shares."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmentationSettings:
+    """Augmentation of images with masks, and the segmentation head."""
+
+    crop_size: int | tuple[int, int] | None = None
+    """Side of the training crops in pixels, or height and width. Default: the image size."""
+    scale_range: tuple[float, float] = (0.5, 1.5)
+    """Size of training images before the crop, relative to their size in evaluation."""
+    rotation: float = 10.0
+    """Rotate half of the training images by up to this many degrees."""
+    output_stride: int | None = None
+    """16, or 8 for maps twice as fine at three times the cost. Default: 16."""
+    aspp_channels: int | None = None
+    """Width of the head. Default: that of the weights, or the paper's 256."""
+    aux_head: bool = False
+    """Train a second classifier on the map before the last; it is dropped after training."""
+    aux_weight: float = 0.4
+    """Weight of the auxiliary head's loss."""
