@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 import record
-from mobilevit.training.config import TrainConfig
+from mobilevit.training.config import HardwareSettings
 from mobilevit.training.loop import train
 from mobilevit.training.recipes import find_recipe
 
@@ -42,16 +42,18 @@ def run(arguments: argparse.Namespace, folder: Path) -> None:
     parts = {name: arguments.data / f"{name}.parquet" for name in ("train", "test")}
     if arguments.images:
         parts = {name: shortened(path, folder / path.name, arguments.images) for name, path in parts.items()}
-    config = TrainConfig(
+    config = find_recipe("cifar10").settings
+    told = {"epochs": arguments.epochs, "image_size": arguments.image_size, "batch_size": arguments.batch_size}
+    changes = {name: value for name, value in told.items() if value is not None}
+    config = dataclasses.replace(
+        config,
         data=parts["train"],
         val_data=parts["test"],
         out=arguments.out,
         device=arguments.device,
-        **find_recipe("cifar10").settings,
+        hardware=HardwareSettings(compile=not arguments.no_compile),
+        **changes,
     )
-    told = {"epochs": arguments.epochs, "image_size": arguments.image_size, "batch_size": arguments.batch_size}
-    changes = {name: value for name, value in told.items() if value is not None}
-    config = dataclasses.replace(config, compile=config.compile and not arguments.no_compile, **changes)
     start = time.monotonic()
     result = train(config, overwrite=True)
     rows = [json.loads(line) for line in (config.out / "metrics.jsonl").read_text().splitlines()]

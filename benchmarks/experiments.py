@@ -31,24 +31,28 @@ from mobilevit.data.datasets import load_train_val
 from mobilevit.evaluation import evaluate, evaluation_loader
 from mobilevit.imaging.preprocessing import Preprocessing
 from mobilevit.models.mobilevit import ConvNormAct, MobileViTBlock, fold, initialize, unfold
+from mobilevit.tasks.settings import ClassificationSettings
 from mobilevit.torch_session import TorchSession
-from mobilevit.training.config import TrainConfig
+from mobilevit.training.config import OptimizerSettings, SizeSettings, TrainConfig
 from mobilevit.training.loop import train
 
 SIDES = (64, 96, 128, 160, 192)
 """Of the multi-scale sampler, and of the images that every model is measured on."""
 SIZES = tuple((side, side) for side in SIDES)
 
+PAPER = SizeSettings(multi_scale="paper", train_sizes=SIZES)
+OPTIMIZER = OptimizerSettings(clip_grad_norm=1.0)
+
 EXPERIMENTS: dict[str, tuple[str, dict[str, Any]]] = {
     "standard sampler": ("sampler", {}),
-    "multi-scale, as in the paper": ("sampler", {"multi_scale": "paper", "train_sizes": SIZES}),
-    "multi-scale, as in its code v0.1": ("sampler", {"multi_scale": "never_below_base", "train_sizes": SIZES}),
+    "multi-scale, as in the paper": ("sampler", {"sizes": PAPER}),
+    "multi-scale, as in its code v0.1": ("sampler", {"sizes": replace(PAPER, multi_scale="never_below_base")}),
     "patches 8, 4, 2": ("patches", {"patch_size": (8, 4, 2)}),
     "no concat skip": ("skip", {}),
-    "no EMA": ("regularization", {"ema": False}),
-    "no label smoothing": ("regularization", {"label_smoothing": 0.0}),
-    "no weight decay": ("regularization", {"weight_decay": 0.0}),
-    "weight decay 0.1": ("regularization", {"weight_decay": 0.1}),
+    "no EMA": ("regularization", {"optimizer": replace(OPTIMIZER, ema=False)}),
+    "no label smoothing": ("regularization", {"classification": ClassificationSettings(label_smoothing=0.0)}),
+    "no weight decay": ("regularization", {"optimizer": replace(OPTIMIZER, weight_decay=0.0)}),
+    "weight decay 0.1": ("regularization", {"optimizer": replace(OPTIMIZER, weight_decay=0.1)}),
 }
 """What is changed, and the settings that change; everything else is the standard sampler's."""
 
@@ -111,11 +115,10 @@ def config_of(name: str, arguments: argparse.Namespace) -> TrainConfig:
         epochs=arguments.epochs,
         batch_size=32,
         learning_rate=1e-3,
-        clip_grad_norm=1.0,
         num_workers=0,
         seed=arguments.seed,
         device="cpu",
-        **EXPERIMENTS[name][1],
+        **{"optimizer": OPTIMIZER, **EXPERIMENTS[name][1]},
     )
 
 
@@ -244,8 +247,8 @@ def time_all(arguments: argparse.Namespace) -> None:
         else:
             model = mobilevit.create_model("mobilevit_xxs", num_classes=num_classes, patch_size=config.patch_size)
         model.train()
-        average = WeightAverage(model, copy.deepcopy(model), config.ema_momentum)
-        models[name] = (model, make_optimizer(model, config, torch.device("cpu")), average)
+        average = WeightAverage(model, copy.deepcopy(model), config.optimizer.ema_momentum)
+        models[name] = (model, make_optimizer(model, config.optimizer, torch.device("cpu")), average)
     usual = {name: max(plan, key=plan.__getitem__) for name, plan in plans.items()}
     for number in range(arguments.rounds + 1):
         for name in kinds:

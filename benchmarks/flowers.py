@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 import record
 from mobilevit.benchmarking import peers
-from mobilevit.training.config import TrainConfig
+from mobilevit.tasks.settings import ClassificationSettings
+from mobilevit.training.config import OptimizerSettings, TrainConfig
 from mobilevit.training.loop import train
 
 
@@ -36,14 +37,13 @@ def main() -> None:
         data=arguments.data,
         out=arguments.out / f"flowers-{arguments.network}",
         image_size=128,
-        min_crop_area=0.3,
-        mixup=0.1,
-        clip_grad_norm=1.0,
         epochs=arguments.epochs,
         batch_size=16,
         learning_rate=arguments.learning_rate,
         num_workers=0,
         seed=arguments.seed,
+        classification=ClassificationSettings(min_crop_area=0.3, mixup=0.1),
+        optimizer=OptimizerSettings(clip_grad_norm=1.0),
     )
 
     def network(num_classes: int) -> nn.Module:

@@ -23,6 +23,7 @@ from mobilevit.card import card_of
 from mobilevit.data.datasets import find_splits
 from mobilevit.devices import pick_device
 from mobilevit.evaluation import default_num_workers, evaluate, evaluation_loader
+from mobilevit.tasks.settings import DetectionSettings, SegmentationSettings
 from mobilevit.torch_session import TorchSession
 from mobilevit.training.config import TrainConfig
 from mobilevit.training.loop import train
@@ -31,14 +32,13 @@ IMAGES = Path(__file__).parent.parent / "docs" / "images"
 
 SETTINGS: dict[str, dict[str, Any]] = {
     # Cells are equally large in every image, so images are not shrunk.
-    "bccd": {"task": "detection", "batch_size": 8, "learning_rate": 1e-3, "zoom_out": 0.0},
+    "bccd": {"task": "detection", "batch_size": 8, "learning_rate": 1e-3, "detection": DetectionSettings(zoom_out=0.0)},
     "camvid": {
         "task": "segmentation",
         "batch_size": 8,
         "learning_rate": 1e-3,
         "image_size": (360, 480),
-        "crop_size": 256,
-        "scale_range": (0.5, 1.25),
+        "segmentation": SegmentationSettings(crop_size=256, scale_range=(0.5, 1.25)),
     },
 }
 PLOTS = {

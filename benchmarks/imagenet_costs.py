@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections import Counter
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ import torch
 import mobilevit
 import record
 from mobilevit.data.samplers import EpochSampler, SizedBatch, relative_updates
-from mobilevit.training.config import TrainConfig
+from mobilevit.training.config import SizeSettings
 from mobilevit.training.dry_run import saved_bytes
 from mobilevit.training.recipes import find_recipe
 
@@ -68,8 +68,8 @@ def main() -> None:
 
 
 def steps(variant: str) -> dict[str, Any]:
-    settings = find_recipe("imagenet_mobilevit_s").settings | {"multi_scale": variant}
-    config = TrainConfig(data=Path("imagenet"), **settings).resolve("classification", PROCESSES)
+    settings = find_recipe("imagenet_mobilevit_s").settings
+    config = replace(settings, sizes=SizeSettings(multi_scale=variant)).resolve("classification", PROCESSES)
     batches = config.step_sizes() or (SizedBatch(size=(256, 256), batch_size=config.batch_size),)
     sampler = EpochSampler(IMAGES, batches, seed=0, world_size=PROCESSES)
     epochs = [sampler.start(epoch) for epoch in range(EPOCHS_COUNTED)]

@@ -13,7 +13,6 @@ import argparse
 import copy
 import statistics
 import time
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -22,7 +21,7 @@ import mobilevit
 import record
 from mobilevit.benchmarking import peers
 from mobilevit.tasks.classification import classification_loss
-from mobilevit.training.config import TrainConfig
+from mobilevit.training.config import OptimizerSettings
 from mobilevit.training.optim import WeightAverage, make_optimizer
 
 
@@ -76,11 +75,11 @@ class Step:
     """One training step as the loop does it."""
 
     def __init__(self, network: nn.Module, side: str, arguments: argparse.Namespace) -> None:
-        config = TrainConfig(data=Path())
+        settings = OptimizerSettings()
         self.device, self.amp = torch.device(arguments.device), arguments.amp
         network.train()
-        self.average = WeightAverage(network, copy.deepcopy(network), config.ema_momentum)
-        self.optimizer = make_optimizer(network, config, self.device)
+        self.average = WeightAverage(network, copy.deepcopy(network), settings.ema_momentum)
+        self.optimizer = make_optimizer(network, settings, self.device)
         self.network = torch.compile(network) if arguments.compile else network
         plain = side == "timm"
         self.memory_format = torch.contiguous_format if plain else torch.channels_last

@@ -240,7 +240,7 @@ def test_missing_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
 def test_an_output_folder_that_holds_another_run(run: Path, shapes: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = {path: path.stat().st_mtime_ns for path in run.iterdir()}
     told = refused(["train", "--data", str(shapes), "--out", str(run), *TINY], capsys)
-    assert "holds another run; go on with it by --resume" in told
+    assert "holds another run; continue it with --resume, replace it with --overwrite" in told
     assert {path: path.stat().st_mtime_ns for path in run.iterdir()} == before
 
 

@@ -28,6 +28,7 @@ from mobilevit.training.config import TrainConfig
 from mobilevit.training.loop import train
 from mobilevit.training.objectives import make_objective
 from mobilevit.training.run_folder import RunFolder, TrainingInterrupted
+from training_settings import with_settings
 
 SIZE = 64
 
@@ -130,7 +131,7 @@ class TaskContract:
     def test_a_frozen_backbone_stays(self, config: TrainConfig, tmp_path: Path) -> None:
         start = self.model(num_classes=self.num_classes)
         mobilevit.save(start, tmp_path / "start.safetensors")
-        config = dataclasses.replace(
+        config = with_settings(
             config, weights=str(tmp_path / "start.safetensors"), freeze_backbone=True, ema=False, epochs=1
         )
         before, after = start.state_dict(), mobilevit.load(train(config).best).state_dict()
@@ -328,5 +329,5 @@ class TestSegmentation(TaskContract):
         )
         with pytest.raises(ValueError, match="resize_mode 'pad' or 'stretch'"):
             Predictor(model)
-        with pytest.raises(ValueError, match="--resize-mode is crop; it must be stretch or pad"):
+        with pytest.raises(ValueError, match="`resize_mode` is crop; it must be stretch or pad"):
             train(TrainConfig(data=data, resize_mode="crop"))

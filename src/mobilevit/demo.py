@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import html
 import logging
 import shutil
@@ -10,7 +11,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 
@@ -26,6 +26,7 @@ from mobilevit.results.base import Result
 from mobilevit.results.classification import ClassificationResult
 from mobilevit.runtime.predictor import Predictor
 from mobilevit.tasks.report import Report
+from mobilevit.tasks.settings import ClassificationSettings, DetectionSettings, SegmentationSettings
 from mobilevit.training.config import TrainConfig
 from mobilevit.training.loop import train
 
@@ -40,41 +41,47 @@ class _Show:
 
     write: Callable[..., None]
     """Draws labeled images into a folder."""
-    size: int
-    """Side of the images in pixels."""
     num_images: int
-    epochs: int
-    settings: dict[str, Any]
-    """Of `TrainConfig`, besides size and epochs."""
+    settings: TrainConfig
+    """All but places and seed."""
 
 
 _SHOWS: dict[Task, _Show] = {
     "classification": _Show(
         write=shapes.write_folder,
-        size=64,
         num_images=3000,
-        epochs=10,
-        settings={"crop_fraction": 1.0, "min_crop_area": 0.7, "learning_rate": 2e-3},
+        settings=TrainConfig(
+            data="",
+            image_size=64,
+            crop_fraction=1.0,
+            epochs=10,
+            learning_rate=2e-3,
+            classification=ClassificationSettings(min_crop_area=0.7),
+        ),
     ),
     "detection": _Show(
         write=shapes.write_boxes,
-        size=128,
         num_images=3000,
-        epochs=9,
-        settings={"batch_size": 16, "learning_rate": 2e-3, "zoom_out": 0.0, "iou_crop": False},
+        settings=TrainConfig(
+            data="",
+            image_size=128,
+            epochs=9,
+            batch_size=16,
+            learning_rate=2e-3,
+            detection=DetectionSettings(zoom_out=0.0, iou_crop=False),
+        ),
     ),
     "segmentation": _Show(
         write=shapes.write_masks,
-        size=128,
         num_images=1500,
-        epochs=6,
-        settings={
-            "batch_size": 16,
-            "learning_rate": 1.5e-3,
-            "output_stride": 8,
-            "scale_range": (0.8, 1.25),
-            "rotation": 0.0,
-        },
+        settings=TrainConfig(
+            data="",
+            image_size=128,
+            epochs=6,
+            batch_size=16,
+            learning_rate=1.5e-3,
+            segmentation=SegmentationSettings(output_stride=8, scale_range=(0.8, 1.25), rotation=0.0),
+        ),
     ),
 }
 
@@ -98,7 +105,7 @@ def run_demo(
     """
     begun = time.monotonic()
     show = _SHOWS[task]
-    epochs = show.epochs if epochs is None else epochs
+    epochs = show.settings.epochs if epochs is None else epochs
     num_images = show.num_images if num_images is None else num_images
     data, unseen, run = out / "data", out / "unseen", out / "run"
     marker = out / ".mobilevit-demo"
@@ -108,14 +115,12 @@ def run_demo(
     for folder in (data, unseen, run):
         shutil.rmtree(folder, ignore_errors=True)
     log.info("drawing %d images of shapes into %s", num_images, data)
-    show.write(data, num_images=num_images, seed=seed, size=show.size)
-    show.write(unseen, num_images=NUM_UNSEEN, seed=seed + 1, size=show.size)
-
-    settings = {**show.settings, "image_size": show.size, "epochs": epochs, "seed": seed}
-    flags = " ".join(_flag(name, value) for name, value in settings.items())
-    command = f"mobilevit train --data {data} --out {run} {flags}"
+    config = dataclasses.replace(show.settings, data=data, out=run, epochs=epochs, seed=seed)
+    show.write(data, num_images=num_images, seed=seed, size=config.input_size[0])
+    show.write(unseen, num_images=NUM_UNSEEN, seed=seed + 1, size=config.input_size[0])
+    command = f"mobilevit train {' '.join(_flag(name, value) for name, value in config.changes().items())}"
     log.info("\n$ %s", command)
-    result = train(TrainConfig(data=data, out=run, **settings))
+    result = train(config)
     headline = "\n".join(f"{name}  {value}" for name, value in result.report.headline())
     log.info("\n$ mobilevit eval %s --data %s\n%s", result.best, data, headline)
 
@@ -132,7 +137,7 @@ def run_demo(
         **{f"validation {name}": value for name, value in result.report.headline()[:3]},
         "measured on": f"{result.report.num_images:,} images held out",
         "model": f"mobilevit_xxs, {task}, {sum(p.numel() for p in model.parameters()):,} parameters, "
-        f"{len(shapes.CLASSES)} shapes, {show.size} x {show.size} pixels",
+        f"{len(shapes.CLASSES)} shapes, {' x '.join(map(str, config.input_size))} pixels",
         "training": f"{epochs} epochs at {result.images_per_second:,.0f} images a second",
         **({"exported": _exported_in_words(exported)} if exported else {}),
         "time in all": f"{time.monotonic() - begun:,.0f} s",

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from mobilevit.data.imageset import Boxes, ImageSet, Mask
-from mobilevit.data.loaders import Batch, BatchLoader, _arrived, _map_tensors
+from mobilevit.data.loaders import Batch, BatchLoader, _arrived
 from mobilevit.data.samplers import level_batches
 from mobilevit.data.transforms import (
     BoxTargets,
@@ -318,14 +318,19 @@ def test_batches_of_masks_and_a_mask_that_does_not_fit(tmp_path: Path) -> None:
     assert batch.errors == [f"{tmp_path / '1.png'}: 40 x 36 pixels, its image has 36 x 40; they must agree"]
 
 
-def test__map_tensors() -> None:
+def test_every_tensor_of_a_batch_is_mapped() -> None:
     one, two = torch.ones(2), torch.zeros(1)
-    assert torch.equal(_map_tensors(one, torch.neg), -one)
-    mapped = _map_tensors(BoxTargets(one, two), torch.neg)
-    assert isinstance(mapped, BoxTargets)
-    assert torch.equal(mapped.boxes_cxcywh, -one)
-    assert _map_tensors([one], torch.neg)[0] is one
-    assert _map_tensors(None, torch.neg) is None
+
+    def mapped(targets: object) -> Batch:
+        return Batch(images=two, targets=targets, indices=[0], errors=[]).map(torch.neg)
+
+    assert torch.equal(mapped(one).images, -two)
+    assert torch.equal(mapped(one).targets, -one)
+    boxes = mapped(BoxTargets(one, two)).targets
+    assert isinstance(boxes, BoxTargets)
+    assert torch.equal(boxes.boxes_cxcywh, -one)
+    assert mapped([one]).targets[0] is one
+    assert mapped(None).targets is None
 
 
 def test_what_was_copied_ahead_is_waited_for_on_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

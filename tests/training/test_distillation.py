@@ -12,9 +12,10 @@ from torch.nn import functional as F
 import mobilevit
 from mobilevit.imaging.preprocessing import Preprocessing
 from mobilevit.models.inputs import normalize
-from mobilevit.training.config import TrainConfig
+from mobilevit.training.config import DistillationSettings, TrainConfig
 from mobilevit.training.distillation import distillation_loss, open_teacher
 from mobilevit.training.loop import train
+from training_settings import with_settings
 
 SIX = ("circle", "cross", "ring", "square", "star", "triangle")
 PLAIN = Preprocessing(size=(32, 32))
@@ -97,7 +98,7 @@ def test_a_student_learns_from_a_teacher_alone(tiny: TrainConfig, tmp_path: Path
     with torch.no_grad():
         model.classifier.weight.mul_(20)
     mobilevit.save(model, tmp_path / "teacher.safetensors")
-    config = dataclasses.replace(
+    config = with_settings(
         tiny, teacher=str(tmp_path / "teacher.safetensors"), distillation_share=1.0, epochs=1, out=tmp_path / "taught"
     )
     result = train(config)
@@ -112,14 +113,14 @@ def test_a_student_learns_from_a_teacher_alone(tiny: TrainConfig, tmp_path: Path
 
 def test_classes_must_agree(tiny: TrainConfig, tmp_path: Path) -> None:
     mobilevit.save(mobilevit.create_model("mobilevit_xxs", classes=SIX[::-1]), tmp_path / "teacher.safetensors")
-    config = dataclasses.replace(tiny, teacher=str(tmp_path / "teacher.safetensors"))
+    config = with_settings(tiny, teacher=str(tmp_path / "teacher.safetensors"))
     with pytest.raises(ValueError, match="same classes in the same order"):
         train(config)
 
 
 def test_settings_without_a_teacher() -> None:
-    with pytest.raises(ValueError, match=r"--distillation-share is 0.9; it must be left out without --teacher"):
-        TrainConfig(data=Path("d"), distillation_share=0.9).validate()
+    with pytest.raises(ValueError, match=r"`distillation_share` is 0.9; it must be left out without `teacher`"):
+        TrainConfig(data=Path("d"), distillation=DistillationSettings(distillation_share=0.9)).validate()
 
 
 def test_the_teachers_answer_counts_by_its_share(tiny: TrainConfig, tmp_path: Path) -> None:
@@ -130,7 +131,7 @@ def test_the_teachers_answer_counts_by_its_share(tiny: TrainConfig, tmp_path: Pa
     from mobilevit.training.learner import make_learner
 
     mobilevit.save(mobilevit.create_model("mobilevit_xxs", classes=SIX), tmp_path / "teacher.safetensors")
-    config = dataclasses.replace(
+    config = with_settings(
         tiny, teacher=str(tmp_path / "teacher.safetensors"), distillation_share=0.3, distillation_temperature=4.0
     ).resolve("classification")
     data, _ = load_train_val(config.data, task=None, val_path=None, val_fraction=0.2, seed=0)

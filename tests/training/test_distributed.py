@@ -99,7 +99,7 @@ def by_hand(config: TrainConfig) -> dict[str, torch.Tensor]:
     torch.manual_seed(config.seed)
     model = build_model(config, train_set).train()
     preprocessing = card_of(model).preprocessing
-    optimizer = make_optimizer(model, config, torch.device("cpu"))
+    optimizer = make_optimizer(model, config.optimizer, torch.device("cpu"))
     objective = make_objective(config, train_set, preprocessing, torch.device("cpu"))
     random = [torch.get_rng_state()]
     torch.manual_seed(distributed.seed_of(distributed.World(rank=1, size=2), config.seed))

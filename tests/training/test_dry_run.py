@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import dataclasses
 import json
 import time
 
@@ -14,6 +13,7 @@ from mobilevit.training.config import TrainConfig
 from mobilevit.training.dry_run import dry_run
 from mobilevit.training.learner import CompiledForSizes
 from mobilevit.training.loop import train
+from training_settings import with_settings
 
 
 def test_what_it_says_is_what_the_run_does(tiny: TrainConfig) -> None:
@@ -34,7 +34,7 @@ def test_what_it_says_is_what_the_run_does(tiny: TrainConfig) -> None:
 
 
 def test_steps_of_several_sizes(tiny: TrainConfig) -> None:
-    config = dataclasses.replace(tiny, multi_scale="paper", train_sizes=((32, 32), (64, 64)), batch_size=16)
+    config = with_settings(tiny, multi_scale="paper", train_sizes=((32, 32), (64, 64)), batch_size=16)
     plan = dry_run(config)
     assert {size.size: size.batch_size for size in plan.sizes} == {(32, 32): 16, (64, 64): 4}
     assert sum(size.steps_per_epoch for size in plan.sizes) * config.epochs == plan.updates
@@ -47,7 +47,7 @@ def test_steps_too_slow_to_be_measured_twice(
 ) -> None:
     monkeypatch.setattr("mobilevit.training.dry_run.SECONDS_TO_MEASURE", 0.0)
     monkeypatch.setattr(torch, "compile", lambda model, **_: model)
-    (size,) = dry_run(dataclasses.replace(tiny, compile=compiled)).sizes
+    (size,) = dry_run(with_settings(tiny, compile=compiled)).sizes
     assert size.measured
     assert size.seconds_per_step > 0
 
@@ -65,7 +65,7 @@ def test_the_time_to_compile_is_not_measured(tiny: TrainConfig, monkeypatch: pyt
         return forward
 
     monkeypatch.setattr(torch, "compile", slowly)
-    config = dataclasses.replace(tiny, multi_scale="paper", train_sizes=((32, 32), (64, 64)), compile=True)
+    config = with_settings(tiny, multi_scale="paper", train_sizes=((32, 32), (64, 64)), compile=True)
     monkeypatch.setattr("mobilevit.training.dry_run.SECONDS_TO_MEASURE", 1.5)
     plan = dry_run(config)
     assert len(compiled) == 2

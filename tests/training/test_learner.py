@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 import torch
 
@@ -12,6 +10,7 @@ from mobilevit.data.loaders import Batch
 from mobilevit.training.config import TrainConfig
 from mobilevit.training.distributed import World
 from mobilevit.training.learner import Learner, _amp_dtype, make_learner
+from training_settings import with_settings
 
 CPU = torch.device("cpu")
 
@@ -43,7 +42,7 @@ def test_bf16_by_itself_only_where_it_is_no_emulation(monkeypatch: pytest.Monkey
 def test_a_scaler_outlives_a_batch_that_nothing_can_be_learned_from(
     tiny: TrainConfig, clip_grad_norm: float | None
 ) -> None:
-    learner = learner_of(dataclasses.replace(tiny, clip_grad_norm=clip_grad_norm))
+    learner = learner_of(with_settings(tiny, clip_grad_norm=clip_grad_norm))
     learner.scaler = torch.amp.GradScaler("cpu", enabled=True)
     learner.train_mode()
     before = learner.model.state_dict()["stem.conv.weight"].clone()
@@ -74,7 +73,7 @@ def test_one_of_several_without_images_gives_the_others_gradients_of_zero(tiny: 
 
 
 def test_common_statistics_need_gpus(tiny: TrainConfig) -> None:
-    config = dataclasses.replace(tiny, sync_batch_norm=True)
+    config = with_settings(tiny, sync_batch_norm=True)
     learner_of(config)
-    with pytest.raises(ValueError, match="--sync-batch-norm needs GPUs"):
+    with pytest.raises(ValueError, match="`sync_batch_norm` needs GPUs"):
         learner_of(config, world=World(size=2))

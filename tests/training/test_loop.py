@@ -18,10 +18,12 @@ from torch import nn
 
 import mobilevit
 from mobilevit.card import card_of
+from mobilevit.cli import main
 from mobilevit.training.config import TrainConfig
 from mobilevit.training.loading import num_reading_processes
 from mobilevit.training.loop import _random_state, _set_random_state, train
 from mobilevit.training.run_folder import RunFolder, TrainingInterrupted
+from training_settings import with_settings
 
 MEASURED = ("images_per_second", "peak_memory_mb")
 """What `metrics.jsonl` has of the machine rather than of the model."""
@@ -85,7 +87,7 @@ def test_it_learns(tmp_path: Path) -> None:
     ],
 )
 def test_options_run_and_resume_exactly(tiny: TrainConfig, settings: dict[str, object]) -> None:
-    config = dataclasses.replace(tiny, checkpoint_minutes=0, **settings)
+    config = with_settings(tiny, checkpoint_minutes=0, **settings)
     whole = train(config)
     stopped = dataclasses.replace(config, out=tiny.out.with_name("stopped"))
     stop_after_first_checkpoint(stopped.out)
@@ -121,10 +123,27 @@ def test_a_finished_run_resumed_is_finished(tiny: TrainConfig) -> None:
     assert len(RunFolder(tiny.out).rows()) == 2
 
 
+def test_a_run_folder_of_version_0_1_goes_on(tiny: TrainConfig) -> None:
+    """Its settings lay side by side, with one more among them, and one entry of its state had another name."""
+    whole = train(tiny)
+    stopped = dataclasses.replace(tiny, out=tiny.out.with_name("stopped"), checkpoint_minutes=0)
+    stop_after_first_checkpoint(stopped.out)
+    with pytest.raises(TrainingInterrupted):
+        train(stopped)
+    config, last = stopped.out / "config.json", stopped.out / "last.pt"
+    config.write_text(json.dumps(TrainConfig.from_json(config).flat() | {"decode": "cpu"}, default=str))
+    state = torch.load(last, weights_only=True)
+    state["position"]["pictures"] = state["position"].pop("images")
+    torch.save(state, last)
+    assert main(["train", "--config", str(config), "--resume", "--no-ema"]) == 2
+    assert main(["train", "--config", str(config), "--resume"]) == 0
+    assert_same_weights(whole.best, stopped.out / "best.safetensors")
+
+
 def test_freezing_the_backbone_trains_the_classifier_alone(tiny: TrainConfig, tmp_path: Path) -> None:
     start = mobilevit.create_model("mobilevit_xxs", num_classes=6)
     path = mobilevit.save(start, tmp_path / "start.safetensors")
-    best = train(dataclasses.replace(tiny, weights=str(path), freeze_backbone=True, ema=False)).best
+    best = train(with_settings(tiny, weights=str(path), freeze_backbone=True, ema=False)).best
     trained, before = weights(best), start.state_dict()
     changed = {key for key in before if not torch.equal(trained[key], before[key])}
     assert changed == {"classifier.weight", "classifier.bias"}
@@ -177,7 +196,7 @@ class Explodes(nn.Module):
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_images(tiny: TrainConfig) -> None:
-    with pytest.raises(ValueError, match=r"the loss became nan in epoch 1; lower --learning-rate.*\d\.png, "):
+    with pytest.raises(ValueError, match=r"the loss became nan in epoch 1; lower `learning_rate`.*\d\.png, "):
         train(tiny, network=Explodes)
     assert not (tiny.out / "last.pt").exists(), "nothing of it is saved"
 
@@ -195,7 +214,7 @@ def test_folders_of_other_runs_are_safe(tiny: TrainConfig, tmp_path: Path) -> No
     before = (tiny.out / "best.safetensors").read_bytes()
     with pytest.raises(ValueError, match="holds another run"):
         train(tiny)
-    with pytest.raises(ValueError, match=r"--resume: epochs was 1, is 2"):
+    with pytest.raises(ValueError, match=r"`resume`: epochs was 1, is 2"):
         train(tiny, resume=True)
     with pytest.raises(ValueError, match="no run to resume"):
         train(dataclasses.replace(tiny, out=tmp_path / "none"), resume=True)
@@ -225,8 +244,8 @@ def test_cuda_asked_for_and_absent(tiny: TrainConfig) -> None:
         pytest.skip("this machine has a CUDA GPU")
     with pytest.raises(ValueError, match="--device cuda: PyTorch sees no CUDA GPU; use --device cpu"):
         train(dataclasses.replace(tiny, device="cuda"))
-    with pytest.raises(ValueError, match="--amp fp16 needs a GPU"):
-        train(dataclasses.replace(tiny, amp="fp16", device="cpu"))
+    with pytest.raises(ValueError, match="`amp` fp16 needs a GPU"):
+        train(with_settings(tiny, amp="fp16", device="cpu"))
     assert not tiny.out.exists()
 
 

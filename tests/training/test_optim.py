@@ -9,12 +9,13 @@ import torch
 from torch import nn
 
 import mobilevit
-from mobilevit.training.config import TrainConfig
+from mobilevit.training.config import OptimizerSettings, TrainConfig
 from mobilevit.training.optim import WeightAverage, learning_rate, make_optimizer, parameter_groups
+from training_settings import with_settings
 
 
 def config(**settings: object) -> TrainConfig:
-    return TrainConfig(data=Path("a"), **settings)  # type: ignore[arg-type]
+    return with_settings(TrainConfig(data=Path("a")), **settings)
 
 
 def test_schedule() -> None:
@@ -35,7 +36,7 @@ def test_schedule_without_warmup_starts_at_the_peak() -> None:
 
 def test_groups_cover_every_trainable_parameter_once() -> None:
     model = mobilevit.create_model("mobilevit_xxs", num_classes=2)
-    groups = parameter_groups(model, config(layer_decay=0.5, head_lr_factor=10, decay_norm_and_bias=False))
+    groups = parameter_groups(model, OptimizerSettings(layer_decay=0.5, head_lr_factor=10, decay_norm_and_bias=False))
     grouped = [id(p) for group in groups for p in group["params"]]  # type: ignore[attr-defined]
     assert sorted(grouped) == sorted(id(p) for p in model.parameters())
     of = {id(p): group for group in groups for p in group["params"]}  # type: ignore[attr-defined]
@@ -49,7 +50,7 @@ def test_groups_cover_every_trainable_parameter_once() -> None:
 
 def test_published_recipe_is_one_group() -> None:
     model = mobilevit.create_model("mobilevit_xxs", num_classes=2)
-    optimizer = make_optimizer(model, config(), torch.device("cpu"))
+    optimizer = make_optimizer(model, OptimizerSettings(), torch.device("cpu"))
     assert len(optimizer.param_groups) == 1
     assert optimizer.param_groups[0]["weight_decay"] == 0.01
     assert optimizer.param_groups[0]["betas"] == (0.9, 0.999)

@@ -11,26 +11,27 @@ from mobilevit.training.recipes import RECIPES, describe_recipes, find_recipe
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipes_are_settings_that_hold(name: str) -> None:
-    config = TrainConfig(data=Path("data"), **find_recipe(name).settings)
+    config = find_recipe(name).settings
     config.validate()
     assert config.task != "auto"
     config.resolve(config.task).validate()
 
 
 def test_published_recipes() -> None:
-    coco = TrainConfig(data=Path("coco"), **find_recipe("coco_mobilevit_s").settings).resolve("detection", 4)
+    coco = find_recipe("coco_mobilevit_s").settings.resolve("detection", 4)
     assert (coco.peak_learning_rate, coco.epochs, 4 * coco.batch_size, coco.input_size) == (9e-4, 200, 128, (320, 320))
-    voc = TrainConfig(data=Path("voc"), **find_recipe("voc_mobilevit_s").settings).resolve("segmentation", 4)
-    assert (voc.peak_learning_rate, voc.epochs, voc.head_lr_factor, voc.input_size) == (9e-4, 50, 10, (512, 512))
-    assert coco.sync_batch_norm
-    assert voc.sync_batch_norm
-    imagenet = TrainConfig(data=Path("imagenet"), **find_recipe("imagenet_mobilevit_s").settings)
-    assert (imagenet.model, imagenet.batch_size * 8, imagenet.grad_accum_steps) == ("mobilevit_s", 1024, 1)
+    voc = find_recipe("voc_mobilevit_s").settings.resolve("segmentation", 4)
+    assert (voc.peak_learning_rate, voc.epochs, voc.input_size) == (9e-4, 50, (512, 512))
+    assert voc.optimizer.head_lr_factor == 10
+    assert coco.hardware.sync_batch_norm
+    assert voc.hardware.sync_batch_norm
+    imagenet = find_recipe("imagenet_mobilevit_s").settings
+    assert (imagenet.model, imagenet.batch_size * 8, imagenet.optimizer.grad_accum_steps) == ("mobilevit_s", 1024, 1)
     sizes = imagenet.resolve("classification", 8).step_sizes()
     assert [size.batch_size for size in sizes] == [327, 227, 128, 101, 81]
     updates = 300 * relative_updates(sizes, 128) * 1_281_167 / 1024
-    assert imagenet.warmup_fraction * updates == pytest.approx(3000, rel=0.01)
-    assert (imagenet.epochs, imagenet.weight_decay, imagenet.ema_momentum) == (300, 0.01, 5e-4)
+    assert imagenet.optimizer.warmup_fraction * updates == pytest.approx(3000, rel=0.01)
+    assert (imagenet.epochs, imagenet.optimizer.weight_decay, imagenet.optimizer.ema_momentum) == (300, 0.01, 5e-4)
 
 
 def test_unknown_recipe(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
-from tyro.conf import arg
+from tyro.conf import OmitArgPrefixes, arg
 
 from mobilevit.cli.errors import UsageError
 from mobilevit.cli.printing import as_json, print_json, print_report
@@ -19,7 +20,7 @@ from mobilevit.training.recipes import find_recipe
 class Train:
     """Train a model to classify, detect or segment; the run folder gets checkpoints, curves, metrics, a model card."""
 
-    settings: Annotated[TrainConfig, arg(name="")]
+    settings: OmitArgPrefixes[Annotated[TrainConfig, arg(name="")]]
     config: Path | None = None
     """Take settings from a run's config.json; flags change single ones."""
     recipe: str | None = None
@@ -64,8 +65,8 @@ def train_defaults(arguments: list[str]) -> Train:
         file = str(Path(out) / "config.json")
     recipe = value_of("--recipe", arguments)
     if file is None:
-        settings: dict[str, Any] = {} if recipe is None else find_recipe(recipe).settings
-        return Train(settings=TrainConfig(**{"data": tyro.MISSING, **settings}), recipe=recipe)
+        settings = TrainConfig(data="") if recipe is None else find_recipe(recipe).settings
+        return Train(settings=dataclasses.replace(settings, data=tyro.MISSING), recipe=recipe)
     if recipe is not None:
         raise UsageError("--recipe and --config both give settings; leave one of them out")
     return Train(settings=TrainConfig.from_json(Path(file)), config=Path(file))

@@ -14,15 +14,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from mobilevit.data.device_decoding import EncodedCrop, decode_crops
 from mobilevit.data.imageset import ImageSet
 from mobilevit.data.samplers import EpochSampler, Key, OrderedSampler, Segment, SizedBatch, Step
 from mobilevit.errors import ImageError
 from mobilevit.imaging.decode import open_image
 
-Transform = Callable[..., tuple[Tensor | EncodedCrop, Any]]
-"""What `open_image` has opened, its target and, where steps differ in size, (H, W) -> uint8 (3, H, W) or what the
-device is to decode, and what the batch is to hold of the target."""
+Transform = Callable[..., tuple[Tensor, Any]]
+"""What `open_image` has opened, its target and, where steps differ in size, (H, W) -> uint8 (3, H, W),
+and what the batch is to hold of the target."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,8 +36,6 @@ class Batch:
     """Position of each image in its `ImageSet`."""
     errors: list[str]
     """One line for each image left out."""
-    crops: Sequence[EncodedCrop] = ()
-    """Instead of `images`, where the device decodes: images that `to` makes images of."""
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -48,32 +45,18 @@ class Batch:
         return self.map(Tensor.pin_memory)
 
     def to(self, device: torch.device) -> Batch:
-        """The batch on a device, decoded if need be; the copy from pinned memory is not waited for."""
-        if not self.crops:
-            # Elsewhere than on CUDA, the memory copied from may be gone before it is read.
-            return self.map(lambda tensor: tensor.to(device, non_blocking=device.type == "cuda"))
-        images, places, errors = decode_crops(self.crops, device)
-        kept = torch.tensor(places, dtype=torch.int64)
-        return Batch(
-            images=images,
-            targets=_map_tensors(self.targets, lambda tensor: tensor[kept].to(device)),
-            indices=[self.indices[place] for place in places],
-            errors=self.errors + errors,
-        )
+        """Copy to a device; the copy from pinned memory is not waited for."""
+        # Elsewhere than on CUDA, the memory copied from may be gone before it is read.
+        return self.map(lambda tensor: tensor.to(device, non_blocking=device.type == "cuda"))
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
         """The batch with every tensor changed: moved to a device, for one."""
-        targets = _map_tensors(self.targets, change)
+        targets = self.targets
+        if isinstance(targets, Tensor):
+            targets = change(targets)
+        elif isinstance(targets, tuple):  # a named one
+            targets = type(targets)(*map(change, targets))
         return dataclasses.replace(self, images=change(self.images), targets=targets)
-
-
-def _map_tensors(targets: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """Targets, whatever a loader's `collate` made of them, with every tensor changed."""
-    if isinstance(targets, Tensor):
-        return change(targets)
-    if isinstance(targets, tuple):  # a named one
-        return type(targets)(*map(change, targets))
-    return targets
 
 
 def ahead_on(device: torch.device, batches: Iterable[Batch]) -> Iterator[Batch]:
@@ -105,8 +88,8 @@ def _arrived(batch: Batch, copied: torch.cuda.Event, device: torch.device) -> Ba
     return batch.map(keep)
 
 
-_Item = tuple[int, Tensor | EncodedCrop | str, Any]
-"""Number of an image; pixels, what is to be decoded, or why there is neither; target."""
+_Item = tuple[int, Tensor | str, Any]
+"""Number of an image; its pixels, or why there are none; target."""
 
 
 class _Images(Dataset[_Item]):
@@ -207,14 +190,12 @@ class BatchLoader:
 
 def _collate(collate: Callable[[Sequence[Any]], Any], items: Sequence[_Item]) -> Batch:
     good = [(index, image, target) for index, image, target in items if not isinstance(image, str)]
-    pixels = [image for _, image, _ in good if isinstance(image, Tensor)]
-    images = _stacked(pixels) if pixels else torch.empty(0, 1, 1, 3, dtype=torch.uint8)
+    images = _stacked([image for _, image, _ in good]) if good else torch.empty(0, 1, 1, 3, dtype=torch.uint8)
     return Batch(
         images=images.permute(0, 3, 1, 2),
         targets=collate([target for _, _, target in good]) if good else None,
         indices=[index for index, _, _ in good],
         errors=[image for _, image, _ in items if isinstance(image, str)],
-        crops=[image for _, image, _ in good if not isinstance(image, Tensor)],
     )
 
 

@@ -76,7 +76,7 @@ class DistillationSettings:
 
     teacher: str | None = None
     """Learn from this model, too: timm/NAME, torchvision/NAME, or a checkpoint; of the same classes."""
-    teacher_weights: Path | None = None
+    teacher_weights: str | Path | None = None
     """A .safetensors or .pth of the timm or torchvision teacher, fine-tuned on these classes. Default: the published
     weights."""
     distillation_share: float = 0.5
@@ -105,7 +105,7 @@ class TrainConfig:
     """Folder with one sub-folder per class, .csv, .parquet or shards, also by URL; VOC, COCO or YOLO boxes; masks."""
     task: Literal["auto", "classification", "detection", "segmentation"] = "auto"
     """What to learn. auto: what the data are labeled for."""
-    out: Path = Path("runs/train")
+    out: str | Path = Path("runs/train")
     """Run folder: configuration, metrics, curves, checkpoints, model card."""
     val_data: str | Path | None = None
     """Data to validate on, in any of the forms of --data. Default: val/ beside train/, else a split of the data."""
@@ -160,10 +160,9 @@ class TrainConfig:
     hardware: HardwareSettings = field(default_factory=HardwareSettings)
 
     def __post_init__(self) -> None:
-        # As a `Path`, a URL would lose one of its slashes.
-        for name in ("data", "val_data"):
+        for name in ("data", "val_data", "out"):
             place = getattr(self, name)
-            if isinstance(place, str) and "://" not in place:
+            if isinstance(place, str) and "://" not in place:  # as a `Path`, a URL would lose one of its slashes
                 object.__setattr__(self, name, Path(place))
 
     @property
@@ -373,7 +372,7 @@ def _from_values(group: type[_Group], values: dict[str, Any]) -> _Group:
     rest = dict(values)
     arguments: dict[str, Any] = {}
     for name, hint in typing.get_type_hints(group).items():
-        if dataclasses.is_dataclass(hint):
+        if isinstance(hint, type) and dataclasses.is_dataclass(hint):
             inner = rest.pop(name, {})
             if not isinstance(inner, dict):
                 raise MobileViTError(f"{name} is {inner!r}; it is a group of settings")

@@ -68,7 +68,9 @@ class Teacher(nn.Module):
         return logits
 
 
-def open_teacher(name: str, classes: Sequence[str], given: Preprocessing, *, weights: Path | None = None) -> Teacher:
+def open_teacher(
+    name: str, classes: Sequence[str], given: Preprocessing, *, weights: str | Path | None = None
+) -> Teacher:
     """A teacher by name.
 
     Args:
@@ -89,13 +91,13 @@ def open_teacher(name: str, classes: Sequence[str], given: Preprocessing, *, wei
     else:
         if weights is not None:
             raise MobileViTError(
-                f"--teacher-weights is for timm/... and torchvision/...; {name} is a file with its own"
+                f"`teacher_weights` is for timm/... and torchvision/...; {name} is a file with its own"
             )
         model = factory.load(name)
         card = card_of(model)
         if tuple(card.classes) != tuple(classes):
             raise MobileViTError(
-                f"--teacher {name}: knows {_few(card.classes)}, the data have {_few(classes)}; a teacher has the same "
+                f"`teacher` {name}: knows {_few(card.classes)}, the data have {_few(classes)}; a teacher has the same "
                 "classes in the same order: train it on these data"
             )
         teacher = Teacher(model, given=given, mean=card.preprocessing.mean, std=card.preprocessing.std)
@@ -105,8 +107,8 @@ def open_teacher(name: str, classes: Sequence[str], given: Preprocessing, *, wei
     if not isinstance(answer, Tensor) or tuple(answer.shape) != (1, len(classes)):
         found = tuple(answer.shape)[1:] if isinstance(answer, Tensor) else type(answer).__name__
         raise MobileViTError(
-            f"--teacher {name}: answers with {found}, the data have {len(classes)} classes; fine-tune it on these data "
-            "and give the result with --teacher-weights"
+            f"`teacher` {name}: answers with {found}, the data have {len(classes)} classes; fine-tune it on these data "
+            "and give the result with `teacher_weights`"
         )
     return teacher
 
@@ -115,13 +117,13 @@ Opened = tuple[nn.Module, Sequence[float], Sequence[float], tuple[int, int] | No
 """A network, the mean and std of its images, and its only input size, if it has one."""
 
 
-def _timm(name: str, num_classes: int, weights: Path | None) -> Opened:
+def _timm(name: str, num_classes: int, weights: str | Path | None) -> Opened:
     try:
         import timm
     except ImportError:
         raise MobileViTError("a teacher from timm needs timm; pip install timm") from None
     if not timm.is_model(name):
-        raise MobileViTError(f"--teacher timm/{name}: timm has no such model; timm.list_models() names all")
+        raise MobileViTError(f"`teacher` timm/{name}: timm has no such model; timm.list_models() names all")
     with _cannot_be_had(f"timm/{name}"):
         if weights is None:
             network = timm.create_model(name, pretrained=True)
@@ -134,11 +136,11 @@ def _timm(name: str, num_classes: int, weights: Path | None) -> Opened:
     return network, told.get("mean", _IMAGENET_MEAN), told.get("std", _IMAGENET_STD), size
 
 
-def _torchvision(name: str, num_classes: int, weights: Path | None) -> Opened:
+def _torchvision(name: str, num_classes: int, weights: str | Path | None) -> Opened:
     from torchvision import models
 
     if name not in models.list_models(models):
-        raise MobileViTError(f"--teacher torchvision/{name}: torchvision has no such classifier")
+        raise MobileViTError(f"`teacher` torchvision/{name}: torchvision has no such classifier")
     with _cannot_be_had(f"torchvision/{name}"):
         if weights is None:
             network = models.get_model(name, weights="DEFAULT")
@@ -157,22 +159,22 @@ def _cannot_be_had(name: str) -> Iterator[None]:
     except Exception as error:  # of the hub's client, of urllib, or of the network's own constructor
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise MobileViTError(
-            f"--teacher {name}: its weights cannot be had ({reason}); download them where there is a network, or give "
-            "a file with --teacher-weights"
+            f"`teacher` {name}: its weights cannot be had ({reason}); download them where there is a network, or give "
+            "a file with `teacher_weights`"
         ) from error
 
 
-def _fill(network: nn.Module, path: Path) -> None:
+def _fill(network: nn.Module, path: str | Path) -> None:
     """Load a state dict, without running what a file may bring along."""
     try:
-        if path.suffix == ".safetensors":
+        if Path(path).suffix == ".safetensors":
             from safetensors.torch import load_file
 
             state: Any = load_file(path)
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise MobileViTError(f"--teacher-weights {path}: cannot be read ({type(error).__name__})") from error
+        raise MobileViTError(f"`teacher_weights` {path}: cannot be read ({type(error).__name__})") from error
     for key in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
@@ -180,7 +182,7 @@ def _fill(network: nn.Module, path: Path) -> None:
         network.load_state_dict(state)
     except (RuntimeError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise MobileViTError(f"--teacher-weights {path}: not of this network ({reason})") from None
+        raise MobileViTError(f"`teacher_weights` {path}: not of this network ({reason})") from None
 
 
 def _few(names: Sequence[str]) -> str:

@@ -92,8 +92,8 @@ class DryRun:
 
     def lines(self) -> list[str]:
         """For people."""
-        changed = {f.name for f in dataclasses.fields(self.config) if getattr(self.config, f.name) != f.default}
-        told = [f"{'*' if name in changed else ' '} {name:<24} {value}" for name, value in self._settings()]
+        changed = self.config.changes()
+        told = [f"{'*' if name in changed else ' '} {name:<24} {value}" for name, value in self.config.flat().items()]
         steps = [
             f"  {plan.size[0]} x {plan.size[1]}, {plan.batch_size} images: {plan.steps_per_epoch:,} steps an epoch, "
             f"{plan.seconds_per_step * 1e3:,.0f} ms each{'' if plan.measured else ' (by pixels)'}"
@@ -115,9 +115,6 @@ class DryRun:
             f"time: {_duration(self.seconds_per_epoch)} an epoch, {_duration(self.validation_seconds)} of them to "
             f"validate; {_duration(3600 * self.hours)} in all",
         ]
-
-    def _settings(self) -> list[tuple[str, Any]]:
-        return [(field.name, getattr(self.config, field.name)) for field in dataclasses.fields(self.config)]
 
 
 def dry_run(config: TrainConfig) -> DryRun:
@@ -141,7 +138,7 @@ def _dry_run(config: TrainConfig, world: World, device: torch.device) -> DryRun:
     trained = [p for p in learner.model.parameters() if p.requires_grad]
     bytes_of_state = sum(t.nbytes for t in (*learner.model.parameters(), *learner.model.buffers()))
     copies = 1 + (learner.average is not None)
-    updates_per_epoch = -(-len(steps) // config.grad_accum_steps)
+    updates_per_epoch = -(-len(steps) // config.optimizer.grad_accum_steps)
     return DryRun(
         config=config,
         device=str(device),
@@ -175,7 +172,7 @@ def _measure(learner: Learner, batches: Any, steps: list[Step]) -> tuple[dict[Si
             if learner.device.type == "cuda":
                 torch.cuda.synchronize(learner.device)
             now = time.monotonic()
-            compiles = learner.config.compile and not first[step.size] and not seconds[step.size]
+            compiles = learner.config.hardware.compile and not first[step.size] and not seconds[step.size]
             if compiles:
                 begun += now - before  # for some minutes, which are not what is to be measured
             if compiles or number < WARM_UP_STEPS:
@@ -195,7 +192,7 @@ def _measure(learner: Learner, batches: Any, steps: list[Step]) -> tuple[dict[Si
 def _plans(
     config: TrainConfig, steps: list[Step], seconds: dict[Size | None, list[float]], world: World
 ) -> tuple[SizePlan, ...]:
-    usual = config.training_crop if config.task == "segmentation" else config.input_size
+    usual = config.training_size
     batch_sizes = {batch.size: batch.batch_size for batch in config.step_sizes()} or {None: config.batch_size}
     counts = Counter(step.size for step in steps)
     pixels = {size: batch * (size or usual)[0] * (size or usual)[1] for size, batch in batch_sizes.items()}

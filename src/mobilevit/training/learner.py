@@ -100,9 +100,9 @@ class Learner:
                 group["lr"] = learning_rate * group["lr_factor"]
             # A scaler refuses to go on where none of the update's batches could be learned from.
             if any(parameter.grad is not None for parameter in self.model.parameters()):
-                if self.config.clip_grad_norm is not None:
+                if self.config.optimizer.clip_grad_norm is not None:
                     self.scaler.unscale_(self.optimizer)
-                    nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_grad_norm)
+                    nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optimizer.clip_grad_norm)
                 self.scaler.step(self.optimizer)
                 self.scaler.update()
             self.optimizer.zero_grad(set_to_none=True)
@@ -124,8 +124,9 @@ class Learner:
         loss = self.objective.loss(outputs, targets)
         if told is None:
             return loss
-        share, temperature = self.config.distillation_share, self.config.distillation_temperature
-        return (1 - share) * loss + share * distillation_loss(outputs, told, temperature=temperature)
+        settings = self.config.distillation
+        taught = distillation_loss(outputs, told, temperature=settings.distillation_temperature)
+        return (1 - settings.distillation_share) * loss + settings.distillation_share * taught
 
     def _blank_loss(self) -> Tensor:
         """Something to take no gradients of before any batch could be learned from: the sum of all outputs."""
@@ -166,9 +167,9 @@ def make_learner(
     Raises:
         ValueError: weights or teacher cannot be had or do not fit; something that the device does not have.
     """
-    amp_dtype = _amp_dtype(config.amp, device)
-    if config.sync_batch_norm and world.size > 1 and device.type != "cuda":
-        raise MobileViTError("--sync-batch-norm needs GPUs; leave it out")
+    amp_dtype = _amp_dtype(config.hardware.amp, device)
+    if config.hardware.sync_batch_norm and world.size > 1 and device.type != "cuda":
+        raise MobileViTError("`sync_batch_norm` needs GPUs; leave it out")
     if network is None:
         model: nn.Module = build_model(config, data)
         card = card_of(model)
@@ -183,12 +184,14 @@ def make_learner(
     if config.freeze_backbone:
         for name, parameter in model.named_parameters():
             parameter.requires_grad = is_head(name)
-    if config.sync_batch_norm and world.size > 1:
+    if config.hardware.sync_batch_norm and world.size > 1:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
-    teacher = None
-    if config.teacher is not None:
+    teacher, distillation = None, config.distillation
+    if distillation.teacher is not None:
         with torch.random.fork_rng(devices=[]):  # a student starts from the same weights, whoever teaches it
-            teacher = open_teacher(config.teacher, data.classes, preprocessing, weights=config.teacher_weights)
+            teacher = open_teacher(
+                distillation.teacher, data.classes, preprocessing, weights=distillation.teacher_weights
+            )
         teacher = teacher.to(device)
     return Learner(
         config=config,
@@ -197,15 +200,17 @@ def make_learner(
         model=model,
         card=card,
         objective=make_objective(config, data, preprocessing, device),
-        optimizer=make_optimizer(model, config, device),
-        average=WeightAverage(model, copy.deepcopy(model), config.ema_momentum) if config.ema else None,
+        optimizer=make_optimizer(model, config.optimizer, device),
+        average=WeightAverage(model, copy.deepcopy(model), config.optimizer.ema_momentum)
+        if config.optimizer.ema
+        else None,
         scaler=torch.amp.GradScaler(device.type, enabled=amp_dtype is torch.float16),
         amp_dtype=amp_dtype,
         forward=distributed.wrap(
             world,
-            CompiledForSizes(model, _usual_shapes(config)) if config.compile else model,
+            CompiledForSizes(model, _usual_shapes(config)) if config.hardware.compile else model,
             device,
-            accumulates=config.grad_accum_steps > 1,
+            accumulates=config.optimizer.grad_accum_steps > 1,
         ),
         teacher=teacher,
     )
@@ -237,7 +242,7 @@ def _usual_shapes(config: TrainConfig) -> set[tuple[int, int, int]]:
     sizes = config.step_sizes()
     if sizes:
         return {(batch.batch_size, *batch.size) for batch in sizes if batch.size is not None}
-    return {(config.batch_size, *(config.training_crop if config.task == "segmentation" else config.input_size))}
+    return {(config.batch_size, *config.training_size)}
 
 
 def _amp_dtype(amp: str, device: torch.device) -> torch.dtype | None:
@@ -246,7 +251,7 @@ def _amp_dtype(amp: str, device: torch.device) -> torch.dtype | None:
         has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if has_bf16 else None
     if amp == "fp16" and device.type == "cpu":
-        raise MobileViTError("--amp fp16 needs a GPU; on a CPU use --amp bf16 or off")
+        raise MobileViTError("`amp` fp16 needs a GPU; on a CPU use bf16 or off")
     return {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
 
 
@@ -259,7 +264,7 @@ def build_model(config: TrainConfig, data: ImageSet[Any]) -> Model:
         classes=data.classes,
         weights=weights,
         patch_size=config.patch_size,
-        output_stride=config.output_stride,
+        output_stride=config.segmentation.output_stride,
         head=_head(config),
     )
     card = card_of(model)
@@ -277,8 +282,9 @@ def build_model(config: TrainConfig, data: ImageSet[Any]) -> Model:
 
 def _head(config: TrainConfig) -> DeepLabv3Config | None:
     """What the settings say of a segmentation head; None leaves it to the weights, or the paper."""
-    if config.task != "segmentation" or (config.aspp_channels is None and not config.aux_head):
+    settings = config.segmentation
+    if config.task != "segmentation" or (settings.aspp_channels is None and not settings.aux_head):
         return None
-    head = DeepLabv3Config.for_output_stride(config.output_stride or 16)
-    width = config.aspp_channels or head.aspp_channels
-    return dataclasses.replace(head, aspp_channels=width, aux_head=config.aux_head)
+    head = DeepLabv3Config.for_output_stride(settings.output_stride or 16)
+    width = settings.aspp_channels or head.aspp_channels
+    return dataclasses.replace(head, aspp_channels=width, aux_head=settings.aux_head)

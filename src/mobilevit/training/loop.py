@@ -87,7 +87,7 @@ def train(
     """
     config.validate()
     with distributed.joined(config.device) as (world, device):
-        again = world.is_restart and (config.out / "config.json").exists()
+        again = world.is_restart and RunFolder(config.out).config.exists()
         # The first process decides: others may be on machines that do not see the run folder.
         resume, again = distributed.on_first(world, lambda: (resume or again, again))
         return _train(config, world, device, resume=resume, overwrite=overwrite and not again, network=network)
@@ -105,8 +105,8 @@ def _train(
     config, train_set, val_set = load_images(config, world)
     fingerprint = train_set.fingerprint()
     if world.size > 1:
-        told = {f"--{name.replace('_', '-')}": value for name, value in dataclasses.asdict(config).items()}
-        distributed.require_same(world, "a setting", {**told, "the data": fingerprint})
+        settings = {f"`{name}`": value for name, value in config.flat().items()}
+        distributed.require_same(world, "a setting", {**settings, "the data": fingerprint})
     run = RunFolder(config.out)
     state = distributed.on_first(world, lambda: run.reopen(config) if resume else None)
     if state is not None and state["data"] != fingerprint:
@@ -162,7 +162,7 @@ def _train(
             )
 
     # -- epochs -------------------------------------------------------------------------------------------------------
-    accumulate = config.grad_accum_steps
+    accumulate = config.optimizer.grad_accum_steps
     steps_between_looks = accumulate * max(1, _STEPS_BETWEEN_LOOKS // accumulate)  # so that an update ends there
     images_per_second = 0.0
     unreadable: set[str] = set()
@@ -314,8 +314,8 @@ class _Position:
             if not math.isfinite(value):
                 names = ", ".join(data.names[i] for i in indices)
                 raise MobileViTError(
-                    f"the loss became {value} in epoch {self.epoch + 1}; lower --learning-rate, add "
-                    f"--clip-grad-norm 1, or look at the images of this batch: {names}"
+                    f"the loss became {value} in epoch {self.epoch + 1}; lower `learning_rate`, set "
+                    f"`clip_grad_norm` to 1, or look at the images of this batch: {names}"
                 )
             self.loss_sum += value
             self.loss_count += 1
@@ -382,7 +382,7 @@ def _say_what_is_trained(
     for data in (train_set, val_set):
         report_problems(data)
     if config.weights is None and len(train_set) < 20_000:
-        log.info("training from scratch; on data this small --weights pretrained usually reaches far more")
+        log.info("training from scratch; on data this small, pretrained weights usually reach far more")
 
 
 def _tensorboard(folder: Path, first_epoch: int) -> Any:

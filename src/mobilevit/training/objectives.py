@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mobilevit.data.device_decoding import EncodedCropTransform, require_decoder
 from mobilevit.data.imageset import ImageSet
 from mobilevit.data.loaders import Transform
 from mobilevit.data.transforms import (
@@ -56,27 +55,20 @@ def _classification(
     config: TrainConfig, data: ImageSet[int], preprocessing: Preprocessing, device: torch.device
 ) -> Objective:
     class_weights = None
-    if config.class_weights == "balanced":
+    settings = config.classification
+    if settings.class_weights == "balanced":
         class_weights = balanced_class_weights(data.targets, len(data.classes)).to(device)
-    transform: Transform
-    if config.decode == "device":
-        require_decoder(device)
-        transform = EncodedCropTransform(
-            preprocessing=preprocessing, min_crop_area=config.min_crop_area, flip=config.flip
-        )
-    else:
-        transform = ClassificationTransform(
-            preprocessing=preprocessing,
-            min_crop_area=config.min_crop_area,
-            flip=config.flip,
-            randaugment=config.randaugment,
-            random_erasing=config.random_erasing,
-        )
     return Objective(
-        transform=transform,
+        transform=ClassificationTransform(
+            preprocessing=preprocessing,
+            min_crop_area=settings.min_crop_area,
+            flip=config.flip,
+            randaugment=settings.randaugment,
+            random_erasing=settings.random_erasing,
+        ),
         collate=torch.tensor,
-        loss=partial(classification_loss, label_smoothing=config.label_smoothing, class_weights=class_weights),
-        mix=mix_transform(len(data.classes), mixup=config.mixup, cutmix=config.cutmix),
+        loss=partial(classification_loss, label_smoothing=settings.label_smoothing, class_weights=class_weights),
+        mix=mix_transform(len(data.classes), mixup=settings.mixup, cutmix=settings.cutmix),
     )
 
 
@@ -84,8 +76,8 @@ def _detection(config: TrainConfig, preprocessing: Preprocessing) -> Objective:
     return Objective(
         transform=DetectionTransform(
             preprocessing=preprocessing,
-            zoom_out=config.zoom_out,
-            iou_crop=config.iou_crop,
+            zoom_out=config.detection.zoom_out,
+            iou_crop=config.detection.iou_crop,
             flip=config.flip,
             photometric_distortion=config.photometric_distortion,
         ),
@@ -98,14 +90,14 @@ def _segmentation(config: TrainConfig, preprocessing: Preprocessing) -> Objectiv
     return Objective(
         transform=SegmentationTransform(
             preprocessing=preprocessing,
-            crop_size=config.training_crop,
-            scale_range=config.scale_range,
+            crop_size=config.training_size,
+            scale_range=config.segmentation.scale_range,
             flip=config.flip,
-            rotation=config.rotation,
+            rotation=config.segmentation.rotation,
             photometric_distortion=config.photometric_distortion,
         ),
         collate=_stack,
-        loss=partial(segmentation_loss, aux_weight=config.aux_weight),
+        loss=partial(segmentation_loss, aux_weight=config.segmentation.aux_weight),
     )
 
 

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import nn
 
-from mobilevit.training.config import TrainConfig
+from mobilevit.training.config import OptimizerSettings, TrainConfig
 
 # From input to output, the head after them; `layer_decay` lowers the learning rate by one power for each step back.
 _STAGES = ("stem", "layer1", "layer2", "layer3", "layer4", "layer5", "head_conv")
@@ -22,25 +22,26 @@ def _stage(parameter: str) -> str:
     return parameter.removeprefix("backbone.").partition(".")[0]
 
 
-def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, object]]:
+def parameter_groups(model: nn.Module, settings: OptimizerSettings) -> list[dict[str, object]]:
     """Trainable parameters grouped by weight decay and by learning rate relative to the schedule's (`lr_factor`)."""
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        decays = config.decay_norm_and_bias or parameter.ndim > 1
-        head_lr_factor = 1.0 if config.head_lr_factor is None else config.head_lr_factor
-        factor = head_lr_factor if is_head(name) else config.layer_decay ** (len(_STAGES) - _STAGES.index(_stage(name)))
-        groups.setdefault((factor, config.weight_decay if decays else 0.0), []).append(parameter)
+        decays = settings.decay_norm_and_bias or parameter.ndim > 1
+        head_lr_factor = 1.0 if settings.head_lr_factor is None else settings.head_lr_factor
+        stages_to_head = 0 if is_head(name) else len(_STAGES) - _STAGES.index(_stage(name))
+        factor = settings.layer_decay**stages_to_head if stages_to_head else head_lr_factor
+        groups.setdefault((factor, settings.weight_decay if decays else 0.0), []).append(parameter)
     return [
         {"params": parameters, "lr_factor": factor, "weight_decay": decay}
         for (factor, decay), parameters in groups.items()
     ]
 
 
-def make_optimizer(model: nn.Module, config: TrainConfig, device: torch.device) -> torch.optim.AdamW:
+def make_optimizer(model: nn.Module, settings: OptimizerSettings, device: torch.device) -> torch.optim.AdamW:
     """AdamW (arXiv:1711.05101) with the published betas, fused into one kernel where the device has one."""
-    groups = parameter_groups(model, config)
+    groups = parameter_groups(model, settings)
     return torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=device.type in ("cpu", "cuda"))
 
 
@@ -53,12 +54,11 @@ def learning_rate(progress: float, config: TrainConfig) -> float:
         progress: share of all images of the run, each counted once an epoch, that were seen before the update.
         config: gives peak, warm-up and end.
     """
-    peak = config.peak_learning_rate
-    warmup = config.warmup_fraction
+    peak, warmup, end = config.peak_learning_rate, config.optimizer.warmup_fraction, config.optimizer.final_lr_fraction
     if progress < warmup:
         return peak * (0.1 + 0.9 * progress / warmup)
     progress = (progress - warmup) / max(1 - warmup, 1e-9)
-    return peak * (config.final_lr_fraction + (1 - config.final_lr_fraction) * (1 + math.cos(math.pi * progress)) / 2)
+    return peak * (end + (1 - end) * (1 + math.cos(math.pi * progress)) / 2)
 
 
 class WeightAverage:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from difflib import get_close_matches
-from typing import Any
+from dataclasses import dataclass, replace
+from pathlib import Path
 
-from mobilevit.errors import MobileViTError
+from mobilevit.errors import MobileViTError, did_you_mean
+from mobilevit.tasks.settings import ClassificationSettings
+from mobilevit.training.config import HardwareSettings, OptimizerSettings, SizeSettings, TrainConfig
 
 _ON_8 = "torchrun --standalone --nproc-per-node 8 -m mobilevit"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """Values for fields of `TrainConfig`, and what a user wants to know before starting."""
+    """Training settings, and what a user wants to know before starting."""
 
     about: str
     """What it is for, in a line."""
@@ -25,37 +26,47 @@ class Recipe:
     """How long it takes there, if that was measured."""
     result: str
     """What to expect, and who has measured it."""
-    settings: dict[str, Any]
-    """By field; everything else keeps its default."""
+    settings: TrainConfig
+    """All settings but `data`, which the user names."""
 
+
+_YOURS = Path("data")
 
 _NOT_TIMED = "not measured here; --dry-run works it out for your machine from a few steps"
 
-_IMAGENET: dict[str, Any] = {
-    "task": "classification",
-    "multi_scale": "paper",
-    "min_crop_area": 0.08,
-    "epochs": 300,
-    "batch_size": 128,
-    "learning_rate": 2e-3,
-    "warmup_fraction": 3000 / (300 * 935),
-    "final_lr_fraction": 0.1,
-}
-"""Of all three sizes (arXiv:2110.02178, sections 4.1 and A), for eight processes; on one GPU, --grad-accum-steps 8.
+_IMAGENET = TrainConfig(
+    data=_YOURS,
+    task="classification",
+    epochs=300,
+    batch_size=128,
+    learning_rate=2e-3,
+    classification=ClassificationSettings(min_crop_area=0.08),
+    optimizer=OptimizerSettings(warmup_fraction=3000 / (300 * 935), final_lr_fraction=0.1),
+    sizes=SizeSettings(multi_scale="paper"),
+)
+"""All three sizes (arXiv:2110.02178, sections 4.1 and A), for eight processes; on one GPU, --grad-accum-steps 8.
 
 An epoch has 935 updates, as sizes vary.
 """
 
-_HEADS: dict[str, Any] = {
-    "weights": "pretrained",
-    "learning_rate": 9e-4,
-    "final_lr_fraction": 0.1,
-    "sync_batch_norm": True,
-}
-"""What detection and segmentation share (arXiv:2110.02178, sections 4.2 and A): 128 images a step, on all GPUs."""
+_COCO = TrainConfig(
+    data=_YOURS,
+    task="detection",
+    weights="pretrained",
+    epochs=200,
+    batch_size=32,
+    learning_rate=9e-4,
+    optimizer=OptimizerSettings(warmup_fraction=500 / (200 * 917), final_lr_fraction=0.1),
+    hardware=HardwareSettings(sync_batch_norm=True),
+)
+"""128 images a step, on all GPUs together, as for segmentation (arXiv:2110.02178, sections 4.2 and A)."""
 
-_COCO = _HEADS | {"task": "detection", "epochs": 200, "batch_size": 32, "warmup_fraction": 500 / (200 * 917)}
-_VOC = _HEADS | {"task": "segmentation", "epochs": 50, "batch_size": 32, "warmup_fraction": 500 / (50 * 83)}
+_VOC = replace(
+    _COCO,
+    task="segmentation",
+    epochs=50,
+    optimizer=OptimizerSettings(warmup_fraction=500 / (50 * 83), final_lr_fraction=0.1),
+)
 
 RECIPES: dict[str, Recipe] = {
     **{
@@ -65,7 +76,7 @@ RECIPES: dict[str, Recipe] = {
             hardware="8 GPUs, 128 images at 256 pixels on each",
             time=_NOT_TIMED,
             result=f"{top1} % top-1 (arXiv:2110.02178, table 4)",
-            settings=_IMAGENET | {"model": model},
+            settings=replace(_IMAGENET, model=model),
         )
         for model, top1 in (("mobilevit_xxs", 69.0), ("mobilevit_xs", 74.8), ("mobilevit_s", 78.4))
     },
@@ -76,7 +87,7 @@ RECIPES: dict[str, Recipe] = {
             hardware="4 GPUs, 32 images on each; on one, --batch-size 128",
             time=_NOT_TIMED,
             result=f"AP {ap} (arXiv:2110.02178, table 1)",
-            settings=_COCO | {"model": model},
+            settings=replace(_COCO, model=model),
         )
         for model, ap in (("mobilevit_xxs", 19.9), ("mobilevit_xs", 24.8), ("mobilevit_s", 27.7))
     },
@@ -87,7 +98,7 @@ RECIPES: dict[str, Recipe] = {
             hardware="4 GPUs, 32 images on each; on one, --batch-size 128",
             time=_NOT_TIMED,
             result=f"mean IoU {miou} with COCO's images added (arXiv:2110.02178, table 2); less without",
-            settings=_VOC | {"model": model},
+            settings=replace(_VOC, model=model),
         )
         for model, miou in (("mobilevit_xxs", 73.6), ("mobilevit_xs", 77.1), ("mobilevit_s", 79.1))
     },
@@ -97,19 +108,19 @@ RECIPES: dict[str, Recipe] = {
         hardware="1 GPU, 16 cores",
         time=_NOT_TIMED,
         result="not measured; others report 93.99 % top-1 at 256 pixels in 100 epochs",
-        settings={
-            "task": "classification",
-            "model": "mobilevit_xxs",
-            "image_size": 160,
-            "crop_fraction": 1.0,
-            "min_crop_area": 0.4,
-            "cutmix": 1.0,
-            "epochs": 80,
-            "batch_size": 256,
-            "learning_rate": 2e-3,
-            "weight_decay": 0.05,
-            "compile": True,
-        },
+        settings=TrainConfig(
+            data=_YOURS,
+            task="classification",
+            model="mobilevit_xxs",
+            image_size=160,
+            crop_fraction=1.0,
+            epochs=80,
+            batch_size=256,
+            learning_rate=2e-3,
+            classification=ClassificationSettings(min_crop_area=0.4, cutmix=1.0),
+            optimizer=OptimizerSettings(weight_decay=0.05),
+            hardware=HardwareSettings(compile=True),
+        ),
     ),
     "flowers": Recipe(
         about="mobilevit_xxs on some thousand small photographs, at 128 pixels, from scratch.",
@@ -117,17 +128,17 @@ RECIPES: dict[str, Recipe] = {
         hardware="2 cores",
         time="25 minutes for 4,300 images (benchmarks/results/flowers-mobilevit.json)",
         result="72.6 % top-1 on 4,300 flowers of 5 classes (same file)",
-        settings={
-            "task": "classification",
-            "model": "mobilevit_xxs",
-            "image_size": 128,
-            "min_crop_area": 0.3,
-            "mixup": 0.1,
-            "clip_grad_norm": 1.0,
-            "epochs": 25,
-            "batch_size": 16,
-            "learning_rate": 8e-4,
-        },
+        settings=TrainConfig(
+            data=_YOURS,
+            task="classification",
+            model="mobilevit_xxs",
+            image_size=128,
+            epochs=25,
+            batch_size=16,
+            learning_rate=8e-4,
+            classification=ClassificationSettings(min_crop_area=0.3, mixup=0.1),
+            optimizer=OptimizerSettings(clip_grad_norm=1.0),
+        ),
     ),
     "small_classification": Recipe(
         about="Some hundred to some thousand images, from ImageNet weights.",
@@ -135,16 +146,17 @@ RECIPES: dict[str, Recipe] = {
         hardware="a laptop, or 1 GPU",
         time=_NOT_TIMED,
         result="depends on the images; not measured",
-        settings={
-            "task": "classification",
-            "weights": "pretrained",
-            "epochs": 20,
-            "batch_size": 32,
-            "learning_rate": 4e-4,
-            "layer_decay": 0.8,
-            "mixup": 0.2,
-            "early_stopping": 8,
-        },
+        settings=TrainConfig(
+            data=_YOURS,
+            task="classification",
+            weights="pretrained",
+            epochs=20,
+            batch_size=32,
+            learning_rate=4e-4,
+            early_stopping=8,
+            optimizer=OptimizerSettings(layer_decay=0.8),
+            classification=ClassificationSettings(mixup=0.2),
+        ),
     ),
     "small_detection": Recipe(
         about="Some hundred images with boxes, from ImageNet weights.",
@@ -152,7 +164,14 @@ RECIPES: dict[str, Recipe] = {
         hardware="a laptop, or 1 GPU",
         time=_NOT_TIMED,
         result="depends on the images; not measured",
-        settings={"task": "detection", "weights": "pretrained", "epochs": 60, "batch_size": 16, "learning_rate": 5e-4},
+        settings=TrainConfig(
+            data=_YOURS,
+            task="detection",
+            weights="pretrained",
+            epochs=60,
+            batch_size=16,
+            learning_rate=5e-4,
+        ),
     ),
     "small_segmentation": Recipe(
         about="Some hundred images with masks, from ImageNet weights.",
@@ -160,32 +179,31 @@ RECIPES: dict[str, Recipe] = {
         hardware="a laptop, or 1 GPU",
         time=_NOT_TIMED,
         result="depends on the images; not measured",
-        settings={
-            "task": "segmentation",
-            "weights": "pretrained",
-            "epochs": 60,
-            "batch_size": 16,
-            "learning_rate": 2e-4,
-        },
+        settings=TrainConfig(
+            data=_YOURS,
+            task="segmentation",
+            weights="pretrained",
+            epochs=60,
+            batch_size=16,
+            learning_rate=2e-4,
+        ),
     ),
 }
 
 
 def find_recipe(name: str) -> Recipe:
-    """A recipe by its name.
+    """Find a recipe by its name.
 
     Raises:
-        ValueError: no such recipe; the nearest name is suggested.
+        MobileViTError: no such recipe; the nearest name is suggested.
     """
     if name not in RECIPES:
-        near = get_close_matches(name, RECIPES, n=1, cutoff=0.3)
-        hint = f"did you mean {near[0]}? " if near else ""
-        raise MobileViTError(f"unknown recipe {name!r}; {hint}There are {', '.join(RECIPES)}")
+        raise MobileViTError(f"unknown recipe {name!r}; {did_you_mean(name, RECIPES)}there are {', '.join(RECIPES)}")
     return RECIPES[name]
 
 
 def describe_recipes() -> str:
-    """All of them, for people."""
+    """List all recipes as text."""
     rows = ("command", "hardware", "time", "result")
     parts = []
     for name, recipe in RECIPES.items():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import json
 import platform
@@ -55,12 +54,12 @@ class TrainingInterrupted(Interrupted):
 class RunFolder:
     """Names and writes the files of one run; each appears whole or not at all."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.config = path / "config.json"
-        self.metrics = path / "metrics.jsonl"
-        self.last = path / "last.pt"
-        self.best = path / "best.safetensors"
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.config = self.path / "config.json"
+        self.metrics = self.path / "metrics.jsonl"
+        self.last = self.path / "last.pt"
+        self.best = self.path / "best.safetensors"
 
     def create(self, config: TrainConfig, *, overwrite: bool) -> None:
         """Start a new record.
@@ -69,11 +68,11 @@ class RunFolder:
             ValueError: the folder holds another run.
         """
         if self.path.exists() and not self.path.is_dir():
-            raise MobileViTError(f"--out {self.path}: a file of that name is in the way; choose another folder")
+            raise MobileViTError(f"`out` {self.path}: a file of that name is in the way; choose another folder")
         if self.config.exists() or self.last.exists() or self.best.exists():
             if not overwrite:
                 raise MobileViTError(
-                    f"--out {self.path}: holds another run; go on with it by --resume, replace it by --overwrite, "
+                    f"`out` {self.path}: holds another run; continue it with `resume`, replace it with `overwrite`, "
                     "or choose another folder"
                 )
             for file in (self.last, self.best, self.metrics, *self.path.glob("events.out.tfevents.*")):
@@ -89,22 +88,24 @@ class RunFolder:
             ValueError: no run here, or settings that decide the weights differ.
         """
         if not self.config.exists():
-            raise MobileViTError(f"--out {self.path}: no run to resume; leave --resume out to start one")
-        old, new = (dataclasses.asdict(c) for c in (TrainConfig.from_json(self.config), config))
+            raise MobileViTError(f"`out` {self.path}: no run to resume; leave `resume` out to start one")
+        old, new = (c.flat() for c in (TrainConfig.from_json(self.config), config))
         changed = [name for name in old if old[name] != new[name] and name not in _FREE_ON_RESUME]
         if changed:
             told = ", ".join(f"{name} was {old[name]}, is {new[name]}" for name in changed)
-            raise MobileViTError(f"--resume: {told}; resume with the run's own settings (--config {self.config})")
+            raise MobileViTError(f"`resume`: {told}; resume with the run's own settings (`config` {self.config})")
         if not self.last.exists():
             return None
         try:
             state: dict[str, Any] = torch.load(self.last, map_location="cpu", weights_only=True)
         except Exception as error:
             raise MobileViTError(
-                f"{self.last}: damaged ({type(error).__name__}); start again with --overwrite"
+                f"{self.last}: damaged ({type(error).__name__}); start again with `overwrite`"
             ) from None
         if "ranks" not in state:
-            raise MobileViTError(f"{self.last}: written by an older version; start again with --overwrite")
+            raise MobileViTError(f"{self.last}: written by an older version; start again with `overwrite`")
+        if "pictures" in state["position"]:  # as version 0.1 called it
+            state["position"]["images"] = state["position"].pop("pictures")
         return state
 
     def append(self, row: dict[str, Any]) -> None:
