@@ -197,16 +197,19 @@ def test_sizes_change_from_step_to_step() -> None:
 SCRIPT = """
 import os, signal
 import numpy as np
+import torch
 from mobilevit.data.imageset import Boxes, ImageSet, Mask
 from mobilevit.data.loaders import BatchLoader
 from mobilevit.imaging.preprocessing import Preprocessing
 
 images = [np.zeros((32, 32, 3), np.uint8)] * 40
 resize = Preprocessing(size=(32, 32)).resize
+def transform(image, label):
+    return torch.from_numpy(resize(image.decode())).permute(2, 0, 1), label
 data = ImageSet(
     task="classification", origin="", names=["x"] * 40, targets=[0] * 40, classes=("a",), open=images.__getitem__
 )
-loader = BatchLoader(data, lambda image, label: (resize(image.decode()), label), batch_size=2, num_workers=2)
+loader = BatchLoader(data, transform, batch_size=2, num_workers=2)
 epoch = loader.epoch()
 done = [*next(epoch).indices, *next(epoch).indices]  # one from each worker: both are up
 for number in (signal.SIGINT, signal.SIGTERM):
