@@ -38,7 +38,7 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], objec
         WriteError: there is no room, or no right to write there; the old file, if any, is as it was.
     """
     path = Path(path)
-    try:
+    with writing_to(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
         os.close(handle)
@@ -52,6 +52,14 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], objec
         except BaseException:
             aside.unlink(missing_ok=True)
             raise
+    return path
+
+
+@contextmanager
+def writing_to(path: Path) -> Iterator[None]:
+    """Turn the errors of a full disk or of missing rights into a `WriteError`."""
+    try:
+        yield
     except Exception as error:
         if disk_is_full(error):
             raise DiskFullError(
@@ -60,7 +68,6 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], objec
         if isinstance(error, OSError) and error.errno in _NOT_ALLOWED:
             raise WriteError(f"{error.filename or path}: {error.strerror}; choose another place to write to") from error
         raise
-    return path
 
 
 def disk_is_full(error: Exception) -> bool:

@@ -8,7 +8,6 @@ import io
 import json
 import multiprocessing
 import os
-import pickle
 import signal
 import socket
 import subprocess
@@ -27,15 +26,16 @@ import torch
 from numbered_images import numbers, write_folder
 from PIL import Image
 
+from mobilevit import remote
 from mobilevit.cli import main
-from mobilevit.data import shard_files, shard_writing, shards
+from mobilevit.data import shard_files, shard_writing, shards, tar_scan
 from mobilevit.data.class_layouts import classification_splits
 from mobilevit.data.datasets import find_splits, load_train_val
 from mobilevit.data.imageset import ImageSet
 from mobilevit.data.loaders import BatchLoader
-from mobilevit.data.shard_files import ShardError, ShardImages, expand
+from mobilevit.data.shard_files import ShardImages, expand
 from mobilevit.data.shard_writing import write_shards
-from mobilevit.errors import ImageError
+from mobilevit.errors import ImageError, MissingPackageError, MobileViTError
 from mobilevit.imaging.decode import EncodedImage
 from mobilevit.training.config import TrainConfig
 from mobilevit.training.loop import train
@@ -47,7 +47,8 @@ COUNTS = {"cat": 9, "dog": 5, "owl": 4}
 def _own_caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MOBILEVIT_SHARD_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("MOBILEVIT_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(shard_files, "FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr(remote, "_WAITS_S", [0.01] * 5)
+    shard_files.opened.cache_clear()
 
 
 @pytest.fixture
@@ -200,22 +201,22 @@ def test_an_error_leaves_nothing_and_keeps_what_was_there(
     folder: Path, packed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = {p.name: p.read_bytes() for p in packed.iterdir()}
-    real, calls = shard_writing._fill, []
+    real, calls = shard_writing._Writer._finish, []
 
-    def fill(*arguments: Any) -> None:
+    def finish(writer: Any) -> None:
         calls.append(1)
-        real(*arguments)
+        real(writer)
         if len(calls) == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(shard_writing, "_fill", fill)
+    monkeypatch.setattr(shard_writing._Writer, "_finish", finish)
     with pytest.raises(KeyboardInterrupt):
         write_shards(folder, packed, max_bytes=12_000, seed=1, overwrite=True)
     assert {p.name: p.read_bytes() for p in packed.iterdir()} == before
 
 
 def test_overwrite(folder: Path, packed: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"already holds shards; .* --overwrite"):
+    with pytest.raises(ValueError, match=r"already holds shards; .* `overwrite`"):
         write_shards(folder, packed)
     write_shards(folder, packed, overwrite=True)
     assert sorted(p.name for p in packed.iterdir()) == ["index.json", "index.parquet", "train-000000.tar"]
@@ -228,14 +229,24 @@ def test_overwrite(folder: Path, packed: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"max_bytes": 0}, "--max-mb is 0; it must be above 0"),
-        ({"shorter_side": 5}, "--shorter-side is 5"),
-        ({"val_fraction": 1.0}, "--val-fraction is 1.0"),
+        ({"max_bytes": 0}, "`max_mb` is 0; it must be above 0"),
+        ({"shorter_side": 5}, "`shorter_side` is 5"),
+        ({"val_fraction": 1.0}, "`val_fraction` is 1.0"),
     ],
 )
 def test_settings_out_of_range(folder: Path, tmp_path: Path, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         write_shards(folder, tmp_path / "out", **settings)
+
+
+def test_shards_of_version_0_1() -> None:
+    """Written by the last commit of version 0.1: the same images under the same names, which fingerprints depend on."""
+    splits = find_splits(Path(__file__).parent / "v01_shards")
+    assert {part: (data.fingerprint(), numbers(data), data.targets) for part, data in splits.items()} == {
+        "train": ("2308282423f18d29", [20, 2, 1, 0, 22, 4, 23], [1, 0, 0, 0, 1, 0, 1]),
+        "val": ("7b4407c09a088680", [3, 21], [0, 1]),
+    }
+    assert splits["train"].classes == ("cat", "dog")
 
 
 # -- written by others ------------------------------------------------------------------------------------------------
@@ -278,8 +289,8 @@ def test_names_as_labels(tmp_path: Path) -> None:
 
 def test_the_index_of_foreign_shards_is_kept_until_they_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scanned = []
-    real = shards._scan
-    monkeypatch.setattr(shards, "_scan", lambda file, shard: scanned.append(shard.name) or real(file, shard))
+    real = tar_scan._scan
+    monkeypatch.setattr(tar_scan, "_scan", lambda file, shard: scanned.append(shard.name) or real(file, shard))
     write_tar(tmp_path / "s/0.tar", {**records(0, 1), "no.png": b""})
     write_tar(tmp_path / "s/1.tar", records(1, 0, first=5))
     first = find_splits(tmp_path / "s")["all"]
@@ -288,32 +299,26 @@ def test_the_index_of_foreign_shards_is_kept_until_they_change(tmp_path: Path, m
     assert scanned == ["0.tar", "1.tar"]
     assert again.problems == first.problems != ()
     assert contents(again) == contents(first)
+    assert sorted(path.name for path in (tmp_path / "s").iterdir()) == ["0.tar", "1.tar"]  # left as it was
     write_tar(tmp_path / "s/1.tar", records(1, 0, 1, first=5))
     assert len(find_splits(tmp_path / "s")["all"]) == 5
     assert scanned == ["0.tar", "1.tar", "1.tar"]
-    (tmp_path / "s").rename(tmp_path / "t")  # the index moves with them
-    assert str(tmp_path / "t") in str(find_splits(tmp_path / "t")["all"].problems)
-    assert len(scanned) == 3
-    (tmp_path / "t" / shards.KEPT_INDEX).write_bytes(b"damaged")
-    assert len(find_splits(tmp_path / "t")["all"]) == 5
+    for kept in (tmp_path / "home/shard-indexes").iterdir():
+        kept.write_bytes(b"damaged")
+    assert len(find_splits(tmp_path / "s")["all"]) == 5
     assert len(scanned) == 5
 
 
-def test_where_the_folder_cannot_be_written_the_index_is_kept_elsewhere(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_index_that_cannot_be_kept_is_made_each_time(tmp_path: Path) -> None:
     write_tar(tmp_path / "s/0.tar", records(0, 1))
-    real = shards.write_atomically
+    (tmp_path / "home").write_text("no folder")
+    for _ in range(2):
+        assert len(find_splits(tmp_path / "s")["all"]) == 2
 
-    def write(path: Path, act: Callable[[Path], object]) -> Path:
-        if path.parent == tmp_path / "s":
-            raise PermissionError(13, "no")
-        return real(path, act)
 
-    monkeypatch.setattr(shards, "write_atomically", write)
-    find_splits(tmp_path / "s")
-    assert not (tmp_path / "s" / shards.KEPT_INDEX).exists()
-    monkeypatch.setattr(shards, "_scan", lambda *_: pytest.fail("scanned again"))
+def test_the_index_that_0_1_kept_beside_the_shards_is_passed_over(tmp_path: Path) -> None:
+    write_tar(tmp_path / "s/0.tar", records(0, 1))
+    (tmp_path / "s/.mobilevit-index.parquet").write_bytes(b"of an older version")
     assert len(find_splits(tmp_path / "s")["all"]) == 2
 
 
@@ -401,14 +406,14 @@ def test_braces() -> None:
     assert expand("http://h/{0..1}.tar?key=1") == ["http://h/0.tar?key=1", "http://h/1.tar?key=1"]
 
 
-def test_patterns(packed: Path) -> None:
+def test_patterns(packed: Path, tmp_path: Path) -> None:
     whole = find_splits(packed)["all"]
     some = find_splits(f"{packed}/train-{{000001..000002}}.tar")["all"]
     assert contents(some) == set(contents(whole.subset([n for part in whole.shards[1:3] for n in part])))
     assert some.classes == whole.classes
     assert contents(find_splits(f"{packed}/*.tar")["all"]) == contents(whole)
     assert len(find_splits(packed / "train-000004.tar")["all"]) == len(whole.shards[4])
-    assert not (packed / shards.KEPT_INDEX).exists()
+    assert not (tmp_path / "home").exists()  # its own index said all
 
 
 def test_a_tar_file_beside_folders_of_images_is_no_shard(folder: Path) -> None:
@@ -479,7 +484,7 @@ def test_mistakes(
     tmp_path: Path, make: Callable[[Path], str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = make(tmp_path)
-    with pytest.raises(ShardError, match=message):
+    with pytest.raises(MobileViTError, match=message):
         find_splits(path)
     assert main(["train", "--data", path, "--out", str(tmp_path / "run")]) == 2
     said = capsys.readouterr().err
@@ -488,15 +493,19 @@ def test_mistakes(
 
 
 @pytest.mark.parametrize(
-    ("package", "place"), [("pyarrow", "{}"), ("fsspec", "memory://{}/0.tar"), ("s3fs", "s3://b/0.tar")]
+    ("package", "place", "remedy"),
+    [
+        ("pyarrow", "{}", r"pyarrow; pip install 'mobilevit\[train\]'"),
+        ("fsspec", "memory://{}/0.tar", r"fsspec; pip install 'mobilevit\[bulk\]'"),
+        ("aiohttp", "http://{}/0.tar", r"needs another package; pip install aiohttp"),
+        ("s3fs", "s3://b/0.tar", r"pip install s3fs"),
+    ],
 )
-def test_missing_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str, place: str) -> None:
-    write_tar(tmp_path / "0.tar", records(0, 1))
+def test_missing_packages(packed: Path, monkeypatch: pytest.MonkeyPatch, package: str, place: str, remedy: str) -> None:
     for name in (package, f"{package}.parquet"):
         monkeypatch.setitem(sys.modules, name, None)
-    remedy = r"pip install s3fs" if package == "s3fs" else r"pip install 'mobilevit\[train\]'"
-    with pytest.raises(ShardError, match=f"{package}.*{remedy}" if package != "s3fs" else remedy):
-        find_splits(place.format(tmp_path))
+    with pytest.raises(MissingPackageError, match=remedy):
+        find_splits(place.format(packed))
 
 
 def test_shards_are_for_classification(tmp_path: Path) -> None:
@@ -589,7 +598,7 @@ def test_a_dead_server(site: Site, packed: Path, tmp_path: Path, capsys: pytest.
     data = find_splits(site.url)["all"]
     site.failures = 99
     with pytest.raises(
-        ShardError, match=rf"{site.url}/train-000000.tar: cannot be fetched after 6 tries \(503.*is the server up"
+        MobileViTError, match=rf"{site.url}/train-000000.tar: cannot be fetched after 6 tries \(503.*is the server up"
     ):
         data.open(0)
     assert len(site.fetched()) == 6
@@ -605,14 +614,14 @@ def test_a_dead_server(site: Site, packed: Path, tmp_path: Path, capsys: pytest.
 def test_nobody_listens() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-    with pytest.raises(ShardError, match=rf"http://127.0.0.1:{port}/index.json: cannot be fetched after 6 tries"):
+    with pytest.raises(MobileViTError, match=rf"http://127.0.0.1:{port}/index.json: cannot be fetched after 6 tries"):
         find_splits(f"http://127.0.0.1:{port}")
 
 
 def test_missing_elsewhere(site: Site) -> None:
-    with pytest.raises(ShardError, match=r"none-0.tar: no such shard"):
+    with pytest.raises(MobileViTError, match=r"none-0.tar: no such shard"):
         find_splits(site.url + "/none-{0..1}.tar")
-    with pytest.raises(ShardError, match="no shards there"):
+    with pytest.raises(MobileViTError, match="no shards there"):
         find_splits(site.url + "/nowhere")
 
 
@@ -625,6 +634,7 @@ def test_memory(packed: Path) -> None:
     whole = memory.cat("/bucket/train-000001.tar")
     memory.pipe("/bucket/train-000001.tar", whole[: len(whole) // 2])
     data = find_splits("memory://bucket")["all"]
+    shard_files.opened.cache_clear()  # as in another process, which has nothing open
     fetched, real = [], type(memory).get_file
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MOBILEVIT_SHARD_CACHE", str(packed / "fresh"))
@@ -646,9 +656,8 @@ def test_the_cache_is_bounded_and_readers_are_not_disturbed(
     monkeypatch.setenv("MOBILEVIT_SHARD_CACHE_GB", str(bound / 1e9))
     for shard in (0, 1, 0):
         there.open(there.shards[shard][0])
-    other = pickle.loads(pickle.dumps(there.open))  # as another process has it, with nothing open
     time.sleep(0.02)
-    other(there.shards[0][0])
+    shard_files.open_shard(there.open.shards[0]).close()  # as another process does, which has nothing open
     time.sleep(0.02)
     there.open(there.shards[2][0])
     kept = sorted(p.name[-10:] for p in (tmp_path / "cache").glob("*.tar"))
@@ -658,7 +667,7 @@ def test_the_cache_is_bounded_and_readers_are_not_disturbed(
     assert there.open(first) == here.open(first)  # removed, and still open
     assert len(site.fetched()) == asked
     monkeypatch.setenv("MOBILEVIT_SHARD_CACHE_GB", "little")
-    with pytest.raises(ShardError, match="MOBILEVIT_SHARD_CACHE_GB is 'little'"):
+    with pytest.raises(MobileViTError, match="MOBILEVIT_SHARD_CACHE_GB is 'little'"):
         there.open(there.shards[3][0])
 
 

@@ -3,22 +3,12 @@
 from __future__ import annotations
 
 import glob
-import re
-import time
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
-from typing import Any
 
-from mobilevit.errors import ImageError, MobileViTError
+from mobilevit.errors import ImageError, MobileViTError, one_line
 from mobilevit.imaging.decode import IMAGE_SUFFIXES, find_images
-
-_PATIENCE = (0.5, 2.0, 8.0)
-"""Seconds between attempts to fetch what should be there."""
-
-
-def is_url(place: str) -> bool:
-    """Whether this is a place elsewhere, such as s3://bucket/folder."""
-    return re.match(r"[A-Za-z][\w+.-]*://", place) is not None
+from mobilevit.remote import file_system, is_url, read_bytes
 
 
 def find_sources(arguments: Iterable[str]) -> list[str]:
@@ -58,7 +48,7 @@ def find_remote(url: str) -> list[str]:
         ValueError: there are none, or the place cannot be listed.
     """
     try:
-        system, path = _file_system(url)
+        system, path = file_system(url)
         if glob.has_magic(path):
             matches = sorted(system.unstrip_protocol(match) for match in system.glob(path) if system.isfile(match))
             if not matches:
@@ -68,7 +58,7 @@ def find_remote(url: str) -> list[str]:
             return [url]
         below = sorted(system.find(path))
     except OSError as error:
-        raise MobileViTError(f"{url}: cannot be listed ({_reason(error)})") from None
+        raise MobileViTError(f"{url}: cannot be listed ({one_line(error)})") from None
     inside = [system.unstrip_protocol(name) for name in below if _is_image(name, path)]
     if not inside:
         raise MobileViTError(f"{url}: no images below this place")
@@ -83,41 +73,16 @@ def read_source(source: str) -> str | bytes:
     """
     if not is_url(source):
         return source
-    system, path = _file_system(source)
-    for wait in (*_PATIENCE, None):
-        try:
-            data: bytes = system.cat_file(path)
-            return data
-        except FileNotFoundError:
-            raise ImageError(f"{source}: no such file") from None
-        except Exception as error:  # file systems of fsspec raise their clients' errors
-            if wait is None or isinstance(error, PermissionError | IsADirectoryError):
-                raise ImageError(f"{source}: cannot be read ({_reason(error)})") from error
-            time.sleep(wait)
-    raise AssertionError("the last attempt returns or raises")
+    try:
+        return read_bytes(source)
+    except FileNotFoundError:
+        raise ImageError(f"{source}: no such file") from None
+    except OSError as error:
+        raise ImageError(f"{source}: cannot be read ({one_line(error)})") from error
+    except MobileViTError as error:
+        raise ImageError(str(error)) from error
 
 
 def _is_image(name: str, folder: str) -> bool:
     hidden = any(part.startswith(".") for part in PurePosixPath(name.removeprefix(folder)).parts)
     return not hidden and PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES
-
-
-def _file_system(url: str) -> tuple[Any, str]:
-    try:
-        import fsspec
-    except ImportError:
-        raise MobileViTError(f"{url}: reading from elsewhere needs fsspec; pip install 'mobilevit[bulk]'") from None
-    try:
-        system, path = fsspec.core.url_to_fs(url)
-    except ImportError as error:
-        missing = re.search(r"[Ii]nstall (\w+)", str(error))
-        package = missing[1] if missing else error.name
-        told = url.partition("://")[0]
-        raise MobileViTError(f"{url}: reading {told}:// needs another package; pip install {package}") from None
-    except ValueError as error:
-        raise MobileViTError(f"{url}: cannot be read from ({_reason(error)})") from None
-    return system, path
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
