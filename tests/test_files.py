@@ -12,15 +12,21 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mobilevit.errors import MobileViTError
 from mobilevit.files import (
     DiskFullError,
+    ReadError,
+    WriteError,
     cache_folder,
     disk_is_full,
     file_lock,
+    reading_from,
     write_atomically,
     write_json,
     write_text,
+    writing_to,
 )
+from unprivileged import locked_folder
 
 
 def names_in(folder: Path) -> list[str]:
@@ -105,6 +111,60 @@ def test_full_disk(tmp_path: Path, name: str) -> None:
     assert names_in(tmp_path) == [name]
     write_atomically(path, WRITERS[name])  # there is room again
     assert path.stat().st_size > 50_000
+
+
+def test_places_that_cannot_be_written_are_mistakes_of_the_user(tmp_path: Path) -> None:
+    write_text(tmp_path / "file", "old")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for path, reason in (
+        (tmp_path / "file" / "a.txt", f"{tmp_path / 'file'} is not a folder"),
+        (tmp_path / "file" / "b" / "a.txt", "Not a directory"),
+        (tmp_path / "folder", "Is a directory"),
+        (tmp_path / "loop" / "a.txt", f"{tmp_path / 'loop'} is not a folder"),
+        (tmp_path / ("x" * 300), "File name too long"),
+    ):
+        with pytest.raises(WriteError) as caught:
+            write_text(path, "new")
+        assert str(caught.value).startswith(f"{path}: cannot be written ({reason}"), caught.value
+        assert isinstance(caught.value, MobileViTError)
+    assert (tmp_path / "file").read_text() == "old"
+    assert sorted(names_in(tmp_path)) == ["file", "folder", "loop"]
+    assert names_in(tmp_path / "folder") == []
+    with locked_folder() as folder, pytest.raises(WriteError, match=r"a\.txt: cannot be written \(Permission denied\)"):
+        write_text(folder / "a.txt", "new")
+
+
+def test_names_as_long_as_the_file_system_takes(tmp_path: Path) -> None:
+    path = write_text(tmp_path / ("x" * 250 + ".txt"), "new")
+    assert path.read_text() == "new"
+    assert names_in(tmp_path) == [path.name]
+
+
+def test_files_that_cannot_be_read_are_mistakes_of_the_user(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    write_text(tmp_path / "file", "x")
+    for path, reason in (
+        (tmp_path / "none", "no such file"),
+        (tmp_path, "cannot be read (Is a directory)"),
+        (tmp_path / "file" / "a", "cannot be read (Not a directory)"),
+        (tmp_path / "loop", "cannot be read (Too many levels of symbolic links)"),
+    ):
+        with pytest.raises(ReadError) as caught, reading_from(path):
+            path.read_bytes()
+        assert str(caught.value) == f"{path}: {reason}"
+    with locked_folder() as folder:
+        path = folder / "inside.txt"
+        with pytest.raises(ReadError, match=r"inside\.txt: cannot be read \(Permission denied\)$"), reading_from(path):
+            path.read_bytes()
+
+
+@pytest.mark.parametrize("bug", [ValueError("x"), KeyError("x"), TypeError("x"), AssertionError("x")])
+def test_other_errors_pass(bug: Exception) -> None:
+    for block in (reading_from, writing_to):
+        with pytest.raises(type(bug)) as caught, block("a.txt"):
+            raise bug
+        assert caught.value is bug
 
 
 @pytest.mark.parametrize(

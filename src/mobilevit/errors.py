@@ -38,8 +38,12 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 
 def one_line(error: BaseException, limit: int = 200) -> str:
-    """The message of an exception in one line of at most `limit` characters; its type if it has none."""
-    return " ".join(str(error).split())[:limit] or type(error).__name__
+    """Return the message of an exception in one line of at most `limit` characters, or its type if it has none.
+
+    An error of the system gives its reason alone, such as "Permission denied", as messages name the file themselves.
+    """
+    reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+    return " ".join(reason.split())[:limit] or type(error).__name__
 
 
 def with_flags(message: str, arguments: Iterable[str]) -> str:

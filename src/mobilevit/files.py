@@ -1,7 +1,4 @@
-"""Files that are either whole or not there: written aside, flushed to the disk, then renamed into place.
-
-Also the folder for what can be fetched again, and locks between the processes of a machine.
-"""
+"""Files: writing them whole or not at all, reporting those that cannot be read or written, the cache folder, locks."""
 
 from __future__ import annotations
 
@@ -14,95 +11,117 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-from mobilevit.errors import MobileViTError
+from mobilevit.errors import MobileViTError, one_line
 
 _ONE_AT_A_TIME = threading.Lock()
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_NOT_ALLOWED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG}
+
+
+class ReadError(MobileViTError):
+    """A file that cannot be read."""
 
 
 class WriteError(MobileViTError):
-    """A file that cannot be written; what stood there before is untouched."""
+    """A file that cannot be written; the file that was there before is unchanged."""
 
 
 class DiskFullError(WriteError):
     """No room to write a file."""
 
 
+@contextmanager
+def reading_from(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Turn an `OSError` into a `ReadError` that names `path`; for code that only reads a file the user named."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise ReadError(f"{path}: no such file") from error
+    except OSError as error:
+        raise ReadError(f"{path}: cannot be read ({one_line(error)})") from error
+
+
+@contextmanager
+def writing_to(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Turn an `OSError` into a `WriteError` that names `path`; for code that only writes where the user said."""
+    try:
+        yield
+    except OSError as error:
+        if disk_is_full(error):
+            raise _no_room(path) from error
+        is_in_the_way = isinstance(error, FileExistsError)  # where a folder is to be made
+        reason = f"{error.filename} is not a folder" if is_in_the_way else one_line(error)
+        raise WriteError(f"{path}: cannot be written ({reason}); choose another place") from error
+
+
 def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], object]) -> Path:
-    """Let `write` fill a temporary file beside `path`, then move it there, so that no reader ever sees half of it.
+    """Let `write` fill a temporary file beside `path`, then rename it, so that no reader ever sees half a file.
 
     Raises:
-        WriteError: there is no room, or no right to write there; the old file, if any, is as it was.
+        WriteError: there is no room or no permission; the old file, if any, is unchanged.
     """
     path = Path(path)
     with writing_to(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
+        # File systems limit the length of names, so a long one is cut.
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem[:40]}.", suffix=path.suffix)
         os.close(handle)
-        aside = Path(name)
+    aside = Path(name)
+    try:
         try:
             write(aside)
+        except Exception as error:
+            if disk_is_full(error):
+                raise _no_room(path) from error
+            raise
+        with writing_to(path):
             with aside.open("rb+") as file:
                 os.fsync(file.fileno())
             aside.chmod(0o666 & ~_umask())
             aside.replace(path)
-        except BaseException:
-            aside.unlink(missing_ok=True)
-            raise
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
     return path
 
 
-@contextmanager
-def writing_to(path: Path) -> Iterator[None]:
-    """Turn the errors of a full disk or of missing rights into a `WriteError`."""
-    try:
-        yield
-    except Exception as error:
-        if disk_is_full(error):
-            raise DiskFullError(
-                f"no room to write {path}; free some space (or choose another folder) and start again"
-            ) from error
-        if isinstance(error, OSError) and error.errno in _NOT_ALLOWED:
-            raise WriteError(f"{error.filename or path}: {error.strerror}; choose another place to write to") from error
-        raise
-
-
 def disk_is_full(error: Exception) -> bool:
-    """Whether an error says that the disk, or what this user may take of it, has no room left."""
+    """Return whether an error means that the disk, or this user's share of it, is full."""
     return isinstance(error, OSError) and error.errno in _DISK_FULL
+
+
+def _no_room(path: str | os.PathLike[str]) -> DiskFullError:
+    return DiskFullError(f"no room to write {path}; free some space (or choose another folder) and start again")
 
 
 def write_bytes(path: str | os.PathLike[str], data: bytes | memoryview) -> Path:
     """Write bytes, whole or not at all.
 
-    Checkpoints are made in memory and written by this: the writers of torch and safetensors lose the reason, such as
-    a full disk, when they fail.
+    Checkpoints are serialized in memory and written by this function: the writers of torch and safetensors lose the
+    reason of a failure, such as a full disk.
     """
     return write_atomically(path, lambda aside: aside.write_bytes(data))
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> Path:
     """Write a text file, whole or not at all."""
-    # File names that are not UTF-8 hold lone surrogates; escaped by a backslash, JSON reads them back.
+    # File names that are not UTF-8 contain lone surrogates; JSON can read them back when a backslash escapes them.
     return write_atomically(path, lambda aside: aside.write_text(text, encoding="utf-8", errors="backslashreplace"))
 
 
-def write_json(path: str | os.PathLike[str], value: Any) -> Path:
+def write_json(path: str | os.PathLike[str], value: object) -> Path:
     """Write a value as indented JSON, whole or not at all."""
     return write_text(path, json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
 
 
 def cache_folder() -> Path:
-    """The user's folder for what can be fetched again: $MOBILEVIT_HOME, or ~/.cache/mobilevit."""
+    """Return the user's folder for files that can be fetched again: $MOBILEVIT_HOME, or ~/.cache/mobilevit."""
     return Path(os.environ.get("MOBILEVIT_HOME") or "~/.cache/mobilevit").expanduser()
 
 
 @contextmanager
 def file_lock(path: str | os.PathLike[str], *, wait: bool = True) -> Iterator[None]:
-    """Hold a lock that all processes of this machine share; it is released with the process, however that ends.
+    """Hold a lock that all processes of this machine share; the system releases it when the process ends.
 
     Windows has no such locks; there the block runs without one.
 
@@ -125,7 +144,7 @@ def file_lock(path: str | os.PathLike[str], *, wait: bool = True) -> Iterator[No
 
 
 def _umask() -> int:
-    # The only portable way to read the umask is to set it, which is the whole process's.
+    # The only portable way to read the umask is to set it, and it belongs to the whole process.
     with _ONE_AT_A_TIME:
         mask = os.umask(0)
         os.umask(mask)

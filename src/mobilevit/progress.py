@@ -1,23 +1,26 @@
-"""Progress with speed and time left: a bar on a terminal, a clean line now and then elsewhere."""
+"""Progress with speed and time left: a bar on a terminal, a line every 15 seconds elsewhere."""
 
 from __future__ import annotations
 
 import sys
 import time
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as _Bar
 
 _SECONDS_BETWEEN_LINES = 15.0
 
 
 class Progress:
-    """Counts towards `total` and shows how fast; use it as a context manager.
+    """Count towards `total` and show the speed; a context manager.
 
     Args:
-        label: what is going on, such as "epoch 3/20".
-        total: how many there will be.
-        unit: what is counted, in the plural.
-        done: how many were done before (a resumed run).
+        label: the work, such as "epoch 3/20".
+        total: how many items there are.
+        unit: what an item is, in the plural.
+        done: how many items were done before, in a resumed run.
         silent: count, but show nothing.
     """
 
@@ -25,8 +28,7 @@ class Progress:
         self.label, self.total, self.unit, self.done = label, total, unit, done
         self._first, self._silent = done, silent
         self._start = self._last_line = time.monotonic()
-        self._bar: Any = None
-        self._task: Any = None
+        self._bar: _Bar | None = None
 
     def __enter__(self) -> Progress:
         if sys.stderr.isatty() and not self._silent:
@@ -40,7 +42,7 @@ class Progress:
             )  # fmt: skip
             self._bar = Bar(*columns, console=Console(stderr=True), transient=True)
             self._bar.start()
-            self._task = self._bar.add_task(self.label, total=self.total, completed=self.done, speed="", note="")
+            self._bar.add_task(self.label, total=self.total, completed=self.done, speed="", note="")
         return self
 
     def __exit__(
@@ -51,16 +53,16 @@ class Progress:
 
     @property
     def per_second(self) -> float:
-        """Items a second since the start."""
+        """Items per second since the start."""
         return (self.done - self._first) / max(time.monotonic() - self._start, 1e-9)
 
     def advance(self, count: int, note: str = "") -> None:
-        """Count `count` more; `note` is shown behind the speed (loss, learning rate)."""
+        """Count `count` more items; show `note`, such as the loss, after the speed."""
         self.done += count
         per_second = self.per_second
         speed = f"{per_second:,.0f} {self.unit}/s" if per_second >= 1000 else f"{per_second:.4g} {self.unit}/s"
         if self._bar is not None:
-            self._bar.update(self._task, completed=self.done, speed=speed, note=note)
+            self._bar.update(self._bar.task_ids[0], completed=self.done, speed=speed, note=note)
             return
         now = time.monotonic()
         if not self._silent and now - self._last_line >= _SECONDS_BETWEEN_LINES:

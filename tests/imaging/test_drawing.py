@@ -159,7 +159,7 @@ def test_save_image(tmp_path: Path, name: str, kind: str) -> None:
 
 @pytest.mark.parametrize("name", ["a", "a.txt", ".png"])
 def test_save_image_wants_a_images_name(tmp_path: Path, name: str) -> None:
-    with pytest.raises(ValueError, match=f"{name}: not the name of an image; end it in .jpg or .png"):
+    with pytest.raises(ValueError, match=f"{name}: not the name of an image; use a name that ends in .jpg or .png"):
         save_image(Image.new("RGB", (3, 3)), tmp_path / name)
     assert list(tmp_path.iterdir()) == []
 

@@ -19,9 +19,12 @@ from torchvision.transforms import InterpolationMode, v2
 
 from mobilevit.data.shapes import render_scene
 from mobilevit.errors import ImageError
-from mobilevit.imaging.decode import MAX_PIXELS, open_image, read_image
+from mobilevit.files import ReadError
+from mobilevit.imaging import decode
+from mobilevit.imaging.decode import MAX_PIXELS, find_images, open_image, read_image
 from mobilevit.imaging.preprocessing import Preprocessing
 from mobilevit.models.inputs import normalize
+from unprivileged import locked_folder
 
 RED, GREEN, BLUE, YELLOW = (220, 20, 40), (30, 180, 60), (10, 40, 200), (230, 210, 30)
 
@@ -296,8 +299,26 @@ def test_broken_files_are_refused_by_name(tmp_path: Path, data: bytes, reason: s
 def test_missing_file_and_folder(tmp_path: Path) -> None:
     with pytest.raises(ImageError, match=r"nothing\.png: no such file$"):
         read_image(str(tmp_path / "nothing.png"))
-    with pytest.raises(ImageError, match="cannot be read"):
+    with pytest.raises(ImageError, match=rf"^{re.escape(str(tmp_path))}: cannot be read \(Is a directory\)$"):
         read_image(tmp_path)
+    with pytest.raises(ImageError, match="cannot be read"):
+        read_image("a line of\0 bytes")
+    with locked_folder() as folder:
+        with pytest.raises(ImageError, match=r"inside\.txt: cannot be read \(Permission denied\)$"):
+            read_image(folder / "inside.txt")
+        with pytest.raises(ReadError, match=r"locked: cannot be read \(Permission denied\)$"):
+            find_images(folder.parent)
+
+
+def test_a_bug_of_ours_is_not_taken_for_a_damaged_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise TypeError("a bug")
+
+    for name in ("_to_8_bits", "_has_too_many_scans"):
+        with monkeypatch.context() as patch:
+            patch.setattr(decode, name, broken)
+            with pytest.raises(TypeError, match="a bug"):
+                read_image(noise_jpeg())
 
 
 @pytest.mark.parametrize(("width", "height"), [(30000, 30000), (15000, 12000), (2**31 - 1, 2**31 - 1)])
@@ -478,13 +499,13 @@ def test_extreme_images(image: tuple[int, int]) -> None:
         ({"size": (31, 256)}, r"image size \(31, 256\) is too small; both sides must be 32"),
         ({"size": (256, 31)}, "too small"),
         ({"size": (256,)}, "too small"),
-        ({"crop_fraction": 0.0}, "crop_fraction is 0.0; it must be above 0 and at most 1"),
-        ({"crop_fraction": 1.01}, "crop_fraction is 1.01"),
-        ({"crop_fraction": math.nan}, "crop_fraction is nan"),
-        ({"resize_mode": "squash"}, "resize_mode is 'squash'; it can be 'crop', 'stretch' or 'pad'"),
-        ({"interpolation": "area"}, "interpolation is 'area'; choose from nearest, bilinear, bicubic, lanczos"),
-        ({"std": (1.0, 0.0, 1.0)}, "std's above 0"),
-        ({"mean": (0.5,)}, "each has three numbers"),
+        ({"crop_fraction": 0.0}, "`crop_fraction` is 0.0; it must be above 0 and at most 1"),
+        ({"crop_fraction": 1.01}, "`crop_fraction` is 1.01"),
+        ({"crop_fraction": math.nan}, "`crop_fraction` is nan"),
+        ({"resize_mode": "squash"}, "`resize_mode` is 'squash'; it can be 'crop', 'stretch' or 'pad'"),
+        ({"interpolation": "area"}, "`interpolation` is 'area'; choose from nearest, bilinear, bicubic, lanczos"),
+        ({"std": (1.0, 0.0, 1.0)}, "std all above 0"),
+        ({"mean": (0.5,)}, "both have three numbers"),
     ],
 )
 def test_meaningless_values_are_refused(values: dict[str, Any], reason: str) -> None:

@@ -2,8 +2,11 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
+from mobilevit.errors import MobileViTError
+from mobilevit.results import check_options
 from mobilevit.results.base import ImageInfo
 from mobilevit.results.classification import ClassificationResult, softmax
 
@@ -51,3 +54,12 @@ def test_drawing_a_result(tmp_path: Path) -> None:
     assert line >= 11
     assert heights == [heights[0] + line * more for more in (0, 1, 2, 3, 3)]  # there are four classes
     assert drawn.height == heights[2]
+
+
+def test_options_of_other_tasks_are_refused() -> None:
+    check_options("detection", ["min_score", "coco", "device"])
+    check_options("classification", ["top"])
+    with pytest.raises(MobileViTError, match=r"^`min_score` is for detection; this model does classification$"):
+        check_options("classification", ["top", "min_score"])
+    with pytest.raises(MobileViTError, match=r"^`masks` is for segmentation; this model does detection$"):
+        check_options("detection", iter(["masks"]))

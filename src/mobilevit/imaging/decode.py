@@ -16,9 +16,10 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 
 from mobilevit.errors import ImageError, TooManyPixelsError, one_line
+from mobilevit.files import reading_from
 
 Source = str | os.PathLike[str] | bytes | Image.Image | np.ndarray
-"""What can be read as an image: a path, encoded bytes, a PIL image, or a numpy array (H, W, 3) of uint8."""
+"""An image: a path, encoded bytes, a PIL image, or a numpy array (H, W, 3) of uint8."""
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".avif"})
 
@@ -26,17 +27,26 @@ MAX_PIXELS = 178_956_970
 """Larger images are refused as decompression bombs: Pillow's own limit, half a gigabyte of RGB."""
 
 _MAX_SCANS = 100
-"""Of a JPEG; progressive ones have ten or so. A scan of twelve bytes makes the decoder go through all the pixels again,
-so that a small file could keep it busy for hours. libtiff has the same limit for JPEGs within TIFFs."""
+"""Limit for a JPEG; progressive ones have about ten. A scan of twelve bytes makes the decoder visit all pixels again,
+so a small file could keep it busy for hours. libtiff has the same limit for JPEGs in TIFF files."""
 
-# Formats with a decoder in Pillow itself. Others (EPS, for one) start outside programs on files from strangers.
+# Formats with a decoder in Pillow itself. Others, such as EPS, start external programs on untrusted files.
 _SAFE_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF")
 
 
 def find_images(folder: Path) -> list[Path]:
-    """Every image below a folder, by suffix, sorted; hidden files and folders are passed over."""
+    """Find every image below a folder, by suffix, sorted; hidden files and folders are skipped.
+
+    Raises:
+        ReadError: a folder cannot be listed.
+    """
+
+    def fail(error: OSError) -> None:
+        with reading_from(error.filename):
+            raise error
+
     found = []
-    for parent, folders, files in os.walk(folder, followlinks=True):
+    for parent, folders, files in os.walk(folder, followlinks=True, onerror=fail):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         found += [Path(parent, name) for name in sorted(files) if not name.startswith(".")]
     return [path for path in found if path.suffix.lower() in IMAGE_SUFFIXES]
@@ -49,8 +59,8 @@ def read_image(source: Source | EncodedImage, name: str | None = None) -> Image.
     byte of 16-bit samples, CMYK and palettes converted, transparency laid over white, EXIF orientation applied.
 
     Args:
-        source: see `Source`; or what `open_image` has opened.
-        name: what to call the image in errors; a path is its own name.
+        source: see `Source`; or the result of `open_image`.
+        name: the image's name in errors; a path is its own name.
 
     Raises:
         ImageError: empty, truncated, not an image, or more than `MAX_PIXELS`.
@@ -62,7 +72,7 @@ def open_image(source: Source | EncodedImage, name: str | None = None, *, max_pi
     """Read an image's header, not yet its pixels; arguments and errors are those of `read_image`.
 
     Raises:
-        TooManyPixelsError: encoded bytes or a file have more than `max_pixels`, itself no more than `MAX_PIXELS`.
+        TooManyPixelsError: encoded bytes or a file have more than `max_pixels`, itself at most `MAX_PIXELS`.
     """
     if isinstance(source, EncodedImage):
         return source
@@ -72,31 +82,32 @@ def open_image(source: Source | EncodedImage, name: str | None = None, *, max_pi
             wanted = "an image is uint8 (height, width, 3), RGB"
             raise ImageError(f"{name}: array is {source.dtype} {source.shape}; {wanted}")
         return EncodedImage(Image.fromarray(source), name)
-    with _named(name):
-        if isinstance(source, Image.Image):  # perhaps not decoded yet
-            if 0 in source.size:
-                raise ImageError(f"{name}: {source.width} x {source.height} pixels are no image")
-            return EncodedImage(source.copy(), name)  # the caller's stays the caller's
-        data = source if isinstance(source, bytes) else Path(source).read_bytes()
-        if not data:
-            raise ImageError(f"{name}: the file is empty")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below decides
-            image = Image.open(io.BytesIO(data), formats=_formats())
-        if image.width * image.height > max_pixels:
-            told = f"{image.width} x {image.height} pixels are more than the limit of {max_pixels}"
-            raise TooManyPixelsError(f"{name}: {told}")
-        if image.format in ("JPEG", "MPO") and _has_too_many_scans(data):
-            raise ImageError(f"{name}: more than the limit of {_MAX_SCANS} scans, which would take too long to decode")
-        return EncodedImage(image, name, data)
+    if isinstance(source, Image.Image):  # perhaps not decoded yet
+        if 0 in source.size:
+            raise ImageError(f"{name}: {source.width} x {source.height} pixels; an image has at least one")
+        with _pillow_errors(name):
+            source = source.copy()  # the caller's image stays unchanged
+        return EncodedImage(source, name)
+    data = source if isinstance(source, bytes) else _read_file(source, name)
+    if not data:
+        raise ImageError(f"{name}: the file is empty")
+    with _pillow_errors(name), warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below decides
+        image = Image.open(io.BytesIO(data), formats=_formats())
+    if image.width * image.height > max_pixels:
+        told = f"{image.width} x {image.height} pixels are more than the limit of {max_pixels}"
+        raise TooManyPixelsError(f"{name}: {told}")
+    if image.format in ("JPEG", "MPO") and _has_too_many_scans(data):
+        raise ImageError(f"{name}: more than the limit of {_MAX_SCANS} scans, which would take too long to decode")
+    return EncodedImage(image, name, data)
 
 
 class EncodedImage:
-    """An image of which the size is known, and the pixels can be had, once."""
+    """An image whose header has been read; `decode` reads the pixels, once."""
 
     def __init__(self, image: Image.Image, name: str, data: bytes | None = None) -> None:
         self._image, self.name = image, name
-        with _named(name):
+        with _pillow_errors(name):
             orientation = image.getexif().get(_ORIENTATION, 1)
         self.size: tuple[int, int] = image.size[::-1] if orientation in (5, 6, 7, 8) else image.size
         """(width, height) of the upright image."""
@@ -105,50 +116,72 @@ class EncodedImage:
         """The file, if it is an upright JPEG in color, which any decoder can read."""
 
     def decode(self, reduction: float = 1.0) -> Image.Image:
-        """The upright RGB image; a JPEG perhaps smaller.
+        """Decode to upright RGB, a JPEG perhaps at a smaller size.
 
         Args:
             reduction: how many times smaller it may be. A JPEG is then decoded at a half, a quarter or an eighth,
-                which leaves out most of the work; other formats stay as they are.
+                which saves most of the work; other formats keep their size.
 
         Raises:
             ImageError: the pixels cannot be read.
         """
-        with _named(self.name):
-            if reduction >= 2 and isinstance(self._image, JpegImageFile):
-                width, height = self._image.size
-                self._image.draft(None, (max(1, int(width / reduction)), max(1, int(height / reduction))))
-            return _to_rgb(self._image)
+        image = self._image
+        with _pillow_errors(self.name):
+            if reduction >= 2 and isinstance(image, JpegImageFile):
+                width, height = image.size
+                image.draft(None, (max(1, int(width / reduction)), max(1, int(height / reduction))))
+            image.load()
+            if image.getexif().get(_ORIENTATION, 1) != 1:  # otherwise Pillow would copy the image
+                image = ImageOps.exif_transpose(image)
+        image = _to_8_bits(image)
+        with _pillow_errors(self.name):
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            return image if image.mode == "RGB" else image.convert("RGB")
 
 
 _ORIENTATION = 0x0112  # the EXIF tag
 
 
 @contextmanager
-def _named(name: str) -> Iterator[None]:
-    """Whatever goes wrong in reading an image, as an `ImageError` with its name."""
+def _pillow_errors(name: str) -> Iterator[None]:
+    """Turn anything that Pillow raises into an `ImageError` with the image's name.
+
+    Its decoders raise OSError, SyntaxError, TypeError, ValueError, struct.error and more on damaged files. So that no
+    bug of ours is taken for a damaged file, these blocks hold nothing but calls of Pillow.
+    """
     try:
         yield
     except ImageError:
         raise
     except Image.DecompressionBombError:
         raise TooManyPixelsError(f"{name}: more pixels than the limit of {MAX_PIXELS}") from None
-    except FileNotFoundError:
-        raise ImageError(f"{name}: no such file") from None
     except UnidentifiedImageError:
         raise ImageError(f"{name}: not an image in a known format ({', '.join(_formats())})") from None
-    except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error and more on bad files
+    except Exception as error:
+        raise ImageError(f"{name}: cannot be read ({one_line(error)})") from error
+
+
+def _read_file(path: str | os.PathLike[str], name: str) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except FileNotFoundError:
+        raise ImageError(f"{name}: no such file") from None
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the path, as in a list that is none
         raise ImageError(f"{name}: cannot be read ({one_line(error)})") from error
 
 
 _JPEG_MARKER = re.compile(rb"\xff+([^\x00\x01\xd0-\xd8\xff])", re.DOTALL)
-"""Not those without a length, which may stand within the data of a scan."""
+"""A marker with a length; those without may occur within the data of a scan."""
 _SCAN, _END = b"\xda", b"\xd9"
 
 
 def _has_too_many_scans(data: bytes) -> bool:
-    if data.count(b"\xff" + _SCAN) <= _MAX_SCANS:  # quick, and true of nearly all; others are looked at closely, as
-        return False  # thumbnails, profiles or a film behind the image can have these bytes as well
+    # Nearly every file passes this quick test. The others are parsed: thumbnails, profiles or a video appended to the
+    # image can contain these bytes as well.
+    if data.count(b"\xff" + _SCAN) <= _MAX_SCANS:
+        return False
     scans, at = 0, 0
     while (marker := _JPEG_MARKER.search(data, at)) is not None and marker[1] != _END and scans <= _MAX_SCANS:
         scans += marker[1] == _SCAN
@@ -158,21 +191,16 @@ def _has_too_many_scans(data: bytes) -> bool:
 
 @lru_cache(maxsize=1)
 def _formats() -> tuple[str, ...]:
-    """The safe formats that this build of Pillow has; it loads most of its decoders only when asked."""
+    """List the safe formats that this build of Pillow has; it loads most of its decoders only when asked."""
     Image.init()
     return tuple(name for name in _SAFE_FORMATS if name in Image.OPEN)
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    image.load()
-    if image.getexif().get(_ORIENTATION, 1) != 1:  # otherwise Pillow would copy the image
-        image = ImageOps.exif_transpose(image)
+def _to_8_bits(image: Image.Image) -> Image.Image:
+    """Convert 16-bit, 32-bit and floating-point grays to 8 bits; other images pass."""
     if image.mode.startswith("I"):  # 16-bit grays, also those that Pillow keeps in 32 bits
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
-    elif image.mode == "F":
+        return Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
+    if image.mode == "F":
         values = np.nan_to_num(np.asarray(image))
-        image = Image.fromarray((values * (255 if values.max(initial=0) <= 1 else 1)).clip(0, 255).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image if image.mode == "RGB" else image.convert("RGB")
+        return Image.fromarray((values * (255 if values.max(initial=0) <= 1 else 1)).clip(0, 255).astype(np.uint8))
+    return image

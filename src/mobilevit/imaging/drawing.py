@@ -1,4 +1,4 @@
-"""Images made of images: captions, contact sheets, boxes and label maps, with Pillow and NumPy alone."""
+"""Draw on images with Pillow: captions, contact sheets, boxes, label maps."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import os
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -16,7 +15,7 @@ from mobilevit.class_names import IGNORE
 from mobilevit.errors import MobileViTError
 from mobilevit.files import write_atomically
 
-# Pillow's built-in font has Latin letters only; labels in other scripts need one from the system.
+# Pillow's built-in font has Latin letters only; labels in other scripts need a font of the system.
 _FONTS_FOR_ALL_SCRIPTS = (
     "NotoSansCJK-Regular.ttc", "msyh.ttc", "PingFang.ttc", "wqy-microhei.ttc", "Arial Unicode.ttf", "DejaVuSans.ttf",
 )  # fmt: skip
@@ -34,7 +33,7 @@ _FIRST_COLORS = (
 
 @lru_cache(maxsize=64)
 def font(size: int, text: str = "") -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """A font of `size` pixels that has the letters of `text`, as far as this machine has one."""
+    """Load a font of `size` pixels, with the letters of `text` if this machine has such a font."""
     try:
         text.encode("latin-1")
     except UnicodeEncodeError:
@@ -47,7 +46,7 @@ def font(size: int, text: str = "") -> ImageFont.FreeTypeFont | ImageFont.ImageF
 
 
 def with_caption(image: Image.Image, lines: Sequence[str], *, color: RGB = DARK) -> Image.Image:
-    """The image above a strip with a few lines of text; the type's size follows the image's."""
+    """Put lines of text below an image; the size of the text depends on that of the image."""
     size = max(11, min(image.width // 14, 40))
     pad = size // 3
     out = Image.new("RGB", (image.width, image.height + len(lines) * (size + pad) + pad), "white")
@@ -73,7 +72,7 @@ def contact_sheet(
     columns: int = 6,
     cell: int = 176,
 ) -> Image.Image:
-    """Images in a grid, each fitted into a square of `cell` pixels above its caption."""
+    """Arrange images in a grid, each fitted into a square of `cell` pixels above its caption."""
     cells = []
     for image, lines, color in zip(images, captions, colors, strict=True):
         square = Image.new("RGB", (cell, cell), (242, 242, 242))
@@ -99,7 +98,7 @@ def _palette(num_classes: int) -> tuple[RGB, ...]:
     candidates = candidates[vivid & (lightness > 0.35) & (lightness < 0.93)]
     places = _oklab(candidates)
     colors = list(_FIRST_COLORS[:num_classes])
-    # Each further color is the one farthest from all before it, so that more classes never change the first ones.
+    # Each new color is the one farthest from all before it, so the first colors do not depend on the number of classes.
     distance = np.full(len(candidates), np.inf)
     for place in _oklab(np.array(_FIRST_COLORS)):
         distance = np.minimum(distance, np.linalg.norm(places - place, axis=1))
@@ -112,20 +111,21 @@ def _palette(num_classes: int) -> tuple[RGB, ...]:
 
 
 def class_colors(num_classes: int) -> list[RGB]:
-    """A color for each class: always the same, well apart for a dozen classes and still distinct for 150."""
+    """Return a color for each class: always the same ones, easy to tell apart for 12 classes and distinct for 150."""
     return list(_palette(num_classes))
 
 
 def draw_boxes(image: Image.Image, boxes_xyxy: ArrayLike, texts: Sequence[str], colors: Sequence[RGB]) -> Image.Image:
-    """The image with boxes, each with a text on a plate of its color; lines and type follow the image's size.
+    """Draw boxes on a copy of an image, each with its text on a label of its color.
 
-    A plate stands above its box where there is room, else at another edge of it, and never outside the image. Where
-    they would hide each other, the first boxes have the better places and lie on top. An empty text has no plate.
+    A label is above its box where there is room, otherwise at another edge, and never outside the image. Where labels
+    would overlap, the first boxes get the better places and are drawn on top. The width of lines and the size of text
+    depend on the size of the image.
 
     Args:
-        image: in RGB; it stays as it is.
-        boxes_xyxy: (N, 4), left, top, right, bottom in pixels; what lies outside the image is cut off.
-        texts: N.
+        image: in RGB.
+        boxes_xyxy: (N, 4), left, top, right, bottom in pixels; parts outside the image are cut off.
+        texts: N; an empty text gets no label.
         colors: N.
     """
     out = image.convert("RGB")
@@ -134,19 +134,19 @@ def draw_boxes(image: Image.Image, boxes_xyxy: ArrayLike, texts: Sequence[str], 
     size = max(12, round(_side(image) / 42))
     drawn = list(zip(_pixels(boxes_xyxy, image), texts, colors, strict=True))
     for (left, top, right, bottom), _, color in reversed(drawn):
-        # A dark line outside keeps pale boxes visible on pale ground.
+        # A dark outline keeps pale boxes visible on a pale background.
         halo = max(1, thick // 3)
         draw.rectangle((left - halo, top - halo, right + halo, bottom + halo), outline=(40, 40, 40), width=halo)
         draw.rectangle((left, top, right, bottom), outline=color, width=thick)
-    plates: list[tuple[tuple[int, int, int, int], str, RGB]] = []
+    labels: list[tuple[tuple[int, int, int, int], str, RGB]] = []
     for box, text, color in drawn:
         if text:
             pad = max(2, size // 5)
             shown = _shorten(text, size, image.width - 2 * pad)
             width = min(image.width, round(font(size, shown).getlength(shown)) + 2 * pad)
-            taken = [plate for plate, _, _ in plates]
-            plates.append((_place_plate(box, (width, round(1.3 * size)), out.size, taken), shown, color))
-    for (left, top, right, bottom), text, color in reversed(plates):
+            taken = [place for place, _, _ in labels]
+            labels.append((_place_label(box, (width, round(1.3 * size)), out.size, taken), shown, color))
+    for (left, top, right, bottom), text, color in reversed(labels):
         draw.rectangle((left, top, right - 1, bottom - 1), fill=color)
         middle = ((left + right) / 2, (top + bottom) / 2)
         draw.text(middle, text, fill=text_color(color), font=font(size, text), anchor="mm")
@@ -154,7 +154,7 @@ def draw_boxes(image: Image.Image, boxes_xyxy: ArrayLike, texts: Sequence[str], 
 
 
 def draw_outlines(image: Image.Image, boxes_xyxy: ArrayLike) -> Image.Image:
-    """The image with thin dashed boxes in black and white, to be told from those of `draw_boxes`.
+    """Draw thin dashed boxes in black and white, distinct from those of `draw_boxes`, on a copy of an image.
 
     Shape: boxes_xyxy (N, 4), left, top, right, bottom in pixels.
     """
@@ -176,19 +176,19 @@ def draw_label_map(
     opacity: float = 0.55,
     legend: bool = True,
 ) -> Image.Image:
-    """The image under its classes' colors, stronger along their borders, above a legend with each one's share.
+    """Color a copy of an image by class, more strongly along borders, above a legend with the share of each class.
 
-    A class called "background" has no color: what lies before it is what people look for.
+    A class named "background" gets no color.
 
     Args:
-        image: in RGB; it stays as it is.
-        label_map: (H, W) of the image: class numbers; 255 is left as it was.
+        image: in RGB.
+        label_map: (H, W), the size of the image: class indices; pixels with 255 get no color.
         classes: their names.
         opacity: of the colors, from 0 to 1.
-        legend: whether to add the strip below the image.
+        legend: add the legend below the image.
     """
     if label_map.shape != (image.height, image.width):
-        raise MobileViTError(f"a label map of {label_map.shape} on an image of {(image.height, image.width)}")
+        raise ValueError(f"a label map of {label_map.shape} on an image of {(image.height, image.width)}")
     colors = np.zeros((256, 3), np.float32)
     colors[: len(classes)] = class_colors(len(classes))
     drawn = np.ones(256, np.bool_)
@@ -206,7 +206,7 @@ def draw_label_map(
 def legend_of(
     label_map: NDArray[np.uint8], classes: Sequence[str], *, with_shares: bool = True
 ) -> list[tuple[str, RGB]]:
-    """The classes in a label map, with their share of its pixels and their colors, largest first; no background."""
+    """List the classes in a label map, largest first and without background: name with share of pixels, color."""
     counts = np.bincount(label_map.ravel(), minlength=256)[: len(classes)]
     counts[_background(classes)] = 0
     colors = class_colors(len(classes))
@@ -220,9 +220,12 @@ def _background(classes: Sequence[str]) -> list[int]:
 
 
 def with_legend(image: Image.Image, entries: Sequence[tuple[str, RGB]], *, size: int | None = None) -> Image.Image:
-    """The image above a strip of colored squares, each with a text; as many lines as they need.
+    """Put a legend below an image: colored squares with text, in as many lines as needed.
 
-    Without `size`, in pixels, the type's follows the image's.
+    Args:
+        image: in RGB.
+        entries: text and color of each.
+        size: of the text in pixels; None: it depends on the size of the image.
     """
     if not entries:
         return image
@@ -247,20 +250,20 @@ def with_legend(image: Image.Image, entries: Sequence[tuple[str, RGB]], *, size:
 
 
 def text_color(background: RGB) -> RGB:
-    """Black or white, whichever has the higher contrast (WCAG); at least 4.5 to 1 on any color."""
+    """Choose black or white, whichever has the higher contrast (WCAG): at least 4.5 to 1 on any color."""
     luminance = float(_linear(np.array(background)) @ (0.2126, 0.7152, 0.0722))
     return BLACK if (luminance + 0.05) ** 2 > 0.05 * 1.05 else WHITE
 
 
 def save_image(image: Image.Image, path: str | os.PathLike[str]) -> Path:
-    """Write an image in the format of its suffix, whole or not at all.
+    """Write an image in the format of the file's suffix, whole or not at all.
 
     Raises:
-        ValueError: a suffix that stands for no format.
+        MobileViTError: the suffix belongs to no image format, or the file cannot be written.
     """
     path = Path(path)
     if path.suffix.lower() not in Image.registered_extensions():
-        raise MobileViTError(f"{path}: not the name of an image; end it in .jpg or .png")
+        raise MobileViTError(f"{path}: not the name of an image; use a name that ends in .jpg or .png")
     return write_atomically(path, lambda aside: image.save(aside))
 
 
@@ -278,7 +281,7 @@ def _side(image: Image.Image) -> float:
 
 
 def _pixels(boxes_xyxy: ArrayLike, image: Image.Image) -> list[list[int]]:
-    """Boxes as whole pixels inside the image."""
+    """Round boxes to whole pixels inside the image."""
     boxes = np.asarray(boxes_xyxy, np.float64).reshape(-1, 4)
     whole: list[list[int]] = boxes.clip(0, [image.width - 1, image.height - 1] * 2).round().astype(np.int64).tolist()
     return whole
@@ -288,14 +291,17 @@ def _percent(share: float) -> str:
     return "<0.1%" if share < 0.001 else f"{share:.1%}"
 
 
-def _linear(rgb: NDArray[Any]) -> NDArray[np.float64]:
-    """Light of sRGB values 0 to 255."""
+def _linear(rgb: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Convert sRGB values 0 to 255 to linear light 0 to 1."""
     values = rgb / 255
     return np.where(values <= 0.04045, values / 12.92, ((values + 0.055) / 1.055) ** 2.4)
 
 
-def _oklab(rgb: NDArray[Any]) -> NDArray[np.float64]:
-    """Colors in a space where distance is what the eye sees (Ottosson, 2020). Shape: (N, 3) -> (N, 3)."""
+def _oklab(rgb: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Convert sRGB to Oklab, where distance is close to perceived difference (Ottosson, 2020).
+
+    Shape: (N, 3) -> (N, 3).
+    """
     to_cones = np.array(
         [[0.4122214708, 0.5363325363, 0.0514459929],
          [0.2119034982, 0.6806995451, 0.1073969566],
@@ -310,12 +316,12 @@ def _oklab(rgb: NDArray[Any]) -> NDArray[np.float64]:
     return lab
 
 
-def _place_plate(
-    box: Sequence[int], plate: tuple[int, int], image: tuple[int, int], taken: Sequence[Sequence[int]]
+def _place_label(
+    box: Sequence[int], size: tuple[int, int], image: tuple[int, int], taken: Sequence[Sequence[int]]
 ) -> tuple[int, int, int, int]:
-    """The first place at the box where the plate hides no other, else the one where it hides least."""
+    """Find the first place at the box where the label hides no other, or the one where it hides least."""
     left, top, right, bottom = box
-    width, height = plate
+    width, height = size
     rows = (top - height, top, bottom + 1, bottom + 1 - height)
     best, least = (0, 0, width, height), float("inf")
     for y in (row for row in rows if 0 <= row <= image[1] - height):
@@ -333,7 +339,7 @@ def _overlap(a: Sequence[int], b: Sequence[int]) -> int:
 
 
 def _dashed_line(draw: ImageDraw.ImageDraw, start: tuple[float, float], end: tuple[float, float], thick: int) -> None:
-    """White with black gaps, so that it shows on any ground. Horizontal or vertical."""
+    """Draw a horizontal or vertical line, white with black gaps, which shows on any background."""
     draw.line((start, end), fill=BLACK, width=thick)
     length = abs(end[0] - start[0]) + abs(end[1] - start[1])
     dash = 4 * thick
@@ -344,7 +350,7 @@ def _dashed_line(draw: ImageDraw.ImageDraw, start: tuple[float, float], end: tup
 
 
 def _borders(label_map: NDArray[np.uint8], thick: int) -> NDArray[np.bool_]:
-    """Where a pixel's neighbor is of another class, `thick` pixels on either side."""
+    """Find pixels within `thick` pixels of another class."""
     border = np.zeros(label_map.shape, np.bool_)
     for axis in (0, 1):
         differs = np.diff(label_map, axis=axis) != 0

@@ -1,7 +1,7 @@
-"""Preprocessing: the one way from an image to a model's input.
+"""Preprocessing: from an image to the input of a model.
 
-Evaluation, `Predictor` and every exported artifact share the `Preprocessing` that a checkpoint carries.
-The contract: a model is fed RGB in 0..1 (before mean and std), whatever the origin of its weights.
+Evaluation, `Predictor` and every exported artifact use the `Preprocessing` in the checkpoint. The input of every model
+is RGB in 0..1 (before mean and std), wherever its weights come from.
 """
 
 from __future__ import annotations
@@ -25,31 +25,31 @@ RESAMPLING = {
 
 @dataclass(frozen=True, kw_only=True)
 class Placement:
-    """Which part of an image a model's input shows, and where in it; for the way back from outputs to the image."""
+    """Which part of an image the model's input shows, and where; maps boxes between the two."""
 
     image: tuple[int, int]
     """(height, width) of the image."""
     region: tuple[float, float, float, float]
-    """Left, top, right, bottom of the part that is shown, in pixels of the image."""
+    """Left, top, right, bottom of the visible part, in pixels of the image."""
     size: tuple[int, int]
     """(height, width) of the input."""
     filled: tuple[int, int]
-    """(height, width) of what the region became, at the top left of the input; the rest is margin."""
+    """(height, width) that the region takes at the top left of the input; the rest is padding."""
 
     def to_input(self, boxes_xyxy: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Boxes from pixels of the image to 0..1 of the input, cut at its border. Shape: (N, 4) -> (N, 4)."""
+        """Map boxes from pixels of the image to 0..1 of the input, cut off at its border. Shape: (N, 4) -> (N, 4)."""
         offset, scale = self._offset_and_scale()
         moved: NDArray[np.float64] = (boxes_xyxy - offset) / scale
         return moved.clip(0, 1)
 
     def to_image(self, boxes_xyxy: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Boxes from 0..1 of the input to pixels of the image, cut at its border. Shape: (N, 4) -> (N, 4)."""
+        """Map boxes from 0..1 of the input to pixels of the image, cut off at its border. Shape: (N, 4) -> (N, 4)."""
         offset, scale = self._offset_and_scale()
         rows, columns = self.image
         return (boxes_xyxy * scale + offset).clip(0, [columns, rows, columns, rows])
 
     def _offset_and_scale(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Of left, top, right, bottom: 0..1 of the input times scale plus offset are pixels of the image."""
+        """Compute both for left, top, right, bottom: 0..1 of the input times scale, plus offset, is pixels."""
         left, top, right, bottom = self.region
         (height, width), (filled_height, filled_width) = self.size, self.filled
         scale_x, scale_y = width / filled_width * (right - left), height / filled_height * (bottom - top)
@@ -58,20 +58,20 @@ class Placement:
 
 @dataclass(frozen=True, kw_only=True)
 class Preprocessing:
-    """How an image becomes the input of a model; travels inside checkpoints and exported artifacts.
+    """How an image becomes the input of a model; stored in checkpoints and exported artifacts.
 
-    Resizing always antialiases (Pillow's filters). The defaults are the paper's evaluation: the middle 256 of 288
-    pixels on the shorter side.
+    Resizing always antialiases (Pillow's filters). The defaults are those of the paper's evaluation: the central 256 of
+    288 pixels on the shorter side.
 
     Raises:
-        ValueError: a field has no meaning.
+        MobileViTError: a field has an impossible value.
     """
 
     size: tuple[int, int] = (256, 256)
     """(height, width) of the model's input in pixels."""
     resize_mode: Literal["crop", "stretch", "pad"] = "crop"
-    """"crop": the largest centered region of the right shape, times `crop_fraction`; "stretch": the whole image;
-    "pad": the whole image in its own shape, at the top left, and black beside or below it."""
+    """"crop": the largest centered region with the proportions of the input, times `crop_fraction`; "stretch": the
+    whole image; "pad": the whole image in its own proportions, at the top left, with black beside or below it."""
     crop_fraction: float = 256 / 288
     """Share of each side that "crop" keeps."""
     interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "bicubic"
@@ -79,29 +79,29 @@ class Preprocessing:
     mean: tuple[float, float, float] = (0.0, 0.0, 0.0)
     """Subtracted from RGB in 0..1."""
     std: tuple[float, float, float] = (1.0, 1.0, 1.0)
-    """Divides what is left."""
+    """Divisor after subtracting `mean`."""
 
     def __post_init__(self) -> None:
         if len(self.size) != 2 or min(self.size) < 32:
             raise MobileViTError(f"image size {tuple(self.size)} is too small; both sides must be 32 pixels or more")
         if not 0 < self.crop_fraction <= 1:
-            raise MobileViTError(f"crop_fraction is {self.crop_fraction}; it must be above 0 and at most 1")
+            raise MobileViTError(f"`crop_fraction` is {self.crop_fraction}; it must be above 0 and at most 1")
         if self.resize_mode not in ("crop", "stretch", "pad"):
-            raise MobileViTError(f"resize_mode is {self.resize_mode!r}; it can be 'crop', 'stretch' or 'pad'")
+            raise MobileViTError(f"`resize_mode` is {self.resize_mode!r}; it can be 'crop', 'stretch' or 'pad'")
         if self.interpolation not in RESAMPLING:
-            raise MobileViTError(f"interpolation is {self.interpolation!r}; choose from {', '.join(RESAMPLING)}")
+            raise MobileViTError(f"`interpolation` is {self.interpolation!r}; choose from {', '.join(RESAMPLING)}")
         if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
-            raise MobileViTError(f"mean is {self.mean}, std {self.std}; each has three numbers, std's above 0")
+            raise MobileViTError(f"`mean` is {self.mean}, `std` {self.std}; both have three numbers, std all above 0")
 
     def placement(self, image: tuple[int, int]) -> Placement:
-        """Where an image of (height, width) pixels lands."""
+        """Compute where an image of (height, width) pixels goes in the input."""
         (height, width), (rows, columns) = self.size, image
         region, filled = (0.0, 0.0, float(columns), float(rows)), self.size
         if self.resize_mode == "crop":
             scale = min(columns / width, rows / height) * self.crop_fraction
             left, top = (columns - width * scale) / 2, (rows - height * scale) / 2
             right, bottom = left + width * scale, top + height * scale
-            # The sums can pass the border by a rounding error, which Pillow refuses.
+            # Rounding errors can put the sums outside the image, which Pillow refuses.
             region = (max(left, 0.0), max(top, 0.0), min(right, columns), min(bottom, rows))
         elif self.resize_mode == "pad":
             scale = min(width / columns, height / rows)
@@ -109,7 +109,7 @@ class Preprocessing:
         return Placement(image=image, region=region, size=self.size, filled=filled)
 
     def resize(self, image: Image.Image) -> NDArray[np.uint8]:
-        """Crop, resize and pad as the mode says, in one resampling.
+        """Crop, resize and pad according to `resize_mode`, in one resampling step.
 
         Shape: RGB image of any size -> (height, width, 3).
         """
@@ -135,11 +135,11 @@ class Preprocessing:
         return x
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON; `from_dict` reads them back."""
+        """Return plain values for JSON; `from_dict` reads them back."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Preprocessing:
-        """The inverse of `to_dict`."""
+        """Make a `Preprocessing` from the values of `to_dict`."""
         known: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
         return cls(**known)

@@ -1,4 +1,4 @@
-"""The interface that the results of all tasks share, so that generic code need not know the task."""
+"""The interface of all results, so that generic code does not depend on the task."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class ImageInfo:
     """The image that a result belongs to."""
 
     source: str
-    """The image's file, or what it was called."""
+    """The image's file, or the name it was given."""
     size: tuple[int, int]
     """(height, width) of the upright image."""
     image: Image.Image | None = field(default=None, repr=False)
@@ -37,19 +37,21 @@ class ImageInfo:
 class Result(ABC):
     """A model's prediction for one image.
 
-    `draw`, `to_dict`, `to_row` and `describe` take the same options for every task, and use those that concern theirs:
-    `top`, how many labels of a classification; `min_score`, the lowest score of a detection.
+    `draw`, `to_dict`, `to_row` and `describe` take the same options for every task and ignore those of other tasks:
+    `top`, the number of labels of a classification; `min_score`, the lowest score of a detection.
     """
 
     info: ImageInfo
     classes: tuple[str, ...] = field(repr=False)
 
     covers_image: ClassVar[bool] = False
-    """Whether every pixel gets an answer."""
+    """Whether every pixel gets a class; making such a result takes as long as running the model."""
+    options: ClassVar[frozenset[str]] = frozenset()
+    """Options of commands and requests that have a meaning for this task only."""
 
     @property
     def source(self) -> str:
-        """The image's file, or what it was called."""
+        """The image's file, or the name it was given."""
         return self.info.source
 
     @property
@@ -60,7 +62,7 @@ class Result(ABC):
 
     @classmethod
     def split(cls, outputs: Outputs) -> list[Outputs]:
-        """Divide the outputs of a batch into those of its images."""
+        """Split the outputs of a batch into those of its images."""
         count = len(next(iter(outputs.values())))
         return [{name: array[number] for name, array in outputs.items()} for number in range(count)]
 
@@ -69,16 +71,16 @@ class Result(ABC):
         """Refuse preprocessing that does not suit the task.
 
         Raises:
-            MobileViTError: it crops, where the border needs an answer, too.
+            MobileViTError: it crops, but the pixels at the border need a class as well.
         """
         if cls.covers_image and preprocessing.resize_mode == "crop":
             raise MobileViTError(
-                "a cropped input says nothing of the border; give the model resize_mode 'pad' or 'stretch'"
+                "a cropped input does not show the border of the image; use `resize_mode` 'pad' or 'stretch'"
             )
 
     @classmethod
     def elements_per_image(cls, card: ModelCard) -> int:
-        """Count the elements of the outputs for one image, which bound the batch size."""
+        """Count the output elements of one image, which limit the batch size."""
         return len(card.classes)
 
     @classmethod
@@ -117,5 +119,5 @@ class Result(ABC):
 
 
 def float32(array: NDArray[Any]) -> NDArray[np.float32]:
-    """Convert an output to float32, whatever the engine computes in."""
+    """Convert an output to float32, whatever precision the engine uses."""
     return array.astype(np.float32, copy=False)

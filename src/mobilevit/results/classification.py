@@ -6,7 +6,7 @@ Letters used in shapes: K classes.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,7 +29,9 @@ class ClassificationResult(Result):
     """The probability of every class for one image."""
 
     probabilities: NDArray[np.float32]
-    """(K,), summing to one."""
+    """(K,), with sum 1."""
+
+    options: ClassVar[frozenset[str]] = frozenset({"top"})
 
     @classmethod
     def from_outputs(cls, outputs: Outputs, card: ModelCard, info: ImageInfo) -> Self:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +19,7 @@ from mobilevit.imaging.preprocessing import Placement
 from mobilevit.results.base import ImageInfo, Outputs, Result, float32
 
 DEFAULT_SCORE_THRESHOLD = 0.3
-"""The lowest score that is shown where the model's card names none."""
+"""The lowest score shown if the model's card has no threshold."""
 
 # The published settings of `find_objects`.
 SCORE_THRESHOLD, IOU_THRESHOLD = 0.01, 0.5
@@ -30,7 +30,7 @@ class Detections(NamedTuple):
     """Objects found in one image, best first."""
 
     boxes_xyxy: NDArray[np.float32]
-    """(N, 4): left, top, right, bottom in 0..1 of the model's input, beyond it for objects that are cut off."""
+    """(N, 4): left, top, right, bottom in 0..1 of the model's input; beyond that for objects that are cut off."""
     scores: NDArray[np.float32]
     """(N,): probability of the class."""
     class_ids: NDArray[np.int64]
@@ -48,16 +48,16 @@ def find_objects(
 ) -> Detections:
     """Drop improbable boxes and, of overlapping boxes of one class, keep the best (non-maximum suppression).
 
-    The result is that of suppressing each class by itself and then sorting. The work goes through the candidates of
-    all classes in the order of their scores and ends when there are enough. The defaults are the published ones.
+    The result equals that of suppressing each class separately and then sorting. The candidates of all classes are
+    visited in the order of their scores until there are enough objects. The defaults are the published ones.
 
     Args:
         boxes_xyxy: (A, 4).
-        scores: (A, K), without the background's.
-        score_threshold: candidates have a higher score.
-        iou_threshold: a box that overlaps a better one of its class by more is dropped.
-        max_candidates: the best of each class that are looked at.
-        max_detections: objects to return at most.
+        scores: (A, K), without the background.
+        score_threshold: only boxes with a higher score are candidates.
+        iou_threshold: a box whose IoU with a better box of its class is higher is dropped.
+        max_candidates: limit on candidates for each class; the best are kept.
+        max_detections: limit on objects.
     """
     boxes, num_classes, flat = boxes_xyxy.astype(np.float64), scores.shape[1], scores.ravel()
     kept = np.zeros(0, np.int64)
@@ -83,9 +83,9 @@ def find_objects(
 
 
 def _by_score(flat: NDArray[np.float32], threshold: float, *, block_size: int) -> Iterator[NDArray[np.int64]]:
-    """Places of the values above a threshold, the largest first, in blocks."""
+    """Yield the indices of values above a threshold, the largest first, in blocks."""
     places = np.flatnonzero(flat > threshold)
-    if len(places) > 8 * block_size:  # one block is mostly enough: find it without sorting all
+    if len(places) > 8 * block_size:  # one block is usually enough: find it without sorting everything
         values = flat[places]
         least = np.partition(values, -block_size)[-block_size]
         first = places[values > least]
@@ -97,7 +97,7 @@ def _by_score(flat: NDArray[np.float32], threshold: float, *, block_size: int) -
 
 
 def _rank_in_class(classes: NDArray[np.int64]) -> NDArray[np.int64]:
-    """How many of the same class stand before each. Shape: (n,) -> (n,)."""
+    """Count the elements of the same class before each element. Shape: (n,) -> (n,)."""
     order = np.argsort(classes, kind="stable")
     rank = np.empty_like(classes)
     rank[order] = np.arange(len(classes)) - np.searchsorted(classes[order], classes[order])
@@ -107,7 +107,7 @@ def _rank_in_class(classes: NDArray[np.int64]) -> NDArray[np.int64]:
 def _overlap(
     boxes: NDArray[np.float64], a: NDArray[np.int64], b: NDArray[np.int64], num_classes: int, iou_threshold: float
 ) -> NDArray[np.bool_]:
-    """Whether boxes of the same class overlap by more than the threshold; a and b are places anchor * K + class.
+    """Return which boxes of the same class overlap by more than the threshold; a and b are indices anchor * K + class.
 
     Shape: boxes (A, 4), a (n,), b (m,) -> (n, m).
     """
@@ -123,7 +123,7 @@ def _overlap(
 
 
 def decode_detections(outputs: Outputs) -> Detections:
-    """Find the objects in the outputs for one image, unless the model has suppressed boxes itself ("selected")."""
+    """Find the objects in the outputs for one image; "selected" is there if the model suppresses boxes itself."""
     boxes, scores = float32(outputs["boxes_xyxy"]), float32(outputs["scores"])
     if "selected" not in outputs:
         return find_objects(boxes, scores)
@@ -134,7 +134,7 @@ def decode_detections(outputs: Outputs) -> Detections:
 
 
 def to_pixels(detections: Detections, placement: Placement) -> Detections:
-    """Move boxes to pixels of the original image, cut off at its border."""
+    """Map boxes to pixels of the original image, cut off at its border."""
     boxes = placement.to_image(detections.boxes_xyxy.astype(np.float64))
     return detections._replace(boxes_xyxy=boxes.astype(np.float32))
 
@@ -152,9 +152,11 @@ class DetectionResult(Result):
     score_threshold: float
     """The lowest score that `draw`, `to_dict` and `describe` show by default; from the checkpoint."""
 
+    options: ClassVar[frozenset[str]] = frozenset({"min_score", "coco"})
+
     @classmethod
     def split(cls, outputs: Outputs) -> list[Outputs]:
-        """Divide the outputs of a batch; rows of "selected" (M, 3) are image, class and anchor."""
+        """Split the outputs of a batch; rows of "selected" (M, 3) are image, class and anchor."""
         if "selected" not in outputs:
             return super().split(outputs)
         boxes, scores, selected = outputs["boxes_xyxy"], outputs["scores"], outputs["selected"]
@@ -165,7 +167,7 @@ class DetectionResult(Result):
 
     @classmethod
     def from_outputs(cls, outputs: Outputs, card: ModelCard, info: ImageInfo) -> Self:
-        """Decode "boxes_xyxy" (A, 4), "scores" (A, K) and perhaps "selected" (M, 3)."""
+        """Decode "boxes_xyxy" (A, 4), "scores" (A, K) and, if present, "selected" (M, 3)."""
         found = to_pixels(decode_detections(outputs), card.preprocessing.placement(info.size))
         threshold = DEFAULT_SCORE_THRESHOLD if card.score_threshold is None else card.score_threshold
         return cls(info=info, classes=card.classes, score_threshold=threshold, **found._asdict())
@@ -175,11 +177,11 @@ class DetectionResult(Result):
 
     @property
     def labels(self) -> list[str]:
-        """Class name of each object."""
+        """The class name of each object."""
         return [self.classes[i] for i in self.class_ids]
 
     def above(self, min_score: float | None = None) -> Self:
-        """Only the objects with at least this score; by default, the result's own threshold."""
+        """Keep only objects with at least this score; None: the result's own threshold."""
         keep = self.scores >= (self.score_threshold if min_score is None else min_score)
         return replace(self, boxes_xyxy=self.boxes_xyxy[keep], scores=self.scores[keep], class_ids=self.class_ids[keep])
 
@@ -221,9 +223,9 @@ class DetectionResult(Result):
         """Return entries of a COCO results file: boxes as left, top, width, height.
 
         Args:
-            image_id: of the image in the annotations.
-            category_ids: of each class in the annotations; by default 1, 2, 3 ...
-            min_score: leave out objects below; COCO's evaluation wants all.
+            image_id: the image's number in the annotations.
+            category_ids: the number of each class in the annotations; None: 1, 2, 3 ...
+            min_score: leave out objects with a lower score; COCO's evaluation wants all objects.
         """
         ids = range(1, len(self.classes) + 1) if category_ids is None else category_ids
         shown = self.above(min_score)

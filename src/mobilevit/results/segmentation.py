@@ -1,4 +1,4 @@
-"""Results of segmentation: from logits at the size of the input to a class for every pixel of the image.
+"""Results of segmentation: from logits at the size of the model's input to a class for every pixel of the image.
 
 Letters used in shapes: K classes; H, W height and width of the image; h, w of the model's input.
 """
@@ -19,19 +19,19 @@ from mobilevit.imaging.preprocessing import Placement
 from mobilevit.results.base import ImageInfo, Outputs, Result, float32
 
 _LOGITS_AT_ONCE = 2**22
-"""Interpolated at a time: 16 MB of float32, whatever the size of the image."""
+"""How many are interpolated at a time: 16 MB of float32, for images of any size."""
 
 
 def decode_label_map(outputs: Outputs, placement: Placement) -> NDArray[np.uint8]:
     """Find the class of every pixel of the original image.
 
     Args:
-        outputs: "logits" (K, h, w), or "label_map" (h, w) where the model gives classes itself.
-        placement: where the image lies in the input.
+        outputs: "logits" (K, h, w), or "label_map" (h, w) if the model returns classes itself.
+        placement: where the image is in the input.
 
     Shape: -> (H, W).
     """
-    rows, columns = placement.filled  # without what was only added as a margin
+    rows, columns = placement.filled  # without padding
     if "label_map" in outputs:
         small = Image.fromarray(outputs["label_map"][:rows, :columns].astype(np.uint8))
         return np.asarray(small.resize(placement.image[::-1], Image.Resampling.NEAREST))
@@ -39,10 +39,10 @@ def decode_label_map(outputs: Outputs, placement: Placement) -> NDArray[np.uint8
 
 
 def _enlarge(logits: NDArray[np.float32], size: tuple[int, int]) -> NDArray[np.uint8]:
-    """The best class after bilinear interpolation to (height, width).
+    """Compute the best class after bilinear interpolation to (height, width).
 
-    Interpolated logits are a weighted mean of those at four corners. A class that is best at all four is best in
-    between, so only pixels between different classes have to be interpolated.
+    Interpolated logits are a weighted mean of those at four corners. A class that is the best at all four is the best
+    in between, so only pixels between different classes have to be interpolated.
     """
     best = _best_class(logits)
     if size == best.shape:
@@ -64,7 +64,7 @@ def _enlarge(logits: NDArray[np.float32], size: tuple[int, int]) -> NDArray[np.u
 
 
 class _Taps(NamedTuple):
-    """For each output pixel of an axis: the two input pixels around its center, and the weight of the second."""
+    """For each output pixel along an axis: the two input pixels around its center, and the weight of the second."""
 
     before: NDArray[np.int64]
     after: NDArray[np.int64]
@@ -72,7 +72,7 @@ class _Taps(NamedTuple):
 
 
 def _taps(length: int, input_length: int) -> _Taps:
-    """Half-pixel centers, as `F.interpolate` has them with align_corners=False."""
+    """Compute taps with half-pixel centers, as `torch.nn.functional.interpolate` does with align_corners=False."""
     place = (np.arange(length, dtype=np.float32) + np.float32(0.5)) * np.float32(input_length / length)
     place = (place - np.float32(0.5)).clip(0, input_length - 1)
     before = place.astype(np.int64)
@@ -85,7 +85,7 @@ def _mix(first: NDArray[np.float32], second: NDArray[np.float32], weight: NDArra
 
 
 def _best_class(logits: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """`argmax` over the first axis, which numpy does several times slower. Shape: (K, ...) -> (...)."""
+    """Compute the argmax over the first axis, several times faster than numpy. Shape: (K, ...) -> (...)."""
     highest = logits[0].copy()
     best = np.zeros(highest.shape, np.uint8)
     for number in range(1, len(logits)):
@@ -102,10 +102,11 @@ class SegmentationResult(Result):
     """(H, W): index into `classes`."""
 
     covers_image: ClassVar[bool] = True
+    options: ClassVar[frozenset[str]] = frozenset({"masks"})
 
     @classmethod
     def elements_per_image(cls, card: ModelCard) -> int:
-        """Count the logits of one image: its classes times the pixels of the input."""
+        """Count the logits of one image: classes times pixels of the input."""
         height, width = card.preprocessing.size
         return len(card.classes) * height * width
 
@@ -117,7 +118,7 @@ class SegmentationResult(Result):
 
     @property
     def shares(self) -> dict[str, float]:
-        """Share of the pixels of each class that occurs, largest first."""
+        """The share of the pixels of each class that occurs, largest first."""
         counts = np.bincount(self.label_map.ravel(), minlength=len(self.classes)) / self.label_map.size
         return {self.classes[i]: float(counts[i]) for i in np.argsort(-counts, kind="stable") if counts[i]}
 
@@ -125,7 +126,7 @@ class SegmentationResult(Result):
         return draw_label_map(self.image, self.label_map, self.classes)
 
     def mask(self) -> Image.Image:
-        """The label map as a palette image: values are class indices, colors those of `draw`."""
+        """Make a palette image of the label map: values are class indices, colors those of `draw`."""
         mask = Image.fromarray(self.label_map).convert("P")
         mask.putpalette([channel for color in class_colors(len(self.classes)) for channel in color])
         return mask
@@ -135,13 +136,13 @@ class SegmentationResult(Result):
         save_image(self.mask(), path)
 
     def to_dict(self, *, top: int = 5, min_score: float | None = None) -> dict[str, Any]:
-        """Return plain values for JSON; the label map itself is what `save_mask` writes."""
+        """Return plain values for JSON, without the label map; `save_mask` writes that."""
         shares = {label: round(share, 6) for label, share in self.shares.items()}
         height, width = self.info.size
         return {"source": self.source, "width": width, "height": height, "shares": shares}
 
     def to_row(self, *, top: int = 3, min_score: float | None = None) -> dict[str, Any]:
-        """Return the column shares: label and share of each class that occurs."""
+        """Return the column shares: the label and share of each class that occurs."""
         return {"shares": [{"label": label, "share": share} for label, share in self.shares.items()]}
 
     def describe(self, *, top: int = 3, min_score: float | None = None) -> str:

@@ -89,7 +89,7 @@ def create_app(
     return Observed(app, metrics, quiet=_PROBES)
 
 
-def _check_key(
+async def _check_key(
     request: Request,
     bearer: Annotated[HTTPAuthorizationCredentials | None, Depends(HTTPBearer(auto_error=False))],
     header: Annotated[str | None, Depends(APIKeyHeader(name="X-API-Key", auto_error=False))],
@@ -102,7 +102,7 @@ def _check_key(
         raise RefusalError(401, message, {"WWW-Authenticate": "Bearer"})
 
 
-def _service(request: Request) -> Service:
+async def _service(request: Request) -> Service:
     service: Service = request.app.state.service
     return service
 
