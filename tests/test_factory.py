@@ -141,19 +141,19 @@ def test_mistakes_have_remedies(tmp_path: Path) -> None:
         (lambda: mobilevit.create_model("mobilevit_s", task="pose"), "unknown task 'pose'; choose from classification"),
         (
             lambda: mobilevit.create_model("mobilevit_s", num_classes=3, classes=["a"]),
-            "num_classes is 3, but classes has 1 names",
+            "`num_classes` is 3, but `classes` has 1 names",
         ),
-        (lambda: mobilevit.create_model("mobilevit_s", classes=[]), "num_classes is 0"),
+        (lambda: mobilevit.create_model("mobilevit_s", classes=[]), "`num_classes` is 0"),
         (
             lambda: mobilevit.create_model("mobilevit_s", task="detection", output_stride=16),
-            "output_stride is 16; detection needs .* leave it out",
+            "`output_stride` is 16; detection needs .* leave it out",
         ),
         (lambda: mobilevit.create_model("mobilevit_s", output_stride=5), "it can be 32, 16 or 8"),
         (
             lambda: mobilevit.create_model("mobilevit_s", task="detection", head=DeepLabv3Config()),
-            "head is a DeepLabv3Config, which does not suit detection; give a SSDLiteConfig",
+            "`head` is a DeepLabv3Config, which does not suit detection; give a SSDLiteConfig",
         ),
-        (lambda: mobilevit.create_model("mobilevit_s", num_classes=0), "num_classes is 0"),
+        (lambda: mobilevit.create_model("mobilevit_s", num_classes=0), "`num_classes` is 0"),
         (lambda: mobilevit.create_model("mobilevit_s", weights="mobilevit_s.cvnets_in2k"), r"mobilevit_s\.cvnets_in1k"),
         (lambda: mobilevit.create_model("mobilevit_s", weights="mobilevit_xs.cvnets_in1k"), "belong to mobilevit_xs"),
         (lambda: mobilevit.create_model("mobilevit_s", weights=saved(tmp_path)), "weights of mobilevit_xxs"),
@@ -397,7 +397,7 @@ def test_a_head_that_does_not_fit_the_weights_is_named(tmp_path: Path) -> None:
 def test_a_detector_without_background_is_explained(tmp_path: Path) -> None:
     path = tmp_path / "w.pt"
     ours = foreign_file("detection", 79, path)
-    message = r"504 = 6 x \(4 \+ 80\) outputs, where 81 = 80 classes and the background are needed; .*num_classes=79"
+    message = r"504 = 6 x \(4 \+ 80\) outputs, where 81 = 80 classes and the background are needed; .*`num_classes`=79"
     for options in ({}, {"num_classes": 80}, {"classes": ["a", "b"]}):
         with pytest.raises(ValueError, match=message):
             mobilevit.create_model("mobilevit_xs", task="detection", weights=path, **options)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
 
 from mobilevit.errors import MobileViTError
 from mobilevit.imaging.preprocessing import Preprocessing
@@ -31,9 +32,29 @@ class ModelCard:
     provenance: dict[str, str] = field(default_factory=dict)
     """Where the weights come from: data, starting weights, license, versions."""
 
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; `from_dict` reads them back."""
+        return {**asdict(self), "preprocessing": self.preprocessing.to_dict()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> ModelCard:
+        """Read what `to_dict` wrote, now or in version 0.1; other keys are ignored."""
+        provenance = dict(values["provenance"])
+        if "licence" in provenance:  # the spelling of version 0.1
+            provenance["license"] = provenance.pop("licence")
+        return cls(
+            name=values["name"],
+            task=values["task"],
+            classes=tuple(values["classes"]),
+            preprocessing=Preprocessing.from_dict(values["preprocessing"]),
+            metrics=dict(values["metrics"]),
+            score_threshold=values.get("score_threshold"),  # the first checkpoints had none
+            provenance=provenance,
+        )
+
 
 def card_of(model: object) -> ModelCard:
-    """The card of a model made by `create_model` or `load`.
+    """Get the card of a model made by `create_model` or `load`.
 
     Raises:
         ValueError: the model has none.

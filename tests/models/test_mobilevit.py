@@ -106,7 +106,7 @@ def test_output_stride(stride: int, expected: dict[int, int]) -> None:
 
 def test_impossible_configurations_are_refused() -> None:
     xxs = MODELS["mobilevit_xxs"]
-    with pytest.raises(ValueError, match="output_stride is 4"):
+    with pytest.raises(ValueError, match="`output_stride` is 4"):
         dataclasses.replace(xxs, output_stride=4)
     with pytest.raises(ValueError, match="patch_size"):
         dataclasses.replace(xxs, patch_size=(2, 2))

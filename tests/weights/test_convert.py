@@ -311,5 +311,5 @@ def test_errors_are_one_line_that_says_what_to_do() -> None:
         unwrap_state_dict({"epoch": 3, "model": {"config": "xxs"}})
     with pytest.raises(ValueError, match=r"^cannot convert to 'keras'; choose from mobilevit, cvnets, timm"):
         convert_state_dict(resnet, to="keras")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"^source_channel_order is 'BGR'; it can be None, 'rgb' or 'bgr'"):
+    with pytest.raises(ValueError, match=r"^`source_channel_order` is 'BGR'; it can be None, 'rgb' or 'bgr'"):
         convert_state_dict(resnet, to="timm", source_channel_order="BGR")  # type: ignore[arg-type]

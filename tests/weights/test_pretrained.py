@@ -19,11 +19,10 @@ import pytest
 from mobilevit.class_names import COCO_CLASSES, VOC_CLASSES
 from mobilevit.imaging.preprocessing import Preprocessing
 from mobilevit.models import MODELS
+from mobilevit.models.heads import HEADS, imagenet_classes
 from mobilevit.weights.pretrained import (
     PRETRAINED,
-    imagenet_classes,
     list_pretrained,
-    public_classes,
     resolve,
 )
 
@@ -288,10 +287,11 @@ def test_names_of_public_classes() -> None:
     segmentation = torchvision.models.segmentation.DeepLabV3_ResNet50_Weights.COCO_WITH_VOC_LABELS_V1.meta["categories"]
     assert tuple(segmentation[1:]) == VOC_CLASSES[1:]
     assert VOC_CLASSES[0] == "background"
-    assert public_classes("detection", 80) == COCO_CLASSES
-    assert public_classes("segmentation", 21) == VOC_CLASSES
-    assert public_classes("classification", 1000) == imagenet_classes()
-    assert public_classes("detection", 2) == public_classes("classification", 2) == ("class_0", "class_1")
+    assert HEADS["detection"].guess_classes(80) == COCO_CLASSES
+    assert HEADS["segmentation"].guess_classes(21) == VOC_CLASSES
+    assert HEADS["classification"].guess_classes(1000) == imagenet_classes()
+    for head in HEADS.values():
+        assert head.guess_classes(2) == ("class_0", "class_1")
 
 
 def test_imagenet_classes() -> None:

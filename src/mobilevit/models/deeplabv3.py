@@ -8,7 +8,7 @@ Letters used in shape comments:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -48,7 +48,11 @@ class DeepLabv3Config:
     @classmethod
     def for_output_stride(cls, output_stride: int) -> DeepLabv3Config:
         """Rates that see equally far in the image at every output stride (arXiv:1706.05587, section 4.1)."""
-        return cls(atrous_rates=tuple(max(rate * 16 // output_stride, 1) for rate in cls.atrous_rates))
+        return cls().scaled(16 / output_stride)
+
+    def scaled(self, ratio: float) -> DeepLabv3Config:
+        """The same head for a map that is `ratio` times as large on each side."""
+        return replace(self, atrous_rates=tuple(max(int(rate * ratio), 1) for rate in self.atrous_rates))
 
 
 class SegmentationOutput(NamedTuple):

@@ -65,9 +65,9 @@ class MobileViTConfig:
 
     def __post_init__(self) -> None:
         if len(self.patch_size) != 3 or any(min(_pair(p)) < 1 for p in self.patch_size):
-            raise MobileViTError(f"patch_size is {self.patch_size}; give three sizes of 1 or more, such as 2, 2, 2")
+            raise MobileViTError(f"`patch_size` is {self.patch_size}; give three sizes of 1 or more, such as 2, 2, 2")
         if self.output_stride not in (8, 16, 32):
-            raise MobileViTError(f"output_stride is {self.output_stride}; it can be 32, 16 or 8")
+            raise MobileViTError(f"`output_stride` is {self.output_stride}; it can be 32, 16 or 8")
 
 
 def _pair(size: PatchSize) -> tuple[int, int]:
@@ -267,7 +267,7 @@ class MobileViTBlock(nn.Module):
     ) -> None:
         super().__init__()
         if embed_dim % num_heads:
-            raise MobileViTError(f"embed_dim {embed_dim} is not divisible by num_heads {num_heads}")
+            raise MobileViTError(f"`embed_dim` {embed_dim} is not divisible by `num_heads` {num_heads}")
         self.patch_size = _pair(patch_size)
         self.local_conv = ConvNormAct(in_channels, in_channels, 3)
         self.project_in = ConvNormAct(in_channels, embed_dim, 1, norm=False, act=None)
@@ -386,6 +386,9 @@ class MobileViT(MobileViTBackbone):
         num_classes: K; 0 leaves the classifier out, and the pooled features are returned.
     Shape: RGB in 0..1, (B, 3, H, W), H and W >= 32 -> logits (B, K).
     """
+
+    head_config: None = None
+    """The head has no shape of its own, unlike those of other tasks."""
 
     def __init__(self, config: MobileViTConfig, num_classes: int = 1000) -> None:
         super().__init__(config)

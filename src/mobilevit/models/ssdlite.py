@@ -155,7 +155,10 @@ class SSDLite(nn.Module):
     def __init__(self, backbone: MobileViTBackbone, num_classes: int, config: SSDLiteConfig | None = None) -> None:
         super().__init__()
         if not {16, 32} <= backbone.feature_channels.keys():
-            raise MobileViTError("detection needs maps at strides 16 and 32; leave output_stride at 32")
+            raise MobileViTError(
+                f"`output_stride` is {backbone.config.output_stride}; detection needs maps at strides 16 and 32, so "
+                "leave it out"
+            )
         self.backbone = backbone
         self.config = backbone.config
         self.num_classes = num_classes

@@ -17,7 +17,6 @@ from typing import Any, Literal, get_args
 from mobilevit.card import ModelCard
 from mobilevit.errors import MobileViTError
 from mobilevit.files import write_json
-from mobilevit.imaging.preprocessing import Preprocessing
 
 ARTIFACT_VERSION = 1
 
@@ -62,27 +61,17 @@ class Artifact:
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; `from_dict` reads them back."""
         values = dataclasses.asdict(self)
-        card = values.pop("card")
-        preprocessing = self.card.preprocessing.to_dict()
-        return {"artifact_version": ARTIFACT_VERSION, **values, **card, "preprocessing": preprocessing}
+        del values["card"]
+        return {"artifact_version": ARTIFACT_VERSION, **values, **self.card.to_dict()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Artifact:
         """The inverse of `to_dict`."""
-        card = ModelCard(
-            name=values["name"],
-            task=values["task"],
-            classes=tuple(values["classes"]),
-            preprocessing=Preprocessing.from_dict(values["preprocessing"]),
-            metrics=dict(values["metrics"]),
-            score_threshold=values["score_threshold"],
-            provenance=dict(values["provenance"]),
-        )
         size = values["image_size"]
         return cls(
             format=values["format"],
             precision=values["precision"],
-            card=card,
+            card=ModelCard.from_dict(values),
             batch_size=values["batch_size"],
             image_size=None if size is None else (size[0], size[1]),
             baked=values["baked"],

@@ -8,6 +8,7 @@ import os
 import platform
 import zipfile
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from pickle import UnpicklingError
@@ -19,14 +20,30 @@ from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
 from mobilevit import __version__
-from mobilevit.card import ModelCard, Task, card_of
+from mobilevit.card import ModelCard, card_of
 from mobilevit.errors import MobileViTError
 from mobilevit.files import write_bytes
 from mobilevit.imaging.preprocessing import Preprocessing
-from mobilevit.models import HEAD_CONFIGS, HeadConfig, Model, build_model
-from mobilevit.models.mobilevit import MobileViT, MobileViTConfig
+from mobilevit.models.heads import HEADS, HeadConfig, Model, build_model
+from mobilevit.models.mobilevit import MobileViTConfig
 
 FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weights:
+    """Weights from any file, under the names of this package, with all that is known of them."""
+
+    origin: str
+    """The file, or the name of public weights."""
+    described: bool
+    """Whether the file says the rest itself; else it follows from names and shapes of the tensors."""
+    state: dict[str, Tensor]
+    card: ModelCard
+    """Has no classes where the part that answers for them is missing."""
+    config: MobileViTConfig
+    head: HeadConfig | None
+    """None: the published one, or a task that needs none."""
 
 
 def save(
@@ -51,7 +68,7 @@ def save(
         score_threshold: detection only: the score from which on a detection is shown.
 
     Raises:
-        ValueError: wrong number of classes, a fused model, or another suffix.
+        MobileViTError: wrong number of classes, a fused model, or another suffix.
     """
     path = Path(path)
     if path.suffix != ".safetensors":
@@ -75,14 +92,9 @@ def save(
         raise MobileViTError(f"{len(card.classes)} class names for a model of {model.num_classes} classes")
     header = {
         "format_version": FORMAT_VERSION,
-        "name": card.name,
-        "task": card.task,
+        **card.to_dict(),
         "config": dataclasses.asdict(model.config),
-        "head": None if isinstance(model, MobileViT) else dataclasses.asdict(model.head_config),
-        "classes": card.classes,
-        "preprocessing": card.preprocessing.to_dict(),
-        "metrics": card.metrics,
-        "score_threshold": card.score_threshold,
+        "head": None if model.head_config is None else dataclasses.asdict(model.head_config),
         "provenance": {
             **card.provenance,
             "mobilevit": __version__,
@@ -104,7 +116,7 @@ def read(path: str | os.PathLike[str]) -> tuple[Mapping[str, Any], dict[str, Any
         What the file holds, wrappers and all; the parsed header or None.
 
     Raises:
-        ValueError: missing, truncated, or a pickle that would run code.
+        MobileViTError: missing, truncated, or a pickle that would run code.
     """
     path = Path(path)
     if not path.is_file():
@@ -134,65 +146,61 @@ def read(path: str | os.PathLike[str]) -> tuple[Mapping[str, Any], dict[str, Any
     return content, None
 
 
-def restore(tensors: Mapping[str, Tensor], header: Mapping[str, Any], path: str | os.PathLike[str]) -> Model:
-    """Build the model that a header describes and fill it.
+def describe(tensors: Mapping[str, Tensor], header: Mapping[str, Any], path: str | os.PathLike[str]) -> Weights:
+    """Read the header of a checkpoint of this package.
 
     Raises:
-        ValueError: written by a newer version, or header and tensors do not fit.
+        MobileViTError: written by a newer version.
     """
-    if header["format_version"] > FORMAT_VERSION or header["task"] not in HEAD_CONFIGS:
+    if header["format_version"] > FORMAT_VERSION or header["task"] not in HEADS:
         version, task = header["provenance"].get("mobilevit"), header["task"]
         raise MobileViTError(
             f"{path}: a checkpoint for {task} by mobilevit {version}, which is newer; upgrade to read it"
         )
-    card = ModelCard(
-        name=header["name"],
-        task=header["task"],
-        classes=tuple(header["classes"]),
-        preprocessing=Preprocessing.from_dict(header["preprocessing"]),
-        metrics=dict(header["metrics"]),
-        score_threshold=header.get("score_threshold"),
-        provenance=dict(header["provenance"]),
+    head_type, head = HEADS[header["task"]].config_type, header.get("head")  # the first checkpoints had no head
+    return Weights(
+        origin=str(path),
+        described=True,
+        state=dict(tensors),
+        card=ModelCard.from_dict(header),
+        config=MobileViTConfig(**_with_tuples(header["config"])),
+        head=None if head_type is None or head is None else head_type(**_with_tuples(head)),
     )
-    head = head_from_dict(card.task, header.get("head"))
-    model = build_model(config_from_dict(header["config"]), task=card.task, num_classes=len(card.classes), head=head)
-    try:
-        fill(model, tensors)
-    except ValueError as error:
-        raise MobileViTError(f"{path}: header and weights do not fit ({error})") from None
+
+
+def restore(weights: Weights) -> Model:
+    """Build the model that a checkpoint describes, and fill it.
+
+    Raises:
+        MobileViTError: header and tensors do not fit.
+    """
+    card = weights.card
+    model = build_model(weights.config, task=card.task, num_classes=len(card.classes), head=weights.head)
+    if reason := find_misfit(model.state_dict(), weights.state):
+        raise MobileViTError(f"{weights.origin}: header and weights do not fit ({reason}); save it again")
+    model.load_state_dict(weights.state)
     model.card = card
     return model.eval()
 
 
-def fill(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Load weights that are exactly a model's; counters of batches may be missing.
+def find_misfit(wanted: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> str:
+    """Name a tensor that a model lacks, has in another shape, or does not know; "" if all fit.
 
-    Raises:
-        ValueError: they are not; names one that is missing, too many or of another shape.
+    The counters of BatchNorm may be missing.
     """
-    wanted = model.state_dict()
     for key, value in wanted.items():
         if key not in tensors:
             if not key.endswith("num_batches_tracked"):
-                raise MobileViTError(f"{key} is missing")
+                return f"{key} is missing"
         elif tensors[key].shape != value.shape:
-            raise MobileViTError(f"{key} is {tuple(tensors[key].shape)}, not {tuple(value.shape)}")
-    if strangers := tensors.keys() - wanted.keys():
-        raise MobileViTError(f"{min(strangers)} belongs to no part of it")
-    model.load_state_dict(dict(tensors))
+            return f"{key} is {tuple(tensors[key].shape)}, not {tuple(value.shape)}"
+    strangers = tensors.keys() - wanted.keys()
+    return f"{min(strangers)} belongs to no part of it" if strangers else ""
 
 
-def config_from_dict(values: Mapping[str, Any]) -> MobileViTConfig:
-    """A configuration from plain JSON values, whose lists stand for tuples."""
-    return MobileViTConfig(**{key: _tuples(value) for key, value in values.items()})
-
-
-def head_from_dict(task: Task, values: Mapping[str, Any] | None) -> HeadConfig | None:
-    """The configuration of a task's head from plain JSON values; None: the published one, or a task without."""
-    kind = HEAD_CONFIGS[task]
-    if kind is None or values is None:
-        return None
-    return kind(**{key: _tuples(value) for key, value in values.items()})
+def _with_tuples(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Turn the lists of JSON back into the tuples they were."""
+    return {key: _tuples(value) for key, value in values.items()}
 
 
 def _tuples(value: Any) -> Any:

@@ -1,20 +1,18 @@
-"""Public weights by name: found beside you, in the cache, on the Hugging Face Hub or at their author's."""
+"""Public weights by name: a file placed by hand, in a cache, on the Hugging Face Hub or at their author's."""
 
 from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from difflib import get_close_matches
-from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 from urllib.request import urlopen
 
-from mobilevit.card import Task, default_classes
-from mobilevit.class_names import COCO_CLASSES, VOC_CLASSES
-from mobilevit.errors import MobileViTError
-from mobilevit.files import cache_folder, write_bytes
+from mobilevit.card import Task
+from mobilevit.errors import MobileViTError, did_you_mean
+from mobilevit.files import DiskFullError, cache_folder, write_bytes
 from mobilevit.imaging.preprocessing import Preprocessing
+from mobilevit.models.heads import HEADS
 from mobilevit.progress import Progress
 
 log = logging.getLogger("mobilevit")
@@ -39,21 +37,24 @@ class PretrainedWeights:
     """Public weights, where to get them and what to know about them."""
 
     name: str
-    """What `create_model(weights=...)` takes."""
+    """Name that `create_model(weights=...)` takes."""
     architecture: str
     """Key of `MODELS`."""
     task: Task
-    """What they were trained for; `create_model` takes their backbone for any other task."""
-    repositories: tuple[Repository, ...]
+    """Task they were trained for; `create_model` takes their backbone for any other."""
+    repositories: tuple[Repository, ...] = ()
     """Where the same numbers are published, in order of preference."""
     address: str | None = None
-    """Of the file, where it is on no hub."""
-    preprocessing: Preprocessing
-    """With which they reach their published accuracy."""
+    """Address of the file, where it is on no hub."""
     source: str
-    """Who made them, with what."""
-    license: str
+    """Who made them, and with what."""
+    license: str = "Apple sample code license, https://github.com/apple/ml-cvnets/blob/main/LICENSE"
     """Name and address of the terms that the repositories refer to."""
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """Preprocessing with which they reach their published accuracy."""
+        return HEADS[self.task].published_preprocessing
 
     @property
     def url(self) -> str:
@@ -61,129 +62,122 @@ class PretrainedWeights:
         return self.address or self.repositories[0].url
 
 
-def _cvnets_in1k(size: str, apple_size: str) -> PretrainedWeights:
-    return PretrainedWeights(
-        name=f"mobilevit_{size}.cvnets_in1k",
-        architecture=f"mobilevit_{size}",
-        task="classification",
-        repositories=(
-            Repository(f"timm/mobilevit_{size}.cvnets_in1k", "model.safetensors"),
-            Repository(f"apple/mobilevit-{apple_size}", "pytorch_model.bin"),
-        ),
-        preprocessing=Preprocessing(size=(256, 256), crop_fraction=0.9, interpolation="bicubic"),
-        source="trained on ImageNet-1k by the paper's authors with apple/ml-cvnets",
-        license="Apple sample code license, https://github.com/apple/ml-cvnets/blob/main/LICENSE",
-    )
-
-
-def _cvnets_voc(size: str, apple_size: str) -> PretrainedWeights:
-    return PretrainedWeights(
-        name=f"mobilevit_{size}.cvnets_voc",
-        architecture=f"mobilevit_{size}",
-        task="segmentation",
-        repositories=(Repository(f"apple/deeplabv3-mobilevit-{apple_size}", "pytorch_model.bin"),),
-        preprocessing=Preprocessing(size=(512, 512), resize_mode="stretch", interpolation="bilinear"),
-        source="DeepLabv3 trained on ImageNet-1k, then PASCAL VOC 2012, by the paper's authors with apple/ml-cvnets",
-        license="Apple sample code license, https://github.com/apple/ml-cvnets/blob/main/LICENSE",
-    )
-
-
-def _cvnets_coco(size: str, _apple_size: str) -> PretrainedWeights:
-    return PretrainedWeights(
-        name=f"mobilevit_{size}.cvnets_coco",
-        architecture=f"mobilevit_{size}",
-        task="detection",
-        repositories=(),
-        # As given by the README of ml-cvnets 0.1; later versions no longer mention these files.
-        address=f"https://docs-assets.developer.apple.com/ml-research/models/cvnets/detection/ssd_mobilevit_{size}_320.pt",
-        preprocessing=Preprocessing(size=(320, 320), resize_mode="stretch", interpolation="bilinear"),
-        source="SSDLite trained on ImageNet-1k, then COCO 2017, by the paper's authors with apple/ml-cvnets",
-        license="Apple sample code license, https://github.com/apple/ml-cvnets/blob/main/LICENSE",
-    )
-
-
-_SIZES = (("s", "small"), ("xs", "x-small"), ("xxs", "xx-small"))
+_SIZES = {"s": "small", "xs": "x-small", "xxs": "xx-small"}
+_AUTHORS = "by the paper's authors with apple/ml-cvnets"
+# As given by the README of ml-cvnets 0.1; later versions no longer mention these files.
+_DETECTORS = "https://docs-assets.developer.apple.com/ml-research/models/cvnets/detection"
 
 PRETRAINED: dict[str, PretrainedWeights] = {
     weights.name: weights
-    for make in (_cvnets_in1k, _cvnets_coco, _cvnets_voc)
-    for weights in (make(*size) for size in _SIZES)
+    for size, apple_size in _SIZES.items()
+    for weights in (
+        PretrainedWeights(
+            name=f"mobilevit_{size}.cvnets_in1k",
+            architecture=f"mobilevit_{size}",
+            task="classification",
+            repositories=(
+                Repository(f"timm/mobilevit_{size}.cvnets_in1k", "model.safetensors"),
+                Repository(f"apple/mobilevit-{apple_size}", "pytorch_model.bin"),
+            ),
+            source=f"trained on ImageNet-1k {_AUTHORS}",
+        ),
+        PretrainedWeights(
+            name=f"mobilevit_{size}.cvnets_coco",
+            architecture=f"mobilevit_{size}",
+            task="detection",
+            address=f"{_DETECTORS}/ssd_mobilevit_{size}_320.pt",
+            source=f"SSDLite trained on ImageNet-1k, then COCO 2017, {_AUTHORS}",
+        ),
+        PretrainedWeights(
+            name=f"mobilevit_{size}.cvnets_voc",
+            architecture=f"mobilevit_{size}",
+            task="segmentation",
+            repositories=(Repository(f"apple/deeplabv3-mobilevit-{apple_size}", "pytorch_model.bin"),),
+            source=f"DeepLabv3 trained on ImageNet-1k, then PASCAL VOC 2012, {_AUTHORS}",
+        ),
+    )
 }
 
 
 def list_pretrained() -> list[str]:
-    """Names of public weights that `create_model` and `resolve` take."""
+    """Return the names of public weights that `create_model` takes."""
     return sorted(PRETRAINED)
 
 
-def resolve(name: str) -> Path:
-    """The file of public weights, downloaded if it has to be.
-
-    A file placed by hand in $MOBILEVIT_HOME (~/.cache/mobilevit where that is not set) wins, then the cache of
-    `huggingface_hub`, then the network. HF_HUB_OFFLINE, HF_HOME, HF_ENDPOINT and HF_TOKEN mean what they always do.
+def find(name: str) -> PretrainedWeights:
+    """Look up public weights.
 
     Raises:
-        ValueError: unknown name, or no file and no way to download it; says where to put one.
+        MobileViTError: unknown name; the nearest is suggested.
     """
     if name not in PRETRAINED:
-        near = get_close_matches(name, PRETRAINED, n=1, cutoff=0.3)
-        hint = f"did you mean {near[0]}? " if near else ""
+        hint = did_you_mean(name, PRETRAINED)
         raise MobileViTError(f"unknown weights {name!r}; {hint}There are {', '.join(list_pretrained())}")
-    weights = PRETRAINED[name]
+    return PRETRAINED[name]
+
+
+def resolve(name: str) -> Path:
+    """Find the file of public weights, and download it if it is not here.
+
+    A file placed by hand in `cache_folder()` wins, then the cache of `huggingface_hub`, then the network.
+    HF_HUB_OFFLINE, HF_HOME, HF_ENDPOINT and HF_TOKEN mean what they always do.
+
+    Raises:
+        MobileViTError: unknown name, or no file and no way to download it; says where to put one.
+    """
+    weights = find(name)
     placed = cache_folder() / f"{name}{Path(weights.url).suffix}"
     for path in (cache_folder() / f"{name}.safetensors", placed):
         if path.is_file():
             return path
 
-    from huggingface_hub import try_to_load_from_cache  # slow to import, and seldom needed
+    from huggingface_hub import constants, try_to_load_from_cache  # slow to import, and seldom needed
 
     for repository in weights.repositories:
         cached = try_to_load_from_cache(repository.name, repository.file)
         if isinstance(cached, str):
             return Path(cached)
-    return _download(weights, placed) if weights.repositories else _download_from_author(weights, placed)
+    try:
+        if constants.HF_HUB_OFFLINE:
+            raise ConnectionError("HF_HUB_OFFLINE is set")
+        path, url = _from_hub(weights) if weights.repositories else _from_author(weights, placed)
+    except DiskFullError:
+        raise
+    except OSError as error:
+        raise MobileViTError(
+            f"{name} cannot be downloaded ({error}); fetch {weights.url} and place it at {placed}"
+        ) from None
+    log.warning("%s: downloaded from %s; %s; %s", name, url, weights.source, weights.license)
+    return path
 
 
-def _download(weights: PretrainedWeights, placed: Path) -> Path:
+def _from_hub(weights: PretrainedWeights) -> tuple[Path, str]:
+    """Download from the first repository that has the file.
+
+    Returns:
+        The file in the cache of `huggingface_hub`, and the address it comes from.
+
+    Raises:
+        ConnectionError: none has it, or the hub does not answer; with the reason of the first, which suits the advice.
+    """
     from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+    from huggingface_hub.errors import HfHubHTTPError
 
     reason = ""
     for repository in weights.repositories:
         try:
             # Asked once by hand: hf_hub_download would repeat the question for half a minute where there is no network.
             get_hf_file_metadata(hf_hub_url(*repository))
-            path = Path(hf_hub_download(*repository))
+            return Path(hf_hub_download(*repository)), repository.url
         except Exception as error:  # the HTTP library below huggingface_hub changes with its version
-            # The first repository's reason is the one that fits the advice.
-            told = _OFFLINE if isinstance(error, OfflineModeIsEnabled) else str(error).strip()
-            reason = reason or (told or type(error).__name__).splitlines()[0]
+            reason = reason or (str(error).strip() or type(error).__name__).splitlines()[0]
             if not isinstance(error, HfHubHTTPError):
                 break  # no answer from the hub, so none about the other repository either
-        else:
-            _tell_license(weights, repository.url)
-            return path
-    raise _cannot_download(weights, placed, reason)
+    raise ConnectionError(reason)
 
 
-_OFFLINE = "HF_HUB_OFFLINE is set"
-
-
-def _download_from_author(weights: PretrainedWeights, placed: Path) -> Path:
-    from huggingface_hub.constants import HF_HUB_OFFLINE
-
-    if HF_HUB_OFFLINE:
-        raise _cannot_download(weights, placed, _OFFLINE)
-    try:
-        data = _read(weights)
-    except OSError as error:
-        raise _cannot_download(weights, placed, str(error)) from None
-    write_bytes(placed, data)
-    _tell_license(weights, weights.url)
-    return placed
-
-
-def _read(weights: PretrainedWeights) -> bytes:
+def _from_author(weights: PretrainedWeights, placed: Path) -> tuple[Path, str]:
+    """Download from the author's server to `placed`."""
     with urlopen(weights.url, timeout=10) as answer:
         size = int(answer.headers.get("Content-Length") or 0)
         data = bytearray()
@@ -192,37 +186,5 @@ def _read(weights: PretrainedWeights) -> bytes:
                 data += part
                 progress.advance(len(data) // 1024 - progress.done)
     if size and len(data) != size:
-        raise OSError(f"the connection broke off after {len(data):,} of {size:,} bytes")
-    return bytes(data)
-
-
-def _tell_license(weights: PretrainedWeights, url: str) -> None:
-    log.warning("%s: downloaded from %s; %s; %s", weights.name, url, weights.source, weights.license)
-
-
-def _cannot_download(weights: PretrainedWeights, placed: Path, reason: str) -> MobileViTError:
-    return MobileViTError(
-        f"{weights.name} cannot be downloaded ({reason}); fetch {weights.url} and place it at {placed}"
-    )
-
-
-@cache
-def imagenet_classes() -> tuple[str, ...]:
-    """Labels of ImageNet-1k by output index, as torchvision publishes them."""
-    from torchvision.models import MobileNet_V2_Weights  # slow to import
-
-    return tuple(MobileNet_V2_Weights.IMAGENET1K_V1.meta["categories"])
-
-
-def public_classes(task: Task, num_classes: int) -> tuple[str, ...]:
-    """Labels of weights that do not name their classes: those of the data that public weights are trained on.
-
-    Placeholders where the number is another than that data's.
-    """
-    if task == "classification" and num_classes == 1000:
-        return imagenet_classes()
-    if task == "detection" and num_classes == len(COCO_CLASSES):
-        return COCO_CLASSES
-    if task == "segmentation" and num_classes == len(VOC_CLASSES):
-        return VOC_CLASSES
-    return default_classes(num_classes)
+        raise ConnectionError(f"the connection broke off after {len(data):,} of {size:,} bytes")
+    return write_bytes(placed, bytes(data)), weights.url

@@ -1,0 +1,127 @@
+"""Weights of any known origin, read from a file or a public name and brought under the names of this package."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mobilevit.card import ModelCard
+from mobilevit.errors import MobileViTError
+from mobilevit.models import MODELS, HeadConfig
+from mobilevit.models.deeplabv3 import DeepLabv3Config
+from mobilevit.models.heads import HEADS
+from mobilevit.models.mobilevit import MobileViTBackbone, MobileViTConfig
+from mobilevit.weights import checkpoint, pretrained
+from mobilevit.weights.checkpoint import Weights
+from mobilevit.weights.convert import convert_state_dict, detect_family, detect_task, unwrap_state_dict
+
+
+def read_weights(weights: str | os.PathLike[str], architecture: str) -> Weights:
+    """Read public weights by name, or those in a file; see `read_file`.
+
+    Args:
+        weights: a name from `list_pretrained()`, or a file.
+        architecture: name of the model that they must belong to.
+
+    Raises:
+        MobileViTError: no such file or name, unreadable, no MobileViT, or another architecture.
+    """
+    if str(weights) not in pretrained.PRETRAINED and _looks_like_a_file(weights):
+        return read_file(weights, architecture)
+    public = pretrained.find(str(weights))
+    if public.architecture != architecture:
+        raise MobileViTError(
+            f"weights {weights} belong to {public.architecture}, not {architecture}; change one of them"
+        )
+    source = read_file(pretrained.resolve(public.name), architecture)
+    provenance = {"weights": public.name, "source": public.source, "license": public.license}
+    card = dataclasses.replace(source.card, provenance=provenance)
+    return dataclasses.replace(source, origin=public.name, card=card)
+
+
+def read_file(path: str | os.PathLike[str], architecture: str | None = None) -> Weights:
+    """Read a checkpoint of this package, ml-cvnets, timm or transformers.
+
+    Files from elsewhere do not describe themselves: the task follows from the names of the tensors, the classes are
+    those of ImageNet, COCO or VOC where their number fits, the patch size is taken for 2, 2, 2, and the output stride
+    of a DeepLabv3 for 8 if it has 512 channels, else for 16.
+
+    Args:
+        path: of the file.
+        architecture: name of the model that the weights must belong to; None: it follows from the shapes.
+
+    Raises:
+        MobileViTError: missing, damaged, unsafe, no MobileViT, or another architecture.
+    """
+    content, header = checkpoint.read(path)
+    if header is not None:
+        own = checkpoint.describe(content, header, path)
+        if architecture not in (None, own.card.name):
+            raise MobileViTError(
+                f"{path}: weights of {own.card.name}, not {architecture}; change the model or the weights"
+            )
+        return own
+
+    tensors = unwrap_state_dict(content)
+    state = convert_state_dict(tensors, to="mobilevit")
+    task = detect_task(state)
+    name = architecture or _architecture_of(state, path)
+    config, head = _published_shape(state, MODELS[name])
+    card = ModelCard(
+        name=name,
+        task=task,
+        classes=HEADS[task].guess_classes(HEADS[task].count_classes(state)),
+        preprocessing=HEADS[task].published_preprocessing,
+        provenance={"weights": Path(path).name, "family": detect_family(tensors)},
+    )
+    return Weights(origin=str(path), described=False, state=state, card=card, config=config, head=head)
+
+
+def backbone_of(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Select the tensors of the backbone from those of a model for any task, under the backbone's own names."""
+    prefix = "backbone." if any(key.startswith("backbone.") for key in state) else ""
+    heads = ("head_conv.", "classifier.")
+    return {
+        key.removeprefix(prefix): value
+        for key, value in state.items()
+        if (key.startswith(prefix) if prefix else not key.startswith(heads))
+    }
+
+
+def _looks_like_a_file(weights: str | os.PathLike[str]) -> bool:
+    path = Path(weights)
+    return path.exists() or path.suffix in (".safetensors", ".pt", ".pth", ".bin", ".ckpt") or len(path.parts) > 1
+
+
+def _architecture_of(state: Mapping[str, Tensor], path: str | os.PathLike[str]) -> str:
+    shapes = _shapes(backbone_of(state))
+    for name, config in MODELS.items():
+        with torch.device("meta"):
+            ours = MobileViTBackbone(config).state_dict()
+        if _shapes(ours) == shapes:
+            return name
+    raise MobileViTError(f"{path}: its shapes fit none of {', '.join(MODELS)}; give the weights of one of these")
+
+
+def _shapes(state: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    return {key: value.shape for key, value in state.items() if not key.endswith("num_batches_tracked")}
+
+
+def _published_shape(state: Mapping[str, Tensor], config: MobileViTConfig) -> tuple[MobileViTConfig, HeadConfig | None]:
+    """Read the shape of a DeepLabv3 from its weights; dilation leaves no trace in them, so it is guessed by width."""
+    if "aspp.near.conv.weight" not in state:
+        return config, None
+    width = len(state["aspp.near.conv.weight"])
+    config = dataclasses.replace(config, output_stride=8 if width == 512 else 16)  # the two published forms
+    aux_channels = len(state.get("aux_head.0.conv.weight", ()))
+    return config, DeepLabv3Config(
+        aspp_channels=width,
+        atrous_rates=DeepLabv3Config.for_output_stride(config.output_stride).atrous_rates,
+        aux_head=aux_channels > 0,
+        aux_channels=aux_channels or DeepLabv3Config.aux_channels,
+    )
