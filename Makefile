@@ -14,9 +14,15 @@ demo: $(VENV)/.for-use
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 APART := tests/exporting tests/benchmarking tests/test_examples.py
 
-test: $(VENV)/.for-development
-	$(PYTEST) --cov --cov-report=term --cov-fail-under=80 $(addprefix --ignore=,$(APART))
+# The device floor is tested where there is no PyTorch, on files that are exported where there is.
+DEVICE := $(VENV)-device
+DEVICE_FILES := runs/device-files
+
+test: $(VENV)/.for-development $(DEVICE)/.ready
+	$(PYTEST) --cov --cov-report=term --cov-fail-under=80 $(addprefix --ignore=,$(APART) tests/device)
 	$(PYTEST) $(APART)
+	$(BIN)/python tests/device/make_files.py $(DEVICE_FILES)
+	MOBILEVIT_DEVICE_FILES=$(DEVICE_FILES) $(DEVICE)/bin/python -m pytest --confcutdir=tests/device tests/device
 
 lint: $(VENV)/.for-development
 	$(BIN)/ruff check .
@@ -33,7 +39,7 @@ $(BIN)/python:
 
 $(VENV)/.for-use: pyproject.toml | $(BIN)/python
 	@echo "installing PyTorch and mobilevit into $(VENV): some minutes, once"
-	$(PIP) install -e ".[train,onnx,openvino,serve]"
+	$(PIP) install -e ".[export,onnx,openvino,serve]"
 	@touch $@
 
 $(VENV)/.for-development: pyproject.toml | $(BIN)/python
@@ -41,5 +47,11 @@ $(VENV)/.for-development: pyproject.toml | $(BIN)/python
 	$(PIP) install -e ".[test,docs]"
 	@touch $@ $(VENV)/.for-use
 
+$(DEVICE)/.ready: pyproject.toml
+	@echo "installing the device floor, without PyTorch, into $(DEVICE): a minute, once"
+	$(PYTHON) -m venv $(DEVICE)
+	$(DEVICE)/bin/python -m pip --disable-pip-version-check --quiet install -e ".[test-device]"
+	@touch $@
+
 clean:
-	rm -rf $(VENV) build dist site .coverage* .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(DEVICE) build dist site .coverage* .mypy_cache .pytest_cache .ruff_cache

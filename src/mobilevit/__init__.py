@@ -6,6 +6,8 @@ The names below are the public interface. They load on first use, so that `impor
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from mobilevit.errors import MissingPackageError, MobileViTError
+
 if TYPE_CHECKING:
     from mobilevit.benchmarking.benchmark import benchmark
     from mobilevit.benchmarking.config import BenchmarkConfig, TuneConfig
@@ -52,6 +54,7 @@ __all__ = [
     "BenchmarkConfig",
     "ExportReport",
     "ImageError",
+    "MobileViTError",
     "Predictor",
     "Preprocessing",
     "TrainConfig",
@@ -74,7 +77,12 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOME_OF:
         raise AttributeError(f"module 'mobilevit' has no attribute {name!r}")
-    value = globals()[name] = getattr(import_module(f"mobilevit.{_HOME_OF[name]}"), name)
+    try:
+        value = globals()[name] = getattr(import_module(f"mobilevit.{_HOME_OF[name]}"), name)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("mobilevit"):
+            raise
+        raise MissingPackageError(f"mobilevit.{name} needs {error.name}; pip install 'mobilevit[train]'") from error
     return value
 
 

@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any, Protocol
 
 import tyro
@@ -41,6 +42,9 @@ COMMANDS = {
 }
 """In `mobilevit.cli`, the module of each has a class of its name; it is imported when the command runs."""
 
+_ON_DEVICES = {"predict", "serve", "info"}
+"""Work on exported files without PyTorch."""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command. Returns the exit status: 0 success, 2 a user's mistake, 1 anything else."""
@@ -72,13 +76,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _find(name: str) -> type[Command]:
     if name not in COMMANDS:
         raise UsageError(f"unknown command {name!r}; {did_you_mean(name, COMMANDS)}Commands are {', '.join(COMMANDS)}")
-    try:
-        module = import_module(f"mobilevit.cli.{name}")
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.startswith("mobilevit"):
-            raise
-        raise MissingPackageError(f"{name} needs {error.name}; pip install 'mobilevit[train]'") from None
-    command: type[Command] = getattr(module, name.capitalize())
+    if name not in _ON_DEVICES and find_spec("torch") is None:
+        raise MissingPackageError(f"{name} needs PyTorch, which is not installed; pip install 'mobilevit[train]'")
+    command: type[Command] = getattr(import_module(f"mobilevit.cli.{name}"), name.capitalize())
     return command
 
 
