@@ -1,11 +1,11 @@
 """Fill the tables of the READMEs and of the pages in docs/ named in PAGES from the result files.
 
-    python benchmarks/tables.py            # rewrite what stands between the marks `results` and `/results`
+    python benchmarks/tables.py            # rewrite the text between the marks `results` and `/results`
     python benchmarks/tables.py --check    # exit status 1 if a page is out of date
 
 A measurement without a result file gives no row.
 """
-# ruff: noqa: RUF001  Chinese punctuation looks like ASCII's
+# ruff: noqa: RUF001  Chinese punctuation and the dash of ranges look like ASCII
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -59,11 +59,18 @@ def main() -> None:
 
 def read_results(folder: Path) -> Results:
     paths = {name: folder / f"{name}.json" for name in MEASUREMENTS}
-    return {name: json.loads(path.read_text(encoding="utf-8")) for name, path in paths.items() if path.exists()}
+    return {name: _read(path) for name, path in paths.items() if path.exists()}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Read one result file; those of version 0.1 use other words in keys and text."""
+    text = path.read_text(encoding="utf-8").replace("picture", "image")
+    result: dict[str, Any] = json.loads(re.sub("optimi[sz]er", "optimizer", text))
+    return result
 
 
 def update(path: Path, body: str, check: bool) -> bool:
-    """Whether the page said this already; unless `check`, it does afterwards."""
+    """Return whether the page was up to date, and unless `check` bring it up to date."""
     page = path.read_text(encoding="utf-8")
     before, begin, rest = page.partition(BEGIN)
     _, end, after = rest.partition(END)
@@ -85,24 +92,25 @@ class Words:
     head: tuple[str, ...] = ("", "mobilevit", "timm", "timm, channels_last", "transformers")
     nothing: str = "Not measured yet: `python benchmarks/inference.py` and the scripts beside it fill this table."
     inference: str = "inference, {model}, batch {batch}"
-    engine: str = "the same in {engine}"
+    engine: str = "same in {engine}"
     training: str = "training, XXS, {size} px, images/s"
-    top1: str = "XXS from scratch, {epochs} epochs: top-1 on {images:,} held-out flower photographs"
-    minutes: str = "the same, minutes for training and validation on {threads} thread(s)"
-    detection: str = "XXS from scratch, {epochs} epochs: AP50 of boxes around cells, {images} test images of BCCD"
-    segmentation: str = "XXS from scratch, {epochs} epochs: mean IoU of road scenes, {images} test images of CamVid"
+    top1: str = "XXS from scratch, {epochs} epochs: top-1 on {images:,} held-out flower photos"
+    minutes: str = "same: minutes to train and validate on {threads} thread(s)"
+    detection: str = "XXS from scratch, {epochs} epochs: AP50 on {images} test images of BCCD (blood cells)"
+    segmentation: str = "XXS from scratch, {epochs} epochs: mean IoU on {images} test images of CamVid (road scenes)"
     times: str = "{value} ({ratio} x)"
     where: str = (
-        "In brackets: this package's speed over the other's. Inference is the median time of eager float32 forward "
-        "passes at 256 x 256, this package's after `fuse`; below each, of both exported to the same engine, as their "
-        "users run them. Measured on {processor}, {threads} threads; "
+        "In parentheses: speedup of this package. Inference is the median time of an eager float32 forward pass at "
+        "256 x 256, for this package after `fuse`; the rows below it compare both models exported to the same engine. "
+        "{processor}, {threads} threads; "
         "PyTorch {torch}, timm {timm}, transformers {transformers}; {date}. [Spread, commands and all figures]"
         "(docs/benchmarks.md)."
     )
     resume: str = (
-        "Killed {kills} times by SIGKILL at random moments and resumed: weights {identical}, {corrupt} corrupt files."
+        "A training run killed {kills} times with SIGKILL at random moments and resumed: weights {identical}, "
+        "{corrupt} corrupt files."
     )
-    identical: tuple[str, str] = ("identical bit for bit to an uninterrupted run's", "**not** identical")
+    identical: tuple[str, str] = ("bit-identical to an uninterrupted run", "**not** identical")
     startup: str = "`import mobilevit` takes {above:.2f} s beyond `import torch`; `mobilevit --help` {help:.2f} s."
 
 
@@ -130,7 +138,7 @@ CHINESE = Words(
 
 
 def short_table(results: Results, words: Words) -> str:
-    """What a reader of the README wants to know: this package beside the others, a row a measurement."""
+    """Compare this package with the others, one row per measurement."""
     rows: list[list[str]] = []
     inference = results.get("inference", {"figures": {}})["figures"]
     for case, figures in inference.items():
@@ -167,8 +175,8 @@ def short_table(results: Results, words: Words) -> str:
         (FROM_SCRATCH["segmentation"], words.segmentation, "miou"),
     ):
         if run := results.get(name):
-            what = text.format(epochs=run["epochs"], images=run["test_report"]["num_images"])
-            rows.append([what, percent(run["test"][figure]), "", "", ""])
+            label = text.format(epochs=run["epochs"], images=run["test_report"]["num_images"])
+            rows.append([label, percent(run["test"][figure]), "", "", ""])
     if not rows:
         return words.nothing
     measured = results.get("inference") or next(r for r in results.values() if "packages" in r)
@@ -184,11 +192,11 @@ def short_table(results: Results, words: Words) -> str:
     return "\n".join([table(words.head, rows), "", *(f"- {note}" for note in notes)])
 
 
-def _engine_row(what: str, milliseconds: dict[str, float]) -> list[str]:
-    """The best of ours, and of what timm's users get without streams of their own."""
+def _engine_row(label: str, milliseconds: dict[str, float]) -> list[str]:
+    """Compare our best time with timm's best in one stream."""
     ours = min(value for side, value in milliseconds.items() if side.startswith("mobilevit"))
     timm = min(value for side, value in milliseconds.items() if side in ("timm", "timm by ONNX"))
-    return [what, f"{number(ours)} ms", f"{number(timm)} ms ({number(round(timm / ours, 2))} x)", "", ""]
+    return [label, f"{number(ours)} ms", f"{number(timm)} ms ({number(round(timm / ours, 2))} x)", "", ""]
 
 
 # -- the full tables of docs/benchmarks.md ----------------------------------------------------------------------------
@@ -200,9 +208,12 @@ def full_tables(results: Results) -> str:
 
 
 def sections_of(results: Results, sections: tuple[Section, ...]) -> str:
-    """Those of which there is some result file."""
-    parts = [section.text(results) for section in sections if any(name in results for name in section.names)]
-    return "\n\n".join(parts) or "No result files yet; the commands above write them."
+    """The sections that have a result file, then the machine and the versions."""
+    found = [section for section in sections if any(name in results for name in section.names)]
+    if not found:
+        return "No result files yet; the commands above write them."
+    names = [name for section in found for name in section.names if name in results]
+    return "\n\n".join([*(section.text(results) for section in found), machine(results, names)])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,59 +223,56 @@ class Section:
     title: str
     names: tuple[str, ...]
     """Result files it is made of."""
-    what: str
-    """What the figures are, in a sentence or two."""
+    summary: str
+    """The measurement in a sentence or two."""
     body: Callable[[Results], str] = field(repr=False)
 
     def text(self, results: Results) -> str:
-        """Heading, explanation, tables, circumstances."""
+        """Heading, explanation, tables, files and commands."""
         found = [name for name in self.names if name in results]
-        return "\n\n".join([f"## {self.title}", self.what, self.body(results), circumstances(results, found)])
+        return "\n\n".join([f"## {self.title}", self.summary, self.body(results), commands(results, found)])
 
 
-def inference_tables(results: Results) -> str:
-    parts = []
+def inference_table(results: Results) -> str:
+    rows = []
     for case, figures in results["inference"]["figures"].items():
         model, batch = case.split(" batch ")
-        rows = []
-        for side in SIDES:
-            low, high = figures["spread"][side]
-            ratio = figures["fused is"].get(f"faster than {side}")
-            rows.append(
-                [
-                    side,
-                    number(figures["milliseconds"][side]),
-                    f"{number(low)} to {number(high)}",
-                    number(ratio) if ratio else "1",
-                ]
-            )
-        head = ("", "median, ms", "fastest to slowest round, ms", "time over fused")
-        parts.append(f"### {SHORT_NAMES.get(model, model)}, batch {batch}\n\n{table(head, rows)}")
-    return "\n\n".join(parts)
+        cells = [_timed(figures, side, figures["fused is"]) for side in SIDES]
+        rows.append([f"{SHORT_NAMES.get(model, model)}, batch {batch}", *cells])
+    return table(("", *SIDES), rows)
+
+
+def _timed(figures: dict[str, Any], side: str, ratios: dict[str, float]) -> str:
+    """Median, range of the rounds, and time over the side that the ratios refer to."""
+    ratio = ratios.get(f"faster than {side}")
+    times = f", {number(ratio)} x" if ratio else ""
+    return f"{number(figures['milliseconds'][side])} ({span(figures['spread'][side])}){times}"
 
 
 def engines_tables(results: Results) -> str:
-    """What each engine makes of ours and of timm's, and the machine's own limits."""
+    """One table per engine: our times and timm's; then the machine's own limits."""
     result = results["engines"]
-    rows = []
+    of_engine: dict[str, dict[str, dict[str, Any]]] = {}
     for case, figures in result["figures"].items():
         model, rest = case.split(" batch ")
         batch, engine = rest.split(" ", 1)
-        best = min((s for s in figures["milliseconds"] if s.startswith("mobilevit")), key=figures["milliseconds"].get)
-        for side, milliseconds in figures["milliseconds"].items():
-            ratio = figures["best of ours is"].get(f"faster than {side}")
+        of_engine.setdefault(engine, {})[f"{SHORT_NAMES[model]}, batch {batch}"] = figures
+    parts = []
+    for engine, cases in of_engine.items():
+        sides = list(dict.fromkeys(side for figures in cases.values() for side in figures["milliseconds"]))
+        rows = []
+        for case, figures in cases.items():
+            milliseconds: dict[str, float] = figures["milliseconds"]
+            best = min((side for side in milliseconds if side.startswith("mobilevit")), key=milliseconds.__getitem__)
+            cells = [
+                _timed(figures, side, figures["best of ours is"]) if side in milliseconds else "" for side in sides
+            ]
             rows.append(
-                [
-                    f"{engine}, {SHORT_NAMES[model]}, batch {batch}",
-                    f"**{side}**" if side == best else side,
-                    number(milliseconds),
-                    " to ".join(map(number, figures["spread"][side])),
-                    number(ratio) if ratio else "",
-                ]
+                [case, *(f"**{cell}**" if side == best else cell for side, cell in zip(sides, cells, strict=True))]
             )
+        parts.append(f"**{engine}**\n\n{table(('', *sides), rows)}")
     limits = ", ".join(f"{name} {number(value)}" for name, value in result["limits"].items())
-    head = ("", "", "median, ms", "fastest to slowest round, ms", "time over best of ours")
-    return f"{table(head, rows)}\n\nLimits of the machine, measured in the same run: {limits}."
+    return "\n\n".join([*parts, f"Limits of the machine, measured in the same run: {limits}."])
 
 
 def quantization_tables(results: Results) -> str:
@@ -280,20 +288,21 @@ def quantization_tables(results: Results) -> str:
                 continue
             values = [f"{after[key]:.4f}" for key in shown]
             rows.append([name, *values, percent(after["agreement"], 2), number(after["megabytes"])])
-        told = f"{entry['measured on']}; calibrated on {entry['calibrated on']}. Agreement {entry['agreement']}."
-        parts.append(f"### {task.capitalize()}\n\n{told}\n\n{table(('', *shown, 'agreement', 'MB'), rows)}")
-    for model, entry in result["latency"].items():
-        rows = [
-            [
-                name,
-                number(milliseconds),
-                " to ".join(map(number, entry["spread"][name])),
-                number(entry["megabytes"][name]) if name in entry["megabytes"] else "",
-            ]
-            for name, milliseconds in entry["milliseconds"].items()
-        ]
-        head = ("", "median, ms", "fastest to slowest round, ms", "MB")
-        parts.append(f"### {SHORT_NAMES[model]}: {entry['unit']}\n\n{table(head, rows)}")
+        images, agreement = entry["measured on"].split(",")[0], entry["agreement"].split(": ")[-1]
+        head = ("", *shown, "agreement", "MB")
+        parts.append(f"**{task.capitalize()}**, {images}; agreement: {agreement}.\n\n{table(head, rows)}")
+    of_models = result["latency"]
+    names = list(dict.fromkeys(name for entry in of_models.values() for name in entry["milliseconds"]))
+    rows = []
+    for name in names:
+        cells = []
+        for entry in of_models.values():
+            megabytes = entry["megabytes"].get(name)
+            cells += [_timed(entry, name, {}), number(megabytes) if megabytes else ""]
+        rows.append([name, *cells])
+    units = dict.fromkeys(entry["unit"] for entry in of_models.values())
+    head = ("", *(text for model in of_models for text in (f"{SHORT_NAMES[model]}, ms", f"{SHORT_NAMES[model]}, MB")))
+    parts.append(f"**Time**, {'; '.join(units)}.\n\n{table(head, rows)}")
     return "\n\n".join(parts)
 
 
@@ -397,20 +406,20 @@ _FROM_SCRATCH_TEXTS: dict[str, tuple[str, dict[str, str], dict[str, str], dict[s
         {"ap": "AP", "ap50": "AP50", "precision": "precision", "recall": "recall"},
         {
             "curves.png": "Training loss, AP on the validation images and learning rate by epoch",
-            "pr-curves.png": "Precision against recall on the validation images, a curve a class",
+            "pr-curves.png": "Precision against recall on the validation images, one curve per class",
         },
     ),
     "segmentation": (
         "Road scenes: masks",
         {"miou": "mean IoU", "pixel_accuracy": "pixel accuracy", "mean_class_accuracy": "mean class accuracy"},
-        {"iou": "IoU", "accuracy": "accuracy", "share": "share of the pixels"},
+        {"iou": "IoU", "accuracy": "accuracy", "share": "share of pixels"},
         {
             "curves.png": "Training loss, mean IoU on the validation images and learning rate by epoch",
             "per-class-iou.png": "Bars of IoU by class on the validation images",
         },
     ),
 }  # fmt: skip
-"""By task: heading; figures by key, the deciding one first; figures of each class by key; plots and what they show."""
+"""By task: heading; figures by key, the deciding one first; figures of each class by key; plots and their captions."""
 
 
 def postprocessing_table(results: Results) -> str:
@@ -430,13 +439,13 @@ def demo_table(results: Results) -> str:
         result = results[name]
         scores = ", ".join(f"{text} {percent(value)}" for text, value in result["scores"].items())
         rows.append([name.removeprefix("demo-"), scores, str(result["epochs"]), str(result["seconds"])])
-    return table(("task", "on images held out", "epochs", "seconds in all"), rows)
+    return table(("task", "on held-out images", "epochs", "total seconds"), rows)
 
 
 def resume_table(results: Results) -> str:
     resume = results["resume"]
     row = [str(resume["kills"]), "yes" if resume["identical"] else "no", str(resume["corrupt_files"])]
-    return table(("kills", "weights identical to an uninterrupted run's", "files that could not be read back"), [row])
+    return table(("kills", "weights identical to an uninterrupted run", "unreadable files"), [row])
 
 
 def startup_table(results: Results) -> str:
@@ -454,97 +463,97 @@ SECTIONS = (
     Section(
         title="Inference",
         names=("inference",),
-        what=(
-            "Eager PyTorch, float32, 256 x 256, random weights and images, time of one forward pass. All sides take "
-            "turns in one process, so a slow moment of the machine meets all of them. `mobilevit` is the model as "
-            "built, `mobilevit fused` after `mobilevit.fuse`; both get channels-last images, as `Predictor` feeds "
-            "them. `timm` and `transformers` are the models their libraries build, in eval mode; `timm channels_last` "
-            "is timm's with model and images in that layout."
+        summary=(
+            "Eager PyTorch, float32, 256 x 256, random weights and images, one forward pass: median ms "
+            "(fastest–slowest round), then time relative to `mobilevit fused`. All sides take turns in one process, "
+            "so a slow moment of the machine affects all of them. `mobilevit fused` is the model after "
+            "`mobilevit.fuse`; `mobilevit` and `mobilevit fused` get channels-last images, as from `Predictor`. "
+            "`timm` and `transformers` are the models as their libraries build them, in eval mode; `timm "
+            "channels_last` has model and images in that layout."
         ),
-        body=inference_tables,
+        body=inference_table,
     ),
     Section(
         title="Engines on the CPU",
         names=("engines",),
-        what=(
-            "The same networks in ONNX Runtime, OpenVINO and PyTorch, 256 x 256, random weights. timm's model runs as "
-            "its users run it, one batch through all threads, and, for honesty, also in streams of small chunks, one "
-            "thread each, as this package's sessions run several images. The fastest of ours is in bold."
+        summary=(
+            "The same networks in ONNX Runtime, OpenVINO and PyTorch, 256 x 256, random weights: median ms "
+            "(fastest–slowest round), then time relative to our best, which is bold. timm's model runs the usual way,"
+            " one batch through all threads, and also in streams of small chunks with one thread each, as this "
+            "package's sessions run batches."
         ),
         body=engines_tables,
     ),
     Section(
         title="Smaller numbers",
         names=("quantization",),
-        what=(
-            "XXS trained on small public sets, calibrated on training images, measured on others. Which layers stay "
-            "in floating point was chosen on the flowers held out, so that their figures flatter it a little. Times "
-            "are of random weights."
+        summary=(
+            "XXS trained on small public sets, calibrated on 128 of the training images, measured on held-out images;"
+            " agreement is with float32 PyTorch. The layers that stay in floating point were chosen on the held-out "
+            "flowers, which favors the classification figures a little. Times are for random weights."
         ),
         body=quantization_tables,
     ),
     Section(
         title="Runtimes for phones",
         names=("mobile_runtimes",),
-        what=(
+        summary=(
             "ExecuTorch and LiteRT, both through XNNPACK, beside fused PyTorch in the same process; 256 x 256, one "
-            "image, random weights. Measured on a server's processor: what a phone makes of these files is another "
-            "matter, but they run the same kernels there."
+            "image, random weights. Measured on a server CPU; phones run the same kernels, but were not measured."
         ),
         body=mobile_table,
     ),
     Section(
         title="Training speed",
         names=("training_speed",),
-        what=(
-            "Whole training steps of XXS on the CPU: forward, loss, backward, AdamW, weight average. Every side runs "
-            "the same code; only the network differs. The last column is the median of the rounds' own ratios."
+        summary=(
+            "Complete training steps of XXS on the CPU: forward, loss, backward, AdamW, weight average. Every side "
+            "runs the same code with its own network. The last column is the median of the ratios of each round."
         ),
         body=training_table,
     ),
     Section(
         title="Flowers from scratch",
         names=tuple(FLOWERS.values()),
-        what=(
-            "XXS without pretrained weights on a folder of flower photographs in five classes, scaled to 128 x 128; a "
-            "fifth of each class is held out. timm's model goes through the same loop, data, settings and seed as a "
-            "control. Minutes are from start to finish, validation after every epoch included. The best epoch is "
-            "chosen on the validation images themselves, so the last epoch's figure is the fairer one. Crop, batch, "
-            "learning rate, MixUp and clipping were chosen over a few earlier runs on the same images, most of them "
-            "with this package's model, so both figures flatter it a little. One seed; the "
-            "standard error is that of a share of so many images."
+        summary=(
+            "XXS without pretrained weights on flower photos of five classes, scaled to 128 x 128; a fifth of each "
+            "class is held out. timm's model is the control: same loop, data, settings and seed. Minutes include "
+            "validation after every epoch. The held-out images also choose the best epoch, so the last epoch's figure"
+            " is the fairer one. Crop, batch, learning rate, MixUp and clipping were chosen in a few earlier runs on "
+            "the same images, mostly with this package's model, so both figures are slightly optimistic. One seed; "
+            "the standard error is that of a proportion over the held-out images."
         ),
         body=flowers_tables,
     ),
     Section(
         title="Detection and segmentation from scratch",
         names=tuple(FROM_SCRATCH.values()),
-        what=(
-            "XXS without pretrained weights on two small public sets. BCCD: 364 microscope images of blood, 205 to "
-            "train on, 87 to validate and 72 to test, with boxes of three kinds of cells. CamVid: 701 frames of road "
-            "scenes at 480 x 360, 367, 101 and 233, with masks of eleven classes. The validation part chose the best "
-            "epoch; the test part was measured with those weights. One seed. The settings were tried once before, over "
-            "a few epochs. Precision and recall are at the score with the best F1 on the images measured. On the "
-            "same division of CamVid, SegNet-Basic reached a mean IoU of 46.4 % and ENet 51.3 %, as the paper of ENet "
-            "reports ([arXiv:1606.02147](https://arxiv.org/abs/1606.02147)); their training differs from this one."
+        summary=(
+            "XXS without pretrained weights on two small public sets. BCCD: 364 microscope images of blood (205 "
+            "train, 87 validation, 72 test) with boxes of three kinds of cells. CamVid: 701 frames of road scenes at "
+            "480 x 360 (367, 101, 233) with masks of eleven classes. Validation chose the best epoch, whose weights "
+            "were then measured on test. One seed; the settings had one short trial before. Precision and recall are "
+            "at the score with the best F1 on the measured images. On the same split of CamVid, the ENet paper "
+            "reports a mean IoU of 46.4 % for SegNet-Basic and 51.3 % for ENet "
+            "([arXiv:1606.02147](https://arxiv.org/abs/1606.02147)), trained differently."
         ),
         body=from_scratch_tables,
     ),
     Section(
         title="From a detector's output to objects",
         names=("postprocessing",),
-        what=(
-            "One image of 320 x 320, 3,232 anchors, 80 classes and the background, after the fused XXS. Fresh "
-            "weights call every anchor equally likely to be anything, the hardest case; a trained detector is sure of "
-            "the background almost everywhere. Medians of rounds in turn with the forward pass."
+        summary=(
+            "One image of 320 x 320, 3,232 anchors, 80 classes plus background, after the fused XXS. With fresh "
+            "weights all classes are equally likely at every anchor, which is the hardest case; a trained detector is"
+            " sure of background almost everywhere. Medians of rounds that alternate with the forward pass."
         ),
         body=postprocessing_table,
     ),
     Section(
         title="The demo",
         names=DEMOS,
-        what=(
-            "`mobilevit demo` on its built-in scenes: drawing, training XXS from nothing, evaluation, prediction and "
+        summary=(
+            "`mobilevit demo` on its built-in scenes: drawing, training XXS from scratch, evaluation, prediction, "
             "report."
         ),
         body=demo_table,
@@ -552,16 +561,16 @@ SECTIONS = (
     Section(
         title="Killed and resumed",
         names=("resume",),
-        what=(
-            "A short run is killed by SIGKILL at random moments, resumed each time, and compared with the same run "
-            "left alone."
+        summary=(
+            "A short run is killed with SIGKILL at random moments, resumed each time, and compared with an "
+            "uninterrupted run."
         ),
         body=resume_table,
     ),
     Section(
         title="Start",
         names=("startup",),
-        what="Fresh processes. `import mobilevit` here includes loading `create_model`, `fuse` and `save`.",
+        summary=("Fresh processes. `import mobilevit` here includes loading `create_model`, `fuse` and `save`."),
         body=startup_table,
     ),
 )
@@ -588,7 +597,10 @@ def processes_table(results: Results) -> str:
     found = results["processes"]
     rows = [[side, number(speed)] for side, speed in found["images_per_second"].items()]
     return "\n\n".join(
-        [table(("", "images/s, median"), rows), f"Several over one, median of rounds: {found['several over one']:.2f}"]
+        [
+            table(("", "images/s, median"), rows),
+            f"Speedup, median of rounds: {found['several over one']:.2f}.",
+        ]
     )
 
 
@@ -610,20 +622,19 @@ def experiments_table(results: Results) -> str:
         means = [sum(run["top1"][size] for run in runs) / len(runs) for size in sizes]
         seconds = [number(times[name]["seconds_per_epoch"])] if name in times else [""]
         rows.append([name, *(percent(mean) for mean in means), f"{runs[0]['updates']:,}", *seconds])
-    head = ("", *(f"{size} px" for size in sizes), "updates", "seconds an epoch")
+    head = ("", *(f"{size} px" for size in sizes), "updates", "seconds per epoch")
     seeds_of = {len(seeds) for seeds in figures.values()}
     lines = [table(head, rows)]
     counted = f"{min(seeds_of)}" if len(seeds_of) == 1 else f"{min(seeds_of)} to {max(seeds_of)}"
     images = next(iter(next(iter(figures.values())).values()))["validation_images"]
     lines.append(
-        f"Runs of each: {counted}; {results['experiments']['epochs']} epochs; {images} images held out, so one "
-        "standard error of a figure near 60 % is about "
-        f"{100 * (0.24 / images) ** 0.5:.1f} points."
+        f"Runs of each: {counted}; {results['experiments']['epochs']} epochs; {images} held-out images, so the "
+        f"standard error of a figure near 60 % is about {100 * (0.24 / images) ** 0.5:.1f} points."
     )
     if "experiments_time" in results:
         latency = results["experiments_time"]["latency_ms_eager_256"]
         lines.append(
-            "One image of 256 pixels through the fused model, eager, milliseconds: "
+            "Fused model, eager, one image of 256 pixels, ms: "
             + ", ".join(f"{name} {number(value)}" for name, value in latency.items())
             + "."
         )
@@ -635,8 +646,8 @@ def samplers_table(results: Results) -> str:
     sizes = [str(size) for size in found["test_sizes"]]
     rows = []
     for name, run in found["figures"].items():
-        for what, key in (("as trained", "top1"), ("statistics of the test size", "top1_renewed")):
-            rows.append([name, f"{run['updates']:,}", what, *(percent(run[key][size]) for size in sizes)])
+        for label, key in (("as trained", "top1"), ("statistics of the test size", "top1_renewed")):
+            rows.append([name, f"{run['updates']:,}", label, *(percent(run[key][size]) for size in sizes)])
     return table(("", "updates", "BatchNorm", *(f"{size} px" for size in sizes)), rows)
 
 
@@ -653,7 +664,7 @@ def imagenet_tables(results: Results) -> str:
         ]
         for variant, plan in found["steps"].items()
     ]
-    head = ("sampler, 8 x 128 images", "steps an epoch", "in 300 epochs", "updates, relative", "pixels, relative")
+    head = ("sampler, 8 x 128 images", "steps per epoch", "in 300 epochs", "relative updates", "relative pixels")
     parts = [table(head, rows)]
     hours = found["hours_of_300_epochs_by_images_a_second_of_one_gpu"]
     reading = found["reading_by_images_a_second_of_one_gpu"]
@@ -668,8 +679,8 @@ def imagenet_tables(results: Results) -> str:
         for speed, both in hours.items()
     ]
     head = (
-        "if one GPU learns from so many images of 256 pixels a second",
-        "hours, one size", "hours, multi-scale", "cores to read, for each GPU", "MB/s, all GPUs",
+        "256-pixel images/s of one GPU",
+        "hours, one size", "hours, multi-scale", "reading cores per GPU", "MB/s, all GPUs",
     )  # fmt: skip
     parts.append(table(head, rows))
     rows = [
@@ -682,7 +693,7 @@ def imagenet_tables(results: Results) -> str:
         for name, memory in found["memory_mb"].items()
     ]
     head = (
-        "MB of one process",
+        "MB per process",
         "weights, gradients, optimizer, average",
         "128 images, float32",
         "128 images, bf16",
@@ -696,73 +707,74 @@ def browser_table(results: Results) -> str:
         "Chromium, 1 thread": "browser, 1 threads",
         "2 threads": "browser, 2 threads",
         "2 threads, with decoding and resizing": "browser with image, 2 threads",
-        "ONNX Runtime natively, 1 thread": "native, 1 threads",
-        "2 threads, natively": "native, 2 threads",
+        "native ONNX Runtime, 1 thread": "native, 1 threads",
+        "native, 2 threads": "native, 2 threads",
     }
     rows = [[name, *(number(sides[key]) for key in columns.values())] for name, sides in found["figures"].items()]
     parts = [table(("", *columns), rows)]
     parts.append(f"Chromium {found['chromium']}, ONNX Runtime Web {found['onnxruntime-web']}.")
-    return "\n\n".join([*parts, circumstances(results, ["browser"])])
+    return "\n\n".join([*parts, commands(results, ["browser"]), machine(results, ["browser"])])
 
 
 AT_SCALE = (
     Section(
         title="Measured: reading",
         names=("data_pipeline",),
-        what=(
-            "JPEGs of 500 pixels become training batches: random crop, flip, normalized float32. One reading process; "
-            "its images a second, beside what others' loaders make of the same files in the same run."
+        summary=(
+            "One process turns JPEGs of 500 pixels into training batches (random crop, flip, normalized float32); "
+            "images/s, and the speedup over the loaders of torchvision and timm on the same files in the same run."
         ),
         body=pipeline_table,
     ),
     Section(
         title="Measured: processes",
         names=("processes",),
-        what=(
-            "The same training on two cores: one process with two threads, or two by torchrun with one each and half "
-            "the batch."
+        summary=(
+            "The same training on two cores: one process with two threads, or two processes under torchrun with one "
+            "thread and half the batch each."
         ),
         body=processes_table,
     ),
     Section(
         title="Measured: bf16 on a CPU",
         names=("training_speed", "training_speed_bf16"),
-        what="Training steps of mobilevit_xxs on two cores. Where bf16 is slower, `--amp auto` leaves it off.",
+        summary=("Training steps of mobilevit_xxs on two cores. Where bf16 is slower, `--amp auto` does not use it."),
         body=bf16_table,
     ),
     Section(
         title="Measured: the paper's choices",
         names=("experiments", "experiments_time"),
-        what=(
-            "mobilevit_xxs from scratch on 4,317 flowers at 128 pixels, one thing changed at a time; top-1 on images "
-            "held out, at five sizes. A small set and few epochs: what differs by less than two standard errors says "
-            "nothing, and what holds for ImageNet need not show here. At 128 pixels, no change but the sampler's moves "
-            "top-1 by more than one standard error; larger patches are cheaper, and within the noise as good.\n\n"
-            "![accuracy by test size, and with one thing changed](images/experiments.png)"
+        summary=(
+            "mobilevit_xxs from scratch on 4,317 flower photos at 128 pixels, one change at a time; top-1 on held-out"
+            " images at five sizes. The set is small and the runs are short: differences below two standard errors "
+            "mean nothing, and effects known from ImageNet need not appear. At 128 pixels, only the sampler moves "
+            "top-1 by more than one standard error. Larger patches are cheaper and, within the noise, as "
+            "good.\n\n![accuracy by test size, and with one thing changed](images/experiments.png)"
         ),
         body=experiments_table,
     ),
     Section(
         title="Measured: what several sizes cost",
         names=("experiments_samplers",),
-        what=(
-            "Why several sizes look worse above, far from 128 pixels most of all. The same flowers; more epochs, to "
-            "make up for the fewer updates; and BatchNorm with mean and variance of the training images at the size "
-            "of the test, instead of those collected over all sizes, between feature maps of 2 x 2 and 6 x 6 cells. "
-            "With as many updates, which take about as long, and such statistics, several sizes are as good as one at "
-            "every test size, and better at the smallest. The paper's sizes differ by a factor of two, these by three."
+        summary=(
+            "Multi-scale training looks worse above, most of all far from 128 pixels. This run tests two causes: "
+            "fewer updates, made up for by more epochs, and BatchNorm statistics collected over all sizes, with "
+            "feature maps from 2 x 2 to 6 x 6, replaced by those of the training images at the test size. With as "
+            "many updates, which take about as long, and statistics of the test size, multi-scale training is as good"
+            " as training at one size for every test size, and better at the smallest. The paper's sizes differ by a "
+            "factor of two, these by three."
         ),
         body=samplers_table,
     ),
     Section(
         title="ImageNet on eight GPUs, worked out",
         names=("imagenet_costs",),
-        what=(
-            "Steps are counted by the sampler itself on 1,281,167 images; the relative costs follow. Hours depend on "
-            "what your GPU does in a second, which `--dry-run` measures and no GPU was here to tell. Cores follow from "
-            "the measured reading of one, storage and network from the 138 GB of the published archive, memory from "
-            "what a real step keeps for its backward pass. One node needs 138 GB of disk, or the network in the "
-            "table; gradients exchanged in a step are 4 bytes a parameter, 5 to 22 MB."
+        summary=(
+            "Steps are counted by running the sampler on 1,281,167 images; relative costs follow from them. Hours "
+            "depend on the speed of your GPU, which `--dry-run` measures; no GPU was available here. Cores follow "
+            "from the reading speed of one core above, network traffic from the 138 GB of the published archive, "
+            "memory from the tensors that a real step keeps for its backward pass. A single node needs 138 GB of "
+            "disk, or the network in the table. Each step exchanges gradients of 4 bytes per parameter, 5 to 22 MB."
         ),
         body=imagenet_tables,
     ),
@@ -790,53 +802,53 @@ def serving_tables(results: Results) -> str:
             ["served, share of the engine", *(percent(found[name]["share_of_engine"], 0) for name in names)],
             ["served, share of `stream`", *(percent(found[name]["share_of_stream"], 0) for name in names)],
             ["latency p50, p95, p99, ms", *(_percentiles(found[name]) for name in names)],
-            ["the client's share of the cores", *(percent(found[name]["client_share_of_cpu"]) for name in names)],
+            ["client's share of the CPU", *(percent(found[name]["client_share_of_cpu"]) for name in names)],
         ]
         lines.append(table(("", *(engines[name] for name in names)), rows))
     if "overload" in parts:
         found = parts["overload"]
         statuses, memory = found["statuses"], found["megabytes"]
         lines.append(
-            f"Four times what it can answer, {number(found['offered_per_second'])} requests a second for "
+            f"**Overload**: four times its capacity, {number(found['offered_per_second'])} requests/s, for "
             f"{number(found['minutes'])} minutes: {statuses.get('200', 0):,} answered, {statuses.get('503', 0):,} "
-            f"refused with status 503, {found['lost']} lost; {_percentiles(found)} ms (p50, p95, p99) of these. "
-            f"Memory of all processes in the second minute {number(memory['second_minute'])} MB, in the last "
-            f"{number(memory['last_minute'])} MB ({100 * memory['growth']:+.1f} %)."
+            f"refused with status 503, {found['lost']} lost; p50, p95, p99 {_percentiles(found)} ms. "
+            f"Memory of all processes {number(memory['second_minute'])} MB in the second minute, "
+            f"{number(memory['last_minute'])} MB in the last ({100 * memory['growth']:+.1f} %)."
         )
     if "fuzz" in parts:
         found = parts["fuzz"]
         kinds = ", ".join(found["outcomes"])
         lines.append(
-            f"{found['uploads']:,} mutated uploads ({kinds}): {len(found['server_errors'])} answered by 5xx other than "
-            f"503, {found['tracebacks_in_the_log']} tracebacks, the same processes afterwards: "
+            f"**Fuzzing**: {found['uploads']:,} mutated uploads ({kinds}): {len(found['server_errors'])} answers "
+            f"of 5xx other than 503, {found['tracebacks_in_the_log']} tracebacks, same processes afterwards: "
             f"{'yes' if found['same_processes_afterwards'] else 'no'}."
         )
     if "schemathesis" in parts:
         found = parts["schemathesis"]
-        verdict = "nothing found" if found["exit_status"] == 0 else f"findings: {'; '.join(found['summary'])}"
-        lines.append(f"Schemathesis, from the service's own OpenAPI document: {verdict}.")
+        verdict = "no issues" if found["exit_status"] == 0 else f"findings: {'; '.join(found['summary'])}"
+        lines.append(f"**Schemathesis**, on the service's OpenAPI document: {verdict}.")
     if "sigterm" in parts:
         runs = parts["sigterm"]["runs"]
         lines.append(
-            f"SIGTERM under load, {len(runs)} times: {sum(run['answered'] for run in runs):,} requests answered, "
+            f"**SIGTERM under load**, {len(runs)} times: {sum(run['answered'] for run in runs):,} requests answered, "
             f"{sum(run['accepted_and_lost'] for run in runs)} accepted and lost, "
             f"{sum(run['connections_reset_before_acceptance'] for run in runs)} reset before they were read; "
-            f"ended within {max(run['seconds_to_stop'] for run in runs):.1f} s."
+            f"stopped within {max(run['seconds_to_stop'] for run in runs):.1f} s."
         )
     if "kill" in parts:
         runs = parts["kill"]["runs"]
         lines.append(
-            f"SIGKILL of one of {parts['kill']['workers']} workers under load, {len(runs)} times: replaced within "
-            f"{max(run['seconds_until_replaced'] for run in runs):.1f} s, the other one answering meanwhile; "
-            f"connections that died with it: {', '.join(str(run['connections_that_died_with_it']) for run in runs)}."
+            f"**SIGKILL of one of {parts['kill']['workers']} workers under load**, {len(runs)} times: replaced within "
+            f"{max(run['seconds_until_replaced'] for run in runs):.1f} s while the other answered; connections lost: "
+            f"{', '.join(str(run['connections_that_died_with_it']) for run in runs)}."
         )
-    commands = dict.fromkeys(public(part["command"]) for part in parts.values())
-    told = [f"- `benchmarks/results/serving.json`: {', '.join(f'`{command}`' for command in commands)}"]
-    return "\n\n".join([*lines, "\n".join([*told, f"- {machine(results['serving'])}"])])
+    ran = dict.fromkeys(public(part["command"]) for part in parts.values())
+    lines.append(f"- `benchmarks/results/serving.json`: {', '.join(f'`{command}`' for command in ran)}")
+    return "\n\n".join([*lines, machine(results, ["serving"])])
 
 
 def _spread(values: list[float]) -> str:
-    return f"{number(min(values))} to {number(max(values))}"
+    return span([min(values), max(values)])
 
 
 def _percentiles(found: dict[str, Any]) -> str:
@@ -853,11 +865,11 @@ def bulk_tables(results: Results) -> str:
         ["engine alone, images/s", *(number(run["engine_per_second"]) for run in runs.values())],
         ["to parquet, share of the engine", *(percent(run["share_of_engine"], 0) for run in runs.values())],
         [
-            "engine alone, a batch on each core, images/s",
+            "engine alone, one batch per core, images/s",
             *(number(run["engine_side_by_side_per_second"]) for run in runs.values()),
         ],
         ["`Predictor.stream`, images/s", *(number(run["stream_per_second"]) for run in runs.values())],
-        ["seconds, with opening the model", *(number(run["seconds"]) for run in runs.values())],
+        ["seconds, including loading the model", *(number(run["seconds"]) for run in runs.values())],
         *(
             [f"memory, {when}, MB", *(number(run["memory_mb"][when]) for run in runs.values())]
             for when in ("half way", "near its end", "peak")
@@ -865,32 +877,41 @@ def bulk_tables(results: Results) -> str:
     ]
     killed = figures["killed"]
     told = (
-        f"Killed by SIGKILL and started again: {killed['rows kept']:,} rows were kept, "
-        f"{killed['rows made by the second run']:,} made, {killed['rows']:,} in all, each image once."
+        f"Killed with SIGKILL and restarted: {killed['rows kept']:,} rows kept, "
+        f"{killed['rows made by the second run']:,} added, {killed['rows']:,} in total, each image once."
     )
-    return "\n\n".join([table(("", *runs), rows), told, circumstances(results, ["bulk"])])
+    return "\n\n".join([table(("", *runs), rows), told, commands(results, ["bulk"]), machine(results, ["bulk"])])
 
 
-def circumstances(results: Results, names: list[str]) -> str:
-    """Where and how the figures of some result files came about; said once where it is the same."""
-    lines: list[str] = []
+def commands(results: Results, names: list[str]) -> str:
+    """One line per result file: its name, the command that wrote it, threads and date."""
+    lines = []
     for name in names:
         result = results[name]
-        if "command" in result:
-            lines.append(f"- `benchmarks/results/{name}.json`: `{public(result['command'])}`")
-    machines = dict.fromkeys(machine(results[name]) for name in names if "hardware" in results[name])
-    return "\n".join([*lines, *(f"- {text}" for text in machines)])
+        threads = result["hardware"]["threads"]
+        told = f"{threads} thread{'s' if threads > 1 else ''}, {result['date']}"
+        lines.append(f"- `benchmarks/results/{name}.json`: `{public(result['command'])}`; {told}")
+    return "\n".join(lines)
 
 
-def machine(result: dict[str, Any]) -> str:
-    hardware = result["hardware"]
-    parts = [hardware["processor"], f"{hardware['threads']} threads", *hardware["gpus"]]
-    versions = ", ".join(f"{name} {version}" for name, version in result["packages"].items())
-    return f"{', '.join(parts)}; {versions}; {result['date']}"
+def machine(results: Results, names: list[str]) -> str:
+    """Processors and library versions of some result files; a version that differs in some of them names these."""
+    found = {name: results[name] for name in names}
+    processors = dict.fromkeys(", ".join([r["hardware"]["processor"], *r["hardware"]["gpus"]]) for r in found.values())
+    files: dict[str, dict[str, list[str]]] = {}
+    for name, result in found.items():
+        for package, version in result["packages"].items():
+            files.setdefault(package, {}).setdefault(version, []).append(name)
+    versions = []
+    for package, of_version in files.items():
+        usual, *others = sorted(of_version, key=lambda version: -len(of_version[version]))
+        rare = "".join(f" ({other} for {', '.join(of_version[other])})" for other in others)
+        versions.append(f"{package} {usual}{rare}")
+    return f"Machine: {'; '.join(processors)}. Versions: {', '.join(versions)}."
 
 
 def public(command: str) -> str:
-    """A command without the folders of the machine it ran on."""
+    """Replace the folders of the machine that a command ran on."""
     return re.sub(r"(--data|--out)[ =]\S+", r"\1 FOLDER", command)
 
 
@@ -902,8 +923,13 @@ def table(head: tuple[str, ...], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def span(ends: Sequence[float]) -> str:
+    low, high = ends
+    return f"{number(low)}–{number(high)}"
+
+
 def number(value: float) -> str:
-    """Three digits or all before the point."""
+    """Format with three digits, or with all digits before the point."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
@@ -912,7 +938,7 @@ def percent(share: float, digits: int = 1) -> str:
 
 
 def short_processor(text: str) -> str:
-    """The name without the list of instruction sets."""
+    """Cut off the list of instruction sets."""
     return ", ".join(text.split(", ")[:2])
 
 
