@@ -18,9 +18,11 @@ from safetensors.torch import load_file
 
 import mobilevit
 from golden_weights import fill_with_golden_weights
+from mobilevit.card import card_of
 from mobilevit.cli import main
 from mobilevit.data.shapes import CLASSES
 from mobilevit.imaging.decode import find_images
+from mobilevit.runtime.artifact import Artifact, write_sidecar
 
 TINY = ["--image-size", "32", "--epochs", "1", "--batch-size", "8", "--num-workers", "0", "--device", "cpu"]
 
@@ -159,6 +161,33 @@ def test_info(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "6 classes: circle, cross" in capsys.readouterr().out
     assert "none.safetensors: no such checkpoint file" in refused(["info", "none.safetensors"], capsys)
     assert "did you mean mobilevit_s?" in refused(["info", "mobilevit-s"], capsys)
+
+
+def test_info_of_an_exported_file(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    card = card_of(mobilevit.load(run / "best.safetensors"))
+    path = tmp_path / "m.onnx"
+    path.write_bytes(bytes(2_500_000))
+    artifact = Artifact(
+        format="onnx",
+        precision="fp32",
+        card=card,
+        batch_size=None,
+        image_size=(32, 32),
+        baked=True,
+        outputs=("logits",),
+    )
+    write_sidecar(path, artifact)
+    assert main(["info", str(path)]) == 0
+    first, classes, _, provenance, *rest = capsys.readouterr().out.splitlines()
+    assert first == f"{path}, classification, onnx fp32, 2.5 MB"
+    assert classes == "6 classes: circle, cross, ring, square, star, triangle"
+    assert f"mobilevit {mobilevit.__version__}" in provenance
+    assert rest == ["input: uint8 (B, 32, 32, 3)", "outputs: logits"]
+    assert main(["info", str(path), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["model"], told["format"], told["classes"][0]) == (str(path), "onnx", "circle")
+    path.with_name("m.onnx.json").unlink()
+    assert "its sidecar m.onnx.json is missing" in refused(["info", str(path)], capsys)
 
 
 def test_convert_there_and_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,20 +16,17 @@ class Convert:
     """Convert a checkpoint between this package, ml-cvnets, timm and transformers."""
 
     source: Positional[Path]
-    """A checkpoint of any of the four; which one is recognized."""
+    """A checkpoint of any of the four; its origin is recognized."""
     target: Positional[Path]
-    """The .safetensors to write."""
+    """The .safetensors file to write."""
     to: Literal["mobilevit", "cvnets", "timm", "transformers"] = "mobilevit"
-    """Whose names and channel order to write."""
+    """Origin whose names and channel order to write."""
     source_channel_order: Literal["rgb", "bgr"] | None = None
-    """rgb: leave the stem's channels as they are; bgr: turn them round. Without it, by the families' conventions."""
+    """rgb: keep the order of the input channels; bgr: reverse it. Default: by the conventions of the two origins."""
 
     def run(self) -> int:
-        """Convert and say what was recognized."""
-        from safetensors.torch import save as serialize
-
+        """Convert, and print what was recognized."""
         from mobilevit import factory
-        from mobilevit.files import write_bytes
         from mobilevit.weights import checkpoint
         from mobilevit.weights.convert import convert_state_dict, detect_family, unwrap_state_dict
 
@@ -37,12 +34,10 @@ class Convert:
             raise MobileViTError(f"{self.target}: name the target .safetensors")
         content, _ = checkpoint.read(self.source)
         state = unwrap_state_dict(content)
-        family = detect_family(state)
         if self.to == "mobilevit" and self.source_channel_order is None:
             checkpoint.save(factory.load(self.source), self.target)
         else:
             converted = convert_state_dict(state, to=self.to, source_channel_order=self.source_channel_order)
-            tensors = {key: value.contiguous() for key, value in converted.items()}
-            write_bytes(self.target, serialize(tensors, {"format": "pt"}))
-        print(f"{self.source} ({family}) -> {self.target} ({self.to})")
+            checkpoint.save_tensors(converted, self.target)
+        print(f"{self.source} ({detect_family(state)}) -> {self.target} ({self.to})")
         return 0

@@ -2,82 +2,105 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from tyro.conf import Positional
 
+import mobilevit
+from mobilevit.card import ModelCard, card_of
 from mobilevit.cli.options import height_and_width
 from mobilevit.cli.printing import new_table, print_json, print_table
+from mobilevit.imaging.preprocessing import Preprocessing
+from mobilevit.runtime.artifact import Artifact, artifact_files, is_artifact, read_sidecar
 
 if TYPE_CHECKING:
-    from mobilevit.card import ModelCard
+    from mobilevit.models import Model
     from mobilevit.models.summary import Summary
 
 
 @dataclass(frozen=True, kw_only=True)
 class Info:
-    """Show a model's layers (shape, parameters, multiply-adds) and what attention costs in each MobileViT block."""
+    """Print the layers of a model and what attention costs in each block, or what an exported file says of itself."""
 
     model: Positional[str]
-    """A model's name or a checkpoint file."""
+    """A model's name, a checkpoint, or an exported file."""
     task: Literal["classification", "detection", "segmentation"] = "classification"
-    """Of a named model; a checkpoint has its own."""
+    """Task of a named model; a file has its own."""
     image_size: tuple[int, ...] = ()
-    """Input size in pixels: one number, or height and width. By the task, or what the checkpoint was made for."""
+    """Input size in pixels: one number, or height and width. Default: by task, or what the checkpoint was made for."""
     patch_size: tuple[int, int, int] | None = None
-    """Patch sides at strides 8, 16 and 32, of a named model."""
+    """Patch sides of a named model at strides 8, 16 and 32."""
     output_stride: int | None = None
-    """32, 16 or 8, of a named model."""
+    """Output stride of a named model: 32, 16 or 8."""
     num_classes: int | None = None
-    """Classes of a named model: 1000, in detection 80, in segmentation 21."""
+    """Classes of a named model. Default: 1000, in detection 80, in segmentation 21."""
     json: bool = False
     """Print JSON."""
 
     def run(self) -> int:
-        """Measure and print."""
-        import torch
-
-        from mobilevit import factory
-        from mobilevit.card import card_of
-        from mobilevit.imaging.preprocessing import Preprocessing
-        from mobilevit.models import MODELS
-        from mobilevit.models.summary import summarize
-
-        named = self.model in MODELS or not (Path(self.model).suffix or Path(self.model).exists())
-        if named:
-            with torch.device("meta"):  # shapes, no numbers
-                model = factory.create_model(
-                    self.model,
-                    task=self.task,
-                    num_classes=self.num_classes,
-                    patch_size=self.patch_size,
-                    output_stride=self.output_stride,
-                )
-        else:
-            model = factory.load(self.model)
+        """Describe the model and print."""
+        path = Path(self.model)
+        if is_artifact(path):
+            artifact = read_sidecar(path)
+            if self.json:
+                print_json({"model": self.model, **artifact.to_dict()})
+            else:
+                _print_artifact(path, artifact)
+            return 0
+        is_file = bool(path.suffix) or path.is_file()
+        model = mobilevit.load(path) if is_file else self._named_model()
         card = card_of(model)
         size = height_and_width(self.image_size) or card.preprocessing.size
         Preprocessing(size=size)  # says what sizes there are
+        from mobilevit.models.summary import summarize
+
         summary = summarize(model, size)
         if self.json:
-            told = {} if named else {"card": dataclasses.asdict(card)}
+            told = {"card": card.to_dict()} if is_file else {}
             print_json({"model": self.model, "task": card.task, **summary.to_dict(), **told})
             return 0
-        _print_summary(self.model, summary, card, named=named)
+        print(f"{self.model}, {card.task}, at {size[0]} x {size[1]}")
+        if is_file:
+            _print_card(card)
+        _print_summary(summary)
         return 0
 
+    def _named_model(self) -> Model:
+        create_model = mobilevit.create_model  # says what to install where there is no PyTorch
+        import torch
 
-def _print_summary(name: str, summary: Summary, card: ModelCard, *, named: bool) -> None:
-    height, width = summary.input_size
-    print(f"{name}, {card.task}, at {height} x {width}")
-    if not named:
-        few = ", ".join(card.classes[:8]) + (" ..." if len(card.classes) > 8 else "")
-        print(f"{len(card.classes)} classes: {few}")
-        for told in (card.metrics, card.provenance):
+        with torch.device("meta"):  # shapes, no numbers
+            return create_model(
+                self.model,
+                task=self.task,
+                num_classes=self.num_classes,
+                patch_size=self.patch_size,
+                output_stride=self.output_stride,
+            )
+
+
+def _print_artifact(path: Path, artifact: Artifact) -> None:
+    size = sum(part.stat().st_size for part in artifact_files(path))
+    print(f"{path}, {artifact.card.task}, {artifact.format} {artifact.precision}, {size / 1e6:.1f} MB")
+    _print_card(artifact.card)
+    batch = "B" if artifact.batch_size is None else artifact.batch_size
+    height, width = ("H", "W") if artifact.image_size is None else artifact.image_size
+    shape = (batch, height, width, 3) if artifact.baked else (batch, 3, height, width)
+    print(f"input: {'uint8' if artifact.baked else 'float32'} ({', '.join(map(str, shape))})")
+    print(f"outputs: {', '.join(artifact.outputs)}")
+
+
+def _print_card(card: ModelCard) -> None:
+    few = ", ".join(card.classes[:8]) + (" ..." if len(card.classes) > 8 else "")
+    print(f"{len(card.classes)} classes: {few}")
+    for told in (card.metrics, card.provenance):
+        if told:
             print(", ".join(f"{key} {value}" for key, value in told.items()))
+
+
+def _print_summary(summary: Summary) -> None:
     table = new_table("layer", "kind", "output (C, H, W)", "parameters", "MACs", "activations")
     for row in summary.layers:
         shape = " x ".join(map(str, row.shape))

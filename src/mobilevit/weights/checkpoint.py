@@ -103,10 +103,16 @@ def save(
             "saved": datetime.now(UTC).isoformat(timespec="seconds"),
         },
     }
-    # Weights live channels-last in memory; the file holds plain row-major tensors, which every reader understands.
-    tensors = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
-    metadata = {"format": "pt", "mobilevit": json.dumps(header, ensure_ascii=False)}
-    return write_bytes(path, serialize(tensors, metadata))
+    return save_tensors(model.state_dict(), path, {"mobilevit": json.dumps(header, ensure_ascii=False)})
+
+
+def save_tensors(
+    tensors: Mapping[str, Tensor], path: str | os.PathLike[str], metadata: Mapping[str, str] | None = None
+) -> Path:
+    """Write tensors as a safetensors file that every reader understands; it appears whole or not at all."""
+    # Weights live channels-last in memory; the file holds plain row-major tensors.
+    plain = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+    return write_bytes(path, serialize(plain, {"format": "pt", **(metadata or {})}))
 
 
 def read(path: str | os.PathLike[str]) -> tuple[Mapping[str, Any], dict[str, Any] | None]:
