@@ -31,6 +31,7 @@ from mobilevit.benchmarking.plot import save_plot
 from mobilevit.benchmarking.rounds import Worker, WorkerError, measure
 from mobilevit.cli import main
 from mobilevit.data.shapes import render_scene
+from mobilevit.errors import MobileViTError
 from mobilevit.machine import Machine
 
 NETWORK = Network(label="mobilevit_xxs", origin="mobilevit", architecture="mobilevit_xxs", image_size=(64, 64))
@@ -160,6 +161,7 @@ def test_files_tables_and_json(report: BenchmarkReport, kept: Path) -> None:
         ({"rounds": 0}, "`rounds` is 0"),
         ({"max_workers": 1}, "`max_workers` is 1"),
         ({"device": "mps"}, "mps"),
+        ({"calibration": Path("nowhere")}, "`calibration`: nowhere is no folder of images"),
         ({"cvnets": Path("nowhere")}, "no clone of https://github.com/apple/ml-cvnets"),
         ({"image_size": (8, 8)}, "too small"),
         ({"engines": ("eager",), "precisions": ("fp16",)}, "nothing to measure: eager has no fp16 on the CPU"),
@@ -172,6 +174,12 @@ def test_mistakes_are_told_in_a_line(arguments: dict[str, Any], words: str) -> N
     with pytest.raises(ValueError, match=words) as told:
         benchmark("mobilevit_xxs", BenchmarkConfig(**{"engines": ("eager",), **arguments}))
     assert "\n" not in str(told.value)
+
+
+def test_data_are_looked_at_before_anything_is_measured(checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(MobileViTError, match="nowhere"):
+        benchmark(checkpoint, BenchmarkConfig(engines=("eager",), data=str(tmp_path / "nowhere"), out=tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_command_names_its_flags(capsys: pytest.CaptureFixture[str]) -> None:

@@ -152,6 +152,9 @@ def test_loss_is_of_accuracy_if_that_was_measured() -> None:
         ({"precisions": ("fp8",)}, "unknown precision 'fp8'"),
         ({"engines": ("compile",)}, "compiles anew"),
         ({"engines": ("tvm",)}, "unknown engine 'tvm'"),
+        ({"images": Path("nowhere")}, "`images`: nowhere is no folder of images"),
+        ({"calibration": Path("nowhere")}, "`calibration`: nowhere is no folder of images"),
+        ({"data": "nowhere"}, "nowhere"),
         ({"engines": ("opnvino",)}, "did you mean openvino?"),
     ],
 )

@@ -17,7 +17,15 @@ import torch
 from mobilevit import factory
 from mobilevit.benchmarking import peers
 from mobilevit.benchmarking.config import BenchmarkConfig
-from mobilevit.benchmarking.contenders import Contender, Network, check_precisions, enter, our_network, pick_engines
+from mobilevit.benchmarking.contenders import (
+    Contender,
+    Network,
+    check_folder,
+    check_precisions,
+    enter,
+    our_network,
+    pick_engines,
+)
 from mobilevit.benchmarking.measurement import BenchmarkReport, Failure, Measurement
 from mobilevit.benchmarking.plot import save_plot
 from mobilevit.benchmarking.rounds import Worker, WorkerError, measure
@@ -27,7 +35,7 @@ from mobilevit.devices import gpu_names, pick_device
 from mobilevit.errors import MobileViTError
 from mobilevit.files import write_json
 from mobilevit.imaging.preprocessing import Preprocessing
-from mobilevit.labeled import measure_on
+from mobilevit.labeled import data_to_evaluate, measure_on
 from mobilevit.machine import this_machine, versions
 from mobilevit.models import MODELS, Model
 from mobilevit.progress import Progress
@@ -64,7 +72,9 @@ def benchmark(model: str | os.PathLike[str], config: BenchmarkConfig | None = No
     if named and config.data is not None:
         raise MobileViTError(f"`data` needs a checkpoint, as {model} by name has fresh weights")
     loaded = factory.create_model(str(model), task=config.task) if named else factory.load(model)
-    task = card_of(loaded).task
+    card = card_of(loaded)
+    if config.data is not None:  # now, rather than after all the rounds
+        data_to_evaluate(config.data, "auto", card)
     with tempfile.TemporaryDirectory(prefix="mobilevit-benchmark-") as temporary:
         networks, absent = _networks(loaded, config, Path(temporary))
         contenders, impossible = enter(networks, engines, config, device)
@@ -74,13 +84,9 @@ def benchmark(model: str | os.PathLike[str], config: BenchmarkConfig | None = No
             log.info("left out: %s", line)
         folder = Path(temporary) if config.out is None else config.out / "exported"
         ready, failures = _export_all(contenders, folder, config.calibration)
-        measurements: list[Measurement] = []
-        for case in dict.fromkeys(contender.case for contender in ready):
-            side_by_side = [contender for contender in ready if contender.case == case]
-            label = f"batch {case[0]}, threads {case[1]}"
-            results = measure(side_by_side, rounds=config.rounds, max_workers=config.max_workers, label=label)
-            measurements += [result for result in results if isinstance(result, Measurement)]
-            failures += [result for result in results if isinstance(result, Failure)]
+        results = _measure_cases(ready, config)
+        measurements = [result for result in results if isinstance(result, Measurement)]
+        failures += [result for result in results if isinstance(result, Failure)]
         for failure in failures:
             log.warning("failed: %s: %s", failure.contender.name, failure.reason)
         if not measurements:
@@ -89,7 +95,7 @@ def benchmark(model: str | os.PathLike[str], config: BenchmarkConfig | None = No
             measurements = _with_accuracy(measurements, config.data)
     report = BenchmarkReport(
         model=os.fspath(model),
-        task=task,
+        task=card.task,
         device=device,
         rounds=config.rounds,
         machine=this_machine(gpu_names()),
@@ -119,6 +125,7 @@ def _check(config: BenchmarkConfig) -> str:
             f"`max_workers` is {config.max_workers}; give 2 or more, as the baseline has a process, too"
         )
     check_precisions(config.precisions)
+    check_folder("calibration", config.calibration)
     if "int8" in config.precisions and config.calibration is None:
         raise MobileViTError("int8 needs calibration; give `calibration`, a folder of images like those it will see")
     device = pick_device("cpu" if config.device == "auto" and not torch.cuda.is_available() else config.device)
@@ -185,6 +192,15 @@ def _export_all(
         else:
             ready.append(dataclasses.replace(contender, artifact=file))
     return ready, failures
+
+
+def _measure_cases(contenders: Sequence[Contender], config: BenchmarkConfig) -> list[Measurement | Failure]:
+    results: list[Measurement | Failure] = []
+    for case in dict.fromkeys(contender.case for contender in contenders):
+        side_by_side = [contender for contender in contenders if contender.case == case]
+        label = f"batch {case[0]}, threads {case[1]}"
+        results += measure(side_by_side, rounds=config.rounds, max_workers=config.max_workers, label=label)
+    return results
 
 
 def _with_accuracy(measurements: Sequence[Measurement], data: str) -> list[Measurement]:

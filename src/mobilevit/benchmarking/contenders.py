@@ -150,6 +150,12 @@ def check_precisions(names: Sequence[str]) -> None:
             raise MobileViTError(f"unknown precision {name!r}; choose from {', '.join(PRECISIONS)}")
 
 
+def check_folder(name: str, folder: Path | None) -> None:
+    """Raise a `MobileViTError` if a folder of images that a setting names does not exist."""
+    if folder is not None and not folder.is_dir():
+        raise MobileViTError(f"`{name}`: {folder} is no folder of images")
+
+
 def has_precision(engine: Engine, precision: Precision, device: str) -> bool:
     """Whether an engine computes in a precision on a device."""
     if engine == "eager" or engine == "compile":

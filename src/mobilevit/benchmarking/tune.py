@@ -18,6 +18,7 @@ from mobilevit.benchmarking.contenders import (
     PRECISIONS,
     Contender,
     Engine,
+    check_folder,
     check_precisions,
     has_precision,
     our_network,
@@ -30,7 +31,7 @@ from mobilevit.devices import gpu_names
 from mobilevit.errors import MobileViTError, one_line
 from mobilevit.exporting.export import ExportReport, export
 from mobilevit.files import write_json
-from mobilevit.labeled import measure_on
+from mobilevit.labeled import data_to_evaluate, measure_on
 from mobilevit.machine import Machine, available_cores, this_machine, versions
 from mobilevit.models import Model
 from mobilevit.progress import Progress
@@ -116,6 +117,8 @@ def tune(checkpoint: str | os.PathLike[str], config: TuneConfig | None = None) -
     if "int8" in config.precisions and config.calibration is None:
         dropped.append(("int8", "not tried, as no calibration images were given"))
     model = factory.load(path)
+    if config.data is not None:  # here, as a failing export is no reason to stop
+        data_to_evaluate(config.data, "auto", card_of(model))
     folder = path.parent if config.out is None else config.out
     folder.mkdir(parents=True, exist_ok=True)
     # In the same folder as the result, so that the winner is moved, not copied.
@@ -159,6 +162,8 @@ def _check(config: TuneConfig) -> None:
         if count is not None and count < 1:
             raise MobileViTError(f"`{name}` is {count}; give 1 or more")
     check_precisions(config.precisions)
+    check_folder("images", config.images)
+    check_folder("calibration", config.calibration)
     if "compile" in config.engines:
         raise MobileViTError("torch.compile compiles anew in every process, so it is not tuned; choose it by `engine`")
 
