@@ -1,4 +1,4 @@
-"""What a model must say of itself, so that no user has to remember it."""
+"""The model card: all that a user would otherwise have to remember about a model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mobilevit.errors import MobileViTError
 from mobilevit.imaging.preprocessing import Preprocessing
 
 Task = Literal["classification", "detection", "segmentation"]
-"""What a model is asked of an image: its class, boxes around objects, or the class of every pixel."""
+"""Predict the class of an image, boxes around objects, or the class of every pixel."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +20,7 @@ class ModelCard:
     name: str
     """Architecture, a key of `MODELS`."""
     task: Task
-    """What the model does."""
+    """The task of the model."""
     classes: tuple[str, ...]
     """Labels, by output index; a detector's without the background, which is output 0."""
     preprocessing: Preprocessing = field(default_factory=Preprocessing)
@@ -28,7 +28,7 @@ class ModelCard:
     metrics: dict[str, float] = field(default_factory=dict)
     """Measured when the model was saved."""
     score_threshold: float | None = None
-    """Detection: the score from which on a detection is shown; where precision and recall balanced best."""
+    """Detection: the lowest score that is shown; where precision and recall balanced best."""
     provenance: dict[str, str] = field(default_factory=dict)
     """Where the weights come from: data, starting weights, license, versions."""
 
@@ -57,7 +57,7 @@ def card_of(model: object) -> ModelCard:
     """Get the card of a model made by `create_model` or `load`.
 
     Raises:
-        ValueError: the model has none.
+        MobileViTError: the model has none.
     """
     card = getattr(model, "card", None)
     if not isinstance(card, ModelCard):
@@ -66,5 +66,5 @@ def card_of(model: object) -> ModelCard:
 
 
 def default_classes(num_classes: int) -> tuple[str, ...]:
-    """Placeholder labels for a model nobody has named the classes of."""
+    """Make placeholder labels for a model without class names."""
     return tuple(f"class_{index}" for index in range(num_classes))

@@ -24,39 +24,39 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class DeepLabv3Config:
-    """Width and reach of the head; the defaults are the paper's.
+    """Width and dilations of the head; the defaults are the paper's.
 
     Raises:
-        ValueError: a rate or width below one.
+        MobileViTError: a rate or width below one.
     """
 
     aspp_channels: int = 256
     """Channels of each branch; 512 in the weights Apple published later."""
     atrous_rates: tuple[int, ...] = (6, 12, 18)
-    """Dilations of the 3x3 branches; twice as much at output stride 8."""
+    """Dilations of the 3x3 branches; twice these at output stride 8."""
     dropout: float = 0.1
-    """Before the classifier."""
+    """Dropout before the classifier."""
     aux_head: bool = False
-    """A second, small classifier on the map of layer4, which helps training and is not used afterwards."""
+    """Add a small second classifier on the map of layer4, which helps training and is not used afterwards."""
     aux_channels: int = 128
-    """Its width."""
+    """Channels of the auxiliary head."""
 
     def __post_init__(self) -> None:
         if min((self.aspp_channels, self.aux_channels, *self.atrous_rates)) < 1:
-            raise MobileViTError("aspp_channels, aux_channels and atrous_rates must be 1 or more")
+            raise MobileViTError("`aspp_channels`, `aux_channels` and `atrous_rates` must be 1 or more")
 
     @classmethod
     def for_output_stride(cls, output_stride: int) -> DeepLabv3Config:
-        """Rates that see equally far in the image at every output stride (arXiv:1706.05587, section 4.1)."""
+        """Scale the dilations to see equally far at every output stride (arXiv:1706.05587, section 4.1)."""
         return cls().scaled(16 / output_stride)
 
     def scaled(self, ratio: float) -> DeepLabv3Config:
-        """The same head for a map that is `ratio` times as large on each side."""
+        """Adapt the dilations to a map that is `ratio` times as large on each side."""
         return replace(self, atrous_rates=tuple(max(int(rate * ratio), 1) for rate in self.atrous_rates))
 
 
 class SegmentationOutput(NamedTuple):
-    """What `DeepLabv3` says of B images."""
+    """The output of `DeepLabv3` for B images."""
 
     logits: Tensor
     """(B, K, H, W), at the size of the input."""
@@ -69,7 +69,7 @@ class SegmentationOutput(NamedTuple):
 
 
 class ASPP(nn.Module):
-    """Atrous spatial pyramid pooling: what is near, what is further off, and the whole, side by side.
+    """Atrous spatial pyramid pooling: a 1x1, dilated 3x3s and global pooling side by side.
 
     Shape: (B, C, h, w) -> (B, aspp_channels, h, w).
     """
@@ -92,17 +92,17 @@ class ASPP(nn.Module):
 
 
 class DeepLabv3(nn.Module):
-    """A backbone's last map through ASPP to classes, enlarged to the input's size.
+    """A backbone, ASPP on its last map, and a classifier whose logits are resized to the input.
 
     Args:
-        backbone: has `forward_features` and `feature_channels`; its output stride decides how fine the map is.
+        backbone: has `forward_features` and `feature_channels`; its output stride is that of the map.
         num_classes: K, background included if there is one.
-        config: width and reach of the head; None: the paper's, at the backbone's output stride.
+        config: width and dilations of the head; None: the paper's, at the backbone's output stride.
     Shape: RGB in 0..1, (B, 3, H, W), H and W >= 32 -> `SegmentationOutput`.
     """
 
     card: ModelCard | None = None
-    """What the model says of itself; set by `create_model` and `load`."""
+    """Name, task, classes and preprocessing; set by `create_model` and `load`."""
 
     def __init__(self, backbone: MobileViTBackbone, num_classes: int, config: DeepLabv3Config | None = None) -> None:
         super().__init__()
@@ -124,7 +124,7 @@ class DeepLabv3(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Start everything but the backbone afresh."""
+        """Give fresh weights to everything but the backbone."""
         initialize(self.aspp)
         initialize_prediction(self.classifier)
         if self.aux_head is not None:
@@ -136,13 +136,13 @@ class DeepLabv3(nn.Module):
     def forward(self, x: Tensor) -> SegmentationOutput:
         size = (x.shape[2], x.shape[3])
         if not (self.training and self.aux_head is not None):
-            return SegmentationOutput(_enlarge(self.coarse_logits(x), size), None)
+            return SegmentationOutput(_resize(self.coarse_logits(x), size), None)
         *_, penultimate, last = self.backbone.forward_stages(x)
-        aux_logits = _enlarge(self.aux_head(penultimate), size)  # (B, K, H, W)
-        return SegmentationOutput(_enlarge(self._classify(last), size), aux_logits)
+        aux_logits = _resize(self.aux_head(penultimate), size)  # (B, K, H, W)
+        return SegmentationOutput(_resize(self._classify(last), size), aux_logits)
 
     def coarse_logits(self, x: Tensor) -> Tensor:
-        """Logits before they are enlarged. Shape: (B, 3, H, W) -> (B, K, h, w)."""
+        """Compute the logits before they are resized. Shape: (B, 3, H, W) -> (B, K, h, w)."""
         return self._classify(self.backbone.forward_features(x)[self.output_stride])
 
     def _classify(self, x: Tensor) -> Tensor:
@@ -151,6 +151,6 @@ class DeepLabv3(nn.Module):
         return x
 
 
-def _enlarge(logits: Tensor, size: tuple[int, int]) -> Tensor:
-    """Bilinear, corners on corners as in the official code."""
+def _resize(logits: Tensor, size: tuple[int, int]) -> Tensor:
+    """Resize bilinearly, with corners aligned as in the official code."""
     return F.interpolate(logits, size=size, mode="bilinear", align_corners=True)

@@ -1,6 +1,6 @@
-"""The inference-time rewrite: the same function in fewer steps.
+"""Rewrite a model for inference: the same function in fewer steps.
 
-What batch statistics and affine parameters do is linear, so the neighboring linear step can do it:
+BatchNorm and the affine part of LayerNorm are linear, so a neighboring linear layer can take them over:
 
     BatchNorm after a convolution        -> the convolution's weight and bias
     LayerNorm's gain and shift           -> the linear layer (or 1x1 convolution) that follows
@@ -22,12 +22,12 @@ Model = TypeVar("Model", bound=nn.Module)
 
 @torch.no_grad()
 def fuse(model: Model) -> Model:
-    """An eval-only copy that computes the same numbers, faster; the original stays as it is.
+    """Make a faster, eval-only copy that computes the same numbers; the original stays as it is.
 
     Works on any model made of this package's blocks. Outputs differ by float rounding (below 1e-4 in float32).
 
     Args:
-        model: in any mode, on any device; floating point.
+        model: in any mode, on any device, in floating point.
     """
     fused = copy.deepcopy(model).eval().requires_grad_(False)
     if getattr(model, "fused", False):
@@ -96,13 +96,13 @@ def _fold_batch_norm(block: ConvNormAct) -> None:
         )
         block.norm = nn.Identity()
     if isinstance(block.act, nn.SiLU | nn.ReLU):
-        block.act = type(block.act)(inplace=True)  # nobody else holds a convolution's output
+        block.act = type(block.act)(inplace=True)  # nothing else reads the output of a convolution
 
 
 def _fold_layer_norm(norm: nn.LayerNorm, following: nn.Linear | nn.Conv2d) -> None:
-    """following(gain * x + shift) = (W * gain) x + (W shift + bias).
+    """Use that following(gain * x + shift) = (W * gain) x + (W shift + bias).
 
-    A bilinear resize between the two changes nothing: it is linear, and its weights sum to one.
+    A bilinear resize between the two does not matter: it is linear, and its weights sum to one.
     """
     assert following.bias is not None
     gain, shift, weight = norm.weight.double(), norm.bias.double(), following.weight.double()

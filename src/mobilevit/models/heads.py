@@ -1,4 +1,4 @@
-"""The three tasks side by side: how a model for each is built, and what holds where nothing is said."""
+"""The three tasks side by side: how models for each are built, and their defaults."""
 
 from __future__ import annotations
 
@@ -34,16 +34,16 @@ def imagenet_classes() -> tuple[str, ...]:
 
 @dataclass(frozen=True, kw_only=True)
 class Head:
-    """The particulars of models for one task."""
+    """How models for one task are built, and their defaults."""
 
     build: Callable[[MobileViTConfig, int, HeadConfig | None], Model]
-    """Makes a model from a backbone's shape, a number of classes and a head's shape (None: the published one)."""
+    """Makes a model from a backbone's shape, the number of classes and a head's shape (None: the published one)."""
     config_type: type[SSDLiteConfig] | type[DeepLabv3Config] | None
-    """Type of the head's shape; None: the backbone's says all."""
+    """Type of the head's shape; None if the head has none of its own."""
     num_classes: int
-    """Classes of a new model: as many as the data of the public weights have."""
+    """Classes of a new model, which are those of the data behind the public weights."""
     class_names: Callable[[], tuple[str, ...]]
-    """Names of the classes of those data."""
+    """Names of these classes."""
     output_stride: int
     """Output stride of a new model."""
     preprocessing: Preprocessing
@@ -51,7 +51,7 @@ class Head:
     published_preprocessing: Preprocessing
     """Preprocessing with which the public weights reach their published accuracy."""
     class_tensor: str
-    """A tensor whose rows answer for the classes: for each anchor `other_rows` rows, then one a class."""
+    """A tensor with a row for each class: for each anchor `other_rows` rows, then one for each class."""
     class_tensors: re.Pattern[str]
     """Matches the names of all such tensors."""
     anchors: int = 1
@@ -60,7 +60,7 @@ class Head:
     """Rows of an anchor before those of the classes: four of the box and one of the background."""
 
     def count_classes(self, state: Mapping[str, Tensor]) -> int:
-        """Count the classes that weights answer for; 0 where that part is missing."""
+        """Count the classes of weights; 0 if they have no classifier."""
         rows = len(state[self.class_tensor]) if self.class_tensor in state else 0
         return max(rows // self.anchors - self.other_rows, 0)
 

@@ -1,6 +1,6 @@
 """MobileViT: light-weight, general-purpose, mobile-friendly vision transformer (Mehta & Rastegari, arXiv:2110.02178).
 
-The whole model, top to bottom, on torch alone. Letters used in shape comments:
+The whole model, top to bottom, in torch alone. Letters used in shape comments:
 
     B  images in the batch          ph, pw  height and width of a patch in pixels
     C  channels of a feature map      P       pixels in a patch, ph * pw
@@ -8,8 +8,8 @@ The whole model, top to bottom, on torch alone. Letters used in shape comments:
     D  width of the transformer       h       attention heads
     K  classes
 
-Everything lives channels-last (NHWC in memory): a feature map is then already a table of tokens, and going between
-maps and token sequences costs two copies, neither of which touches single elements.
+Tensors are channels-last (NHWC in memory): a feature map is then already a table of tokens, and going from maps to
+token sequences costs two copies, neither of which moves single elements.
 """
 
 from __future__ import annotations
@@ -34,20 +34,20 @@ PatchSize = int | tuple[int, int]
 
 @dataclass(frozen=True, kw_only=True)
 class MobileViTConfig:
-    """Everything that decides the shape of a MobileViT backbone (arXiv:2110.02178, table 4).
+    """The shape of a MobileViT backbone (arXiv:2110.02178, table 4).
 
     Raises:
-        ValueError: a field has a value the architecture cannot have.
+        MobileViTError: a field has a value the architecture cannot have.
     """
 
     channels: tuple[int, int, int, int, int]
     """Output channels of layer1 to layer5."""
     embed_dims: tuple[int, int, int]
-    """D of the transformers in layer3, layer4 and layer5."""
+    """Transformer width D in layer3, layer4 and layer5."""
     head_channels: int
     """Output channels of the last 1x1 convolution, before pooling."""
     expand_ratio: int = 4
-    """Widening inside the MobileNetV2 blocks."""
+    """Width inside the MobileNetV2 blocks, relative to their input."""
     stem_channels: int = 16
     """Output channels of the first convolution."""
     depths: tuple[int, int, int] = (2, 4, 3)
@@ -59,9 +59,9 @@ class MobileViTConfig:
     classifier_dropout: float = 0.1
     """Dropout before the last linear layer."""
     patch_size: tuple[PatchSize, PatchSize, PatchSize] = (2, 2, 2)
-    """Patches of layer3, layer4 and layer5: a side, or (height, width). (8, 4, 2) is the paper's configuration B."""
+    """Patch of layer3, layer4 and layer5: a side, or (height, width). (8, 4, 2) is the paper's configuration B."""
     output_stride: int = 32
-    """Input size over size of the last map: 32, or 16 or 8 by dilation instead of striding."""
+    """Input size divided by the size of the last map: 32, or 16 or 8 by dilation instead of striding."""
 
     def __post_init__(self) -> None:
         if len(self.patch_size) != 3 or any(min(_pair(p)) < 1 for p in self.patch_size):
@@ -83,18 +83,18 @@ S = MobileViTConfig(channels=(32, 64, 96, 128, 160), embed_dims=(144, 192, 240),
 
 
 class ConvNormAct(nn.Module):
-    """Convolution with "same" padding, BatchNorm, activation; each of the last two can be left out.
+    """Convolution with "same" padding, BatchNorm and activation; the last two are optional.
 
     Args:
-        in_channels: channels in.
-        out_channels: channels out.
-        kernel_size: side of the kernel.
-        stride: of the convolution.
-        dilation: of the convolution.
-        groups: of the convolution.
-        norm: whether BatchNorm follows.
+        in_channels: channels of the input.
+        out_channels: channels of the output.
+        kernel_size: side of the kernel, in pixels.
+        stride: step of the convolution, in pixels.
+        dilation: distance between the pixels that a kernel reads.
+        groups: groups of channels that are convolved apart.
+        norm: add BatchNorm.
         act: "silu" in the backbone, "relu" in the heads of detection and segmentation, None for no activation.
-        bias: of the convolution.
+        bias: add a bias to the convolution.
     Shape: (B, in_channels, H, W) -> (B, out_channels, ceil(H / stride), ceil(W / stride)).
     """
 
@@ -125,7 +125,7 @@ class ConvNormAct(nn.Module):
 
 
 class InvertedResidual(nn.Module):
-    """MobileNetV2 block: widen by a 1x1, filter each channel by a 3x3, narrow by a 1x1 (arXiv:1801.04381).
+    """MobileNetV2 block: a 1x1 expands, a depthwise 3x3 filters, a 1x1 projects (arXiv:1801.04381).
 
     Shape: (B, in_channels, H, W) -> (B, out_channels, ceil(H / stride), ceil(W / stride)).
     """
@@ -146,7 +146,7 @@ class InvertedResidual(nn.Module):
 
 
 def _round_channels(channels: int, multiple: int = 8) -> int:
-    """The nearest multiple of 8 that is not below 90 % of what was asked (arXiv:1801.04381, official code)."""
+    """Round to the nearest multiple, at least 90 % of `channels` (arXiv:1801.04381, official code)."""
     rounded = max(multiple, (channels + multiple // 2) // multiple * multiple)
     return rounded if rounded >= 0.9 * channels else rounded + multiple
 
@@ -175,14 +175,14 @@ class Attention(nn.Module):
 
 
 class Dropout(nn.Dropout):
-    """`nn.Dropout`, at a third of its cost on a CPU.
+    """`nn.Dropout` at a third of its cost on a CPU.
 
-    There the stock one draws every element from a serial generator, which is a tenth of a training step; here each
-    draw of 64 bits decides four elements, and the probability is kept to 1 / 65536.
+    There `nn.Dropout` draws every element from a serial generator, which takes a tenth of a training step. Here a draw
+    of 64 bits decides four elements; the probability is exact to 1 / 65536.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        # The compiler would cut the graph in two at each of these draws, and has a fast one of its own.
+        # The compiler would break the graph at each of these draws, and has a fast dropout of its own.
         if not self.training or self.p == 0 or x.device.type != "cpu" or torch.compiler.is_compiling():
             return super().forward(x)
         bits = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
@@ -213,10 +213,10 @@ class TransformerLayer(nn.Module):
 
 
 def unfold(x: Tensor, patch_size: tuple[int, int]) -> Tensor:
-    """Gather the pixels at the same place inside their patches into one sequence each (arXiv:2110.02178, figure 4).
+    """Collect the pixels at the same offset inside their patches into one sequence each (arXiv:2110.02178, figure 4).
 
-    Sequences are ordered by place inside the patch, then by image. Two copies, of whole rows and runs of D numbers;
-    no tensor above rank 4, so that exported graphs suit compilers for small devices.
+    Sequences are ordered by offset inside the patch, then by image. Costs two copies, of whole rows and of runs of D
+    numbers; no tensor has more than 4 dimensions, so that exported graphs suit compilers for small devices.
 
     Shape: (B, D, H, W) -> (P * B, N, D); H and W are multiples of the patch.
     """
@@ -228,7 +228,7 @@ def unfold(x: Tensor, patch_size: tuple[int, int]) -> Tensor:
 
 
 def fold(tokens: Tensor, size: tuple[int, int], patch_size: tuple[int, int]) -> Tensor:
-    """The inverse of `unfold`: put every token back at its pixel.
+    """Put every token back at its pixel: the inverse of `unfold`.
 
     Shape: (P * B, N, D) -> (B, D, H, W), channels-last in memory; `size` is (H, W).
     """
@@ -243,16 +243,19 @@ class MobileViTBlock(nn.Module):
     """Local 3x3 convolution, then attention across patches (arXiv:2110.02178, section 3.1).
 
     A pixel attends only to the pixels at its own offset inside the other patches: P sequences of N tokens.
-    A map that patches do not divide is resized up to the next multiple and back, bilinearly, as the official code does.
+    As in the official code, a map that patches do not divide is resized bilinearly to the next multiple, and back.
 
     Args:
         in_channels: C.
-        embed_dim: D, the transformer's width; divisible by `num_heads`.
+        embed_dim: D, the width of the transformer; divisible by `num_heads`.
         depth: number of transformer layers (L in the paper).
+        num_heads: attention heads of each layer.
+        patch_size: side of a patch in pixels, or (height, width).
+        dropout: probability, after attention and after the feed-forward network.
     Shape: (B, C, H, W) -> (B, C, H, W), any H and W.
 
     Raises:
-        ValueError: `embed_dim` is not divisible by `num_heads`.
+        MobileViTError: `embed_dim` is not divisible by `num_heads`.
     """
 
     def __init__(
@@ -294,7 +297,7 @@ class MobileViTBlock(nn.Module):
 
 
 class MobileViTBackbone(nn.Module):
-    """Five stages that halve the map and widen it: what classification, detection and segmentation share.
+    """The five stages that classification, detection and segmentation share; each halves the map and adds channels.
 
     Args:
         config: the shape of the backbone, such as `XXS`, `XS` or `S`.
@@ -302,14 +305,14 @@ class MobileViTBackbone(nn.Module):
     """
 
     card: ModelCard | None = None
-    """What the model says of itself; set by `create_model` and `load`."""
+    """Name, task, classes and preprocessing; set by `create_model` and `load`."""
 
     def __init__(self, config: MobileViTConfig) -> None:
         super().__init__()
         self.config = config
         stem, (c1, c2, c3, c4, c5) = config.stem_channels, config.channels
-        # Where layer4 no longer shrinks the map, layer5 dilates its depthwise convolution to see as far as before.
-        # As in the official code, that is the only dilated one: those inside the MobileViT blocks never are.
+        # Where layer4 no longer halves the map, layer5 dilates its depthwise convolution to see as far as before.
+        # As in the official code, no other is dilated: those inside the MobileViT blocks never are.
         stride4, stride5 = (2 if config.output_stride >= 16 else 1), (2 if config.output_stride >= 32 else 1)
 
         self.stem = ConvNormAct(3, stem, 3, stride=2)
@@ -352,21 +355,21 @@ class MobileViTBackbone(nn.Module):
 
     @property
     def size_multiple(self) -> tuple[int, int]:
-        """(height, width) of which inputs must be multiples if patches are to divide every map, without resizing."""
+        """(height, width) whose multiples are the input sizes at which patches divide every map, without resizing."""
         patches = [_pair(patch) for patch in self.config.patch_size]
         strides = self._feature_strides[2:]
         height, width = (math.lcm(32, *(s * p[axis] for s, p in zip(strides, patches, strict=True))) for axis in (0, 1))
         return height, width
 
     def forward_features(self, x: Tensor) -> dict[int, Tensor]:
-        """The deepest feature map at each stride.
+        """Compute the deepest feature map at each stride.
 
         Shape: (B, 3, H, W) -> {stride: (B, feature_channels[stride], ceil(H / stride), ceil(W / stride))}.
         """
         return dict(zip(self._feature_strides, self.forward_stages(x), strict=True))
 
     def forward_stages(self, x: Tensor) -> list[Tensor]:
-        """The output of layer1 to layer5, also where dilation leaves several at the same stride.
+        """Compute the outputs of layer1 to layer5, also where dilation leaves several at the same stride.
 
         Shape: (B, 3, H, W) -> five maps of `config.channels`.
         """
@@ -383,7 +386,7 @@ class MobileViT(MobileViTBackbone):
 
     Args:
         config: the shape of the backbone, such as `XXS`, `XS` or `S`.
-        num_classes: K; 0 leaves the classifier out, and the pooled features are returned.
+        num_classes: K; 0 leaves the classifier out and returns the pooled features.
     Shape: RGB in 0..1, (B, 3, H, W), H and W >= 32 -> logits (B, K).
     """
 
@@ -413,7 +416,7 @@ class MobileViT(MobileViTBackbone):
 
 
 def initialize(module: nn.Module) -> None:
-    """Initial weights of the official code, and channels-last memory, for a module and all in it.
+    """Give a module and all in it the initial weights of the official code, and channels-last memory.
 
     Convolutions: Kaiming normal over fan-out; linear layers: normal 0.02.
     """
@@ -432,7 +435,7 @@ def _init_weights(module: nn.Module) -> None:
 
 
 def initialize_prediction(conv: nn.Conv2d) -> None:
-    """Initial weights of a last convolution: so small that all classes are equally likely and boxes stay in place."""
+    """Start a last convolution so small that all classes are equally likely and boxes stay where the anchors are."""
     nn.init.normal_(conv.weight, std=0.01)
     assert conv.bias is not None
     nn.init.zeros_(conv.bias)

@@ -1,11 +1,11 @@
-"""SSDLite on a MobileViT: objects and their boxes in one pass (arXiv:1512.02325, arXiv:1801.04381, arXiv:2110.02178).
+"""SSDLite on a MobileViT: detection in one pass (arXiv:1512.02325, arXiv:1801.04381, arXiv:2110.02178).
 
 Letters used in shape comments:
 
     B  images in the batch     A  anchors in all levels together
     K  classes of objects        H, W  height and width of an image or map
 
-Boxes are in units of the image, 0..1, so that one set of anchors serves every input size of the same shape.
+Boxes are relative to the image, 0..1, so that one set of anchors serves all input sizes of one aspect ratio.
 """
 
 from __future__ import annotations
@@ -34,21 +34,21 @@ class SSDLiteConfig:
     """Levels and anchors; the defaults are the published ones (official code, arXiv:2110.02178 section 4.2).
 
     Raises:
-        ValueError: the levels' settings differ in number.
+        MobileViTError: the levels' settings differ in number.
     """
 
     extra_channels: tuple[int, ...] = (256, 128, 128)
-    """Of the levels after the backbone's, each of half the size of the one before."""
+    """Channels of the levels after the backbone's; each has half the size of the one before."""
     pool_channels: int = 64
-    """Of the last level, a single cell that sees the whole image."""
+    """Channels of the last level, a single cell that sees the whole image."""
     head_channels: tuple[int | None, ...] = (512, 256, None, None, None, None)
-    """Width each level is brought to before its head; None: as it is."""
+    """Channels each level is projected to before its head; None: as it is."""
     min_scale: float = 0.1
-    """Side of the smallest anchors, in sides of the image."""
+    """Side of the smallest anchors, relative to the image."""
     max_scale: float = 1.05
-    """Side of the scale that would follow the last level's."""
+    """Side of the anchors that a further level would have."""
     aspect_ratios: tuple[tuple[float, ...], ...] = ((2, 3), (2, 3), (2, 3), (2, 3), (2, 3), (2,))
-    """Of each level, besides 1; every ratio also stands on its head."""
+    """Aspect ratios of the anchors of each level, besides 1; each also inverted."""
 
     def __post_init__(self) -> None:
         levels = 2 + len(self.extra_channels) + 1
@@ -57,17 +57,17 @@ class SSDLiteConfig:
 
     @property
     def anchors_per_cell(self) -> tuple[int, ...]:
-        """Of each level: a square, a larger square, and two for every ratio."""
+        """Anchors in a cell of each level: a square, a larger square, and two for every ratio."""
         return tuple(2 + 2 * len(ratios) for ratios in self.aspect_ratios)
 
 
 class DetectionOutput(NamedTuple):
-    """What `SSDLite` says of B images."""
+    """The output of `SSDLite` for B images."""
 
     class_logits: Tensor
     """(B, A, K + 1); class 0 is the background."""
     box_regression: Tensor
-    """(B, A, 4): how each anchor must be moved and stretched; see `decode_boxes`."""
+    """(B, A, 4): how far each anchor is moved and scaled; see `decode_boxes`."""
     anchors_cxcywh: Tensor
     """(A, 4): center, width and height in 0..1."""
 
@@ -84,11 +84,11 @@ class DetectionOutput(NamedTuple):
 
 
 CENTER_VARIANCE, SIZE_VARIANCE = 0.1, 0.2
-"""Units of the regression, so that its numbers are about as large as one."""
+"""Units of the regression, chosen so that its values are around 1."""
 
 
 def make_anchors(map_sizes: Sequence[tuple[int, int]], config: SSDLiteConfig) -> Tensor:
-    """The boxes that detection starts from: some at every cell of every level's map, clipped to 0..1.
+    """Make the boxes that detection starts from: several at every cell of every level's map, clipped to 0..1.
 
     Args:
         map_sizes: (height, width) of each level's map.
@@ -117,7 +117,7 @@ def _anchor_table(map_sizes: tuple[tuple[int, int], ...], config: SSDLiteConfig)
 
 
 def encode_boxes(boxes_cxcywh: Tensor, anchors_cxcywh: Tensor) -> Tensor:
-    """The regression that would turn anchors into boxes (arXiv:1512.02325, equation 2). The inverse of `decode_boxes`.
+    """Compute the regression that turns anchors into boxes (arXiv:1512.02325, equation 2): inverse of `decode_boxes`.
 
     Shape: (..., A, 4) and (A, 4), both in 0..1 -> (..., A, 4).
     """
@@ -127,7 +127,7 @@ def encode_boxes(boxes_cxcywh: Tensor, anchors_cxcywh: Tensor) -> Tensor:
 
 
 def decode_boxes(box_regression: Tensor, anchors_cxcywh: Tensor) -> Tensor:
-    """Move and stretch anchors as the regression says.
+    """Move and scale anchors by the regression.
 
     Shape: (..., A, 4) and (A, 4) -> (..., A, 4) as left, top, right, bottom; in 0..1, beyond it for cut-off objects.
     """
@@ -137,7 +137,7 @@ def decode_boxes(box_regression: Tensor, anchors_cxcywh: Tensor) -> Tensor:
 
 
 class SSDLite(nn.Module):
-    """A backbone's two deepest maps, smaller ones made of them, and on each a head for classes and boxes.
+    """A backbone, further maps made from its deepest one, and a head for classes and boxes on each of six levels.
 
     Args:
         backbone: has `forward_features` and `feature_channels` with maps at strides 16 and 32.
@@ -146,11 +146,11 @@ class SSDLite(nn.Module):
     Shape: RGB in 0..1, (B, 3, H, W), H and W >= 32 -> `DetectionOutput`.
 
     Raises:
-        ValueError: the backbone has no maps at strides 16 and 32.
+        MobileViTError: the backbone has no maps at strides 16 and 32.
     """
 
     card: ModelCard | None = None
-    """What the model says of itself; set by `create_model` and `load`."""
+    """Name, task, classes and preprocessing; set by `create_model` and `load`."""
 
     def __init__(self, backbone: MobileViTBackbone, num_classes: int, config: SSDLiteConfig | None = None) -> None:
         super().__init__()
@@ -180,7 +180,7 @@ class SSDLite(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Start everything but the backbone afresh."""
+        """Give fresh weights to everything but the backbone."""
         for part in (self.extra, self.pool, self.heads):
             initialize(part)
         for head in self.heads:
@@ -194,13 +194,11 @@ class SSDLite(nn.Module):
             maps.append(shrink(maps[-1]))  # strides 64, 128, 256
         maps.append(self.pool(maps[-1].mean((2, 3), keepdim=True)))  # (B, 64, 1, 1)
 
-        answers = [
-            head(level) for head, level in zip(self.heads, maps, strict=True)
-        ]  # each (B, cells * anchors, 4 + K + 1)
-        together = torch.cat(answers, dim=1)
-        box_regression, class_logits = together[..., :4], together[..., 4:]
+        levels = [head(level) for head, level in zip(self.heads, maps, strict=True)]  # (B, cells * anchors, 4 + K + 1)
+        outputs = torch.cat(levels, dim=1)
+        box_regression, class_logits = outputs[..., :4], outputs[..., 4:]
         anchors = make_anchors([(level.shape[2], level.shape[3]) for level in maps], self.head_config)
-        anchors = anchors.to(x.device, non_blocking=x.device.type == "cuda")  # or the host would wait for the GPU
+        anchors = anchors.to(x.device, non_blocking=x.device.type == "cuda")  # without waiting for the GPU
         return DetectionOutput(class_logits, box_regression, anchors)
 
 

@@ -1,4 +1,4 @@
-"""What a model is made of: shapes, parameters, multiply-adds, and what attention costs, at any input size."""
+"""Layers of a model at any input size: shapes, parameters, multiply-adds, and the cost of attention."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class LayerRow:
     name: str
     kind: str
     shape: tuple[int, ...]
-    """Of the output, without the batch; () for what only training uses."""
+    """Shape of the output without the batch; () for layers that only training uses."""
     parameters: int
     macs: int
     """Multiply-adds of convolutions, linear layers and attention, for one image."""
@@ -34,14 +34,14 @@ class LayerRow:
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionRow:
-    """What one multiplication of queries by keys costs in a MobileViT block (arXiv:2110.02178, section 3.1)."""
+    """Cost of one product of queries and keys in a MobileViT block (arXiv:2110.02178, section 3.1)."""
 
     name: str
     map_size: tuple[int, int]
-    """(H, W) that attention sees: of the feature map, resized up to a multiple of the patch."""
+    """(H, W) of the feature map, resized up to a multiple of the patch."""
     patch_size: tuple[int, int]
     num_sequences: int
-    """P: pixels in a patch, each offset a sequence of its own."""
+    """P: pixels in a patch; each offset is a sequence of its own."""
     num_tokens: int
     """N: patches in the map."""
     embed_dim: int
@@ -68,10 +68,10 @@ class Summary:
 
 
 def summarize(model: Model, input_size: tuple[int, int]) -> Summary:
-    """Measure a model without computing anything: a copy of it runs on tensors that have shapes but no numbers.
+    """Measure a model without computing: a copy of it runs on tensors that have shapes but no values.
 
     Args:
-        model: for any task; may be on the "meta" device.
+        model: for any task; also on the "meta" device.
         input_size: (height, width) of one image.
     """
     model = copy.deepcopy(model).to("meta").eval()
@@ -105,7 +105,7 @@ def summarize(model: Model, input_size: tuple[int, int]) -> Summary:
 
 
 def _layers(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """The stem, every block of every stage, and the parts of the head."""
+    """Walk through the stem, every block of every stage, and the parts of the head."""
     for name, child in module.named_children():
         if isinstance(child, nn.Sequential | nn.ModuleList | MobileViTBackbone | ASPP):
             yield from _layers(child, f"{prefix}{name}.")

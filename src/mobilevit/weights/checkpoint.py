@@ -1,4 +1,4 @@
-"""One self-describing file a model: safetensors, with the card in its header."""
+"""Checkpoints that describe themselves: safetensors files with the card in their header."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ class Weights:
     origin: str
     """The file, or the name of public weights."""
     described: bool
-    """Whether the file says the rest itself; else it follows from names and shapes of the tensors."""
+    """Whether the file itself says the rest; else it was recognized by names and shapes."""
     state: dict[str, Tensor]
     card: ModelCard
-    """Has no classes where the part that answers for them is missing."""
+    """Without classes if the weights have no classifier."""
     config: MobileViTConfig
     head: HeadConfig | None
     """None: the published one, or a task that needs none."""
@@ -56,16 +56,16 @@ def save(
     provenance: Mapping[str, str] | None = None,
     score_threshold: float | None = None,
 ) -> Path:
-    """Write a checkpoint that needs nothing remembered; what is not given comes from the model's card.
+    """Write a checkpoint that describes itself; what is not given comes from the model's card.
 
     Args:
         model: made by `create_model` or `load`, not by `fuse`.
         path: ends in `.safetensors`; appears whole or not at all.
-        classes: labels by output index; a detector's without the background.
+        classes: labels by output index, in detection without the background.
         preprocessing: how images become input.
         metrics: measured values to keep with the weights.
         provenance: where the weights come from; added to what the card says.
-        score_threshold: detection only: the score from which on a detection is shown.
+        score_threshold: detection only: the lowest score that is shown.
 
     Raises:
         MobileViTError: wrong number of classes, a fused model, or another suffix.
@@ -119,7 +119,7 @@ def read(path: str | os.PathLike[str]) -> tuple[Mapping[str, Any], dict[str, Any
     """Read the tensors of any checkpoint file, and the header if this package wrote it.
 
     Returns:
-        What the file holds, wrappers and all; the parsed header or None.
+        The content of the file as it is, and the parsed header or None.
 
     Raises:
         MobileViTError: missing, truncated, or a pickle that would run code.
