@@ -11,8 +11,12 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from mobilevit.errors import MobileViTError, one_line
+
+Json = dict[str, Any]
+"""A JSON object, with values as `json.dumps` takes them."""
 
 _ONE_AT_A_TIME = threading.Lock()
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -103,10 +107,14 @@ def write_bytes(path: str | os.PathLike[str], data: bytes | memoryview) -> Path:
     return write_atomically(path, lambda aside: aside.write_bytes(data))
 
 
+def as_utf8(text: str) -> str:
+    """Escape the bytes of file names that are not UTF-8, so that they can be printed; JSON reads them back."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 def write_text(path: str | os.PathLike[str], text: str) -> Path:
     """Write a text file, whole or not at all."""
-    # File names that are not UTF-8 contain lone surrogates; JSON can read them back when a backslash escapes them.
-    return write_atomically(path, lambda aside: aside.write_text(text, encoding="utf-8", errors="backslashreplace"))
+    return write_bytes(path, as_utf8(text).encode())
 
 
 def write_json(path: str | os.PathLike[str], value: object) -> Path:

@@ -246,20 +246,20 @@ def test_names_that_are_not_utf8(photos: Path, models: Path, tmp_path: Path) -> 
 def test_other_rows_are_not_mixed_in(photos: Path, models: Path, tmp_path: Path) -> None:
     sources, out = [str(photos / "a" / "0.png")], tmp_path / "rows"
     run(models, out, sources)
-    with pytest.raises(ValueError, match=r"made otherwise \(now top 1, not 3\); --overwrite replaces them"):
+    with pytest.raises(ValueError, match=r"with other settings \(top is now 1, was 3\); `overwrite` replaces them"):
         run(models, out, sources, top=1)
-    with pytest.raises(ValueError, match=r"made otherwise \(now task segmentation, not classification\)"):
+    with pytest.raises(ValueError, match=r"\(task is now segmentation, was classification\)"):
         run(models, out, sources, "segmentation")
     other = mobilevit.load(models / "classification.safetensors")
     other.classifier.bias.data += 1
     mobilevit.save(other, tmp_path / "other.safetensors")
-    with pytest.raises(ValueError, match=r"made otherwise \(now another model\)"):
+    with pytest.raises(ValueError, match=r"\(it is another model\)"):
         predict_in_bulk(BulkJob(model=tmp_path / "other.safetensors", out=out), sources)
     run(models, out, sources, "segmentation", overwrite=True)
     assert "shares" in rows_in(out)[0]
-    with pytest.raises(ValueError, match=r"holds other files; choose a new folder"):
+    with pytest.raises(ValueError, match=r"contains other files; choose a new folder"):
         run(models, photos, sources)
-    with pytest.raises(ValueError, match=r"is a file; --out names a folder"):
+    with pytest.raises(ValueError, match=r"is a file; `out` is a folder"):
         run(models, photos / "a" / "0.png", sources)
     assert (photos / "a" / "0.png").exists()
 
@@ -287,10 +287,10 @@ def test_few_images_wait_in_memory(photos: Path, models: Path, monkeypatch: pyte
 
 def test_missing_packages(photos: Path, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(ValueError, match=r"--engine ray needs Ray; pip install 'mobilevit\[ray\]'"):
+    with pytest.raises(ValueError, match=r"ray is not installed; pip install 'mobilevit\[ray\]'"):
         run(models, tmp_path, [str(photos / "a" / "0.png")], engine="ray")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(ValueError, match=r"needs pyarrow; pip install 'mobilevit\[bulk\]'"):
+    with pytest.raises(ValueError, match=r"pyarrow is not installed; pip install 'mobilevit\[bulk\]'"):
         run(models, tmp_path, [str(photos / "a" / "0.png")])
     monkeypatch.setitem(sys.modules, "fsspec", None)
     with pytest.raises(ValueError, match=r"needs fsspec; pip install 'mobilevit\[bulk\]'"):
@@ -307,9 +307,9 @@ def test_command(photos: Path, models: Path, tmp_path: Path, capsys: pytest.Capt
     for arguments, message in (
         ([*told, "--save", "x"], "--save and --out do not go together"),
         ([*told[:3], "--engine", "ray"], "--engine ray is for parquet files; name a folder for them with --out"),
-        ([*told, "--masks", "x"], "--masks is for segmentation; this checkpoint does classification"),
+        ([*told, "--masks", "x"], "--masks is for segmentation; this model does classification"),
         ([*told, "--ray-address", "auto"], "--ray-address is for --engine ray"),
-        ([*told, "--workers", "0"], "workers is 0; give 1 or more"),
+        ([*told, "--workers", "0"], "--workers is 0; give 1 or more"),
         (["predict", "gone.safetensors", *told[2:]], "gone.safetensors"),
         ([*told[:2], str(tmp_path / "nothing"), *told[3:]], "nothing: no images in this folder"),
     ):

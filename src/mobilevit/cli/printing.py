@@ -1,10 +1,12 @@
-"""How commands print: JSON for programs, tables for people."""
+"""Print results: JSON for programs, tables for people."""
 
 from __future__ import annotations
 
 import json
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from mobilevit.files import Json, as_utf8
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -12,23 +14,23 @@ if TYPE_CHECKING:
     from mobilevit.tasks.report import Report
 
 
-def print_json(value: dict[str, Any]) -> None:
-    """For programs that read all at once."""
+def print_json(value: Json) -> None:
+    """Print indented JSON, for a program that reads all the output at once."""
     print(as_json(value, indent=2))
 
 
-def print_json_line(value: dict[str, Any]) -> None:
-    """For programs that read on while more comes."""
+def print_json_line(value: Json) -> None:
+    """Print one line of JSON at once, for a program that reads line by line."""
     print(as_json(value), flush=True)
 
 
-def as_json(value: dict[str, Any], indent: int | None = None) -> str:
-    """With the odd bytes of file names that are not UTF-8 escaped, as JSON is UTF-8 and nothing else."""
-    return json.dumps(value, indent=indent, ensure_ascii=False).encode("utf-8", "backslashreplace").decode()
+def as_json(value: Json, indent: int | None = None) -> str:
+    """Convert a value to JSON."""
+    return as_utf8(json.dumps(value, indent=indent, ensure_ascii=False))
 
 
 def print_report(report: Report) -> None:
-    """Of an evaluation: what sums it up, and a row for each of the classes, if they are not too many to read."""
+    """Print the summary of an evaluation, and a row per class if there are at most 100."""
     headline = report.headline()
     print(f"\n{report.num_images:,} images")
     width = max(len(name) for name, _ in headline)
@@ -40,7 +42,7 @@ def print_report(report: Report) -> None:
 
 
 def print_rows(heading: list[str], rows: list[list[str]]) -> None:
-    """As a table; the first column names, the others are numbers."""
+    """Print a table; the first column has names, the others have numbers."""
     table = new_table(*heading)
     for row in rows:
         table.add_row(*row)
@@ -48,7 +50,7 @@ def print_rows(heading: list[str], rows: list[list[str]]) -> None:
 
 
 def new_table(first: str, *others: str) -> Table:
-    """Without rows yet; of columns with these names."""
+    """Create a table without rows, with columns of these names."""
     from rich import box
     from rich.table import Table
 
@@ -60,8 +62,8 @@ def new_table(first: str, *others: str) -> Table:
 
 
 def print_table(table: Table) -> None:
-    """As wide as the terminal."""
+    """Print a table at the width of the terminal."""
     from rich.console import Console
 
-    # Into a file or a pipe, rich would cut tables at 80 columns.
+    # In a file or a pipe, rich would cut tables off at 80 columns.
     Console(width=None if sys.stdout.isatty() else 140).print(table)

@@ -1,6 +1,6 @@
-"""What an exported file must say of itself: the sidecar beside it, and the same text inside it where its format allows.
+"""Artifacts: an exported file and its sidecar, which describes it; formats with metadata also contain the description.
 
-An artifact is one file (with OpenVINO, `model.xml` and `model.bin`) and its sidecar, named as the file plus `.json`.
+An artifact is one file (with OpenVINO, `model.xml` and `model.bin`) and a sidecar, named as the file plus `.json`.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from typing import Any, Literal, get_args
 
 from mobilevit.card import ModelCard
 from mobilevit.errors import MobileViTError
-from mobilevit.files import write_json
+from mobilevit.files import Json, reading_from, write_json
 
 ARTIFACT_VERSION = 1
 
 Format = Literal["onnx", "openvino", "executorch", "litert", "coreml", "pt2"]
-"""Whose file an artifact is: ONNX Runtime, OpenVINO, ExecuTorch, LiteRT, Core ML, `torch.export`."""
+"""The engine of an artifact: ONNX Runtime, OpenVINO, ExecuTorch, LiteRT, Core ML, `torch.export`."""
 
 Precision = Literal["fp32", "fp16", "bf16", "int8", "palettized"]
-"""Numbers an artifact computes with; "palettized" are float16 whose weights are indices into small tables (Core ML)."""
+"""Precision of an artifact; "palettized" is float16 with weights as indices into small tables (Core ML)."""
 
 SUFFIXES: dict[str, Format] = {
     ".onnx": "onnx",
@@ -34,39 +34,38 @@ SUFFIXES: dict[str, Format] = {
     ".mlpackage": "coreml",
     ".pt2": "pt2",
 }
-"""Of the files of each format."""
+"""The format by the suffix of its files."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Artifact:
-    """Everything a program needs to use an exported file rightly."""
+    """Everything a program needs to use an exported file."""
 
     format: Format
     precision: Precision
     card: ModelCard
     """Task, classes, preprocessing, threshold, provenance."""
     batch_size: int | None
-    """Images in one run; None: any number."""
+    """Images per run; None: any number."""
     image_size: tuple[int, int] | None
     """(height, width) of the input; None: any multiple of 32."""
     baked: bool
-    """Whether the input is uint8 (B, H, W, 3) as images are, and scaled inside; otherwise it is float32 (B, 3, H, W),
-    scaled as `card.preprocessing` says."""
+    """Whether the file normalizes the input itself: it is then uint8 (B, H, W, 3), as images are; otherwise it is
+    float32 (B, 3, H, W), normalized as `card.preprocessing` says."""
     outputs: tuple[str, ...]
-    """Names of what comes out, in order: "logits"; "boxes_xyxy" and "scores", perhaps with "selected"; or
-    "label_map"."""
+    """Names of the outputs, in order: "logits"; "boxes_xyxy" and "scores", perhaps with "selected"; or "label_map"."""
     settings: dict[str, str] = field(default_factory=dict)
-    """What the runtime must be told to compute in this precision."""
+    """Settings that the engine needs to compute in this precision."""
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON; `from_dict` reads them back."""
+    def to_dict(self) -> Json:
+        """Return plain values for JSON; `from_dict` reads them back."""
         values = dataclasses.asdict(self)
         del values["card"]
         return {"artifact_version": ARTIFACT_VERSION, **values, **self.card.to_dict()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Artifact:
-        """The inverse of `to_dict`."""
+        """Make an `Artifact` from the values of `to_dict`."""
         size = values["image_size"]
         return cls(
             format=values["format"],
@@ -80,12 +79,12 @@ class Artifact:
         )
 
     def to_json(self) -> str:
-        """One line, for the metadata of files that have room for it."""
+        """Return the description in one line, for formats with metadata."""
         return json.dumps(self.to_dict(), ensure_ascii=False)
 
 
 def is_artifact(path: str | os.PathLike[str]) -> bool:
-    """Whether a file is an exported model, by its suffix."""
+    """Return whether a file is an exported model, by its suffix."""
     return Path(path).suffix.lower() in SUFFIXES
 
 
@@ -97,37 +96,40 @@ def artifact_files(path: Path) -> list[Path]:
 
 
 def sidecar_of(path: Path) -> Path:
-    """Where the sidecar of an artifact lies."""
+    """Return the path of an artifact's sidecar."""
     return path.with_name(path.name + ".json")
 
 
 def write_sidecar(path: Path, artifact: Artifact) -> Path:
-    """Describe a file that is already there; the sidecar holds digests of the file and of its own words."""
+    """Write the sidecar of an existing file, with digests of the file and of the description."""
     values = artifact.to_dict() | {"file": path.name, "sha256": _digest_of_file(path)}
     return write_json(sidecar_of(path), values | {"sidecar_sha256": _digest_of_values(values)})
 
 
 def read_sidecar(path: Path) -> Artifact:
-    """What the sidecar says of an artifact, when both are as they were written.
+    """Read the sidecar of an artifact, and check that both are unchanged since the export.
 
     Raises:
-        ValueError: the file or its sidecar is missing, damaged, edited, or of a newer version; one line with a remedy.
+        MobileViTError: the file or its sidecar is missing, damaged, edited, or of a newer version.
     """
-    if not path.exists():
-        raise MobileViTError(f"{path}: no such file")
     sidecar = sidecar_of(path)
-    if not sidecar.is_file():
+    with reading_from(path):
+        path.stat()
+    if not sidecar.exists():
         raise MobileViTError(f"{path}: its sidecar {sidecar.name} is missing; copy it beside the file, or export again")
     try:
-        values = json.loads(sidecar.read_text(encoding="utf-8"))
+        with reading_from(sidecar):
+            values = json.loads(sidecar.read_text(encoding="utf-8"))
         version = int(values["artifact_version"] if "artifact_version" in values else values["artefact_version"])
-    except (ValueError, KeyError, TypeError, OSError):
-        raise MobileViTError(f"{sidecar}: damaged, or no sidecar of this package; export again") from None
+    except MobileViTError:
+        raise
+    except (ValueError, KeyError, TypeError):
+        raise MobileViTError(f"{sidecar}: damaged, or not a sidecar of this package; export again") from None
     if version > ARTIFACT_VERSION:
         made = values.get("provenance", {}).get("exported_by", "a newer mobilevit")
-        raise MobileViTError(f"{path}: made by {made}, which is newer than this one; upgrade mobilevit to use it")
-    told = {key: value for key, value in values.items() if key != "sidecar_sha256"}
-    if values.get("sidecar_sha256") != _digest_of_values(told):
+        raise MobileViTError(f"{path}: made by {made}, which is newer than this version; upgrade mobilevit to use it")
+    described = {key: value for key, value in values.items() if key != "sidecar_sha256"}
+    if values.get("sidecar_sha256") != _digest_of_values(described):
         raise MobileViTError(f"{sidecar}: was edited after the export, so it may not fit the file; export again")
     if values["sha256"] != _digest_of_file(path):
         raise MobileViTError(f"{path}: is not the file its sidecar describes; copy both together, or export again")
@@ -139,17 +141,21 @@ def _digest_of_values(values: Mapping[str, Any]) -> str:
 
 
 def _digest_of_file(path: Path) -> str:
-    """Of a file, of OpenVINO's two, or of all files of a Core ML package."""
+    """Compute the digest of a file, of the two files of OpenVINO, or of all files in a Core ML package."""
     digest = hashlib.sha256()
-    parts = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-    if path.suffix == ".xml":
-        parts.append(path.with_suffix(".bin"))
-    for part in parts:
-        if not part.is_file():
+    for part in model_files(path):
+        if not part.exists():
             raise MobileViTError(f"{part}: missing; it belongs to {path.name}. Copy all files of an export together")
-        with part.open("rb") as file:
+        with reading_from(part), part.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
+
+
+def model_files(path: Path) -> list[Path]:
+    """List the files that a model consists of, without the sidecar of an artifact."""
+    if path.is_dir():
+        return sorted(part for part in path.rglob("*") if part.is_file())
+    return [path, path.with_suffix(".bin")] if path.suffix == ".xml" else [path]
 
 
 assert set(SUFFIXES.values()) == set(get_args(Format))

@@ -1,4 +1,4 @@
-"""A folder of parquet files that grows part by part: each is whole or not there, and says which images are done."""
+"""A folder of parquet files that grows part by part; parts are whole or not there, and say which images are done."""
 
 from __future__ import annotations
 
@@ -7,74 +7,65 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from mobilevit.card import Task
-from mobilevit.errors import MobileViTError
-from mobilevit.files import file_lock, write_atomically, write_json
+from mobilevit.errors import MobileViTError, one_line
+from mobilevit.files import Json, file_lock, reading_from, write_atomically, write_json, writing_to
+from mobilevit.runtime.engine import import_runtime
+
+if TYPE_CHECKING:
+    import pyarrow
 
 RECORD = "_run.json"
-"""What the rows were made with. Readers of parquet folders pass over names with an underscore."""
+"""The settings that the rows depend on. Readers of parquet folders skip names that begin with an underscore."""
 
 _LOCK = "_lock"
 
-Row = dict[str, Any]
-"""What one image gets: columns of `schema_of`; those that are not there are null."""
+Row = Json
+"""The row of one image, by the columns of `schema_of`; missing columns are null."""
 
 
-def schema_of(task: Task) -> Any:
-    """The columns of a task's rows, as a `pyarrow.Schema`; those of the task are null where `error` is not.
+def schema_of(task: Task) -> pyarrow.Schema:
+    """Return the columns of a task's rows; those of the task are null in rows with an `error`.
 
     Raises:
-        ValueError: pyarrow is not installed.
+        MissingPackageError: pyarrow is not installed.
     """
-    pa = _pyarrow()
-    scored = {
+    pa = import_runtime("pyarrow", "bulk")
+    text, number = pa.string(), pa.float32()
+    objects = [("label", text), ("score", number), *((edge, number) for edge in ("left", "top", "right", "bottom"))]
+    columns: dict[Task, list[tuple[str, pyarrow.DataType]]] = {
         "classification": [
-            ("label", pa.string()),
-            ("probability", pa.float32()),
-            ("top", pa.list_(pa.struct([("label", pa.string()), ("probability", pa.float32())]))),
+            ("label", text),
+            ("probability", number),
+            ("top", pa.list_(pa.struct([("label", text), ("probability", number)]))),
         ],
-        "detection": [
-            (
-                "detections",
-                pa.list_(
-                    pa.struct(
-                        [("label", pa.string()), ("score", pa.float32())]
-                        + [(edge, pa.float32()) for edge in ("left", "top", "right", "bottom")]
-                    )
-                ),
-            )
-        ],
+        "detection": [("detections", pa.list_(pa.struct(objects)))],
         "segmentation": [
-            ("shares", pa.list_(pa.struct([("label", pa.string()), ("share", pa.float64())]))),
-            ("mask", pa.string()),
+            ("shares", pa.list_(pa.struct([("label", text), ("share", pa.float64())]))),
+            ("mask", text),
         ],
     }
-    first = [("source", pa.string()), ("width", pa.int32()), ("height", pa.int32())]
-    return pa.schema([*first, *scored[task], ("error", pa.string())])
+    size = [("width", pa.int32()), ("height", pa.int32())]
+    return pa.schema([("source", text), *size, *columns[task], ("error", text)])
 
 
-def to_table(rows: Sequence[Row], task: Task) -> Any:
-    """Rows as a `pyarrow.Table`."""
-    return _pyarrow().Table.from_pylist(list(rows), schema=schema_of(task))
-
-
-def key_of(source: str) -> str:
-    """How a source is written into rows: file names that are not UTF-8 have their odd bytes escaped."""
-    return source.encode("utf-8", "backslashreplace").decode()
+def to_table(rows: Sequence[Row], task: Task) -> pyarrow.Table:
+    """Convert rows to a table."""
+    return import_runtime("pyarrow", "bulk").Table.from_pylist(list(rows), schema=schema_of(task))
 
 
 class Parts:
-    """Gathers rows and writes them as the next part whenever there are enough.
+    """Collect rows, and write them as the next part whenever there are enough.
 
-    They wait as plain values: small arrow tables among the large tensors that come and go would scatter the memory.
+    They are kept as plain values: small arrow tables between large arrays that come and go would fragment the memory.
 
     Args:
-        folder: which exists.
-        task: whose columns they have.
-        rows: of a part; or less, if they took longer than `seconds`.
-        seconds: of work that a kill may cost.
+        folder: an existing folder.
+        task: decides the columns.
+        rows: size of a part; it has fewer rows if they took longer than `seconds`.
+        seconds: how much work may be lost if the process is killed.
     """
 
     def __init__(self, folder: Path, task: Task, *, rows: int, seconds: float = 60.0) -> None:
@@ -90,7 +81,7 @@ class Parts:
             self.flush()
 
     def flush(self) -> None:
-        """Write what waits."""
+        """Write the rows that are waiting."""
         self._since = time.monotonic()
         if not self._waiting:
             return
@@ -103,76 +94,77 @@ class Parts:
 
 
 def find_parts(folder: Path) -> list[Path]:
-    """The finished parts, in order."""
+    """Find the finished parts, in order."""
     return sorted(folder.glob("part-" + 6 * "[0-9]" + ".parquet"))
 
 
 def finished(folder: Path) -> set[str]:
-    """The sources of all finished parts, as `key_of` writes them.
+    """Read the sources of all finished parts, in the form of `as_utf8`.
 
     Raises:
-        ValueError: a file in the folder is not a part.
+        MobileViTError: a file in the folder is not a part.
     """
-    _pyarrow()
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     done: set[str] = set()
     for path in find_parts(folder):
         try:
-            done.update(pq.read_table(path, columns=["source"])["source"].to_pylist())
+            with reading_from(path):
+                done.update(pq.read_table(path, columns=["source"])["source"].to_pylist())
         except (pa.ArrowInvalid, KeyError) as error:
-            raise MobileViTError(
-                f"{path}: not a part of predictions ({' '.join(str(error).split())}); delete it"
-            ) from None
+            raise MobileViTError(f"{path}: not a part of predictions ({one_line(error)}); delete it") from None
     return done
 
 
 @contextmanager
-def open_folder(folder: Path, record: Mapping[str, Any], *, overwrite: bool) -> Iterator[None]:
-    """Make the folder, or go on with one of the same record; nobody else writes into it meanwhile.
+def open_folder(folder: Path, record: Mapping[str, object], *, overwrite: bool) -> Iterator[None]:
+    """Create the folder, or continue one with the same record; no other process can write into it meanwhile.
 
     Raises:
-        ValueError: it holds something else, or rows made otherwise, or another process is writing into it.
+        MobileViTError: it contains other files, or rows with other settings, or another process is writing into it.
     """
-    if folder.exists() and not folder.is_dir():
-        raise MobileViTError(f"{folder}: is a file; --out names a folder for parquet files")
-    if (
-        folder.is_dir()
-        and not (folder / RECORD).exists()
-        and any(not p.name.startswith((".", _LOCK)) for p in folder.iterdir())
-    ):
-        raise MobileViTError(f"{folder}: holds other files; choose a new folder for --out")
-    folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
-        try:
-            stack.enter_context(file_lock(folder / _LOCK, wait=False))
-        except BlockingIOError:
-            raise MobileViTError(
-                f"{folder}: another process is writing into it; wait, or choose another --out"
-            ) from None
-        if overwrite:
-            for path in (*find_parts(folder), folder / RECORD):
+        with writing_to(folder):
+            _check_entries(folder)
+            folder.mkdir(parents=True, exist_ok=True)
+            try:
+                stack.enter_context(file_lock(folder / _LOCK, wait=False))
+            except BlockingIOError:
+                raise MobileViTError(
+                    f"{folder}: another process is writing into it; wait, or choose another `out`"
+                ) from None
+            leftovers = [*folder.glob(".*part-*")]  # half-written by a process that was killed
+            replaced = [*find_parts(folder), folder / RECORD] if overwrite else []
+            for path in (*leftovers, *replaced):
                 path.unlink(missing_ok=True)
-        for path in folder.glob(".*part-*"):  # what a killed run was writing
-            path.unlink(missing_ok=True)
         if (folder / RECORD).exists():
-            _compare(folder, json.loads((folder / RECORD).read_text(encoding="utf-8")), record)
+            _compare(folder, _read_record(folder / RECORD), record)
         else:
             write_json(folder / RECORD, record)
         yield
 
 
-def _compare(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+def _check_entries(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise MobileViTError(f"{folder}: is a file; `out` is a folder for parquet files")
+    if not folder.is_dir() or (folder / RECORD).exists():
+        return
+    if any(not path.name.startswith((".", _LOCK)) for path in folder.iterdir()):
+        raise MobileViTError(f"{folder}: contains other files; choose a new folder for `out`")
+
+
+def _read_record(path: Path) -> Json:
+    with reading_from(path):
+        text = path.read_text(encoding="utf-8", errors="replace")
+    try:
+        return dict(json.loads(text))
+    except (ValueError, TypeError):
+        raise MobileViTError(f"{path}: damaged; `overwrite` replaces all predictions in this folder") from None
+
+
+def _compare(folder: Path, before: Mapping[str, object], now: Mapping[str, object]) -> None:
     for name, value in now.items():
         if name != "model" and before.get(name) != value:
-            told = f"{name} {value}, not {before.get(name)}" if name != "digest" else "another model"
-            raise MobileViTError(f"{folder}: holds predictions made otherwise (now {told}); --overwrite replaces them")
-
-
-def _pyarrow() -> Any:
-    try:
-        import pyarrow
-    except ImportError:
-        raise MobileViTError("--out writes parquet, which needs pyarrow; pip install 'mobilevit[bulk]'") from None
-    return pyarrow
+            change = f"{name} is now {value}, was {before.get(name)}" if name != "digest" else "it is another model"
+            raise MobileViTError(f"{folder}: has predictions with other settings ({change}); `overwrite` replaces them")

@@ -1,6 +1,6 @@
-"""Bulk prediction by Ray Data: processes with a model each, on this machine or on all of a cluster.
+"""Bulk prediction by Ray Data: processes with a model each, on this machine or on all machines of a cluster.
 
-Workers read images and send rows; the process that was started writes them, so parts and resuming are the same.
+Workers read images and send rows; the process that was started writes them, so parts and resuming stay the same.
 """
 
 from __future__ import annotations
@@ -12,60 +12,69 @@ import tempfile
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from mobilevit.errors import MobileViTError
+from mobilevit.errors import MobileViTError, one_line
+from mobilevit.runtime.engine import import_runtime
 
 if TYPE_CHECKING:
+    import pyarrow
+    import ray
+
     from mobilevit.runtime.bulk import BulkJob
     from mobilevit.runtime.bulk_parts import Row
 
-_MOST_SOURCES = 256
-"""In one piece of work."""
-_PIECES_OF_A_WORKER = 4
-"""At least, if there are few sources, so that all workers end at about the same time."""
-_READERS_OF_A_GPU = 4
+_MAX_SOURCES = 256
+"""Images in one piece of work."""
+_MIN_PIECES = 4
+"""Pieces per worker when there are few images, so that all workers finish at about the same time."""
+_READERS_PER_GPU = 4
 _STORE_BYTES = 512 * 2**20
-"""For names and rows on their way, on a machine without a cluster."""
+"""Size of Ray's object store, for names and rows in transit, on a machine without a cluster."""
 
 
 @contextmanager
 def connected(job: BulkJob) -> Iterator[None]:
-    """Join the job's cluster, or start one of this machine alone.
+    """Join the job's cluster, or start one on this machine alone.
 
     Raises:
-        ValueError: Ray is not installed, or there is no such cluster.
+        MobileViTError: Ray is not installed, or there is no such cluster.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # or it warns of how Ray Data itself starts its workers
-    try:
-        import ray
-    except ImportError:
-        raise MobileViTError("--engine ray needs Ray; pip install 'mobilevit[ray]'") from None
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # it warns of the way Ray Data itself starts its workers
+    ray = import_runtime("ray", "ray")
     address = job.ray_address or os.environ.get("RAY_ADDRESS")
-    alone: dict[str, Any] = {"object_store_memory": _STORE_BYTES, "include_dashboard": False, "num_cpus": job.workers}
-    ours = not ray.is_initialized()
-    if ours:
+    starts = not ray.is_initialized()
+    if starts:
         try:
-            ray.init(address, log_to_driver=False, logging_level="error", **({} if address else alone))
+            if address:
+                ray.init(address, log_to_driver=False, logging_level="error")
+            else:
+                ray.init(
+                    log_to_driver=False,
+                    logging_level="error",
+                    object_store_memory=_STORE_BYTES,
+                    include_dashboard=False,
+                    num_cpus=job.workers,
+                )
         except (ConnectionError, ValueError, RuntimeError) as error:
-            told = f"no Ray cluster at {address}" if address else "Ray does not start"
-            raise MobileViTError(f"{told} ({' '.join(str(error).split())[:200]})") from None
-    # What Ray prints, of tasks that a stop has left undone, is not to get among the report.
+            problem = f"no Ray cluster at {address}" if address else "Ray does not start"
+            raise MobileViTError(f"{problem} ({one_line(error)})") from None
+    # Ray prints messages about unfinished tasks after a stop; they must not get into the report.
     with redirect_stdout(sys.stderr):
         try:
             yield
         finally:
-            if ours:
+            if starts:
                 ray.shutdown()
 
 
 def ray_rows(job: BulkJob, sources: Sequence[str], stop: Callable[[], bool]) -> Generator[list[Row]]:
-    """The rows of each piece of work, in the order in which they are done."""
+    """Yield the rows of each piece of work, in the order in which pieces are finished."""
     import pyarrow as pa
     import ray
 
-    from mobilevit.runtime.bulk import model_files
+    from mobilevit.runtime.bulk import files_of
 
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
@@ -73,18 +82,18 @@ def ray_rows(job: BulkJob, sources: Sequence[str], stop: Callable[[], bool]) -> 
     resources: dict[str, float] = ray.cluster_resources()
     gpus = 0 if job.device == "cpu" else int(resources.get("GPU", 0))
     room = gpus or max(1, int(resources.get("CPU", 1)))
-    workers = min(job.workers or room, room)  # more would be waited for
-    size = max(1, min(_MOST_SOURCES, -(-len(sources) // (workers * _PIECES_OF_A_WORKER))))
-    # Names are bytes here: those of files need not be UTF-8.
+    workers = min(job.workers or room, room)  # Ray would wait for more
+    size = max(1, min(_MAX_SOURCES, -(-len(sources) // (workers * _MIN_PIECES))))
+    # Names are sent as bytes: file names need not be UTF-8.
     pieces = [
         pa.table({"source": pa.array([os.fsencode(name) for name in sources[start : start + size]], pa.binary())})
         for start in range(0, len(sources), size)
     ]
     # In a list, so that it stays a reference until a worker fetches it.
-    files = [ray.put({str(path.relative_to(job.model.parent)): path.read_bytes() for path in model_files(job.model)})]
+    files = [ray.put({str(path.relative_to(job.model.parent)): path.read_bytes() for path in files_of(job.model)})]
     rows = ray.data.from_arrow(pieces).map_batches(
         _Worker,
-        fn_constructor_args=(job, files, str(Path.cwd()), _READERS_OF_A_GPU if gpus else 1),
+        fn_constructor_args=(job, files, str(Path.cwd()), _READERS_PER_GPU if gpus else 1),
         batch_size=None,
         batch_format="pyarrow",
         compute=ray.data.ActorPoolStrategy(size=workers),
@@ -98,14 +107,14 @@ def ray_rows(job: BulkJob, sources: Sequence[str], stop: Callable[[], bool]) -> 
 
 
 class _Worker:
-    """A model in a process of its own; its files come with it, as other machines may not have them."""
+    """A model in a process of its own; its files are sent to it, as other machines may not have them."""
 
-    def __init__(self, job: BulkJob, files: list[Any], folder: str, at_once: int) -> None:
+    def __init__(self, job: BulkJob, files: list[ray.ObjectRef], folder: str, at_once: int) -> None:
         import ray
 
         from mobilevit.runtime.bulk import open_predictor
 
-        with suppress(OSError):  # relative paths mean what they mean to the user, where the folder is shared
+        with suppress(OSError):  # relative paths are relative to the user's folder, where it is shared
             os.chdir(folder)
         self._folder = tempfile.TemporaryDirectory(prefix="mobilevit-")
         for name, data in ray.get(files[0]).items():
@@ -115,7 +124,7 @@ class _Worker:
         self._job, self._at_once = job, at_once
         self._predictor = open_predictor(job, Path(self._folder.name, job.model.name), threads=job.threads or 1)
 
-    def __call__(self, names: Any) -> Any:
+    def __call__(self, names: pyarrow.Table) -> pyarrow.Table:
         from mobilevit.runtime.bulk import predict_rows
         from mobilevit.runtime.bulk_parts import to_table
 
