@@ -91,7 +91,7 @@ def is_artifact(path: str | os.PathLike[str]) -> bool:
 def artifact_files(path: Path) -> list[Path]:
     """List the files of an artifact, without its sidecar."""
     if path.is_dir():
-        return [part for part in path.rglob("*") if part.is_file()]
+        return sorted(part for part in path.rglob("*") if part.is_file())
     return [path, path.with_suffix(".bin")] if path.suffix == ".xml" else [path]
 
 
@@ -143,19 +143,12 @@ def _digest_of_values(values: Mapping[str, Any]) -> str:
 def _digest_of_file(path: Path) -> str:
     """Compute the digest of a file, of the two files of OpenVINO, or of all files in a Core ML package."""
     digest = hashlib.sha256()
-    for part in model_files(path):
+    for part in artifact_files(path):
         if not part.exists():
             raise MobileViTError(f"{part}: missing; it belongs to {path.name}. Copy all files of an export together")
         with reading_from(part), part.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
-
-
-def model_files(path: Path) -> list[Path]:
-    """List the files that a model consists of, without the sidecar of an artifact."""
-    if path.is_dir():
-        return sorted(part for part in path.rglob("*") if part.is_file())
-    return [path, path.with_suffix(".bin")] if path.suffix == ".xml" else [path]
 
 
 assert set(SUFFIXES.values()) == set(get_args(Format))

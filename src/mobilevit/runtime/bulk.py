@@ -165,7 +165,9 @@ def predict_in_bulk(job: BulkJob, sources: Sequence[str]) -> BulkReport:
 
 def files_of(model: Path) -> list[Path]:
     """List all files of a checkpoint or an exported model, its sidecar included."""
-    return [*artifacts.model_files(model), *([artifacts.sidecar_of(model)] if artifacts.is_artifact(model) else [])]
+    if not artifacts.is_artifact(model):
+        return [model]
+    return [*artifacts.artifact_files(model), artifacts.sidecar_of(model)]
 
 
 def open_predictor(job: BulkJob, model: Path, *, threads: int | None) -> Predictor:
