@@ -380,6 +380,17 @@ def test_a_foreign_segmenter_is_recognized(
     assert torch.equal(other.aspp.project.conv.weight, ours.aspp.project.conv.weight)
 
 
+def test_an_auxiliary_head_comes_with_other_classes(tmp_path: Path) -> None:
+    path = saved_for("segmentation", tmp_path, OURS)
+    head = DeepLabv3Config(aux_head=True)
+    model = mobilevit.create_model("mobilevit_xxs", task="segmentation", classes=["boat"], head=head, weights=path)
+    weights = mobilevit.load(path)
+    assert torch.equal(model.classifier.weight, weights.classifier.weight[2:])
+    assert torch.equal(model.aspp.project.conv.weight, weights.aspp.project.conv.weight)
+    assert model.aux_head is not None
+    assert model.aux_head[2].weight.shape == (1, 128, 1, 1)
+
+
 def test_a_head_that_does_not_fit_the_weights_is_named(tmp_path: Path) -> None:
     path = saved_for("segmentation", tmp_path)
     with pytest.raises(ValueError, match=r"not weights of this architecture \(aspp\.near\.conv\.weight is \(256, "):

@@ -58,16 +58,7 @@ def create_model(
         MobileViTError: unknown name or task, options that contradict each other, or weights that cannot be read or
             belong to another architecture.
     """
-    config, task = model_config(name), known_task(task)
-    if classes is not None and num_classes not in (None, len(classes)):
-        raise MobileViTError(
-            f"`num_classes` is {num_classes}, but `classes` has {len(classes)} names; leave `num_classes` out"
-        )
-    if classes is not None:
-        num_classes = len(classes)
-    if num_classes is not None and num_classes < 1:
-        raise MobileViTError(f"`num_classes` is {num_classes}; give 1 or more")
-
+    config, task, num_classes = model_config(name), known_task(task), _count(num_classes, classes)
     # What the caller leaves open comes from weights for the same task, else it is the published.
     source = weights if isinstance(weights, Weights) or weights is None else read_weights(weights, name)
     similar = source if source is not None and source.card.task == task else None
@@ -78,10 +69,7 @@ def create_model(
     if similar is not None:
         _refuse_missing_background(similar, num_classes)
         num_classes = num_classes or len(similar.card.classes)
-        if head is None:
-            head = similar.head
-            if isinstance(head, DeepLabv3Config):
-                head = head.scaled(similar.config.output_stride / output_stride)
+        head = head or similar.head_for(output_stride)
     config = dataclasses.replace(config, output_stride=output_stride, patch_size=patch_size or config.patch_size)
     model = build_model(config, task=task, num_classes=num_classes or HEADS[task].num_classes, head=head)
 
@@ -111,6 +99,18 @@ def load(path: str | os.PathLike[str]) -> Model:
     if source.described:
         return checkpoint.restore(source)
     return create_model(source.card.name, task=source.card.task, weights=source)
+
+
+def _count(num_classes: int | None, classes: Sequence[str] | None) -> int | None:
+    """Agree on a number of classes; None: the caller says nothing of it."""
+    if classes is not None and num_classes not in (None, len(classes)):
+        raise MobileViTError(
+            f"`num_classes` is {num_classes}, but `classes` has {len(classes)} names; leave `num_classes` out"
+        )
+    count = num_classes if classes is None else len(classes)
+    if count is not None and count < 1:
+        raise MobileViTError(f"`num_classes` is {count}; give 1 or more")
+    return count
 
 
 def _refuse_missing_background(source: Weights, num_classes: int | None) -> None:
@@ -151,7 +151,10 @@ def _fill(model: Model, source: Weights, classes: tuple[str, ...] | None) -> Mod
         if (not same_task and key not in in_backbone) or (key.startswith("aux_head.") and key not in state):
             state[key] = value
         elif same_task and head.class_tensors.match(key):
-            state[key] = _keep_rows(state[key], value, kept, head.other_rows, len(names)) if names else value
+            if not names:
+                state[key] = value
+            elif key in state:
+                state[key] = _keep_rows(state[key], value, kept, head.other_rows, (len(names), model.num_classes))
     if reason := find_misfit(fresh, state):
         raise MobileViTError(f"{source.origin}: not weights of this architecture ({reason}); change one of them")
     model.load_state_dict(state)
@@ -190,21 +193,23 @@ def _kept_classes(theirs: Sequence[str], ours: Sequence[str] | None, num_classes
     return {index: there[name] for index, name in enumerate(ours) if times_here[name] == times_there[name] == 1}
 
 
-def _keep_rows(theirs: Tensor, fresh: Tensor, kept: Mapping[int, int], other_rows: int, num_classes: int) -> Tensor:
+def _keep_rows(
+    theirs: Tensor, fresh: Tensor, kept: Mapping[int, int], other_rows: int, num_classes: tuple[int, int]
+) -> Tensor:
     """Take the rows of the kept classes, and those that answer for no class, from other weights.
 
     Args:
-        theirs: a tensor whose rows answer for `num_classes` classes: for each anchor `other_rows`, then one a class.
+        theirs: a tensor with a row for each class: for each anchor `other_rows`, then one for each class.
         fresh: the same of the new model.
-        kept: index of a class in the new model -> in `theirs`.
+        kept: index of a class in `fresh` -> in `theirs`.
         other_rows: rows of an anchor that answer for no class.
-        num_classes: of `theirs`.
+        num_classes: of `theirs` and of `fresh`.
 
     Returns:
         A tensor like `fresh`; `theirs` where its shape does not fit.
     """
-    anchors, rest = divmod(theirs.shape[0], other_rows + num_classes)
-    if rest or fresh.shape[0] % anchors or fresh.shape[1:] != theirs.shape[1:]:
+    anchors = fresh.shape[0] // (other_rows + num_classes[1])
+    if theirs.shape != (anchors * (other_rows + num_classes[0]), *fresh.shape[1:]):
         return theirs
     old = theirs.reshape(anchors, -1, *theirs.shape[1:])
     new = fresh.clone().reshape(anchors, -1, *fresh.shape[1:])
