@@ -65,4 +65,4 @@ def test_kubernetes_manifest_is_yaml() -> None:
     (container,) = pod["containers"]
     pause = container["lifecycle"]["preStop"]["sleep"]["seconds"]
     assert pod["terminationGracePeriodSeconds"] > ServeConfig().shutdown_s + pause
-    assert shlex.split(" ".join(container["args"])) == ["/models/best.safetensors"]
+    assert shlex.split(" ".join(container["args"])) == ["/models/best.onnx"]
