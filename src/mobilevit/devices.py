@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 from mobilevit.errors import MobileViTError
@@ -46,3 +49,16 @@ def peak_memory_mb(device: torch.device) -> float | None:
         return round(torch.cuda.max_memory_reserved(device) / 1e6, 1)
     peak = peak_memory()
     return None if peak is None else round(peak / 1e6, 1)
+
+
+@contextmanager
+def gpu_memory_errors() -> Iterator[None]:
+    """Tell a GPU that is too small for the batch as what it is: a mistake of the user.
+
+    Raises:
+        MobileViTError: the GPU has too little memory.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise MobileViTError("the GPU has too little memory; lower `batch_size` or `image_size`") from error

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mobilevit import factory
 from mobilevit.card import ModelCard, card_of
-from mobilevit.devices import pick_device
+from mobilevit.devices import gpu_memory_errors, pick_device
 from mobilevit.explaining.explain import Explanation, explain
 from mobilevit.imaging.decode import Source
 from mobilevit.models.fuse import fuse
@@ -52,8 +52,9 @@ class TorchSession:
     @torch.inference_mode()
     def run(self, pixels: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
         """Compute the outputs for resized images, in float32. See `Session`."""
-        images = torch.from_numpy(pixels).permute(0, 3, 1, 2).to(self._device, non_blocking=True)
-        with torch.autocast(self._device.type, dtype=self._amp_dtype, enabled=self._amp_dtype is not None):
+        autocast = torch.autocast(self._device.type, dtype=self._amp_dtype, enabled=self._amp_dtype is not None)
+        with gpu_memory_errors(), autocast:
+            images = torch.from_numpy(pixels).permute(0, 3, 1, 2).to(self._device, non_blocking=True)
             output = self._model(normalize(images, self.card.preprocessing))
         named: dict[str, Tensor] = {"logits": output} if isinstance(output, Tensor) else output.named()
         return {name: tensor.float().numpy(force=True) for name, tensor in named.items()}
