@@ -11,7 +11,6 @@ from torch import Tensor
 
 from golden_weights import fill_with_golden_weights
 from mobilevit.models import MODELS, build_model
-from mobilevit.models.deeplabv3 import DeepLabv3Config
 from mobilevit.models.mobilevit import MobileViTBackbone
 from mobilevit.models.ssdlite import SSDLite, SSDLiteConfig, decode_boxes, encode_boxes, make_anchors
 
@@ -141,18 +140,6 @@ def test_other_levels_and_anchors() -> None:
     assert output.anchors_cxcywh.shape == (output.class_logits.shape[1], 4)
     with pytest.raises(ValueError, match="4 levels need as many"):
         SSDLiteConfig(extra_channels=(64,))
-
-
-def test_a_head_of_another_task_is_refused() -> None:
-    xxs = MODELS["mobilevit_xxs"]
-    with pytest.raises(ValueError, match="DeepLabv3Config, which does not suit detection; give a SSDLiteConfig"):
-        build_model(xxs, task="detection", num_classes=3, head=DeepLabv3Config())
-    with pytest.raises(ValueError, match="SSDLiteConfig, which does not suit segmentation; give a DeepLabv3Config"):
-        build_model(xxs, task="segmentation", num_classes=3, head=SSDLiteConfig())
-    with pytest.raises(ValueError, match="does not suit classification; leave it out"):
-        build_model(xxs, task="classification", num_classes=3, head=SSDLiteConfig())
-    with pytest.raises(ValueError, match="unknown task 'pose'; choose from classification, detection, segmentation"):
-        build_model(xxs, task="pose", num_classes=3)
 
 
 def test_only_the_heads_start_afresh() -> None:

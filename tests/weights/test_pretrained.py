@@ -16,10 +16,8 @@ from typing import Any
 
 import pytest
 
-from mobilevit.class_names import COCO_CLASSES, VOC_CLASSES
 from mobilevit.imaging.preprocessing import Preprocessing
 from mobilevit.models import MODELS
-from mobilevit.models.heads import HEADS, imagenet_classes
 from mobilevit.weights.pretrained import (
     PRETRAINED,
     list_pretrained,
@@ -278,28 +276,3 @@ def test_a_placed_file_has_the_suffix_of_the_published_one(tmp_path: Path, monke
         placed = tmp_path / f"mobilevit_s.cvnets_voc{suffix}"
         placed.write_bytes(b"mine")
         assert resolve("mobilevit_s.cvnets_voc") == placed
-
-
-def test_names_of_public_classes() -> None:
-    torchvision = pytest.importorskip("torchvision")
-    detection = torchvision.models.detection.SSDLite320_MobileNet_V3_Large_Weights.COCO_V1.meta["categories"]
-    assert tuple(name for name in detection if name not in ("__background__", "N/A")) == COCO_CLASSES
-    segmentation = torchvision.models.segmentation.DeepLabV3_ResNet50_Weights.COCO_WITH_VOC_LABELS_V1.meta["categories"]
-    assert tuple(segmentation[1:]) == VOC_CLASSES[1:]
-    assert VOC_CLASSES[0] == "background"
-    assert HEADS["detection"].guess_classes(80) == COCO_CLASSES
-    assert HEADS["segmentation"].guess_classes(21) == VOC_CLASSES
-    assert HEADS["classification"].guess_classes(1000) == imagenet_classes()
-    for head in HEADS.values():
-        assert head.guess_classes(2) == ("class_0", "class_1")
-
-
-def test_imagenet_classes() -> None:
-    classes = imagenet_classes()
-    assert len(classes) == 1000
-    assert (classes[0], classes[207], classes[281], classes[999]) == (
-        "tench",
-        "golden retriever",
-        "tabby",
-        "toilet tissue",
-    )

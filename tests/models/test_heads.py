@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mobilevit.class_names import COCO_CLASSES, VOC_CLASSES
+from mobilevit.models import MODELS, build_model
+from mobilevit.models.deeplabv3 import DeepLabv3, DeepLabv3Config
+from mobilevit.models.heads import HEADS, imagenet_classes
+from mobilevit.models.mobilevit import MobileViT
+from mobilevit.models.ssdlite import SSDLite, SSDLiteConfig
+
+
+@pytest.mark.parametrize(("task", "kind"), list(zip(HEADS, (MobileViT, SSDLite, DeepLabv3), strict=True)))
+def test_the_rows_of_the_classes(task: str, kind: type[torch.nn.Module]) -> None:
+    head = DeepLabv3Config(aux_head=True) if task == "segmentation" else None
+    states = {}
+    for count in (2, 7):
+        model = build_model(MODELS["mobilevit_xxs"], task=task, num_classes=count, head=head)
+        assert isinstance(model, kind)
+        states[count] = model.state_dict()
+        assert HEADS[task].count_classes(states[count]) == count
+    differ = {key for key, value in states[2].items() if value.shape != states[7][key].shape}
+    assert differ == {key for key in states[2] if HEADS[task].class_tensors.match(key)}
+    assert HEADS[task].class_tensor in differ
+    assert HEADS[task].count_classes({}) == 0
+
+
+def test_a_head_of_another_task_is_refused() -> None:
+    xxs = MODELS["mobilevit_xxs"]
+    with pytest.raises(ValueError, match="DeepLabv3Config, which does not suit detection; give a SSDLiteConfig"):
+        build_model(xxs, task="detection", num_classes=3, head=DeepLabv3Config())
+    with pytest.raises(ValueError, match="SSDLiteConfig, which does not suit segmentation; give a DeepLabv3Config"):
+        build_model(xxs, task="segmentation", num_classes=3, head=SSDLiteConfig())
+    with pytest.raises(ValueError, match="does not suit classification; leave it out"):
+        build_model(xxs, task="classification", num_classes=3, head=SSDLiteConfig())
+    with pytest.raises(ValueError, match="unknown task 'pose'; choose from classification, detection, segmentation"):
+        build_model(xxs, task="pose", num_classes=3)
+
+
+def test_names_of_public_classes() -> None:
+    torchvision = pytest.importorskip("torchvision")
+    detection = torchvision.models.detection.SSDLite320_MobileNet_V3_Large_Weights.COCO_V1.meta["categories"]
+    assert tuple(name for name in detection if name not in ("__background__", "N/A")) == COCO_CLASSES
+    segmentation = torchvision.models.segmentation.DeepLabV3_ResNet50_Weights.COCO_WITH_VOC_LABELS_V1.meta["categories"]
+    assert tuple(segmentation[1:]) == VOC_CLASSES[1:]
+    assert VOC_CLASSES[0] == "background"
+    assert HEADS["detection"].guess_classes(80) == COCO_CLASSES
+    assert HEADS["segmentation"].guess_classes(21) == VOC_CLASSES
+    assert HEADS["classification"].guess_classes(1000) == imagenet_classes()
+    for head in HEADS.values():
+        assert head.guess_classes(2) == ("class_0", "class_1")
+
+
+def test_imagenet_classes() -> None:
+    classes = imagenet_classes()
+    assert len(classes) == 1000
+    assert (classes[0], classes[207], classes[281], classes[999]) == (
+        "tench",
+        "golden retriever",
+        "tabby",
+        "toilet tissue",
+    )
