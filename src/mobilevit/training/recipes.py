@@ -32,7 +32,7 @@ class Recipe:
 
 _YOURS = Path("data")
 
-_NOT_TIMED = "not measured here; --dry-run works it out for your machine from a few steps"
+_NOT_TIMED = "not measured; see --dry-run"
 
 _IMAGENET = TrainConfig(
     data=_YOURS,
