@@ -1,8 +1,10 @@
 """To write images with boxes, and to read what became of them."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from mobilevit.data.box_layouts import detection_splits
@@ -34,3 +36,20 @@ def boxes(data: ImageSet[Boxes]) -> dict[str, list[tuple[Any, ...]]]:
 def problems(data: ImageSet[Any], folder: Path) -> list[str]:
     """The lines, without those on classes that have no objects."""
     return [str(p).replace(f"{folder}/", "") for p in data.problems if p.kind != "class without objects"]
+
+
+def boxes_of(
+    xyxy: Sequence[Sequence[float]],
+    labels: Sequence[int],
+    crowd: Sequence[bool] | None = None,
+    areas: Sequence[float] | None = None,
+) -> Boxes:
+    """`Boxes` from plain lists; without `areas`, those of the boxes."""
+    corners = np.asarray(xyxy, np.float32).reshape(-1, 4)
+    sides = corners[:, 2:] - corners[:, :2]
+    return Boxes(
+        xyxy=corners,
+        labels=np.asarray(labels, np.int64),
+        crowd=np.zeros(len(corners), np.bool_) if crowd is None else np.asarray(crowd, np.bool_),
+        areas=sides[:, 0] * sides[:, 1] if areas is None else np.asarray(areas, np.float32),
+    )

@@ -76,17 +76,16 @@ def test_detection(boxes: Path) -> None:
         box_sizes={"small": 3, "medium": 1, "large": 1},
     )
     assert report.statistics["val"].objects_of == {"cat": 1, "dog": 2}
-    assert report.lines() == [
+    assert report.headline() == [
         f"{boxes}: detection, 2 classes, 5 images",
         "  train: 3 images, 200 x 150, 5 objects (3 small, 1 medium, 1 large), 1 images without any",
         "  val: 2 images, 200 x 150, 3 objects (1 small, 1 medium, 1 large), 0 images without any",
-        "",
-        "  class, objects (images)  train    val",
-        "  cat                      3 (2)  1 (1)",
-        "  dog                      2 (1)  2 (2)",
-        "",
-        "no problems found",
     ]
+    assert report.table() == (
+        ["class, objects (images)", "train", "val"],
+        [["cat", "3 (2)", "1 (1)"], ["dog", "2 (1)", "2 (2)"]],
+    )
+    assert report.problem_lines() == ["no problems found"]
 
 
 def test_segmentation(masks: Path) -> None:
@@ -99,13 +98,11 @@ def test_segmentation(masks: Path) -> None:
     assert val.pixels_of == pytest.approx({"sky": 1 / 8, "road": 1 / 8, "car": 6 / 8})
     assert val.void == 0
     assert problems(report, masks) == ["images/train: class without images (car)"]
-    lines = report.lines()
-    assert lines[1] == "  train: 2 images, 200 x 150, 12.50% of the pixels void"
-    assert lines[5:7] == [
-        "  sky                     71.43% (2)  12.50% (1)",
-        "  road                    28.57% (1)  12.50% (1)",
-    ]
-    assert lines[-3:] == ["1 problem", "  class without images: 1", f"    {masks}/images/train: car"]
+    assert report.headline()[1] == "  train: 2 images, 200 x 150, 12.50% of the pixels void"
+    heading, rows = report.table()
+    assert heading == ["class, pixels (images)", "train", "val"]
+    assert rows[:2] == [["sky", "71.43% (2)", "12.50% (1)"], ["road", "28.57% (1)", "12.50% (1)"]]
+    assert report.problem_lines() == ["1 problem", "  class without images: 1", f"    {masks}/images/train: car"]
 
 
 def test_classification(shapes: Path) -> None:
@@ -115,7 +112,8 @@ def test_classification(shapes: Path) -> None:
     assert (statistics.images, statistics.readable, statistics.largest) == (60, 60, (32, 32))
     assert statistics.images_of == dict.fromkeys(report.classes, 10)
     assert report.problems == ()
-    assert report.lines()[3:5] == ["  class, images  all", f"  {report.classes[0]:13}   10"]
+    heading, rows = report.table()
+    assert (heading, rows[0]) == (["class, images", "all"], [report.classes[0], "10"])
 
 
 def test_the_task_can_be_given(boxes: Path) -> None:
@@ -164,7 +162,7 @@ def test_images_that_cannot_be_read(boxes: Path) -> None:
     file.write_bytes(file.read_bytes()[:3000])
     report = check(boxes)
     assert report.statistics["train"].readable == 2
-    assert "  train: 3 images, 1 of them unreadable, 200 x 150" in "\n".join(report.lines())
+    assert "  train: 3 images, 1 of them unreadable, 200 x 150" in "\n".join(report.headline())
     (line,) = problems(report, boxes)
     assert line.startswith("images/train/b.png: image that cannot be read (")
     assert line.endswith("; training leaves it out; remove or replace it")
@@ -193,7 +191,7 @@ def test_coco_sizes_are_compared_with_the_images(tmp_path: Path) -> None:
         "are; look at them",
     ]
     assert report.statistics["all"].crowds == 1
-    assert "2 images without any, 1 crowds, not counted" in report.lines()[1]
+    assert "2 images without any, 1 crowds, not counted" in report.headline()[1]
 
 
 def test_bad_masks(masks: Path) -> None:
@@ -231,8 +229,8 @@ def test_values_that_only_some_masks_have_are_found(tmp_path: Path) -> None:
 def test_ten_of_a_kind_are_printed(boxes: Path) -> None:
     for number in range(13):
         write_yolo(boxes, "train", f"x{number:02}", ["7 0.5 0.5 0.1 0.1"], 100 + number)
-    lines = check(boxes).lines()
-    assert lines[-13:-10] == [
+    lines = check(boxes).problem_lines()
+    assert lines[:3] == [
         "13 problems",
         "  label without a class: 13",
         f"    {boxes}/labels/train/x00.txt, line 1: 7; left out; add it to the class names or correct it",
@@ -243,9 +241,8 @@ def test_ten_of_a_kind_are_printed(boxes: Path) -> None:
 def test_many_classes_are_cut_short(tmp_path: Path) -> None:
     for number in range(43):
         write_image(tmp_path / f"class{number:02}/a.png", number, size=(8, 8))
-    lines = check(tmp_path).lines()
-    assert [line for line in lines if "class39" in line] == ["  class39          1"]
-    assert "  and 3 more classes" in lines
+    _, rows = check(tmp_path).table()
+    assert rows[39:] == [["class39", "1"], ["and 3 more classes", ""]]
 
 
 def test_nothing_there(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from box_files import boxes_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numbered_images import numbers, write_folder, write_image
@@ -180,19 +181,9 @@ def masked(paths: list[Path], class_of: bytes, classes: tuple[str, ...] = ("sky"
     )
 
 
-CAT_AND_DOG = Boxes.of([[0, 0, 4, 3], [1, 1, 2, 3]], [0, 1])
-NO_OBJECT = Boxes.of([], [])
+CAT_AND_DOG = boxes_of([[0, 0, 4, 3], [1, 1, 2, 3]], [0, 1])
+NO_OBJECT = boxes_of([], [])
 SKY_AND_ROAD = bytes([0, 1]) + bytes([IGNORE]) * 254
-
-
-def test_boxes_from_lists() -> None:
-    assert CAT_AND_DOG.areas.tolist() == [12, 2]
-    assert CAT_AND_DOG.crowd.tolist() == [False, False]
-    assert (NO_OBJECT.xyxy.shape, NO_OBJECT.labels.shape, NO_OBJECT.areas.shape) == ((0, 4), (0,), (0,))
-    stated = Boxes.of([[0, 0, 4, 3]], [0], [True], [7])
-    assert (stated.crowd.tolist(), stated.areas.tolist()) == ([True], [7])
-    kinds = [field.dtype for field in (stated.xyxy, stated.labels, stated.crowd, stated.areas)]
-    assert kinds == [np.float32, np.int64, np.bool_, np.float32]
 
 
 def test_relabel_boxes() -> None:
@@ -205,11 +196,11 @@ def test_relabel_boxes() -> None:
     assert CAT_AND_DOG.labels.tolist() == [0, 1]
     with pytest.raises(ValueError, match="toy: the checkpoint does not know dog; its classes are cat, owl"):
         data.relabel(("cat", "owl"))
-    assert boxed([Boxes.of([[0, 0, 1, 1]], [0])]).relabel(("owl", "cat")).targets[0].labels.tolist() == [1]
+    assert boxed([boxes_of([[0, 0, 1, 1]], [0])]).relabel(("owl", "cat")).targets[0].labels.tolist() == [1]
 
 
 def test_a_crowd_of_a_class_that_the_model_does_not_know() -> None:
-    data = boxed([Boxes.of([[0, 0, 4, 3], [1, 1, 2, 3]], [0, 1], [False, True])])
+    data = boxed([boxes_of([[0, 0, 4, 3], [1, 1, 2, 3]], [0, 1], [False, True])])
     (target,) = data.relabel(("owl", "cat")).targets  # crowds are not counted, so dogs are not used
     assert (target.labels.tolist(), target.xyxy.tolist(), target.areas.tolist()) == ([1], [[0, 0, 4, 3]], [12])
 
@@ -231,9 +222,9 @@ def test_fingerprint_of_boxes() -> None:
     assert data.relabel(("dog", "owl", "cat")).fingerprint() == data.fingerprint()
     others = [
         boxed([CAT_AND_DOG]),
-        boxed([Boxes.of([[0, 0, 4, 3], [1, 1, 2, 2]], [0, 1]), NO_OBJECT]),
-        boxed([Boxes.of([[0, 0, 4, 3], [1, 1, 2, 3]], [1, 1]), NO_OBJECT]),
-        boxed([Boxes.of([[0, 0, 4, 3], [1, 1, 2, 3]], [0, 1], [False, True]), NO_OBJECT]),
+        boxed([boxes_of([[0, 0, 4, 3], [1, 1, 2, 2]], [0, 1]), NO_OBJECT]),
+        boxed([boxes_of([[0, 0, 4, 3], [1, 1, 2, 3]], [1, 1]), NO_OBJECT]),
+        boxed([boxes_of([[0, 0, 4, 3], [1, 1, 2, 3]], [0, 1], [False, True]), NO_OBJECT]),
         boxed([CAT_AND_DOG, NO_OBJECT], ("cat", "cow")),
     ]
     assert len({data.fingerprint(), *(other.fingerprint() for other in others)}) == 6
@@ -252,7 +243,7 @@ def test_fingerprint_of_masks() -> None:
 
 
 def test_check_classes_of_boxes_and_masks() -> None:
-    check_classes(boxed([Boxes.of([[0, 0, 1, 1]], [0])]))  # one class is enough, and one may be without objects
+    check_classes(boxed([boxes_of([[0, 0, 1, 1]], [0])]))  # one class is enough, and one may be without objects
     with pytest.raises(ValueError, match="toy: no objects of cat, dog; add some or remove the class"):
         check_classes(boxed([NO_OBJECT]))
     check_classes(masked([Path("a.png")], SKY_AND_ROAD))

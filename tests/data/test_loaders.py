@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from box_files import boxes_of
 from PIL import Image
 
 from mobilevit.data.imageset import Boxes, ImageSet, Mask
@@ -274,7 +275,7 @@ def test_shuffled_shards_have_nothing_in_common() -> None:
 def boxed(count: int) -> ImageSet[Boxes]:
     """Image n, of 36 x 40 pixels, has n boxes of classes 0, 1 and so on."""
     plain = noise(count)
-    targets = [Boxes.of([[4, 4, 20 + i, 30] for i in range(n)], list(range(n))) for n in range(count)]
+    targets = [boxes_of([[4, 4, 20 + i, 30] for i in range(n)], list(range(n))) for n in range(count)]
     return ImageSet(
         task="detection", origin="boxed", names=plain.names, targets=targets, classes=plain.classes, open=plain.open
     )

@@ -16,7 +16,6 @@ from mobilevit.data.samplers import (
     SizedBatch,
     level_batches,
     multi_scale_sizes,
-    relative_updates,
 )
 
 PAPER = multi_scale_sizes((256, 256))
@@ -49,8 +48,9 @@ def test_sizes_and_batches_of_the_paper() -> None:
 
 def test_updates_relative_to_one_size() -> None:
     # 1 / mean(256^2 / side^2): 0.739; without smaller batches above the base 0.681. The paper counts 232 / 375 = 0.62.
-    assert relative_updates(level_batches((256, 256), 128, PAPER), 128) == pytest.approx(0.741, abs=2e-3)
-    assert relative_updates(level_batches((256, 256), 128, PAPER, never_below=True), 128) == pytest.approx(0.682, 2e-3)
+    for never_below, relative_updates in ((False, 0.741), (True, 0.682)):  # to those of an epoch of 128 images a step
+        batches = level_batches((256, 256), 128, PAPER, never_below=never_below)
+        assert 128 * len(batches) / sum(b.batch_size for b in batches) == pytest.approx(relative_updates, rel=2e-3)
     (sampler,) = samplers(200_000, 1, level_batches((256, 256), 128, PAPER))
     assert len(sampler.start(0)) / (200_000 / 128) == pytest.approx(0.741, rel=0.03)
 

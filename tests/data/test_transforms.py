@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from box_files import boxes_of
 from PIL import Image
 from torch import Tensor
 
@@ -297,7 +298,7 @@ def test_boxes_follow_the_image(option: str, mode: str) -> None:
     for seed in range(60):
         torch.manual_seed(seed)
         box = (20 + seed % 7, 25, 75, 60 + seed % 5)
-        pixels, (corners, labels) = transform(rectangle(box), Boxes.of([box], [2]))
+        pixels, (corners, labels) = transform(rectangle(box), boxes_of([box], [2]))
         assert (pixels.shape, pixels.dtype) == ((3, height, width), torch.uint8)
         assert pixels.permute(1, 2, 0).is_contiguous()
         assert (corners.shape, corners.dtype, labels.tolist()) == ((1, 4), torch.float32, [2])
@@ -308,7 +309,7 @@ def test_boxes_follow_the_image(option: str, mode: str) -> None:
 
 
 def test_without_any_chance_boxes_are_placed_as_in_evaluation() -> None:
-    image, target = rectangle((30, 20, 90, 70)), Boxes.of([[30, 20, 90, 70], [0, 0, 120, 90]], [1, 0])
+    image, target = rectangle((30, 20, 90, 70)), boxes_of([[30, 20, 90, 70], [0, 0, 120, 90]], [1, 0])
     for mode in ("stretch", "pad", "crop"):
         preprocessing = sized(mode)
         pixels, (corners, labels) = DetectionTransform(preprocessing=preprocessing, **PLAIN)(image, target)
@@ -328,7 +329,7 @@ def test_crops_keep_each_box_with_its_label() -> None:
     counts = []
     for seed in range(60):
         torch.manual_seed(seed)
-        pixels, (corners, labels) = transform(image, Boxes.of(boxes, [0, 1, 2]))
+        pixels, (corners, labels) = transform(image, boxes_of(boxes, [0, 1, 2]))
         for box, label in zip(corners.tolist(), labels.tolist(), strict=True):
             x, y = int((box[0] + box[2]) / 2 * 96), int((box[1] + box[3]) / 2 * 64)
             assert pixels[:, y, x].argmax() == label
@@ -337,7 +338,7 @@ def test_crops_keep_each_box_with_its_label() -> None:
 
 
 def test_crowds_are_left_out() -> None:
-    target = Boxes.of([[0, 0, 60, 60], [20, 20, 70, 70]], [3, 1], [True, False])
+    target = boxes_of([[0, 0, 60, 60], [20, 20, 70, 70]], [3, 1], [True, False])
     transform = DetectionTransform(preprocessing=sized())
     for seed in range(10):
         torch.manual_seed(seed)
@@ -345,7 +346,7 @@ def test_crowds_are_left_out() -> None:
         assert (corners.shape, labels.tolist()) == ((1, 4), [1])
 
 
-@pytest.mark.parametrize("target", [Boxes.of([], []), Boxes.of([[0, 0, 60, 60]], [0], [True])])
+@pytest.mark.parametrize("target", [boxes_of([], []), boxes_of([[0, 0, 60, 60]], [0], [True])])
 def test_images_without_boxes(target: Boxes) -> None:
     transform = DetectionTransform(preprocessing=sized())
     for seed in range(10):
@@ -358,7 +359,7 @@ def test_images_without_boxes(target: Boxes) -> None:
 
 def test_boxes_that_the_input_does_not_show_are_left_out() -> None:
     preprocessing = sized("crop", (64, 64))  # the middle 90 of 180 columns
-    target = Boxes.of([[0, 10, 40, 60], [60, 10, 100, 60], [150, 10, 180, 60], [0, 0, 46, 90]], [0, 1, 2, 3])
+    target = boxes_of([[0, 10, 40, 60], [60, 10, 100, 60], [150, 10, 180, 60], [0, 0, 46, 90]], [0, 1, 2, 3])
     _, (corners, labels) = DetectionTransform(preprocessing=preprocessing, **PLAIN)(Image.new("RGB", (180, 90)), target)
     assert labels.tolist() == [1, 3]
     assert (corners[:, 2:] > corners[:, :2]).all()  # the loss takes the logarithm of the sides
@@ -530,7 +531,7 @@ def test_a_mask_of_another_size_than_its_image(tmp_path: Path) -> None:
 
 def test_the_same_random_state_gives_the_same_boxes_and_masks(tmp_path: Path) -> None:
     scene = render_scene(0, size=96, num_objects=3)
-    boxes, mask = Boxes.of(scene.boxes_xyxy, scene.labels), save_mask(tmp_path / "a.png", scene.mask)
+    boxes, mask = boxes_of(scene.boxes_xyxy, scene.labels), save_mask(tmp_path / "a.png", scene.mask)
     detection = DetectionTransform(preprocessing=sized())
     segmentation = SegmentationTransform(preprocessing=sized(), crop_size=(48, 48))
     images = set()

@@ -4,7 +4,6 @@ from pathlib import Path
 import pytest
 
 from mobilevit.cli import main
-from mobilevit.data.samplers import relative_updates
 from mobilevit.training.config import TrainConfig
 from mobilevit.training.recipes import RECIPES, describe_recipes, find_recipe
 
@@ -29,7 +28,8 @@ def test_published_recipes() -> None:
     assert (imagenet.model, imagenet.batch_size * 8, imagenet.optimizer.grad_accum_steps) == ("mobilevit_s", 1024, 1)
     sizes = imagenet.resolve("classification", 8).step_sizes()
     assert [size.batch_size for size in sizes] == [327, 227, 128, 101, 81]
-    updates = 300 * relative_updates(sizes, 128) * 1_281_167 / 1024
+    images_a_step = 8 * sum(size.batch_size for size in sizes) / len(sizes)
+    updates = 300 * 1_281_167 / images_a_step
     assert imagenet.optimizer.warmup_fraction * updates == pytest.approx(3000, rel=0.01)
     assert (imagenet.epochs, imagenet.optimizer.weight_decay, imagenet.optimizer.ema_momentum) == (300, 0.01, 5e-4)
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 from tyro.conf import Positional
 
 from mobilevit.cli.errors import UsageError
-from mobilevit.cli.printing import print_json
+from mobilevit.cli.printing import print_json, print_rows
 
 if TYPE_CHECKING:
     from mobilevit.card import Task
@@ -17,10 +17,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """Labeled data before training: `data check DIR` finds what is wrong, `data shard DIR --out DIR` packs tar files.
+    """Check labeled data, or pack them for training: `data check DIR`, `data shard DIR --out DIR`.
 
-    Check draws a sheet of labeled images. Shard writes tar files as WebDataset has them, with an index: few large
-    files instead of many small ones, for network file systems, object stores and spinning disks.
+    Check counts what is in the data, finds what is wrong and draws a sheet of labeled images. Shard writes tar files in
+    WebDataset's format, with an index: few large files instead of many small ones, for network file systems, object
+    stores and spinning disks.
     """
 
     action: Positional[Literal["check", "shard"]]
@@ -28,24 +29,24 @@ class Data:
     path: Positional[str]
     """Labeled images, as for training."""
     task: Literal["auto", "classification", "detection", "segmentation"] = "auto"
-    """auto: what the data are labeled for; shards are for classification."""
+    """auto: the task that the data are labeled for; shards are for classification."""
     out: Path | None = None
     """check: the sheet to draw; data-check.png if not given. shard: the folder to write."""
     max_mb: float = 256.0
     """shard: size of a tar file in megabytes."""
     shorter_side: int | None = None
-    """shard: make larger images this small on their shorter side, as JPEG of quality 95. Without it, as they are."""
+    """shard: make larger images this small on their shorter side, as JPEG of quality 95; otherwise they are copied."""
     val_fraction: float | None = None
-    """shard: share of every class for a val part, where the data are not divided. Without it, all is one part."""
+    """shard: share of every class for a val part, if the data are not divided; otherwise all is one part."""
     seed: int = 0
-    """shard: decides the order of the images, and with --val-fraction the parts, as it does in training."""
+    """shard: decides the order of the images, and their division into parts, as it does in training."""
     overwrite: bool = False
-    """shard: replace the shards in --out."""
+    """shard: replace the shards in the folder."""
     json: bool = False
     """Print JSON."""
 
     def run(self) -> int:
-        """Check or pack, print."""
+        """Check or pack, and print the report."""
         task = None if self.task == "auto" else self.task
         if self.action == "shard":
             return self._shard(task)
@@ -58,7 +59,9 @@ class Data:
         if self.json:
             print_json(report.to_dict())
         else:
-            print(*report.lines(), sep="\n")
+            print(*report.headline(), sep="\n")
+            print_rows(*report.table())
+            print(*report.problem_lines(), sep="\n")
             print(f"\nlabeled images: {out}")
         return 0
 
@@ -66,7 +69,7 @@ class Data:
         from mobilevit.data.shard_writing import write_shards
 
         if self.out is None:
-            raise UsageError("--out names the folder to write the shards into; give it")
+            raise UsageError("`out` names the folder to write the shards into; give it")
         report = write_shards(
             self.path,
             self.out,

@@ -1,4 +1,4 @@
-"""Images with boxes around objects. The formats are in `voc`, `coco` and `yolo`, what they share in `boxes`."""
+"""Images with boxes around objects, in the formats of `voc`, `coco` and `yolo`."""
 
 from __future__ import annotations
 
@@ -32,20 +32,20 @@ def detection_splits(path: Path) -> dict[str, ImageSet[Boxes]]:
 
     - Pascal VOC: a folder of `.xml` files (`Annotations`) and one of images (`JPEGImages`, `images`), or both in
       one folder; divided by `ImageSets/Main/{train,val,test}.txt` or by sub-folders. Coordinates are taken as they
-      are: the original VOC counts pixels from 1, most tools that write the format from 0. Classes are sorted by
+      are: the original VOC counts pixels from 1, most tools that write its format from 0. Classes are sorted by
       name. Objects marked `difficult` become crowd.
     - COCO: `annotations/instances_{train,val}*.json` or a `.json` file in each of `train`, `valid`, `test`. Classes
       are the categories in order of their id.
     - YOLO: a `.yaml` with `names`, `train` and `val`, or `images/`, `labels/` and `classes.txt`. Polygons become the
       boxes around them.
 
-    Whatever is wrong in single annotations is in the `problems` of the sets, with what was done about it.
+    Whatever is wrong with single annotations is in the `problems` of the sets, with what was done about it.
 
     Returns:
         {"train": ..., "val": ..., "test": ...}, as far as the data are divided, else {"all": ...}.
 
     Raises:
-        ValueError: none of these layouts, no image, no usable box, or a part that names nothing that exists.
+        MobileViTError: none of these layouts, no image, no usable box, or a part that names nothing that exists.
     """
     splits = _read_file(path) if path.is_file() else _read_folder(path)
     if not any(boxes.labels.size for data in splits.values() for boxes in data.targets):
@@ -63,7 +63,7 @@ def _read_file(path: Path) -> dict[str, ImageSet[Boxes]]:
 
 
 def _read_folder(path: Path) -> dict[str, ImageSet[Boxes]]:
-    """In this order, as a folder in one format often holds traces of those after it."""
+    """Try the formats in this order, as a folder in one of them often holds traces of those after it."""
     if files := find_coco(path):
         return read_coco(path, files)
     if files := find_yolo_yaml(path):

@@ -1,14 +1,15 @@
-"""Everything that can be said of data before training on them: what is in them, and what is wrong."""
+"""Check labeled data before training: count what is in them, and find what is wrong."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +20,7 @@ from mobilevit.class_names import IGNORE
 from mobilevit.data.boxes import size_problem
 from mobilevit.data.datasets import find_splits
 from mobilevit.data.imageset import Boxes, ImageSet, Mask, Problem, read_label_map
-from mobilevit.data.mask_layouts import unusable_mask, values_without_class
+from mobilevit.data.mask_layouts import VALUE_WITHOUT_CLASS, unusable_mask, values_without_class
 from mobilevit.data.shards import holds_shards
 from mobilevit.errors import ImageError
 from mobilevit.imaging import drawing
@@ -27,10 +28,18 @@ from mobilevit.imaging.decode import IMAGE_SUFFIXES, read_image
 from mobilevit.machine import available_cores
 from mobilevit.progress import Progress
 
+Value = TypeVar("Value")
+
 _SHOWN_PROBLEMS = 10
 _SHOWN_CLASSES = 40
 _LEGEND_CLASSES = 12  # of boxes
 _SMALL, _LARGE = 32**2, 96**2  # pixels; COCO's limits between small, medium and large
+
+_COUNTED: dict[Task, str] = {
+    "classification": "images",
+    "detection": "objects (images)",
+    "segmentation": "pixels (images)",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,17 +49,17 @@ class SplitStatistics:
     images: int
     """Images in use."""
     readable: int
-    """Of these, how many could be decoded."""
+    """How many of them could be decoded."""
     smallest: tuple[int, int]
-    """(width, height) of the image with the fewest pixels; (0, 0) where none is readable."""
+    """(width, height) of the image with the fewest pixels; (0, 0) if none is readable."""
     largest: tuple[int, int]
-    """Of the one with the most."""
+    """(width, height) of the image with the most pixels."""
     images_of: dict[str, int]
-    """Of each class: images that show it."""
+    """For each class: images that show it."""
     objects_of: dict[str, int] = field(default_factory=dict)
-    """Detection, of each class: boxes, without crowds."""
+    """Detection, for each class: boxes, without crowds."""
     pixels_of: dict[str, float] = field(default_factory=dict)
-    """Segmentation, of each class: its share of the pixels that have one."""
+    """Segmentation, for each class: its share of the pixels that have one."""
     void: float = 0.0
     """Segmentation: share of all pixels that have no class."""
     without_objects: int = 0
@@ -59,6 +68,29 @@ class SplitStatistics:
     """Detection: boxes that are neither trained on nor counted."""
     box_sizes: dict[str, int] = field(default_factory=dict)
     """Detection: boxes by area, small below 32 x 32 pixels and large from 96 x 96."""
+
+    def __str__(self) -> str:
+        words = [f"{self.images:,} images"]
+        if self.readable < self.images:
+            words.append(f"{self.images - self.readable:,} of them unreadable")
+        small, large = (f"{width} x {height}" for width, height in (self.smallest, self.largest))
+        words.append(small if small == large else f"{small} to {large}")
+        if self.box_sizes:
+            sizes = ", ".join(f"{count:,} {size}" for size, count in self.box_sizes.items())
+            words.append(f"{sum(self.objects_of.values()):,} objects ({sizes})")
+            words.append(f"{self.without_objects:,} images without any")
+        if self.crowds:
+            words.append(f"{self.crowds:,} crowds, not counted")
+        if self.pixels_of:
+            words.append(f"{self.void:.2%} of the pixels void")
+        return ", ".join(words)
+
+    def cell(self, name: str) -> str:
+        """Return what the table says of a class."""
+        images = f"{self.images_of[name]:,}"
+        if self.objects_of:
+            return f"{self.objects_of[name]:,} ({images})"
+        return f"{self.pixels_of[name]:.2%} ({images})" if self.pixels_of else images
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,19 +106,19 @@ class CheckReport:
     statistics: dict[str, SplitStatistics]
     """By part: "train", "val", "test", or "all"."""
     problems: tuple[Problem, ...]
-    """What is wrong, in the order of `by_kind`."""
+    """What is wrong."""
     splits: dict[str, ImageSet[Any]] = field(repr=False)
     """The data themselves, for `contact_sheet`."""
 
     def by_kind(self) -> dict[str, list[Problem]]:
-        """The problems, by what sort they are; the rarest sorts come first."""
+        """Group the problems by kind; the rarest kinds come first."""
         groups: dict[str, list[Problem]] = {}
         for problem in self.problems:
             groups.setdefault(problem.kind, []).append(problem)
         return dict(sorted(groups.items(), key=lambda item: len(item[1])))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """Return plain values for JSON."""
         return {
             "path": self.path,
             "task": self.task,
@@ -96,66 +128,33 @@ class CheckReport:
             "problems": [asdict(problem) for problem in self.problems],
         }
 
-    def lines(self) -> list[str]:
-        """The report to print: the parts, a table of the classes, the problems by kind, the first ten of each."""
+    def headline(self) -> list[str]:
+        """Return the lines above the table: the data, and a line for each part."""
         images = sum(part.images for part in self.statistics.values())
         lines = [f"{self.path}: {self.task}, {len(self.classes)} classes, {images:,} images"]
-        lines += [f"  {part}: {_described(statistics)}" for part, statistics in self.statistics.items()]
-        lines += ["", *self._table(), ""]
+        return lines + [f"  {part}: {statistics}" for part, statistics in self.statistics.items()]
+
+    def table(self) -> tuple[list[str], list[list[str]]]:
+        """Return heading and rows of the table of the classes."""
+        shown = self.classes[:_SHOWN_CLASSES]
+        rows = [[name, *(part.cell(name) for part in self.statistics.values())] for name in shown]
+        if len(self.classes) > len(shown):
+            rows.append([f"and {len(self.classes) - len(shown)} more classes", *[""] * len(self.statistics)])
+        return [f"class, {_COUNTED[self.task]}", *self.statistics], rows
+
+    def problem_lines(self) -> list[str]:
+        """Return the lines below the table: the problems by kind, the first ten of each."""
         if not self.problems:
-            return [*lines, "no problems found"]
-        lines.append(f"{len(self.problems):,} {'problem' if len(self.problems) == 1 else 'problems'}")
+            return ["no problems found"]
+        lines = [f"{len(self.problems):,} {'problem' if len(self.problems) == 1 else 'problems'}"]
         for kind, problems in self.by_kind().items():
             lines.append(f"  {kind}: {len(problems):,}")
-            lines += [f"    {_without_kind(problem)}" for problem in problems[:_SHOWN_PROBLEMS]]
+            for problem in problems[:_SHOWN_PROBLEMS]:
+                what = "; ".join(text for text in (problem.detail, problem.remedy) if text)
+                lines.append(f"    {problem.file}: {what}" if what else f"    {problem.file}")
             if len(problems) > _SHOWN_PROBLEMS:
                 lines.append(f"    and {len(problems) - _SHOWN_PROBLEMS:,} more")
         return lines
-
-    def _table(self) -> list[str]:
-        what = {"classification": "images", "detection": "objects (images)", "segmentation": "pixels (images)"}
-        rows = [[f"class, {what[self.task]}", *self.statistics]]
-        rows += [
-            [name, *(_cell(part, name, self.task) for part in self.statistics.values())]
-            for name in self.classes[:_SHOWN_CLASSES]
-        ]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        table = [
-            "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
-            for row in rows
-        ]
-        more = len(self.classes) - _SHOWN_CLASSES
-        return [f"  {row}" for row in table] + ([f"  and {more} more classes"] if more > 0 else [])
-
-
-def _without_kind(problem: Problem) -> str:
-    what = "; ".join(text for text in (problem.detail, problem.remedy) if text)
-    return f"{problem.file}: {what}" if what else problem.file
-
-
-def _cell(part: SplitStatistics, name: str, task: Task) -> str:
-    images = f"{part.images_of[name]:,}"
-    if task == "classification":
-        return images
-    first = f"{part.objects_of[name]:,}" if task == "detection" else f"{part.pixels_of[name]:.2%}"
-    return f"{first} ({images})"
-
-
-def _described(part: SplitStatistics) -> str:
-    words = [f"{part.images:,} images"]
-    if part.readable < part.images:
-        words.append(f"{part.images - part.readable:,} of them unreadable")
-    small, large = (f"{width} x {height}" for width, height in (part.smallest, part.largest))
-    words.append(small if small == large else f"{small} to {large}")
-    if part.box_sizes:
-        sizes = ", ".join(f"{count:,} {size}" for size, count in part.box_sizes.items())
-        words.append(f"{sum(part.objects_of.values()):,} objects ({sizes})")
-        words.append(f"{part.without_objects:,} images without any")
-        if part.crowds:
-            words.append(f"{part.crowds:,} crowds, not counted")
-    if part.pixels_of:
-        words.append(f"{part.void:.2%} of the pixels void")
-    return ", ".join(words)
 
 
 def check(path: str | os.PathLike[str], task: Task | None = None) -> CheckReport:
@@ -166,33 +165,30 @@ def check(path: str | os.PathLike[str], task: Task | None = None) -> CheckReport
         task: None recognizes it by the layout.
 
     Raises:
-        ValueError: nothing usable there.
+        MobileViTError: nothing usable there.
     """
     splits = find_splits(path, task)
     first = next(iter(splits.values()))
     problems = [problem for data in splits.values() for problem in data.problems]
     looks: dict[str, list[_Look]] = {}
-    with Progress("check", sum(map(len, splits.values()))) as progress, ThreadPoolExecutor(_num_threads()) as pool:
+    with Progress("check", sum(map(len, splits.values()))) as progress:
         for part, data in splits.items():
             looks[part] = []
-            for start in range(0, len(data), 256):
-                for look in pool.map(_Looker(data), range(start, min(start + 256, len(data)))):
-                    looks[part].append(look)
-                    problems += look.problems
-                    progress.advance(1)
+            for look in _look_at_all(data):
+                looks[part].append(look)
+                problems += look.problems
+                progress.advance(1)
     statistics = {part: _statistics(data, looks[part]) for part, data in splits.items()}
     problems += _duplicates(splits, looks)
     if first.task == "segmentation":
-        # While reading only some masks were asked.
+        # Reading the layout looks into some of the masks only.
         values = {value for found in looks.values() for look in found for value in look.nameless}
-        sort = "value without a class"
-        problems = [p for p in problems if p.kind != sort] + values_without_class(values, str(path))
+        problems = [p for p in problems if p.kind != VALUE_WITHOUT_CLASS] + values_without_class(values, str(path))
     if first.task == "classification" and Path(path).is_dir() and not holds_shards(Path(path)):
         problems += _odd_files(Path(path))
     for part, data in splits.items() if first.task != "detection" else ():
-        for name, count in statistics[part].images_of.items():
-            if not count:
-                problems.append(Problem(file=data.origin, kind="class without images", detail=name))
+        unseen = [name for name, count in statistics[part].images_of.items() if not count]
+        problems += [Problem(file=data.origin, kind="class without images", detail=name) for name in unseen]
     return CheckReport(
         path=str(path),
         task=first.task,
@@ -203,66 +199,7 @@ def check(path: str | os.PathLike[str], task: Task | None = None) -> CheckReport
     )
 
 
-def contact_sheet(
-    splits: Mapping[str, ImageSet[Any]], *, num_images: int = 24, columns: int = 6, cell: int = 320
-) -> Image.Image:
-    """Images evenly spaced over all parts, with their class, their boxes or the colors of their masks.
-
-    Args:
-        splits: as of `find_splits`.
-        num_images: how many; images that cannot be read are passed over.
-        columns: images in a row.
-        cell: side of each in pixels.
-    """
-    everything = [(part, data, number) for part, data in splits.items() for number in range(len(data))]
-    places = np.linspace(0, len(everything) - 1, min(num_images, len(everything))).round().astype(int).tolist()
-    images, captions = [], []
-    shown: set[int] = set()
-    for part, data, number in (everything[place] for place in places):
-        try:
-            image, labels = _drawn(data, number, cell)
-        except ImageError:
-            continue
-        images.append(image)
-        shown |= labels
-        lines = [f"{part}: {Path(data.names[number]).name}"]
-        captions.append(
-            [*lines, *(data.classes[label] for label in labels)] if data.task == "classification" else lines
-        )
-    sheet = drawing.contact_sheet(images, captions, [drawing.DARK] * len(images), columns=columns, cell=cell)
-    first = next(iter(splits.values()))
-    if first.task == "classification" or _named_at_boxes(first):
-        return sheet
-    colors = drawing.class_colors(len(first.classes))
-    return drawing.with_legend(sheet, [(first.classes[label], colors[label]) for label in sorted(shown)])
-
-
-def _named_at_boxes(data: ImageSet[Any]) -> bool:
-    """Many classes are hard to tell by color alone; few are easier on the eye without a word at each box."""
-    return data.task == "detection" and len(data.classes) > _LEGEND_CLASSES
-
-
-def _drawn(data: ImageSet[Any], number: int, cell: int) -> tuple[Image.Image, set[int]]:
-    """An image with what is known of it, small, and which classes it shows."""
-    image, target = read_image(data.open(number), data.names[number]), data.targets[number]
-    scale = cell / max(image.size)
-    small = drawing.fit(image, cell)
-    if isinstance(target, Boxes):
-        counted = ~target.crowd
-        labels = target.labels[counted].tolist()
-        colors = drawing.class_colors(len(data.classes))
-        texts = [data.classes[label] if _named_at_boxes(data) else "" for label in labels]
-        small = drawing.draw_outlines(small, target.xyxy[target.crowd] * scale)
-        boxes = target.xyxy[counted] * scale
-        return drawing.draw_boxes(small, boxes, texts, [colors[label] for label in labels]), set(labels)
-    if isinstance(target, Mask):
-        label_map = np.asarray(Image.fromarray(target.read()).resize(small.size, Image.Resampling.NEAREST))
-        labels = set(np.unique(label_map).tolist()) - {IGNORE}
-        return drawing.draw_label_map(small, label_map, data.classes, legend=False), labels
-    return small, {target}
-
-
-# -- looking at each image ------------------------------------------------------------------------------------------
+# -- looking at each image --------------------------------------------------------------------------------------------
 
 
 @dataclass(kw_only=True)
@@ -272,35 +209,36 @@ class _Look:
     digest: bytes = b""
     size: tuple[int, int] | None = None
     pixels: NDArray[np.int64] | None = None
-    """Of each class, and of `IGNORE`."""
+    """For each class and `IGNORE`."""
     nameless: list[int] = field(default_factory=list)
     """Values of the mask that no class stands for."""
     problems: list[Problem] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
-class _Looker:
-    data: ImageSet[Any]
+def _look_at_all(data: ImageSet[Any]) -> Iterator[_Look]:
+    with ThreadPoolExecutor(min(8, available_cores())) as pool:
+        for start in range(0, len(data), 256):
+            yield from pool.map(partial(_look_at, data), range(start, min(start + 256, len(data))))
 
-    def __call__(self, number: int) -> _Look:
-        look, file = _Look(), _file_of(self.data, number)
-        try:
-            source = self.data.open(number)
-            if isinstance(source, str | os.PathLike):
-                source = Path(source).read_bytes()
-            if isinstance(source, bytes):
-                look.digest = hashlib.sha256(source).digest()
-            look.size = read_image(source, file).size
-        except (ImageError, OSError) as error:
-            reason = getattr(error, "strerror", None) or str(error).removeprefix(f"{file}: ")
-            remedy = "training leaves it out; remove or replace it"
-            look.problems.append(Problem(file=file, kind="image that cannot be read", detail=reason, remedy=remedy))
-        target = self.data.targets[number]
-        if isinstance(target, Mask):
-            _look_at_mask(target, look)
-        elif self.data.sizes is not None and look.size and self.data.sizes[number] != look.size:
-            look.problems.append(size_problem(file, self.data.sizes[number], look.size))
-        return look
+
+def _look_at(data: ImageSet[Any], number: int) -> _Look:
+    look, file, target = _Look(), _file_of(data, number), data.targets[number]
+    try:
+        source = data.open(number)
+        if isinstance(source, str | os.PathLike):
+            source = Path(source).read_bytes()
+        if isinstance(source, bytes):
+            look.digest = hashlib.sha256(source).digest()
+        look.size = read_image(source, file).size
+    except (ImageError, OSError) as error:
+        reason = getattr(error, "strerror", None) or str(error).removeprefix(f"{file}: ")
+        remedy = "training leaves it out; remove or replace it"
+        look.problems.append(Problem(file=file, kind="image that cannot be read", detail=reason, remedy=remedy))
+    if isinstance(target, Mask):
+        _look_at_mask(target, look)
+    elif data.sizes is not None and look.size and data.sizes[number] != look.size:
+        look.problems.append(size_problem(file, data.sizes[number], look.size))
+    return look
 
 
 def _look_at_mask(mask: Mask, look: _Look) -> None:
@@ -314,14 +252,12 @@ def _look_at_mask(mask: Mask, look: _Look) -> None:
         turned = size == look.size[::-1]
         remedy = "the image has been turned (EXIF) since; turn the mask" if turned else "save it in the image's size"
         sizes = f"{size[0]} x {size[1]}, the image {look.size[0]} x {look.size[1]}"
-        look.problems.append(
-            Problem(file=str(mask.path), kind="mask of another size than its image", detail=sizes, remedy=remedy)
-        )
+        kind = "mask of another size than its image"
+        look.problems.append(Problem(file=str(mask.path), kind=kind, detail=sizes, remedy=remedy))
     counts = np.bincount(values.ravel(), minlength=256)
     class_of = np.frombuffer(mask.class_of, np.uint8)
-    look.pixels = np.zeros(256, np.int64)
-    np.add.at(look.pixels, class_of, counts)
-    look.nameless = np.flatnonzero((counts > 0) & (class_of == IGNORE))[:256].tolist()
+    look.pixels = np.bincount(class_of, weights=counts, minlength=256).astype(np.int64)
+    look.nameless = np.flatnonzero((counts > 0) & (class_of == IGNORE)).tolist()
 
 
 def _file_of(data: ImageSet[Any], number: int) -> str:
@@ -329,88 +265,142 @@ def _file_of(data: ImageSet[Any], number: int) -> str:
     return os.fspath(source) if isinstance(source, str | Path) else f"{data.origin}, {data.names[number]}"
 
 
-def _num_threads() -> int:
-    return min(8, available_cores())
-
-
 # -- putting it together ----------------------------------------------------------------------------------------------
 
 
 def _statistics(data: ImageSet[Any], looks: Sequence[_Look]) -> SplitStatistics:
     sizes = sorted((look.size for look in looks if look.size), key=lambda size: size[0] * size[1]) or [(0, 0)]
-    num_classes = len(data.classes)
-    images = np.zeros(num_classes, np.int64)
-    pixels = np.zeros(256, np.int64)
-    areas = [np.zeros(0, np.float32)]
-    crowds = without = 0
-    for target, look in zip(data.targets, looks, strict=True):
-        if isinstance(target, Boxes):
-            counted = ~target.crowd
-            images[np.unique(target.labels[counted])] += 1
-            areas.append(target.areas[counted])
-            crowds += int(target.crowd.sum())
-            without += not target.labels.size
-        elif not isinstance(target, Mask):
-            images[target] += 1
-        elif look.pixels is not None:
-            images += look.pixels[:num_classes] > 0
-            pixels += look.pixels
-    common: dict[str, Any] = {
-        "images": len(data),
-        "readable": sum(look.size is not None for look in looks),
-        "smallest": sizes[0],
-        "largest": sizes[-1],
-        "images_of": dict(zip(data.classes, images.tolist(), strict=True)),
-    }
     if data.task == "detection":
-        area = np.concatenate(areas)
-        small, large = int((area < _SMALL).sum()), int((area >= _LARGE).sum())
-        return SplitStatistics(
-            **common,
-            objects_of=dict(zip(data.classes, data.class_counts(), strict=True)),
-            box_sizes={"small": small, "medium": len(area) - small - large, "large": large},
-            crowds=crowds,
-            without_objects=without,
-        )
-    if data.task == "segmentation":
-        shares = pixels[:num_classes] / max(1, int(pixels[:num_classes].sum()))
-        return SplitStatistics(
-            **common,
-            pixels_of=dict(zip(data.classes, shares.tolist(), strict=True)),
-            void=float(pixels[IGNORE] / max(1, int(pixels.sum()))),
-        )
-    return SplitStatistics(**common)
+        of_classes = _count_boxes(data)
+    elif data.task == "segmentation":
+        of_classes = _count_pixels(data.classes, looks)
+    else:
+        of_classes = {"images_of": _by_class(data.classes, data.class_counts())}
+    readable = sum(look.size is not None for look in looks)
+    return SplitStatistics(images=len(data), readable=readable, smallest=sizes[0], largest=sizes[-1], **of_classes)
+
+
+def _count_boxes(data: ImageSet[Boxes]) -> dict[str, Any]:
+    images = np.zeros(len(data.classes), np.int64)
+    areas = [np.zeros(0, np.float32)]
+    for target in data.targets:
+        images[np.unique(target.labels[~target.crowd])] += 1
+        areas.append(target.areas[~target.crowd])
+    area = np.concatenate(areas)
+    small, large = int((area < _SMALL).sum()), int((area >= _LARGE).sum())
+    return {
+        "images_of": _by_class(data.classes, images.tolist()),
+        "objects_of": _by_class(data.classes, data.class_counts()),
+        "box_sizes": {"small": small, "medium": len(area) - small - large, "large": large},
+        "crowds": sum(int(target.crowd.sum()) for target in data.targets),
+        "without_objects": sum(not target.labels.size for target in data.targets),
+    }
+
+
+def _count_pixels(classes: Sequence[str], looks: Sequence[_Look]) -> dict[str, Any]:
+    pixels = np.array([look.pixels for look in looks if look.pixels is not None], np.int64).reshape(-1, 256)
+    total = pixels.sum(axis=0)
+    of_classes = total[: len(classes)]
+    return {
+        "images_of": _by_class(classes, (pixels[:, : len(classes)] > 0).sum(axis=0).tolist()),
+        "pixels_of": _by_class(classes, (of_classes / max(1, int(of_classes.sum()))).tolist()),
+        "void": float(total[IGNORE] / max(1, int(total.sum()))),
+    }
+
+
+def _by_class(classes: Sequence[str], values: Sequence[Value]) -> dict[str, Value]:
+    return dict(zip(classes, values, strict=True))
 
 
 def _duplicates(splits: Mapping[str, ImageSet[Any]], looks: Mapping[str, Sequence[_Look]]) -> list[Problem]:
-    """Files with the same content; the worst are those in two parts, for they make results look too good."""
+    """Find files with the same content; the worst are those in two parts, which make results look too good."""
     first: dict[bytes, tuple[str, int]] = {}
     problems = []
     for part, data in splits.items():
         for number, look in enumerate(looks[part]):
-            if not look.digest:
-                continue
             other_part, other = first.setdefault(look.digest, (part, number))
-            if (other_part, other) == (part, number):
+            if not look.digest or (other_part, other) == (part, number):
                 continue
             where = _file_of(splits[other_part], other)
-            kind, remedy = "same image twice", "remove one of them"
+            kind, remedy, detail = "same image twice", "remove one of them", f"also {where}"
             if other_part != part:
-                kind = "same image in two parts"
+                kind, detail = "same image in two parts", f"also in {other_part}: {where}"
                 remedy = f"remove one of them, or what is measured on {part} will be too good"
             elif data.task == "classification" and data.targets[number] != data.targets[other]:
                 kind, remedy = "same image in two classes", "keep the one that is right"
-            detail = f"also in {other_part}: {where}" if other_part != part else f"also {where}"
             problems.append(Problem(file=_file_of(data, number), kind=kind, detail=detail, remedy=remedy))
     return problems
 
 
 def _odd_files(path: Path) -> list[Problem]:
-    """Files in the folders of the classes that no name of theirs makes images."""
-    found = []
-    for parent, folders, names in os.walk(path, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        if Path(parent) != path:
-            found += [Path(parent, name) for name in sorted(names) if not name.startswith(".")]
-    odd = [str(file) for file in found if file.suffix.lower() not in IMAGE_SUFFIXES]
-    return [Problem(file=file, kind="file of no known kind of image", remedy="passed over") for file in odd]
+    """Find files in the folders of the classes whose names are not those of images."""
+    inside = sorted(file for folder in path.iterdir() if folder.is_dir() for file in folder.rglob("*"))
+    odd = [file for file in inside if file.is_file() and file.suffix.lower() not in IMAGE_SUFFIXES]
+    visible = [file for file in odd if not any(name.startswith(".") for name in file.relative_to(path).parts)]
+    kind = "file of no known kind of image"
+    return [Problem(file=str(file), kind=kind, remedy="passed over") for file in visible]
+
+
+# -- the sheet --------------------------------------------------------------------------------------------------------
+
+
+def contact_sheet(
+    splits: Mapping[str, ImageSet[Any]], *, num_images: int = 24, columns: int = 6, cell: int = 320
+) -> Image.Image:
+    """Draw images evenly spaced over all parts, with their class, their boxes or the colors of their masks.
+
+    Args:
+        splits: as `find_splits` returns them.
+        num_images: how many; images that cannot be read are passed over.
+        columns: images in a row.
+        cell: side of each in pixels.
+    """
+    everything = [(part, data, number) for part, data in splits.items() for number in range(len(data))]
+    places = np.linspace(0, len(everything) - 1, min(num_images, len(everything))).round().astype(int).tolist()
+    images, captions = [], []
+    shown: set[int] = set()
+    for part, data, number in (everything[place] for place in places):
+        try:
+            image = read_image(data.open(number), data.names[number])
+            drawn, labels = _drawn(data, data.targets[number], image, drawing.fit(image, cell))
+        except ImageError:
+            continue
+        images.append(drawn)
+        shown |= labels
+        names = [data.classes[label] for label in labels] if data.task == "classification" else []
+        captions.append([f"{part}: {Path(data.names[number]).name}", *names])
+    sheet = drawing.contact_sheet(images, captions, [drawing.DARK] * len(images), columns=columns, cell=cell)
+    first = next(iter(splits.values()))
+    if first.task == "classification" or _named_at_boxes(first):
+        return sheet
+    colors = drawing.class_colors(len(first.classes))
+    return drawing.with_legend(sheet, [(first.classes[label], colors[label]) for label in sorted(shown)])
+
+
+def _named_at_boxes(data: ImageSet[Any]) -> bool:
+    """Whether boxes are named; many classes are hard to tell by color alone, few are clearer with a legend."""
+    return data.task == "detection" and len(data.classes) > _LEGEND_CLASSES
+
+
+def _drawn(
+    data: ImageSet[Any], target: int | Boxes | Mask, image: Image.Image, small: Image.Image
+) -> tuple[Image.Image, set[int]]:
+    """Draw a target on an image made `small`, and return the classes it shows."""
+    if isinstance(target, Boxes):
+        return _drawn_boxes(data, target, small, small.width / image.width)
+    if isinstance(target, Mask):
+        label_map = np.asarray(Image.fromarray(target.read()).resize(small.size, Image.Resampling.NEAREST))
+        labels = set(np.unique(label_map).tolist()) - {IGNORE}
+        return drawing.draw_label_map(small, label_map, data.classes, legend=False), labels
+    return small, {target}
+
+
+def _drawn_boxes(
+    data: ImageSet[Boxes], target: Boxes, small: Image.Image, scale: float
+) -> tuple[Image.Image, set[int]]:
+    counted = ~target.crowd
+    labels = target.labels[counted].tolist()
+    colors = drawing.class_colors(len(data.classes))
+    texts = [data.classes[label] if _named_at_boxes(data) else "" for label in labels]
+    small = drawing.draw_outlines(small, target.xyxy[target.crowd] * scale)
+    return drawing.draw_boxes(small, target.xyxy[counted] * scale, texts, [colors[n] for n in labels]), set(labels)

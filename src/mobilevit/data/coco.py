@@ -1,4 +1,4 @@
-"""COCO's format for boxes: a `.json` file for all images of a part."""
+"""Boxes in COCO's format: a `.json` file for all images of a part."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _Entry = dict[str, Any]
 
 
 def looks_like_coco(file: Path) -> bool:
-    """Judged by both ends of the file: COCO's own has 450 MB."""
+    """Whether this is a file of COCO's, judged by its ends: COCO's own has 450 MB."""
     with file.open("rb") as stream:
         ends = stream.read(1 << 16)
         stream.seek(max(stream.tell(), file.stat().st_size - (1 << 16)))
@@ -32,7 +32,7 @@ def looks_like_coco(file: Path) -> bool:
 
 
 def find_coco(folder: Path) -> list[Path]:
-    """JSON files with boxes: those of `annotations`, else of the folder, else of its parts."""
+    """Find JSON files with boxes in `annotations`, else in the folder, else in its parts."""
     annotations = sub_folder(folder, ("annotations",))
     for places in ([annotations] if annotations else [], [folder], find_parts(folder).values()):
         files = [p for place in places for p in sorted(place.glob("*.json")) if p.is_file()]
@@ -43,13 +43,13 @@ def find_coco(folder: Path) -> list[Path]:
 
 
 def read_coco_file(file: Path) -> dict[str, ImageSet[Boxes]]:
-    """A single file, with its images somewhere around it."""
+    """Read a single file, with its images somewhere around it."""
     inside = file.parent.name.lower() == "annotations"
     return _read({"all": file}, file.parent.parent if inside else file.parent)
 
 
 def read_coco(folder: Path, files: Sequence[Path]) -> dict[str, ImageSet[Boxes]]:
-    """The `files` that `find_coco` found in the folder, a part each."""
+    """Read the `files` that `find_coco` found in the folder, a part each."""
     part_folders = find_parts(folder).values()
     by_part: dict[str, list[Path]] = {}
     for file in files:
@@ -99,7 +99,7 @@ def _load(file: Path) -> dict[str, list[_Entry]]:
 
 
 def _categories(content: dict[str, list[_Entry]], table: BoxTable) -> dict[Hashable, str]:
-    """Name of each category, in order of their ids."""
+    """Return the names of the categories by id, in order."""
     try:
         categories = {int(entry["id"]): entry for entry in content["categories"]}
         names: dict[Hashable, str] = {number: str(categories[number]["name"]) for number in sorted(categories)}
@@ -121,7 +121,7 @@ def _categories(content: dict[str, list[_Entry]], table: BoxTable) -> dict[Hasha
 def _add_images(
     table: BoxTable, entries: Sequence[_Entry], file: Path, root: Path, part: str | None
 ) -> dict[Hashable, int]:
-    """Number of the image of each id; -1 where it is missing."""
+    """Return the number of the image of each id; -1 if it is missing."""
     named = [e for e in entries if isinstance(e.get("file_name"), str) and isinstance(e.get("id"), int | str)]
     if len(named) < len(entries):
         detail = f"{len(entries) - len(named)} of {len(entries)}"
@@ -148,7 +148,7 @@ def _add_images(
 
 
 def _size(table: BoxTable, entry: _Entry, image: Path) -> tuple[int, int] | None:
-    """(width, height) as stated, which spares opening the image, else its own."""
+    """Return (width, height) as stated, which spares opening the image, else its own."""
     width, height = entry.get("width"), entry.get("height")
     if isinstance(width, int) and isinstance(height, int) and min(width, height) > 0:
         return width, height
@@ -156,7 +156,7 @@ def _size(table: BoxTable, entry: _Entry, image: Path) -> tuple[int, int] | None
 
 
 def _place(names: Sequence[str], file: Path, root: Path, part: str | None, listing: Listing) -> Callable[[str], Path]:
-    """From an image's name in the file to its path: the folder is the one that has most of a few of them."""
+    """Return a function from names in the file to paths: the way that finds most of a sample."""
     year = re.search(r"(?:train|val|test)\d+$", file.stem)
     folders = [*([year.group()] if year else []), *PART_NAMES.get(part or "", ()), ""]
     bases = [file.parent]

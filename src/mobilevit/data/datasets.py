@@ -140,7 +140,7 @@ def part_to_evaluate(
 
 
 def _undivided(splits: Mapping[str, ImageSet[Any]]) -> ImageSet[Any] | None:
-    """Return what may be trained on."""
+    """Return the part to train on."""
     return splits.get("train", splits.get("all"))
 
 

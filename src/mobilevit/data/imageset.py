@@ -1,4 +1,4 @@
-"""Images with what is known of them, as one simple thing for all tasks: an `ImageSet`."""
+"""An `ImageSet`: images opened by number, and a target for each, whatever the task."""
 
 from __future__ import annotations
 
@@ -24,34 +24,16 @@ from mobilevit.imaging.decode import Source
 
 @dataclass(frozen=True, kw_only=True)
 class Boxes:
-    """The objects of one image; none at all is fine."""
+    """The objects of one image, perhaps none."""
 
     xyxy: NDArray[np.float32]
     """(N, 4): left, top, right, bottom in pixels of the upright image."""
     labels: NDArray[np.int64]
     """(N,): index into the classes."""
     crowd: NDArray[np.bool_]
-    """(N,): regions that are neither trained on nor counted (COCO's crowds, VOC's difficult objects)."""
+    """(N,): objects that are neither trained on nor counted (COCO's crowds, VOC's difficult objects)."""
     areas: NDArray[np.float32]
-    """(N,): pixels of the object itself where the data say so, else of its box."""
-
-    @classmethod
-    def of(
-        cls,
-        xyxy: Sequence[Sequence[float]],
-        labels: Sequence[int],
-        crowd: Sequence[bool] | None = None,
-        areas: Sequence[float] | None = None,
-    ) -> Boxes:
-        """From plain lists; without `areas`, those of the boxes."""
-        boxes = np.asarray(xyxy, np.float32).reshape(-1, 4)
-        sides = boxes[:, 2:] - boxes[:, :2]
-        return cls(
-            xyxy=boxes,
-            labels=np.asarray(labels, np.int64),
-            crowd=np.zeros(len(boxes), np.bool_) if crowd is None else np.asarray(crowd, np.bool_),
-            areas=sides[:, 0] * sides[:, 1] if areas is None else np.asarray(areas, np.float32),
-        )
+    """(N,): pixels of the object itself if the data say so, else of its box."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,19 +42,19 @@ class Mask:
 
     path: Path
     class_of: bytes
-    """256 entries: class index of each value in the file; `IGNORE` for the ignore label and values without a class."""
+    """256 entries: for each value in the file the class index, or `IGNORE`."""
 
     def read(self) -> NDArray[np.uint8]:
-        """Decode. Shape: uint8 (H, W) of class indices and `IGNORE`.
+        """Read the class indices, or `IGNORE`, of all pixels. Shape: uint8 (H, W).
 
         Raises:
-            ImageError: unreadable, or in RGB.
+            ImageError: see `read_label_map`.
         """
         return np.frombuffer(self.class_of, np.uint8)[read_label_map(self.path)]
 
 
 def read_label_map(path: Path) -> NDArray[np.uint8]:
-    """The raw values of a mask file. Shape: uint8 (H, W).
+    """Read the values of a mask file. Shape: uint8 (H, W).
 
     Raises:
         ImageError: missing, unreadable, in color, or with values above 255.
@@ -97,12 +79,12 @@ def read_label_map(path: Path) -> NDArray[np.uint8]:
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """Something wrong in annotations, with what was done about it or is to be done."""
+    """Something wrong in the data, and what was done about it or is to be done."""
 
     file: str
-    """Where: a file, perhaps with a line or an id."""
+    """The file, perhaps with a line or an id."""
     kind: str
-    """What sort of problem, to count by; a few words, such as "box without area"."""
+    """The kind of problem in a few words, such as "box without area"; problems are counted by it."""
     detail: str = ""
     """The offending values."""
     remedy: str = ""
@@ -118,33 +100,32 @@ Target = TypeVar("Target", int, Boxes, Mask)
 
 @dataclass(frozen=True, kw_only=True)
 class ImageSet(Generic[Target]):
-    """Images that are opened by number, and what is known of each."""
+    """Images that are opened by number, and a target for each."""
 
     task: Task
-    """Which of the three sorts of target."""
+    """Decides what the targets are."""
     origin: str
-    """Where they come from, for messages."""
+    """Where the images come from, for messages."""
     names: Sequence[str]
-    """What to call each image: a path relative to the origin, or a row."""
+    """A name for each image: a path relative to the origin, or a row."""
     targets: Sequence[Target]
-    """One an image. Classification: index into `classes`; detection: `Boxes`; segmentation: `Mask`."""
+    """For each image: its index into `classes`, its `Boxes` or its `Mask`."""
     classes: tuple[str, ...]
     """Class names."""
     open: Callable[[int], Source]
-    """Number of an image -> what `read_image` takes. Can be pickled, for reading processes that are not forked."""
+    """From the number of an image to what `read_image` takes; can be pickled for processes that are not forked."""
     problems: tuple[Problem, ...] = field(default=(), repr=False)
-    """What was found wrong in the annotations while reading them."""
+    """What was wrong in the annotations."""
     sizes: Sequence[tuple[int, int]] | None = field(default=None, repr=False)
-    """(width, height) of each image, where the annotations or the reader know it; to be compared with the file."""
+    """(width, height) of each image, if the annotations say it."""
     shards: Sequence[range] | None = field(default=None, repr=False)
-    """Consecutive numbers of images that lie in one file, where reading one makes the others cheap; samplers shuffle
-    with that in mind. Every image is in one of them."""
+    """Ranges of images that lie in one file, which samplers keep together; every image is in one of them."""
 
     def __len__(self) -> int:
         return len(self.names)
 
     def subset(self, indices: Sequence[int]) -> ImageSet[Target]:
-        """The images at `indices`, in that order."""
+        """Return the images at `indices`, in that order."""
         return replace(
             self,
             names=[self.names[i] for i in indices],
@@ -155,7 +136,7 @@ class ImageSet(Generic[Target]):
         )
 
     def fingerprint(self) -> str:
-        """A short hash of names and targets: equal for equal data, wherever they lie."""
+        """Hash names and targets: equal for equal data, wherever they lie and in whichever order."""
         pairs = zip(self.names, self.targets, strict=True)
         lines = sorted(f"{self._described(target)}\t{name}" for name, target in pairs)
         # File names need not be UTF-8; Python keeps their other bytes as surrogates.
@@ -170,7 +151,7 @@ class ImageSet(Generic[Target]):
         return self.classes[target]
 
     def class_counts(self) -> list[int]:
-        """Images (classification) or objects (detection) of each class; masks are not opened for this."""
+        """Count the images (classification) or objects (detection) of each class; masks are not opened for this."""
         counts: Counter[int] = Counter()
         for target in self.targets:
             if isinstance(target, Boxes):
@@ -180,10 +161,10 @@ class ImageSet(Generic[Target]):
         return [counts[index] for index in range(len(self.classes))]
 
     def relabel(self, classes: tuple[str, ...]) -> ImageSet[Target]:
-        """The same images, labeled in the order of a model's `classes`.
+        """Return the same images, labeled in the order of a model's `classes`.
 
         Raises:
-            ValueError: a class the model does not know.
+            MobileViTError: a class that the model does not know.
         """
         if self.classes == classes:
             return self
@@ -202,7 +183,7 @@ class ImageSet(Generic[Target]):
 
 def _relabel(target: int | Boxes | Mask, new: NDArray[np.int64]) -> int | Boxes | Mask:
     if isinstance(target, Boxes):
-        # Others are of crowds, the only objects that `relabel` lets pass without a class.
+        # Without a class are crowds alone: `relabel` refuses other objects.
         known = new[target.labels] >= 0
         return Boxes(
             xyxy=target.xyxy[known],
@@ -219,7 +200,7 @@ def check_classes(data: ImageSet[Any]) -> None:
     """Refuse data that nothing can be learned from.
 
     Raises:
-        ValueError: no image or object of some class, or too few classes.
+        MobileViTError: no image or object of some class, or too few classes.
     """
     if data.task == "segmentation":
         if len(data.classes) < 2:
@@ -238,13 +219,13 @@ def check_classes(data: ImageSet[Any]) -> None:
 
 
 def split(data: ImageSet[Target], *, val_fraction: float, seed: int) -> tuple[ImageSet[Target], ImageSet[Target]]:
-    """Hold out `val_fraction` of the images; the same for the same names and seed.
+    """Hold out `val_fraction` of the images, the same for the same names and seed.
 
-    Classification: of every class, at least one image. Detection: of the images with each rarest class, so that
-    rare classes are in both parts. Segmentation: of all.
+    Classification holds out a share of every class, at least one image. Detection groups images by their rarest
+    class, so that rare classes are in both parts. Segmentation takes any images.
 
     Raises:
-        ValueError: a single image of a class, or in all.
+        MobileViTError: a class, or the whole, has a single image.
     """
     train: list[int] = []
     val: list[int] = []
@@ -260,11 +241,11 @@ def split(data: ImageSet[Target], *, val_fraction: float, seed: int) -> tuple[Im
         count = min(max(1, round(len(numbers) * val_fraction)), len(numbers) - 1)
         val += numbers[:count]
         train += numbers[count:]
-    return data.subset(sorted(train)), replace(data.subset(sorted(val)), problems=())  # told once is enough
+    return data.subset(sorted(train)), replace(data.subset(sorted(val)), problems=())  # reported once
 
 
 def _strata(data: ImageSet[Any]) -> list[tuple[str, list[int]]]:
-    """Numbers of the images, in order of their names, grouped by what decides their class."""
+    """Group the numbers of the images, in order of their names, by class or rarest class."""
     counts = data.class_counts()
     groups: dict[int, list[int]] = {}
     for number in sorted(range(len(data)), key=lambda i: data.names[i]):

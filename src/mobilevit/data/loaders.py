@@ -1,4 +1,4 @@
-"""From an `ImageSet` to batches, in an order that depends on nothing but seed, epoch and position."""
+"""Make batches of an `ImageSet`, in an order that depends on nothing but seed, epoch and position."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from mobilevit.errors import ImageError
 from mobilevit.imaging.decode import open_image
 
 Transform = Callable[..., tuple[Tensor, Any]]
-"""What `open_image` has opened, its target and, where steps differ in size, (H, W) -> uint8 (3, H, W),
-and what the batch is to hold of the target."""
+"""From what `open_image` returns, its target and, if steps differ in size, (H, W), to uint8 (3, H, W) and the target
+that the batch holds."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """Images that could be read, and word of those that could not."""
+    """Images that could be read, and a line for each that could not."""
 
     images: Tensor
     """uint8 (B, 3, H, W), channels-last in memory."""
     targets: Any
-    """Of each image: what the loader's `collate` makes of them; a tensor, a named tuple of tensors, or a list."""
+    """What the loader's `collate` makes of the targets: a tensor, a named tuple of tensors, or a list."""
     indices: list[int]
-    """Position of each image in its `ImageSet`."""
+    """Number of each image in its `ImageSet`."""
     errors: list[str]
     """One line for each image left out."""
 
@@ -41,7 +41,7 @@ class Batch:
         return len(self.indices)
 
     def pin_memory(self) -> Batch:
-        """Called by the data loader, for copies to a GPU that do not wait."""
+        """Pin the memory for copies to a GPU that do not wait; called by PyTorch's loader."""
         return self.map(Tensor.pin_memory)
 
     def to(self, device: torch.device) -> Batch:
@@ -50,7 +50,7 @@ class Batch:
         return self.map(lambda tensor: tensor.to(device, non_blocking=device.type == "cuda"))
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        """The batch with every tensor changed: moved to a device, for one."""
+        """Return the batch with every tensor changed."""
         targets = self.targets
         if isinstance(targets, Tensor):
             targets = change(targets)
@@ -60,7 +60,7 @@ class Batch:
 
 
 def ahead_on(device: torch.device, batches: Iterable[Batch]) -> Iterator[Batch]:
-    """The batches on a device; on a GPU, each is copied while the one before is learned from."""
+    """Yield batches on a device; a GPU is given each while it computes the one before."""
     if device.type != "cuda":
         for batch in batches:
             yield batch.to(device)
@@ -93,7 +93,7 @@ _Item = tuple[int, Tensor | str, Any]
 
 
 class _Images(Dataset[_Item]):
-    """Items are asked for with their seed, so that a worker process has no random state worth keeping."""
+    """Images with their targets; each is asked for with its seed, so that worker processes have no random state."""
 
     def __init__(self, data: ImageSet[Any], transform: Transform) -> None:
         self.data, self.transform = data, transform
@@ -111,17 +111,17 @@ class _Images(Dataset[_Item]):
 
 
 class BatchLoader:
-    """Batches of one `ImageSet`, epoch by epoch.
+    """The batches of an `ImageSet`, epoch by epoch.
 
     Args:
         data: the images.
-        transform: of every image and its target.
-        collate: makes one thing of the targets of a batch.
+        transform: of each image and its target.
+        collate: of the targets of a batch.
         batch_size: images in a batch.
         num_workers: processes that read and transform; 0 does it in this one.
         shuffle_seed: None keeps the order; a number shuffles, differently each epoch.
-        sizes: where steps differ in image size, these with their batches instead of `batch_size`; the transform is
-            then given the size as a third argument. For a shuffled order.
+        sizes: if steps differ in image size, these with their batches instead of `batch_size`; the transform then
+            takes the size as a third argument. For a shuffled order.
         pin_memory: for a GPU.
         shard: (i, n): the share of the ith of n processes.
     """
@@ -166,24 +166,24 @@ class BatchLoader:
         )
 
     def __len__(self) -> int:
-        """Batches that `epoch` gives."""
+        """Return the number of batches that `epoch` yields."""
         return len(self._sampler)
 
     @property
     def num_images(self) -> int:
-        """Images in one epoch, of all processes where the order is shuffled."""
+        """Number of images in an epoch: of all processes if the order is shuffled, else of this one."""
         return len(self._sampler.numbers) if isinstance(self._sampler, OrderedSampler) else self._sampler.count
 
     def epoch(self) -> Iterator[Batch]:
-        """All images in their order, or, shuffled, those of the epoch that was started last."""
-        # A loader draws a base seed for its workers from the global generator; ours have no use for it, and the
+        """Yield all images in their order, or, shuffled, those of the epoch that was started last."""
+        # PyTorch's loader draws a base seed for its workers from the global generator; ours do not use it, and the
         # caller's random numbers must not depend on how often loaders were started.
         with torch.random.fork_rng(devices=[]):
             iterator = iter(self._loader)
         yield from iterator
 
     def start(self, epoch: int, segments: Sequence[Segment] = (), first_step: int = 0) -> list[Step]:
-        """Choose what `epoch` gives, always the same for the same numbers; see `EpochSampler.start`."""
+        """Choose what `epoch` yields, always the same for the same numbers; see `EpochSampler.start`."""
         assert isinstance(self._sampler, EpochSampler), "an order that is kept has no epochs"
         return self._sampler.start(epoch, segments, first_step)
 
@@ -200,9 +200,9 @@ def _collate(collate: Callable[[Sequence[Any]], Any], items: Sequence[_Item]) ->
 
 
 def _stacked(tensors: Sequence[Tensor]) -> Tensor:
-    """uint8 (3, H, W) each -> (B, H, W, 3): pixels are copied once, in the order they lie.
+    """Stack images, uint8 (3, H, W) -> (B, H, W, 3): pixels are copied once, in the order they lie.
 
-    In a reading process, straight into the memory that it shares with the training process.
+    A worker process copies them into the memory that it shares with the training process.
     """
     _, height, width = tensors[0].shape
     shape = (len(tensors), height, width, 3)

@@ -27,9 +27,11 @@ from mobilevit.errors import ImageError, MobileViTError
 from mobilevit.imaging.decode import find_images
 from mobilevit.progress import Progress
 
+VALUE_WITHOUT_CLASS = "value without a class"
+
 _MASK_FOLDERS = ("masks", "mask", "annotations", "labels")
 _MASK_SUFFIXES = (".gif", ".tiff", ".tif", ".bmp", ".png")  # the last one that a name has is taken
-_LAYOUTS = "images/ and masks/ (PNG, called as the images), or Pascal VOC (JPEGImages/, SegmentationClass/)"
+_LAYOUTS = "images/ and masks/ (PNG, named as the images), or Pascal VOC (JPEGImages/, SegmentationClass/)"
 _NAME_255 = 'add classes.json to name it, such as {"0": "background", "255": "object"}'
 
 
@@ -42,8 +44,8 @@ def segmentation_splits(path: Path) -> dict[str, ImageSet[Mask]]:
     """Recognize and read masks, gray or palette images whose values are class numbers, in one of two layouts.
 
     - `images/` and `masks/` (or `annotations/`, `labels/`), with sub-folders `train`, `val`, `test` or without, or
-      both in each of `train`, `val`, `test`. A mask is called as its image.
-    - Pascal VOC: `JPEGImages/`, `SegmentationClass/` and `ImageSets/Segmentation/{train,val,test}.txt`; where the masks
+      both in each of `train`, `val`, `test`. A mask has the name of its image.
+    - Pascal VOC: `JPEGImages/`, `SegmentationClass/` and `ImageSets/Segmentation/{train,val,test}.txt`. Where the masks
       of SBD were added as `SegmentationClassAug/`, these, and `trainaug.txt` (or `train_aug.txt`) beside the lists.
 
     Classes stand in `classes.txt`, a name a line, by value from 0, or in `classes.json`: a list, or
@@ -56,7 +58,7 @@ def segmentation_splits(path: Path) -> dict[str, ImageSet[Mask]]:
         {"train": ..., "val": ..., "test": ...}, as far as the data are divided, else {"all": ...}.
 
     Raises:
-        ValueError: none of these layouts, no image with a mask, or a part that names nothing that exists.
+        MobileViTError: none of these layouts, no image with a mask, or a part that names nothing that exists.
     """
     layouts = _layouts(path)
     if not layouts:
@@ -65,42 +67,44 @@ def segmentation_splits(path: Path) -> dict[str, ImageSet[Mask]]:
         raise MobileViTError(f"{path}: holds {some([str(layout.root) for layout in layouts])}; give the path of one")
     layout = layouts[0]
     pairs = _pairs(layout)
+    first = next(iter(pairs.values()))
     if len(pairs) > 1 and "test" in pairs and not pairs["test"].masks:  # images to test on are often without masks
-        unlabeled = Problem(file=pairs.pop("test").origin, kind="test part without masks", remedy="left out")
-        next(iter(pairs.values())).problems.append(unlabeled)
+        left_out = pairs.pop("test").origin
+        first.problems.append(Problem(file=left_out, kind="test part without masks", remedy="left out"))
     for part, found in pairs.items():
         if not found.masks:
             why = found.problems[0] if found.problems else f"nothing in {found.origin}"
             raise MobileViTError(f"{layout.root}: not one image of {part} has a mask ({why}); {_LAYOUTS}")
     names, problems = _name_values([path, layout.root], layout, [m for found in pairs.values() for m in found.masks])
-    next(iter(pairs.values())).problems += problems
+    first.problems += problems
     numbers: dict[str, int] = {}
     class_of = bytearray([IGNORE]) * 256
     for value, name in names.items():
         class_of[value] = numbers.setdefault(name, len(numbers))
-    splits = {
-        part: ImageSet(
-            task="segmentation",
-            origin=found.origin,
-            names=[image.relative_to(layout.root).as_posix() for image in found.images],
-            targets=[Mask(path=mask, class_of=bytes(class_of)) for mask in found.masks],
-            classes=tuple(numbers),
-            open=found.images.__getitem__,
-            problems=tuple(found.problems),
-        )
-        for part, found in pairs.items()
-    }
-    return as_splits(splits)
+    return as_splits(
+        {
+            part: ImageSet(
+                task="segmentation",
+                origin=found.origin,
+                names=[image.relative_to(layout.root).as_posix() for image in found.images],
+                targets=[Mask(path=mask, class_of=bytes(class_of)) for mask in found.masks],
+                classes=tuple(numbers),
+                open=found.images.__getitem__,
+                problems=tuple(found.problems),
+            )
+            for part, found in pairs.items()
+        }
+    )
 
 
-# -- images and their masks -----------------------------------------------------------------------------------------
+# -- images and their masks -------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Layout:
     root: Path
     folders: Mapping[str, tuple[Path, Path]]
-    """Of each part: where its images are, and its masks."""
+    """For each part: the folder of its images, and that of its masks."""
     is_voc: bool = False
 
 
@@ -113,35 +117,20 @@ class _Pairs:
     masks: list[Path] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
 
-    def add(self, name: str, image: Path | None, mask: Path | None) -> None:
-        if image and mask:
-            self.images.append(image)
-            self.masks.append(mask)
-        elif image:
-            self.problems.append(Problem(file=str(image), kind="image without a mask", remedy="left out"))
-        elif mask:
-            self.problems.append(Problem(file=str(mask), kind="mask without an image", remedy="left out"))
-        else:
-            kind = "listed image that is missing"
-            self.problems.append(Problem(file=self.origin, kind=kind, detail=name, remedy="left out"))
-
 
 def _layouts(path: Path) -> list[_Layout]:
-    """What lies at `path`, or in folders such as VOCdevkit/VOC2012 below it."""
+    """Find what lies at `path`, or in folders such as VOCdevkit/VOC2012 below it."""
     if not path.is_dir():
         return []
     if folders := _folders(path):
         return [_Layout(root=path, folders=folders)]
-    bases = [path, *sorted(path.glob("VOC20*")), *sorted(path.glob("VOCdevkit/VOC20*"))]
     found = []
-    for base in bases:
-        added = base / "SegmentationClassAug"
-        found.append((base, base / "JPEGImages", added if added.is_dir() else base / "SegmentationClass"))
-    return [
-        _Layout(root=base, folders={"all": (images, masks)}, is_voc=True)
-        for base, images, masks in found
-        if images.is_dir() and has_file(masks, _MASK_SUFFIXES)
-    ]
+    for base in (path, *sorted(path.glob("VOC20*")), *sorted(path.glob("VOCdevkit/VOC20*"))):
+        images, added = base / "JPEGImages", base / "SegmentationClassAug"
+        masks = added if added.is_dir() else base / "SegmentationClass"
+        if images.is_dir() and has_file(masks, _MASK_SUFFIXES):
+            found.append(_Layout(root=base, folders={"all": (images, masks)}, is_voc=True))
+    return found
 
 
 def _folders(path: Path) -> dict[str, tuple[Path, Path]]:
@@ -165,43 +154,51 @@ def _mask_folder(folder: Path) -> Path | None:
 
 
 def _pairs(layout: _Layout) -> dict[str, _Pairs]:
-    lists = read_lists(layout.root / "ImageSets/Segmentation") if layout.is_voc else {}
-    if lists:
-        images, masks = _by_stem(*layout.folders["all"])
-        pairs = {}
-        for part, (file, names) in lists.items():
-            pairs[part] = _Pairs(origin=str(file))
-            for name in names:
-                pairs[part].add(name, images.get(name), masks.get(name))
-        return pairs
+    if lists := read_lists(layout.root / "ImageSets/Segmentation") if layout.is_voc else {}:
+        images, masks = _images_and_masks(*layout.folders["all"])
+        return {part: _pair(str(file), names, images, masks) for part, (file, names) in lists.items()}
     pairs = {}
-    unused: dict[Path, None] = {}
+    found: dict[Path, None] = {}
     for part, (image_folder, mask_folder) in layout.folders.items():
-        images, masks = _by_stem(image_folder, mask_folder)
-        pairs[part] = _Pairs(origin=str(image_folder))
-        for name, image in images.items():
-            pairs[part].add(name, image, masks.get(name))
-        unused |= dict.fromkeys(masks.values())
-    used = {mask for found in pairs.values() for mask in found.masks}
-    for mask in unused:  # of all parts, which may share a folder of masks
-        if mask not in used:
-            next(iter(pairs.values())).add("", None, mask)
+        images, masks = _images_and_masks(image_folder, mask_folder)
+        pairs[part] = _pair(str(image_folder), images, images, masks)
+        found |= dict.fromkeys(masks.values())
+    used = {mask for part in pairs.values() for mask in part.masks}
+    unused = [mask for mask in found if mask not in used]  # by no part: they may share a folder of masks
+    next(iter(pairs.values())).problems += [_without_image(mask) for mask in unused]
     return pairs
 
 
-def _by_stem(images: Path, masks: Path) -> tuple[dict[str, Path], dict[str, Path]]:
-    """Files by their path in the folder without suffix, such as "city/0001"."""
-    files = find_images(masks)
-    ordered = sorted((p for p in files if p.suffix.lower() in _MASK_SUFFIXES), key=_mask_rank)
-    return {_stem(p, images): p for p in find_images(images)}, {_stem(p, masks): p for p in ordered}
+def _pair(origin: str, names: Iterable[str], images: Mapping[str, Path], masks: Mapping[str, Path]) -> _Pairs:
+    pairs = _Pairs(origin=origin)
+    for name in names:
+        image, mask = images.get(name), masks.get(name)
+        if image and mask:
+            pairs.images.append(image)
+            pairs.masks.append(mask)
+        elif image:
+            pairs.problems.append(Problem(file=str(image), kind="image without a mask", remedy="left out"))
+        elif mask:
+            pairs.problems.append(_without_image(mask))
+        else:
+            kind = "listed image that is missing"
+            pairs.problems.append(Problem(file=origin, kind=kind, detail=name, remedy="left out"))
+    return pairs
 
 
-def _mask_rank(mask: Path) -> tuple[int, Path]:
-    return _MASK_SUFFIXES.index(mask.suffix.lower()), mask
+def _without_image(mask: Path) -> Problem:
+    return Problem(file=str(mask), kind="mask without an image", remedy="left out")
 
 
-def _stem(file: Path, folder: Path) -> str:
-    return file.relative_to(folder).with_suffix("").as_posix()
+def _by_stem(files: Iterable[Path], folder: Path) -> dict[str, Path]:
+    """Give files by their path in the folder without suffix, such as "city/0001"; the last one of a name counts."""
+    return {file.relative_to(folder).with_suffix("").as_posix(): file for file in files}
+
+
+def _images_and_masks(images: Path, masks: Path) -> tuple[dict[str, Path], dict[str, Path]]:
+    files = find_images(masks) if masks.is_dir() else []
+    kinds = [[p for p in files if p.suffix.lower() == suffix] for suffix in _MASK_SUFFIXES]
+    return _by_stem(find_images(images), images), _by_stem([mask for kind in kinds for mask in kind], masks)
 
 
 # -- classes ----------------------------------------------------------------------------------------------------------
@@ -210,7 +207,7 @@ def _stem(file: Path, folder: Path) -> str:
 def _name_values(
     places: Iterable[Path], layout: _Layout, masks: Sequence[Path]
 ) -> tuple[dict[int, str], list[Problem]]:
-    """The class name of each value in the masks, and what some of the masks have to say against that."""
+    """Name the values in the masks, and report what some of the masks have against these names."""
     candidates = (place / name for place in places for name in ("classes.json", "classes.txt"))
     file = next((p for p in candidates if p.is_file()), None)
     if file is None and not layout.is_voc:
@@ -226,17 +223,17 @@ def _name_values(
     names = dict(enumerate(VOC_CLASSES)) if file is None else _read_names(file)
     used, problems = _values(masks, 20)
     if used == [0, IGNORE] and IGNORE not in names:
-        kind = "masks of 0 and 255 only"
-        problems.append(Problem(file=str(masks[0].parent), kind=kind, remedy=f"255 is not counted; {_NAME_255}"))
+        remedy = f"255 is not counted; {_NAME_255}"
+        problems.append(Problem(file=str(masks[0].parent), kind="masks of 0 and 255 only", remedy=remedy))
     where = "the 21 classes of VOC" if file is None else str(file)
     return names, problems + values_without_class(set(used) - names.keys(), where)
 
 
 def values_without_class(values: Iterable[int], file: str) -> list[Problem]:
-    """A problem for each value of the masks that no class stands for, but the ignore label."""
+    """Describe each value of the masks that no class stands for, except the ignore label."""
     remedy = "treated as void: neither trained on nor counted; name it in classes.txt or leave it so"
-    kind = "value without a class"
-    return [Problem(file=file, kind=kind, detail=str(v), remedy=remedy) for v in sorted(values) if v != IGNORE]
+    details = [str(value) for value in sorted(values) if value != IGNORE]
+    return [Problem(file=file, kind=VALUE_WITHOUT_CLASS, detail=detail, remedy=remedy) for detail in details]
 
 
 def _read_names(file: Path) -> dict[int, str]:
@@ -260,7 +257,7 @@ def _read_names(file: Path) -> dict[int, str]:
 
 
 def _values(masks: Sequence[Path], limit: int) -> tuple[list[int], list[Problem]]:
-    """The values in up to `limit` masks, taken evenly from all."""
+    """List the values in up to `limit` masks, taken evenly from all."""
     sample = masks[:: -(-len(masks) // limit)]
     counts: NDArray[np.int64] = np.zeros(256, np.int64)
     problems = []
@@ -279,5 +276,5 @@ def _values(masks: Sequence[Path], limit: int) -> tuple[list[int], list[Problem]
 
 
 def unusable_mask(mask: Path, error: ImageError) -> Problem:
-    """A mask that `read_label_map` refuses."""
+    """Describe a mask that `read_label_map` refuses."""
     return Problem(file=str(mask), kind="mask that cannot be used", detail=str(error).removeprefix(f"{mask}: "))

@@ -1,7 +1,7 @@
-"""Which images a process reads in each step of an epoch, and at what size.
+"""Choose the images that a process reads in each step of an epoch, and their size.
 
-Everything follows from a seed, the epoch and the position in it, so that all processes agree without talking to each
-other, and a run that is resumed reads what an uninterrupted one would have read.
+Everything follows from a seed, the epoch and the position in it, so that all processes agree without messages, and a
+run that is resumed reads what an uninterrupted one would have read.
 
 An epoch is one shuffled sequence of all images. It is cut into as many equal parts as there are processes; step by
 step, each reads its own part from front to back. Steps differ in image size and so in how many images they take.
@@ -21,18 +21,18 @@ from mobilevit.errors import MobileViTError
 Size = tuple[int, int]
 """(height, width)"""
 Key = tuple[int, int, Size | None]
-"""Number of an image, the seed of its augmentation, and the size to show it at; None: the transform's own."""
+"""Number of an image, the seed of its augmentation, and its size; None for the transform's own size."""
 
 MULTI_SCALE_SIDES = (160, 192, 256, 288, 320)
 """Of square images, for a base of 256 (arXiv:2110.02178, section 3.2)."""
 
 SHARDS_AT_ONCE = 16
-"""Files whose images are mixed: few enough to keep at hand, enough to make neighbors strangers."""
+"""Files whose images are mixed: few enough to keep open, and enough to separate the images of one file."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SizedBatch:
-    """A size that steps may have, and how many images of it one process takes."""
+    """A size that steps may have, and the images of that size that one process takes."""
 
     size: Size | None
     batch_size: int
@@ -44,13 +44,13 @@ class Step:
 
     size: Size | None
     start: int
-    """Images of the epoch's sequence (or of what was left of it) that are done before, over all processes."""
+    """Images of the epoch's sequence (or of its rest) that are done before this step, over all processes."""
     stop: int
-    """And after."""
+    """And after it."""
 
 
 def multi_scale_sizes(base: Size) -> tuple[Size, ...]:
-    """The paper's five sizes relative to its 256, for another base: multiples of 32, each once."""
+    """Scale the paper's five sizes from its base, 256, to another: multiples of 32, each once."""
     sizes = [tuple(max(32, round(side * other / 256 / 32) * 32) for side in base) for other in MULTI_SCALE_SIDES]
     return tuple(dict.fromkeys((height, width) for height, width in sizes))
 
@@ -58,34 +58,25 @@ def multi_scale_sizes(base: Size) -> tuple[Size, ...]:
 def level_batches(
     base: Size, batch_size: int, sizes: Sequence[Size], *, never_below: bool = False, most: int | None = None
 ) -> tuple[SizedBatch, ...]:
-    """Batches of about equal cost: height x width x images is what it is at the base (arXiv:2110.02178, equation 3).
+    """Choose batches of about equal cost: height x width x images is that of the base (arXiv:2110.02178, equation 3).
 
     Args:
         base: (height, width) at which `batch_size` images are a batch.
-        batch_size: of one process.
+        batch_size: images of one process.
         sizes: to be drawn from, each as often as the others.
         never_below: take as many images above the base as at it, which the paper does not, but the code published
             with it (v0.1); costs memory.
         most: images in a batch, whatever their size.
     """
-    batches = []
-    for height, width in sizes:
-        count = max(2, int(batch_size * base[0] * base[1] / (height * width)))  # 2, for the statistics of BatchNorm
-        if never_below:
-            count = max(count, batch_size)
-        batches.append(SizedBatch(size=(height, width), batch_size=min(count, most or count)))
-    return tuple(batches)
-
-
-def relative_updates(batches: Sequence[SizedBatch], batch_size: int) -> float:
-    """Updates of an epoch, relative to one with batches of `batch_size` only, where sizes are drawn evenly."""
-    return batch_size * len(batches) / sum(batch.batch_size for batch in batches)
+    least = max(2, batch_size) if never_below else 2  # 2, for the statistics of BatchNorm
+    counts = [max(least, int(batch_size * base[0] * base[1] / (height * width))) for height, width in sizes]
+    return tuple(SizedBatch(size=size, batch_size=min(n, most or n)) for size, n in zip(sizes, counts, strict=True))
 
 
 def plan_steps(count: int, batches: Sequence[SizedBatch], world_size: int, generator: torch.Generator) -> list[Step]:
-    """Steps through `count` images, each once; sizes are drawn anew for each step, one for all processes.
+    """Plan the steps through `count` images, each once; a size is drawn for each step, the same for all processes.
 
-    What would be left for a step with fewer than two images for every process joins the step before.
+    A rest of fewer than two images for every process joins the step before.
     """
     steps = []
     start = 0
@@ -100,7 +91,7 @@ def plan_steps(count: int, batches: Sequence[SizedBatch], world_size: int, gener
 
 
 def shuffled(count: int, shards: Sequence[range] | None, generator: torch.Generator) -> Tensor:
-    """All numbers below `count` in a random order; of `shards`, a few after the others. Shape: (count,)."""
+    """Shuffle the numbers below `count`; with `shards`, a few of them at a time. Shape: (count,)."""
     if shards is None:
         return torch.randperm(count, generator=generator)
     order = torch.randperm(len(shards), generator=generator).tolist()
@@ -114,9 +105,9 @@ def shuffled(count: int, shards: Sequence[range] | None, generator: torch.Genera
 
 
 def part_of(sequence: Tensor, rank: int, world_size: int, start: int, stop: int) -> Tensor:
-    """What one process reads of a sequence while all together go from `start` to `stop`; of each step an equal share.
+    """Return what one process reads of a sequence while all together go from `start` to `stop`: equal shares.
 
-    Where images do not divide evenly, first processes have one more.
+    If images do not divide evenly, the first processes have one more.
     """
     count = len(sequence)
     first = rank * (count // world_size) + min(rank, count % world_size)
@@ -128,7 +119,7 @@ def part_of(sequence: Tensor, rank: int, world_size: int, start: int, stop: int)
 
 
 def rest_of(sequence: Tensor, world_size: int, done: int) -> Tensor:
-    """What nobody has read yet after `done` images in all, by that many processes."""
+    """Return what is left after that many processes have read `done` images in all."""
     return torch.cat([part_of(sequence, rank, world_size, done, len(sequence)) for rank in range(world_size)])
 
 
@@ -141,14 +132,14 @@ class EpochSampler(Sampler[list[Key]]):
 
     Args:
         count: images in the data.
-        batches: what sizes there are.
+        batches: the sizes there are.
         seed: decides order, sizes and the seeds of augmentation.
         shards: see `ImageSet.shards`.
         rank: this process.
         world_size: processes in all.
 
     Raises:
-        ValueError: too few images for so many processes.
+        MobileViTError: too few images for so many processes.
     """
 
     def __init__(
@@ -170,7 +161,7 @@ class EpochSampler(Sampler[list[Key]]):
         self.start(0)
 
     def start(self, epoch: int, segments: Sequence[Segment] = (), first_step: int = 0) -> list[Step]:
-        """Make iteration begin there; returns the steps of the epoch, or of what is left of it after `segments`."""
+        """Make iteration begin there; returns the steps of the epoch, or of its rest after `segments`."""
         generator = torch.Generator().manual_seed((self.seed << 20) + epoch)
         sequence = shuffled(self.count, self.shards, generator)
         self._seeds = torch.randint(2**62, (self.count,), generator=generator)  # by image
@@ -191,7 +182,7 @@ class EpochSampler(Sampler[list[Key]]):
 
 
 class OrderedSampler(Sampler[list[Key]]):
-    """Every `world_size`th image from the `rank`th on, in their order."""
+    """Every `world_size`th image, beginning with the `rank`th, in their order."""
 
     def __init__(self, count: int, batch_size: int, *, rank: int = 0, world_size: int = 1) -> None:
         self.numbers = range(rank, count, world_size)

@@ -1,7 +1,7 @@
-"""Built-in data: drawn scenes of simple shapes, for `mobilevit demo` and for tests without files.
+"""Built-in data: drawn scenes of simple shapes, for `mobilevit demo` and for tests.
 
-A scene is described in units of the image's side, so the same scene can be drawn at any size, and every shape is a
-signed distance (negative inside, zero on the edge): one number per pixel gives smooth edge, shadow and mask.
+A scene is described in units of the image's side, so that it can be drawn at any size. Every shape is a signed
+distance (negative inside, zero on the edge), which gives its smooth edge, its shadow and its mask.
 
 Letters used in shape comments: H, W height and width of the image; h, w of the window around one shape.
 """
@@ -18,7 +18,6 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from mobilevit.errors import MobileViTError
 from mobilevit.files import write_json, write_text
 from mobilevit.progress import Progress
 
@@ -45,7 +44,7 @@ def _box(x: Array, y: Array, half_width: float, half_height: float) -> Array:
 
 
 def _cross(x: Array, y: Array) -> Array:
-    """A bar, after swapping coordinates so that every point lies nearest to the same arm."""
+    """Signed distance to a bar, after swapping coordinates so that every point lies nearest to the same arm."""
     x, y = np.abs(x), np.abs(y)
     return _box(np.maximum(x, y), np.minimum(x, y), 0.95, 0.31)
 
@@ -71,14 +70,14 @@ _GRAIN = 128  # side of the noise that becomes the film grain of an image of any
 
 @dataclass(frozen=True, kw_only=True)
 class Scene:
-    """An image with everything a classifier, a detector or a segmentation model can be asked about it."""
+    """A drawn image with its labels for all three tasks."""
 
     image: Image.Image
     """RGB, size x size."""
     labels: tuple[int, ...]
     """Index in `CLASSES` of each object, the frontmost first."""
     boxes_xyxy: tuple[tuple[float, float, float, float], ...]
-    """Pixels, tight around what is visible of each object, in the order of `labels`."""
+    """Corners in pixels, tight around the visible part of each object, in the order of `labels`."""
     mask: NDArray[np.uint8]
     """(H, W): 0 for background, 1 + class elsewhere."""
 
@@ -88,8 +87,8 @@ def render_scene(index: int, *, seed: int = 0, size: int = 64, num_objects: int 
 
     The first object is of class `index % len(CLASSES)`, the others of any. A single object lies wholly inside the
     image. Several are smaller and may be cut by the border, by a fifth of their radius at most; their centers are at
-    least 0.85 times the sum of their radii apart, so that one hides a third of another at the very most. Place, size,
-    rotation, texture and color say nothing of the class; objects are always lighter than the background.
+    least 0.85 times the sum of their radii apart, so that one hides a third of another at most. Place, size, rotation,
+    texture and color do not depend on the class; objects are always lighter than the background.
 
     Args:
         index: which scene, from 0.
@@ -101,9 +100,7 @@ def render_scene(index: int, *, seed: int = 0, size: int = 64, num_objects: int 
         ValueError: an argument is out of range.
     """
     if not 1 <= num_objects <= 8 or size < max(32, 8 * num_objects):
-        raise MobileViTError(
-            f"size is {size}, num_objects {num_objects}; draw 1 to 8 objects, on at least 32 pixels and 8 per object"
-        )
+        raise ValueError(f"size {size}, num_objects {num_objects}: draw 1 to 8 objects, 32 pixels and 8 for each")
     rng = np.random.default_rng((seed, index))
     axis = (np.arange(size, dtype=np.float32) + 0.5) / size
 
@@ -173,7 +170,7 @@ def write_masks(folder: Path, *, num_images: int, seed: int = 0, size: int = 128
 
 
 def _scenes(num_images: int, *, seed: int, size: int) -> Iterator[tuple[int, str, Scene]]:
-    """Number, file name and scene of each, with one to three objects in turn."""
+    """Draw scenes with one to three objects in turn; yields number, file name and scene."""
     with Progress("draw", num_images) as progress:
         for index in range(num_images):
             # In steps of its own, so that each class comes first in scenes of every number of objects.
@@ -183,7 +180,7 @@ def _scenes(num_images: int, *, seed: int, size: int) -> Iterator[tuple[int, str
 
 
 def _place(rng: np.random.Generator, num_objects: int) -> list[tuple[float, float, float]]:
-    """Center and radius of each object, by the rule that `render_scene` states."""
+    """Draw center and radius of each object, by the rule that `render_scene` states."""
     shrink = min(1, 1.3 / num_objects**0.5)
     inset = 1 if num_objects == 1 else 0.8
     places: list[tuple[float, float, float]] = []
@@ -193,12 +190,12 @@ def _place(rng: np.random.Generator, num_objects: int) -> list[tuple[float, floa
         if all(hypot(x - x2, y - y2) >= _APART * (radius + radius2) for x2, y2, radius2 in places):
             places.append((x, y, radius))
         else:
-            shrink *= 0.98  # so that a full image never keeps us here
+            shrink *= 0.98  # so that it ends even if the image is full
     return places
 
 
 def _background(rng: np.random.Generator, axis: Array, lightness: float) -> Array:
-    """Two related colors, blended along a line or in soft clouds. Shape: (H, W, 3)."""
+    """Blend two related colors along a line or in soft clouds. Shape: (H, W, 3)."""
     steps = np.array([0, 1])
     lightnesses = lightness - rng.uniform(0, 0.12) * steps
     first, second = _colors(lightnesses, rng.uniform(0.02, 0.09), rng.uniform(0, tau) + rng.uniform(-1.2, 1.2) * steps)
@@ -262,14 +259,14 @@ def _draw_object(
 
 
 def _texture(rng: np.random.Generator, x: Array, y: Array, radius_px: float) -> Array:
-    """How much of its second color an object shows at each point. Shape: (h, w) -> (h, w)."""
+    """Draw the share of an object's second color at each point. Shape: (h, w) -> (h, w)."""
     kind = _TEXTURES[rng.integers(len(_TEXTURES))]
     period, shift_x, shift_y = rng.uniform(0.45, 0.8), rng.uniform(), rng.uniform()
     if kind == "solid":
         return np.zeros_like(x)
     if kind == "gradient":
         return _coverage(0.6 * x, 1)  # one edge, as soft as the object is wide
-    x, y = _turn(x, y, rng.uniform(0, tau))  # a texture must not give away how the shape is turned
+    x, y = _turn(x, y, rng.uniform(0, tau))  # the texture must not depend on how the shape is turned
     # Distance from the nearest line of a lattice, at most half a period.
     x = period * np.abs((x / period + shift_x) % 1 - 0.5)
     y = period * np.abs((y / period + shift_y) % 1 - 0.5)
@@ -286,7 +283,7 @@ def _texture(rng: np.random.Generator, x: Array, y: Array, radius_px: float) -> 
 def _local(
     axis: Array, center_x: float, center_y: float, reach: float, angle: float
 ) -> tuple[tuple[slice, slice], Array, Array]:
-    """Pixels within `reach` of a center, and their coordinates in a frame moved there and turned by `angle`."""
+    """Return the pixels within `reach` of a center, and their coordinates in a frame moved there and turned."""
     size, margin = len(axis), 1  # a pixel for the smooth edge
 
     def span(center: float) -> slice:
@@ -303,7 +300,7 @@ def _turn(x: Array, y: Array, angle: float) -> tuple[Array, Array]:
 
 
 def _coverage(distance: Array, pixels_per_unit: float) -> Array:
-    """Share of each pixel that lies inside, taking the edge for straight within a pixel."""
+    """Return the share of each pixel that lies inside, taking the edge for straight within a pixel."""
     covered: Array = np.clip(0.5 - distance * np.float32(pixels_per_unit), 0, 1)
     return covered
 
@@ -322,7 +319,7 @@ def _extent(owned: NDArray[np.bool_]) -> tuple[float, float, float, float]:
 
 
 def _colors(lightness: Array, chroma: float | Array, hue: Array) -> Array:
-    """From Oklch, where equal steps of lightness look equal in every hue, to sRGB in 0..1 (Ottosson, 2020).
+    """Convert Oklch, where equal steps of lightness look equal in every hue, to sRGB in 0..1 (Ottosson, 2020).
 
     Shape: (K,), () or (K,), (K,) -> (K, 3).
     """

@@ -1,7 +1,7 @@
-"""Random changes to training images and what is known of them, through torchvision's transforms v2.
+"""Random changes of training images and their targets, by torchvision's transforms v2.
 
-A transform takes an image, perhaps not decoded yet, and its target as the `ImageSet` has it, and returns uint8
-(3, height, width), channels-last in memory, and the target as the loss wants it.
+A transform takes an image, perhaps not decoded yet, and its target as the `ImageSet` has it. It returns uint8
+(3, height, width), channels-last in memory, and the target as the loss takes it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from mobilevit.imaging.preprocessing import RESAMPLING, Preprocessing
 
 @dataclass(frozen=True, kw_only=True)
 class ClassificationTransform:
-    """Random resized crop and flip (arXiv:1409.4842), and RandAugment and random erasing if asked for."""
+    """Random resized crop and flip (arXiv:1409.4842), optionally RandAugment and random erasing."""
 
     preprocessing: Preprocessing
     """Size and interpolation."""
@@ -47,10 +47,10 @@ class ClassificationTransform:
     def __call__(
         self, image: Source | EncodedImage, label: int, size: tuple[int, int] | None = None
     ) -> tuple[Tensor, int]:
-        """`size` is (height, width), where it is not that of the preprocessing."""
+        """Transform; `size` is (height, width) if it is not that of the preprocessing."""
         height, width = size or self.preprocessing.size
         encoded = open_image(image)
-        # The crop is drawn before the image is decoded: of a JPEG, no more is worked out than the crop can show.
+        # The crop is drawn before the image is decoded: a JPEG is decoded no finer than the crop can show.
         crop = random_crop(encoded.size, self.min_crop_area)
         pixels = _cropped(encoded, crop, (height, width), self.preprocessing.interpolation)
         if self.flip and _uniform(0, 1) < 0.5:
@@ -64,7 +64,7 @@ class ClassificationTransform:
 
 
 def _cropped(image: EncodedImage, crop: tuple[int, int, int, int], size: tuple[int, int], interpolation: str) -> Tensor:
-    """Left, top, right, bottom of an image at (height, width), antialiased; uint8 (3, height, width)."""
+    """Crop to left, top, right, bottom and resize to (height, width), antialiased; uint8 (3, height, width)."""
     left, top, right, bottom = crop
     reduction = min((right - left) / size[1], (bottom - top) / size[0])
     if interpolation not in ("bilinear", "bicubic"):
@@ -93,7 +93,7 @@ def decoded_pixels(image: EncodedImage, reduction: float = 1.0) -> Tensor:
 
 
 def random_crop(image: tuple[int, int], min_area: float) -> tuple[int, int, int, int]:
-    """A part of an image of random area, shape and place (arXiv:1409.4842, section 6).
+    """Draw a part of an image of random area, shape and place (arXiv:1409.4842, section 6).
 
     Args:
         image: (width, height) in pixels.
@@ -117,7 +117,7 @@ def random_crop(image: tuple[int, int], min_area: float) -> tuple[int, int, int,
 
 
 class BoxTargets(NamedTuple):
-    """What `detection_loss` wants to know of B images."""
+    """The targets of `detection_loss` for B images."""
 
     boxes_cxcywh: Tensor
     """float32 (B, N, 4): center and size in 0..1; rows without an object fill up."""
@@ -166,7 +166,7 @@ class DetectionTransform:
 
 
 def collate_boxes(targets: Sequence[tuple[Tensor, Tensor]]) -> BoxTargets:
-    """Corner boxes in 0..1 and labels of single images as one batch, filled up to the fullest image."""
+    """Batch the corner boxes in 0..1 and labels of single images, filled up to the fullest image."""
     most = max((len(labels) for _, labels in targets), default=0)
     boxes = torch.tensor([0.0, 0.0, 1.0, 1.0]).repeat(len(targets), max(most, 1), 1)
     labels = torch.full(boxes.shape[:2], -1, dtype=torch.int64)
@@ -178,16 +178,16 @@ def collate_boxes(targets: Sequence[tuple[Tensor, Tensor]]) -> BoxTargets:
 
 @dataclass(frozen=True, kw_only=True)
 class SegmentationTransform:
-    """Random size, crop, flip, rotation and colors; what lies outside the image is ignored."""
+    """Random size, crop, flip, rotation and colors; what lies outside the image is labeled `IGNORE`."""
 
     preprocessing: Preprocessing
-    """Its size at scale 1, and the interpolation."""
+    """Size at scale 1, and interpolation."""
     crop_size: tuple[int, int]
     """(height, width) of the crops."""
     scale_range: tuple[float, float] = (0.5, 1.5)
     """Size of the image before the crop, relative to its size in evaluation."""
     most_of_one_class: float = 0.75
-    """Crops in which one class has a larger share are drawn again, up to ten times."""
+    """Crops in which one class has a larger share are drawn again, ten times at most."""
     flip: bool = True
     """Mirror half of the images."""
     rotation: float = 10.0
@@ -221,7 +221,7 @@ class SegmentationTransform:
         return _channels_last(pixels), mask[0]
 
     def _place_of_crop(self, mask: Tensor) -> tuple[int, int]:
-        """Top and left of a crop that shows more than one thing, as far as ten attempts find one."""
+        """Draw top and left of a crop in which no class prevails, if ten attempts find one."""
         (height, width), (rows, columns) = self.crop_size, mask.shape[-2:]
         for _ in range(10):
             top, left = (int(torch.randint(spare + 1, ())) for spare in (rows - height, columns - width))
@@ -232,7 +232,7 @@ class SegmentationTransform:
 
 
 def read_mask(image: Image.Image, target: Mask) -> NDArray[np.uint8]:
-    """The label map of an image. Shape: uint8 (H, W), of the image's size.
+    """Read the label map of an image. Shape: uint8 (H, W), of the image's size.
 
     Raises:
         ImageError: it cannot be read, or has another size.
@@ -265,7 +265,7 @@ def _channels_last(pixels: Tensor) -> Tensor:
 def mix_transform(
     num_classes: int, *, mixup: float, cutmix: float
 ) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None:
-    """MixUp (arXiv:1710.09412) or CutMix (arXiv:1905.04899) of a batch, one of them at random where both are on.
+    """Return MixUp (arXiv:1710.09412) or CutMix (arXiv:1905.04899), or one of them at random if both are on.
 
     Args:
         num_classes: width of the mixed labels.
@@ -273,7 +273,7 @@ def mix_transform(
         cutmix: alpha of CutMix's; 0 is off.
 
     Returns:
-        Images (B, 3, H, W) and labels (B,) to images and label shares (B, num_classes); None if both are off.
+        A function from images (B, 3, H, W) and labels (B,) to images and shares (B, num_classes); None if both are off.
     """
     choices: list[v2.Transform] = []
     if mixup:

@@ -1,4 +1,4 @@
-"""Pascal VOC's format for boxes: an `.xml` file an image."""
+"""Boxes in Pascal VOC's format: an `.xml` file for each image."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _XML_FOLDERS = ("annotations", "labels")
 
 
 def find_voc(path: Path) -> list[Path]:
-    """Folders that hold VOC data: the path itself, else those of VOCdevkit/VOC2012 below it."""
+    """Find the folders that hold VOC data: the path itself, else those such as VOCdevkit/VOC2012 below it."""
     if _is_voc(path) or any(_is_voc(part) for part in find_parts(path).values()):
         return [path]
     deeper = [p for base in (path, path / "VOCdevkit") if base.is_dir() for p in sorted(base.glob("VOC20*"))]
@@ -43,7 +43,7 @@ def _is_voc(folder: Path) -> bool:
 
 
 def read_voc(root: Path) -> dict[str, ImageSet[Boxes]]:
-    """The parts of one of the folders that `find_voc` found."""
+    """Read the parts of a folder that `find_voc` found."""
     tables = _tables(root)
     file = root / "classes.txt"
     if file.is_file():
@@ -61,7 +61,7 @@ class _Files:
         self._bare = {Path(name).name: name for name in reversed(self.by_name)}
 
     def find(self, *names: str) -> str | None:
-        """The first of the names that there is a file for, as it stands in `by_name`."""
+        """Return the first of the names that there is a file for, as it stands in `by_name`."""
         found = (name if name in self.by_name else self._bare.get(Path(name).name) for name in names)
         return next((name for name in found if name is not None), None)
 
@@ -84,7 +84,7 @@ def _tables(root: Path) -> dict[str, BoxTable]:
 
 
 def _files(folder: Path) -> tuple[_Files, _Files]:
-    """Annotations and images."""
+    """List annotations and images."""
     annotations = sub_folder(folder, _XML_FOLDERS)
     if annotations is None or not has_file(annotations, ".xml"):
         annotations = folder
@@ -94,12 +94,12 @@ def _files(folder: Path) -> tuple[_Files, _Files]:
 
 
 def _keys(line: str) -> tuple[str, str]:
-    """What the image of a line may be called; lists of single classes have a second column."""
+    """Return the possible names of the image in a line; lists of single classes have a second column."""
     return stem(line), stem(line.split()[0])
 
 
 def _listed(root: Path, file: Path, lines: list[str], xmls: _Files, images: _Files) -> BoxTable:
-    """The images of a list."""
+    """Read the images of a list."""
     table = BoxTable(root=root, origin=str(file), word="object", known="classes.txt")
     with Progress("read annotations", len(lines)) as progress:
         for line in lines:
@@ -115,7 +115,7 @@ def _listed(root: Path, file: Path, lines: list[str], xmls: _Files, images: _Fil
 
 
 def _whole_folder(root: Path, folder: Path, xmls: _Files, images: _Files) -> BoxTable:
-    """Every annotation, then the images without one."""
+    """Read every annotation, then the images without one."""
     table = BoxTable(root=root, origin=str(folder), word="object", known="classes.txt")
     used: set[str | None] = set()
     with Progress("read annotations", len(xmls.by_name)) as progress:
@@ -128,7 +128,7 @@ def _whole_folder(root: Path, folder: Path, xmls: _Files, images: _Files) -> Box
 
 
 def _add_xml(table: BoxTable, xml: Path, images: _Files, name: str | None) -> str | None:
-    """Read one file, and return the name of its image: the one called as the file, else the one it names."""
+    """Read one file and return the name of its image: the one of the same name, else the one that the file states."""
     try:
         tree = _parse(xml)
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""YOLO's format for boxes: a `.txt` file an image, and a `.yaml` or `classes.txt` for all."""
+"""Boxes in YOLO's format: a `.txt` file for each image, and a `.yaml` or `classes.txt` for all."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _CLASS_FILES = ("classes.txt", "obj.names")
 
 
 def looks_like_yolo_yaml(file: Path) -> bool:
-    """Whether it has names and parts at the top level."""
+    """Whether this is a YAML file with names and parts at the top level."""
     if file.suffix.lower() not in (".yaml", ".yml") or not file.is_file() or file.stat().st_size > 1 << 20:
         return False
     text = file.read_text(encoding="utf-8-sig", errors="replace")
@@ -44,14 +44,14 @@ def looks_like_yolo_yaml(file: Path) -> bool:
 
 
 def find_yolo_yaml(folder: Path) -> list[Path]:
-    """The description of the data: `data.yaml`, else others with names and parts."""
+    """Find the description of the data: `data.yaml`, else others with names and parts."""
     if (folder / "data.yaml").is_file():
         return [folder / "data.yaml"]
     return [p for p in sorted([*folder.glob("*.yaml"), *folder.glob("*.yml")]) if looks_like_yolo_yaml(p)]
 
 
 def read_yolo_yaml(file: Path) -> dict[str, ImageSet[Boxes]]:
-    """The parts that a YAML file names."""
+    """Read the parts that a YAML file names."""
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8-sig"))
     except (yaml.YAMLError, ValueError, RecursionError) as error:
@@ -62,7 +62,7 @@ def read_yolo_yaml(file: Path) -> dict[str, ImageSet[Boxes]]:
 
 
 def _yaml_names(file: Path, content: Mapping[Any, Any]) -> dict[Hashable, str]:
-    """Class names by number."""
+    """Return the class names by number."""
     names = content.get("names")
     if isinstance(names, list):
         names = dict(enumerate(names))
@@ -72,7 +72,7 @@ def _yaml_names(file: Path, content: Mapping[Any, Any]) -> dict[Hashable, str]:
 
 
 def _yaml_parts(file: Path, content: Mapping[Any, Any]) -> dict[str, list[Path]]:
-    """The images of each part."""
+    """List the images of each part."""
     base = str(content.get("path") or "")
     parts: dict[str, list[Path]] = {}
     for part, keys in PART_NAMES.items():
@@ -91,7 +91,7 @@ def _yaml_parts(file: Path, content: Mapping[Any, Any]) -> dict[str, list[Path]]
 
 
 def _yaml_images(file: Path, base: str, value: str) -> list[Path]:
-    """A folder of images or a list of them; paths are relative to `path`, else to the file."""
+    """List the images of a folder or a list; paths are relative to `path`, else to the file."""
     shortened = re.sub(r"^(\.\./)+", "", value)  # Roboflow writes one ../ too many
     places = dict.fromkeys([file.parent / base / value, file.parent / value, file.parent / shortened])
     place = next((p for p in places if p.exists()), None)
@@ -113,7 +113,7 @@ def _yaml_images(file: Path, base: str, value: str) -> list[Path]:
 
 
 def find_yolo(folder: Path) -> dict[str, list[Path]]:
-    """The images of each part in a folder without YAML: {} where it is not in this layout."""
+    """List the images of each part in a folder without YAML; {} if it is not in this layout."""
     images, labels = sub_folder(folder, IMAGE_FOLDERS), sub_folder(folder, ("labels",))
     if images and has_file(labels, ".txt", _CLASS_FILES):
         return {part: find_images(p) for part, p in (find_parts(images) or {"all": images}).items()}
@@ -129,7 +129,7 @@ def find_yolo(folder: Path) -> dict[str, list[Path]]:
 
 
 def read_yolo(folder: Path, parts: Mapping[str, list[Path]]) -> dict[str, ImageSet[Boxes]]:
-    """The `parts` that `find_yolo` found in the folder."""
+    """Read the `parts` that `find_yolo` found in the folder."""
     file = _class_file(folder)
     return _read(parts, {} if file is None else dict(enumerate(read_class_names(file))), root=folder)
 
@@ -186,7 +186,7 @@ def _add_image(table: BoxTable, image: Path, listing: Listing) -> None:
 
 
 def _label_file(image: Path) -> Path:
-    """images/train/a.jpg -> labels/train/a.txt: the last "images" of the path counts."""
+    """Return labels/train/a.txt for images/train/a.jpg: the last "images" of the path counts."""
     pieces = list(image.parent.parts)
     for number in range(len(pieces) - 1, -1, -1):
         if pieces[number].lower() in IMAGE_FOLDERS:
@@ -196,7 +196,7 @@ def _label_file(image: Path) -> Path:
 
 
 def _add_line(table: BoxTable, owner: int, line: int, text: str) -> None:
-    """A box or a polygon, in shares of the image's width and height."""
+    """Add a box or a polygon, given in shares of the image's width and height."""
     where = f"{table.files[owner]}, line {line}"
     try:
         label, *numbers = (float(word) for word in text.split())
@@ -220,7 +220,7 @@ def _add_line(table: BoxTable, owner: int, line: int, text: str) -> None:
 
 
 def _report_unused_labels(table: BoxTable, images: Sequence[Path], listing: Listing) -> None:
-    """Label files beside the ones that were read, whose images do not exist."""
+    """Report label files beside those that were read whose images do not exist."""
     for folder in dict.fromkeys(image.parent for image in images):
         labels = _label_file(folder / "any").parent
         if labels == folder:
