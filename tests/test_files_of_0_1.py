@@ -173,3 +173,5 @@ def test_shards(old: Path) -> None:
             assert green == 200 * target + red
             seen.append((target, red))
     assert sorted(seen) == [(label, number) for label in (0, 1) for number in range(8)]
+    # As version 0.1 computed it, and wrote it into checkpoints.
+    assert splits["train"].fingerprint() == "336899f91abc9275"

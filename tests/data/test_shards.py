@@ -239,16 +239,6 @@ def test_settings_out_of_range(folder: Path, tmp_path: Path, settings: dict[str,
         write_shards(folder, tmp_path / "out", **settings)
 
 
-def test_shards_of_version_0_1() -> None:
-    """Written by the last commit of version 0.1: the same images under the same names, which fingerprints depend on."""
-    splits = find_splits(Path(__file__).parent / "v01_shards")
-    assert {part: (data.fingerprint(), numbers(data), data.targets) for part, data in splits.items()} == {
-        "train": ("2308282423f18d29", [20, 2, 1, 0, 22, 4, 23], [1, 0, 0, 0, 1, 0, 1]),
-        "val": ("7b4407c09a088680", [3, 21], [0, 1]),
-    }
-    assert splits["train"].classes == ("cat", "dog")
-
-
 # -- written by others ------------------------------------------------------------------------------------------------
 
 
