@@ -42,23 +42,23 @@ class BoxTable:
     """Images and boxes of one part as they stand in the files; nothing is checked yet."""
 
     root: Path
-    """What the names of the images are relative to."""
+    """The folder that the names of the images are relative to."""
     origin: str
     """Where the part comes from, for messages."""
     word: str
-    """What a mark counts, for messages: "line", "object", "annotation"."""
+    """The unit of `Box.mark`, for messages: "line", "object", "annotation"."""
     known: str
     """Where the classes are listed, for messages."""
     images: list[Path] = field(default_factory=list)
     """Their paths."""
     files: list[str] = field(default_factory=list)
-    """For each image: where its boxes stand."""
+    """For each image: the file with its boxes."""
     sizes: list[tuple[int, int]] = field(default_factory=list)
     """For each image: (width, height)."""
     boxes: list[Box] = field(default_factory=list)
     """The boxes of all images."""
     problems: list[Problem] = field(default_factory=list)
-    """What was wrong so far."""
+    """Problems found so far."""
 
     def add_image(self, image: Path, file: str | Path, size: tuple[int, int]) -> int:
         """Add an image and return its number."""

@@ -44,7 +44,7 @@ _COUNTED: dict[Task, str] = {
 
 @dataclass(frozen=True, kw_only=True)
 class SplitStatistics:
-    """What is in one part of the data."""
+    """Statistics of one part of the data."""
 
     images: int
     """Images in use."""
@@ -86,7 +86,7 @@ class SplitStatistics:
         return ", ".join(words)
 
     def cell(self, name: str) -> str:
-        """Return what the table says of a class."""
+        """Return the table's cell of a class."""
         images = f"{self.images_of[name]:,}"
         if self.objects_of:
             return f"{self.objects_of[name]:,} ({images})"
@@ -95,18 +95,18 @@ class SplitStatistics:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckReport:
-    """What `check` found."""
+    """The result of `check`."""
 
     path: str
-    """What was checked."""
+    """Path of the data."""
     task: Task
-    """What the data are labeled for."""
+    """The task that the data are labeled for."""
     classes: tuple[str, ...]
     """Class names."""
     statistics: dict[str, SplitStatistics]
     """By part: "train", "val", "test", or "all"."""
     problems: tuple[Problem, ...]
-    """What is wrong."""
+    """Everything that is wrong."""
     splits: dict[str, ImageSet[Any]] = field(repr=False)
     """The data themselves, for `contact_sheet`."""
 
@@ -204,7 +204,7 @@ def check(path: str | os.PathLike[str], task: Task | None = None) -> CheckReport
 
 @dataclass(kw_only=True)
 class _Look:
-    """What opening an image, and its mask, showed."""
+    """The result of opening an image, and its mask."""
 
     digest: bytes = b""
     size: tuple[int, int] | None = None

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from functools import partial
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -130,17 +129,16 @@ def _add_images(
         raise MobileViTError(f"{file}: lists no images")
     names = [entry["file_name"].replace("\\", "/") for entry in named]
     listing = Listing()
-    place = _place(names, file, root, part, listing)
     numbers: dict[Hashable, int] = {}
     known: dict[Path, int] = {}
     with Progress("read annotations", len(named)) as progress:
-        for entry, name in zip(named, names, strict=True):
+        for entry, image in zip(named, _paths(names, file, root, part, listing), strict=True):
             progress.advance(1)
-            where, image = f"{file}, image {entry['id']}", place(name)
+            where = f"{file}, image {entry['id']}"
             if image in known:
-                table.report(where, "image listed twice", name, "its boxes are put together")
+                table.report(where, "image listed twice", entry["file_name"], "its boxes are put together")
             elif image not in listing:
-                table.report(where, "annotation for a missing image", name, "left out")
+                table.report(where, "annotation for a missing image", entry["file_name"], "left out")
             elif size := _size(table, entry, image):
                 known[image] = table.add_image(image, file, size)
             numbers[entry["id"]] = known.get(image, -1)
@@ -155,28 +153,22 @@ def _size(table: BoxTable, entry: _Entry, image: Path) -> tuple[int, int] | None
     return table.open_image(image)
 
 
-def _place(names: Sequence[str], file: Path, root: Path, part: str | None, listing: Listing) -> Callable[[str], Path]:
-    """Return a function from names in the file to paths: the way that finds most of a sample."""
+def _paths(names: Sequence[str], file: Path, root: Path, part: str | None, listing: Listing) -> list[Path]:
+    """Find the images of these names: in the folder that has most of a sample."""
     year = re.search(r"(?:train|val|test)\d+$", file.stem)
     folders = [*([year.group()] if year else []), *PART_NAMES.get(part or "", ()), ""]
     bases = [file.parent]
     for base in dict.fromkeys((root, file.parent, file.parent.parent)):
         bases += [base / above / folder for folder in folders for above in ("", "images", "JPEGImages")]
-    probe = names[:: max(1, len(names) // 100)]
     # The paths in the file may be those of another machine.
-    ways = [partial(way, base) for base in dict.fromkeys(bases) for way in (_whole_name, _last_name)]
-    found = [sum(way(name) in listing for name in probe) for way in ways]
+    last_names = [name.rpartition("/")[2] for name in names]
+    ways = [(base, way) for base in dict.fromkeys(bases) for way in (names, last_names)]
+    step = max(1, len(names) // 100)
+    found = [sum(base / name in listing for name in way[::step]) for base, way in ways]
     if not any(found):
         raise MobileViTError(f"{file}: none of its images found, such as {names[0]}; put them into {root / 'images'}")
-    return ways[found.index(max(found))]
-
-
-def _whole_name(folder: Path, name: str) -> Path:
-    return folder / name
-
-
-def _last_name(folder: Path, name: str) -> Path:
-    return folder / name.rpartition("/")[2]
+    base, way = ways[found.index(max(found))]
+    return [base / name for name in way]
 
 
 # -- boxes ------------------------------------------------------------------------------------------------------------
@@ -190,21 +182,18 @@ def _add_boxes(
     file: Path,
 ) -> None:
     for entry in entries:
+        where = f"{file}, annotation {entry.get('id')}"
         try:
             owner = numbers.get(entry["image_id"])
             x, y, width, height = map(float, entry["bbox"])
-            label = entry["category_id"]
-            hash(label)
+            label = names.get(entry["category_id"], entry["category_id"])
             area = float(entry.get("area") or "nan")
         except (KeyError, TypeError, ValueError, OverflowError):
             detail = ", ".join(f"{key} {entry.get(key)}" for key in ("image_id", "category_id", "bbox"))
-            where = f"{file}, annotation {entry.get('id')}"
             table.report(where, "malformed annotation", detail[:80], "left out; it needs image_id, category_id, bbox")
             continue
         if owner is None:
-            where = f"{file}, annotation {entry.get('id')}"
             table.report(where, "annotation for an image that is not listed", f"image {entry['image_id']}", "left out")
         elif owner >= 0:
-            box = (x, y, x + width, y + height)
             crowd = bool(entry.get("iscrowd"))
-            table.boxes.append(Box(owner, entry.get("id", 0), names.get(label, label), box, crowd, area))
+            table.boxes.append(Box(owner, entry.get("id", 0), label, (x, y, x + width, y + height), crowd, area))

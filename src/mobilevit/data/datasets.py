@@ -102,8 +102,10 @@ def load_train_val(
         whole = len(train)
         train, val = split(train, val_fraction=val_fraction, seed=seed)
         if "test" in splits:
-            told = "no val part: %d of the %d train images are held out for validation; the test part is not used"
-            log.info(f"%s: {told}", path, len(val), whole)
+            message = (
+                "%s: no val part: %d of the %d train images are held out for validation; the test part is not used"
+            )
+            log.info(message, path, len(val), whole)
     check_classes(train)
     return train, val
 
@@ -153,6 +155,6 @@ def _as_divided_in_training(
         with suppress(MobileViTError):  # data that cannot be divided are not what it was trained on
             train, val = split(whole, val_fraction=fraction, seed=seed)
             if train.fingerprint() == provenance["data_fingerprint"]:
-                told = "what was held out when it was trained on these"
-                return {"train": (train, "what it was trained on"), "val": (val, told)}
+                which = "what was held out when it was trained on these"
+                return {"train": (train, "what it was trained on"), "val": (val, which)}
     return {}

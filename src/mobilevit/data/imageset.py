@@ -88,7 +88,7 @@ class Problem:
     detail: str = ""
     """The offending values."""
     remedy: str = ""
-    """What was done, or what to do."""
+    """The repair that was made, or is to be made."""
 
     def __str__(self) -> str:
         what = f"{self.kind} ({self.detail})" if self.detail else self.kind
@@ -115,7 +115,7 @@ class ImageSet(Generic[Target]):
     open: Callable[[int], Source]
     """From the number of an image to what `read_image` takes; can be pickled for processes that are not forked."""
     problems: tuple[Problem, ...] = field(default=(), repr=False)
-    """What was wrong in the annotations."""
+    """Problems found in the annotations."""
     sizes: Sequence[tuple[int, int]] | None = field(default=None, repr=False)
     """(width, height) of each image, if the annotations say it."""
     shards: Sequence[range] | None = field(default=None, repr=False)

@@ -31,7 +31,7 @@ class Batch:
     images: Tensor
     """uint8 (B, 3, H, W), channels-last in memory."""
     targets: Any
-    """What the loader's `collate` makes of the targets: a tensor, a named tuple of tensors, or a list."""
+    """The targets as the loader's `collate` returns them: a tensor, a named tuple of tensors, or a list."""
     indices: list[int]
     """Number of each image in its `ImageSet`."""
     errors: list[str]

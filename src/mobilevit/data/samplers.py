@@ -24,7 +24,7 @@ Key = tuple[int, int, Size | None]
 """Number of an image, the seed of its augmentation, and its size; None for the transform's own size."""
 
 MULTI_SCALE_SIDES = (160, 192, 256, 288, 320)
-"""Of square images, for a base of 256 (arXiv:2110.02178, section 3.2)."""
+"""Sides of square images for a base of 256 (arXiv:2110.02178, section 3.2)."""
 
 SHARDS_AT_ONCE = 16
 """Files whose images are mixed: few enough to keep open, and enough to separate the images of one file."""

@@ -104,7 +104,7 @@ def render_scene(index: int, *, seed: int = 0, size: int = 64, num_objects: int 
     rng = np.random.default_rng((seed, index))
     axis = (np.arange(size, dtype=np.float32) + 0.5) / size
 
-    ground = rng.uniform(0.28, 0.5)  # lightness of the background where it is lightest
+    ground = rng.uniform(0.28, 0.5)  # lightness of the lightest part of the background
     canvas = _background(rng, axis, ground)
     for _ in range(rng.integers(3, 8)):
         _draw_clutter(rng, axis, canvas)

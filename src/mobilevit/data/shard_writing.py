@@ -44,7 +44,7 @@ _OURS = re.compile(rf"({'|'.join(PART_NAMES)})-\d{{6,}}\.tar|{re.escape(INDEX)}|
 
 @dataclass(frozen=True, kw_only=True)
 class ShardReport:
-    """What `write_shards` wrote."""
+    """Summary of `write_shards`."""
 
     out: str
     shards: int
@@ -96,12 +96,7 @@ def write_shards(
     Raises:
         MobileViTError: not for classification, `out` has something else in it, or a number out of range.
     """
-    if max_bytes < 1:
-        raise MobileViTError(f"`max_mb` is {max_bytes / 1e6:g}; it must be above 0")
-    if shorter_side is not None and shorter_side < 32:
-        raise MobileViTError(f"`shorter_side` is {shorter_side}; it must be 32 or more")
-    if val_fraction is not None and not 0 < val_fraction < 1:
-        raise MobileViTError(f"`val_fraction` is {val_fraction}; it must be between 0 and 1")
+    _check_settings(max_bytes, shorter_side, val_fraction)
     parquet(str(out))
     _refuse_if_used(out, overwrite)
     splits = find_splits(data, task)
@@ -133,6 +128,15 @@ def write_shards(
         num_bytes=sum(shard["bytes"] for shard in shards),
         left_out=tuple(left_out),
     )
+
+
+def _check_settings(max_bytes: int, shorter_side: int | None, val_fraction: float | None) -> None:
+    if max_bytes < 1:
+        raise MobileViTError(f"`max_mb` is {max_bytes / 1e6:g}; it must be above 0")
+    if shorter_side is not None and shorter_side < 32:
+        raise MobileViTError(f"`shorter_side` is {shorter_side}; it must be 32 or more")
+    if val_fraction is not None and not 0 < val_fraction < 1:
+        raise MobileViTError(f"`val_fraction` is {val_fraction}; it must be between 0 and 1")
 
 
 # -- the folder -------------------------------------------------------------------------------------------------------

@@ -155,7 +155,7 @@ def _scan(stream: FileIO, shard: ShardFile) -> Records:
 
 
 def _members(stream: FileIO, shard: ShardFile) -> tuple[list[tuple[str, int, int]], int]:
-    """Read name, offset and length of the files in a tar file, as far as it is whole, and where the last one ends."""
+    """Read name, offset and length of the files in a tar file, as far as it is whole, and the end of the last one."""
     stream.seek(0)
     found = []
     try:

@@ -69,13 +69,13 @@ class _Files:
 def _tables(root: Path) -> dict[str, BoxTable]:
     if not _is_voc(root):  # but its parts are
         parts = {part: folder for part, folder in find_parts(root).items() if _is_voc(folder)}
-        return {part: _whole_folder(root, folder, *_files(folder)) for part, folder in parts.items()}
+        return {part: _table(root, folder, *_files(folder)) for part, folder in parts.items()}
     xmls, images = _files(root)
     folder = root / "ImageSets" / "Main"
     lists = read_lists(folder)
     if not lists:
-        return {"all": _whole_folder(root, root, xmls, images)}
-    tables = {part: _listed(root, file, names, xmls, images) for part, (file, names) in lists.items()}
+        return {"all": _table(root, root, xmls, images)}
+    tables = {part: _table(root, file, xmls, images, names) for part, (file, names) in lists.items()}
     listed = {key for _, names in lists.values() for name in names for key in _keys(name)}
     if forgotten := sorted(set(images.by_name) - listed):
         remedy = "not used; add them to a list if they should be"
@@ -98,31 +98,22 @@ def _keys(line: str) -> tuple[str, str]:
     return stem(line), stem(line.split()[0])
 
 
-def _listed(root: Path, file: Path, lines: list[str], xmls: _Files, images: _Files) -> BoxTable:
-    """Read the images of a list."""
-    table = BoxTable(root=root, origin=str(file), word="object", known="classes.txt")
-    with Progress("read annotations", len(lines)) as progress:
-        for line in lines:
+def _table(root: Path, origin: Path, xmls: _Files, images: _Files, lines: list[str] | None = None) -> BoxTable:
+    """Read the images of a list, or without one every annotation, then the images that have none."""
+    table = BoxTable(root=root, origin=str(origin), word="object", known="classes.txt")
+    used: set[str | None] = set()
+    keys = [(name,) for name in sorted(xmls.by_name)] if lines is None else [_keys(line) for line in lines]
+    with Progress("read annotations", len(keys)) as progress:
+        for names in keys:
             progress.advance(1)
-            xml, image = xmls.find(*_keys(line)), images.find(*_keys(line))
+            xml, image = xmls.find(*names), images.find(*names)
             if xml is not None:
-                _add_xml(table, xmls.by_name[xml], images, image)
+                used.add(_add_xml(table, xmls.by_name[xml], images, image))
             elif image is not None:
                 _add_image(table, images.by_name[image], None)
             else:
-                table.report(file, "listed image that is missing", line, "left out")
-    return table
-
-
-def _whole_folder(root: Path, folder: Path, xmls: _Files, images: _Files) -> BoxTable:
-    """Read every annotation, then the images without one."""
-    table = BoxTable(root=root, origin=str(folder), word="object", known="classes.txt")
-    used: set[str | None] = set()
-    with Progress("read annotations", len(xmls.by_name)) as progress:
-        for name in sorted(xmls.by_name):
-            progress.advance(1)
-            used.add(_add_xml(table, xmls.by_name[name], images, images.find(name)))
-    for name in sorted(set(images.by_name) - used):
+                table.report(origin, "listed image that is missing", names[0], "left out")
+    for name in sorted(set(images.by_name) - used) if lines is None else ():
         _add_image(table, images.by_name[name], None)
     return table
 
