@@ -1,7 +1,7 @@
 """Images of one class each in shards: tar files in WebDataset's format, local or remote, opened by number.
 
-An index says in which shard and where each image lies, so that no shard has to be read from its beginning and every image
-is met once an epoch. `write_shards` writes one beside its shards; for tar files of others, `tar_scan` makes it.
+An index says in which shard and where each image lies, so that no shard has to be read from its beginning and every
+image is met once an epoch. `write_shards` writes one beside its shards; for tar files of others, `tar_scan` makes it.
 """
 
 from __future__ import annotations
