@@ -242,7 +242,7 @@ def test_the_same_seed_gives_the_same_weights(tiny: TrainConfig) -> None:
 def test_cuda_asked_for_and_absent(tiny: TrainConfig) -> None:
     if torch.cuda.is_available():
         pytest.skip("this machine has a CUDA GPU")
-    with pytest.raises(ValueError, match="--device cuda: PyTorch sees no CUDA GPU; use --device cpu"):
+    with pytest.raises(ValueError, match="`device` is 'cuda': PyTorch sees no CUDA GPU; use 'cpu'"):
         train(dataclasses.replace(tiny, device="cuda"))
     with pytest.raises(ValueError, match="`amp` fp16 needs a GPU"):
         train(with_settings(tiny, amp="fp16", device="cpu"))
