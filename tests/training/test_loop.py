@@ -19,9 +19,10 @@ from torch import nn
 import mobilevit
 from mobilevit.card import card_of
 from mobilevit.cli import main
+from mobilevit.evaluation import default_num_workers
 from mobilevit.training.config import TrainConfig
-from mobilevit.training.loading import num_reading_processes
-from mobilevit.training.loop import _random_state, _set_random_state, train
+from mobilevit.training.distributed import World
+from mobilevit.training.loop import _random_state, _set_random_state, prepare, train
 from mobilevit.training.run_folder import RunFolder, TrainingInterrupted
 from training_settings import with_settings
 
@@ -266,16 +267,15 @@ def test_random_numbers_of_its_own_gpu_alone(monkeypatch: pytest.MonkeyPatch) ->
     assert len(filled) == 1
 
 
-def test_readers_share_the_cores_not_the_most_of_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = TrainConfig(data=Path("data"))
-    cuda = torch.device("cuda")
+def test_readers_share_the_cores_not_the_most_of_one_process(
+    tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(96)), raising=False)
-    found = {}
-    for processes in (1, 8, 32):
-        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
-        found[processes] = num_reading_processes(config, cuda)
-    assert found == {1: 8, 8: 8, 32: 3}
-    assert num_reading_processes(dataclasses.replace(config, num_workers=5), cuda) == 5
+    assert [default_num_workers(cuda, sharing=processes) for processes in (1, 8, 32)] == [8, 8, 3]
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "32")
+    assert prepare(dataclasses.replace(tiny, num_workers=None), World(), cpu).num_workers == 1
+    assert prepare(dataclasses.replace(tiny, num_workers=2), World(), cpu).num_workers == 2
 
 
 def test_a_system_that_does_not_tell_its_memory(tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:

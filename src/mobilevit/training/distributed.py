@@ -2,7 +2,7 @@
 
     torchrun --standalone --nproc-per-node 8 -m mobilevit train ...
 
-Each process has a rank, from 0 up. The first writes the run folder and speaks; the others speak of errors only.
+Each process has a rank, from 0 up. The first writes the run folder and logs; the others log errors only.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, distributed, nn
@@ -41,7 +41,7 @@ SECONDS_TO_STOP = 20
 
 @dataclass(frozen=True, kw_only=True)
 class World:
-    """Who else trains this model."""
+    """The processes that train one model, seen from one of them."""
 
     rank: int = 0
     size: int = 1
@@ -50,19 +50,19 @@ class World:
 
     @property
     def is_first(self) -> bool:
-        """Whether this process writes files and speaks."""
+        """Whether this process writes files and logs."""
         return self.rank == 0
 
 
 @contextmanager
 def joined(device: str) -> Iterator[tuple[World, torch.device]]:
-    """Meet the other processes, if torchrun has started any, and leave them in the end.
+    """Meet the other processes, if torchrun has started any, and part from them in the end.
 
     Args:
-        device: as `--device` says; "auto" and "cuda" give each process a GPU of its own.
+        device: as in `TrainConfig`; "auto" and "cuda" give each process a GPU of its own.
 
     Raises:
-        ValueError: no such device, or more processes than GPUs.
+        MobileViTError: no such device, or more processes than GPUs.
         SystemExit: another process has ended.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
@@ -101,7 +101,7 @@ def joined(device: str) -> Iterator[tuple[World, torch.device]]:
 
 
 def _meet() -> tuple[PrefixStore, World]:
-    """What these processes and no others share, and what this one knows of them.
+    """Find the other processes; return a store that these processes and no others share.
 
     torchrun starts all processes anew when one fails, but may keep the store in which they find each other (it does
     in PyTorch 2.15): gloo and NCCL then look for processes that have ended. So the first process numbers the round,
@@ -148,49 +148,52 @@ def end_soon() -> None:
 
 
 def speaks() -> bool:
-    """Whether this process is the first or alone, when none has met another yet, or all have left."""
+    """Whether this process is the first or alone, also before processes meet and after they part."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def seed_of(world: World, seed: int) -> int:
-    """A seed of this process's own; of 32 bits, as PyTorch's generator on the CPU looks at no more."""
+    """Derive a seed of this process's own; of 32 bits, as PyTorch's generator on the CPU looks at no more."""
     return random.Random(f"{seed}/{world.rank}").getrandbits(32)
 
 
 def local_size() -> int:
-    """Processes on this machine that train together."""
+    """Count the processes on this machine that train together."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def on_first(world: World, function: Callable[[], T]) -> T:
-    """What the first process's call returns, for all.
+    """Call a function in the first process and return its result in all.
 
     Raises:
-        ValueError: in the first process; the others end without a word, as it has said all there is to say.
+        MobileViTError: in the first process; the others end without a message.
     """
     if world.size == 1:
         return function()
-    outcome: list[Any] = [None, False]
-    error: ValueError | None = None
+    outcome: list[tuple[T | None, bool]] = [(None, False)]
+    error: MobileViTError | None = None
     if world.is_first:
         try:
-            outcome[0] = function()
-        except ValueError as raised:
-            error, outcome[1] = raised, True
+            outcome = [(function(), True)]
+        except MobileViTError as raised:
+            error = raised
     distributed.broadcast_object_list(outcome)
+    result, is_good = outcome[0]
     if error is not None:
         raise error
-    if outcome[1]:
+    if not is_good:
         raise SystemExit(2)
-    return outcome[0]  # type: ignore[no-any-return]
+    return cast(T, result)
 
 
-def require_same(world: World, what: str, values: dict[str, Any]) -> None:
-    """See that all processes were told the same.
+def require_same(world: World, what: str, values: dict[str, object]) -> None:
+    """Compare values of all processes.
 
     Raises:
-        ValueError: in the first process, naming what differs where; the others end.
+        MobileViTError: they differ; in the first process, naming what and where. The others end.
     """
+    if world.size == 1:
+        return
     everyone = gathered(world, values)
 
     def compare() -> None:
@@ -206,16 +209,16 @@ def require_same(world: World, what: str, values: dict[str, Any]) -> None:
 
 
 def gathered(world: World, value: T) -> list[T]:
-    """The values of all processes, by rank."""
+    """Return the values of all processes, by rank."""
     if world.size == 1:
         return [value]
-    values: list[Any] = [None] * world.size
+    values = [value] * world.size
     distributed.all_gather_object(values, value)
     return values
 
 
 def any_of(world: World, *wishes: bool) -> list[bool]:
-    """Of each wish, whether any process has it."""
+    """Say of each wish whether any process has it."""
     if world.size == 1:
         return list(wishes)
     votes = torch.tensor([int(wish) for wish in wishes])
@@ -234,8 +237,8 @@ def _tensors(module: nn.Module) -> list[Tensor]:
     return [*(parameter.data for parameter in module.parameters()), *module.buffers()]
 
 
-def wrap(world: World, forward: Any, device: torch.device, *, accumulates: bool) -> Any:
-    """A module, perhaps compiled, whose backward pass also averages the gradients of all processes."""
+def wrap(world: World, forward: nn.Module, device: torch.device, *, accumulates: bool) -> nn.Module:
+    """Make a module's backward pass average the gradients of all processes."""
     if world.size == 1:
         return forward
     return nn.parallel.DistributedDataParallel(

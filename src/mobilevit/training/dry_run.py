@@ -1,4 +1,4 @@
-"""What a run would be, without running it: settings, steps, memory and time, from a few real steps."""
+"""Settings, steps, memory and time of a run, worked out from a few real steps."""
 
 from __future__ import annotations
 
@@ -22,9 +22,8 @@ from mobilevit.progress import Progress
 from mobilevit.torch_session import TorchSession
 from mobilevit.training import distributed
 from mobilevit.training.config import TrainConfig
-from mobilevit.training.distributed import World
-from mobilevit.training.learner import Learner, make_learner
-from mobilevit.training.loading import load_images, num_reading_processes, training_loader
+from mobilevit.training.learner import Learner
+from mobilevit.training.loop import Run, prepare
 
 WARM_UP_STEPS = 2
 SECONDS_TO_MEASURE = 60.0
@@ -49,49 +48,47 @@ class SizePlan:
 
 @dataclass(frozen=True, kw_only=True)
 class DryRun:
-    """What a run would be."""
+    """A run as it would be."""
 
     config: TrainConfig
-    """With everything decided."""
+    """With nothing left open."""
     device: str
     num_processes: int
     num_train: int
     num_val: int
     num_classes: int
     parameters: int
-    """All, and"""
     trainable_parameters: int
-    """those that change."""
     sizes: tuple[SizePlan, ...]
     updates: int
-    """Of the weights, in the whole run."""
+    """Updates of the weights in the whole run."""
     weights_mb: float
     """Weights, gradients, optimizer and average, on each process's device."""
     activations_mb: float
-    """What a step of the largest batch keeps for its backward pass."""
+    """Kept by a step of the largest batch for its backward pass."""
     peak_memory_mb: float | None
-    """Taken while measuring: of the GPU, or all of a process's on a CPU."""
+    """Taken while measuring: GPU memory, or on a CPU all memory of a process."""
     validation_seconds: float
-    """After each epoch."""
+    """Time of the evaluation after each epoch."""
 
     @property
     def seconds_per_epoch(self) -> float:
-        """Steps and validation."""
+        """Time of an epoch: steps and validation."""
         return sum(plan.steps_per_epoch * plan.seconds_per_step for plan in self.sizes) + self.validation_seconds
 
     @property
     def hours(self) -> float:
-        """Of the whole run."""
+        """Time of the whole run."""
         return self.config.epochs * self.seconds_per_epoch / 3600
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """Return plain values for JSON."""
         config = json.loads(self.config.to_json())
         told = {"config": config, "seconds_per_epoch": round(self.seconds_per_epoch, 1), "hours": round(self.hours, 3)}
         return dataclasses.asdict(self) | told
 
     def lines(self) -> list[str]:
-        """For people."""
+        """Describe the run in lines of text."""
         changed = self.config.changes()
         told = [f"{'*' if name in changed else ' '} {name:<24} {value}" for name, value in self.config.flat().items()]
         steps = [
@@ -121,44 +118,39 @@ def dry_run(config: TrainConfig) -> DryRun:
     """Take a few steps of a run, on its own data and device, and work out the rest; nothing is written.
 
     Raises:
-        ValueError: whatever `train` would refuse, but for the state of the run folder.
+        MobileViTError: whatever `train` would refuse, but for the state of the run folder.
     """
     config.validate()
     with distributed.joined(config.device) as (world, device):
-        return _dry_run(config, world, device)
+        run = prepare(config, world, device)
+        config, learner, steps = run.config, run.learner, run.loader.start(0)
+        seconds, largest = _measure(run, steps)
+        validation = _validation_seconds(run)
+        trained = [p for p in learner.model.parameters() if p.requires_grad]
+        bytes_of_state = sum(t.nbytes for t in (*learner.model.parameters(), *learner.model.buffers()))
+        copies = 1 + (learner.average is not None)
+        updates_per_epoch = -(-len(steps) // config.optimizer.grad_accum_steps)
+        return DryRun(
+            config=config,
+            device=str(device),
+            num_processes=world.size,
+            num_train=len(run.train_set),
+            num_val=len(run.val_set),
+            num_classes=len(run.train_set.classes),
+            parameters=sum(p.numel() for p in learner.model.parameters()),
+            trainable_parameters=sum(p.numel() for p in trained),
+            sizes=_plans(run, steps, seconds),
+            updates=updates_per_epoch * config.epochs,
+            weights_mb=round((copies * bytes_of_state + 3 * sum(p.nbytes for p in trained)) / 1e6, 1),
+            activations_mb=_activations_mb(learner, largest),
+            peak_memory_mb=peak_memory_mb(device),
+            validation_seconds=round(validation, 3),
+        )
 
 
-def _dry_run(config: TrainConfig, world: World, device: torch.device) -> DryRun:
-    config, train_set, val_set = load_images(config, world)
-    learner = make_learner(config, train_set, world=world, device=device)
-    loader = training_loader(config, train_set, learner, world)
-    steps = loader.start(0)
-    seconds, largest = _measure(learner, loader.epoch(), steps)
-    validation = _validation_seconds(learner, val_set, world)
-    trained = [p for p in learner.model.parameters() if p.requires_grad]
-    bytes_of_state = sum(t.nbytes for t in (*learner.model.parameters(), *learner.model.buffers()))
-    copies = 1 + (learner.average is not None)
-    updates_per_epoch = -(-len(steps) // config.optimizer.grad_accum_steps)
-    return DryRun(
-        config=config,
-        device=str(device),
-        num_processes=world.size,
-        num_train=len(train_set),
-        num_val=len(val_set),
-        num_classes=len(train_set.classes),
-        parameters=sum(p.numel() for p in learner.model.parameters()),
-        trainable_parameters=sum(p.numel() for p in trained),
-        sizes=_plans(config, steps, seconds, world),
-        updates=updates_per_epoch * config.epochs,
-        weights_mb=round((copies * bytes_of_state + 3 * sum(p.nbytes for p in trained)) / 1e6, 1),
-        activations_mb=_activations_mb(learner, largest),
-        peak_memory_mb=peak_memory_mb(device),
-        validation_seconds=round(validation, 3),
-    )
-
-
-def _measure(learner: Learner, batches: Any, steps: list[Step]) -> tuple[dict[Size | None, list[float]], Batch | None]:
-    """Seconds of the steps of each size, from when the step before was done; and the batch with most pixels."""
+def _measure(run: Run, steps: list[Step]) -> tuple[dict[Size | None, list[float]], Batch | None]:
+    """Time steps of each size, from when the step before was done; also return the batch with most pixels."""
+    learner = run.learner
     seconds: dict[Size | None, list[float]] = {step.size: [] for step in steps}
     first: dict[Size | None, list[float]] = {step.size: [] for step in steps}  # while things warm up, or are compiled
     largest: Batch | None = None
@@ -167,7 +159,7 @@ def _measure(learner: Learner, batches: Any, steps: list[Step]) -> tuple[dict[Si
     enough = STEPS_TO_MEASURE * len(seconds)
     with Progress("measuring", enough, "steps", silent=not learner.world.is_first) as progress:
         before = time.monotonic()
-        for number, (batch, step) in enumerate(zip(ahead_on(learner.device, batches), steps, strict=False)):
+        for number, (batch, step) in enumerate(zip(ahead_on(run.device, run.loader.epoch()), steps, strict=False)):
             learner.step(batch, share=1.0, learning_rate=1e-12)
             if learner.device.type == "cuda":
                 torch.cuda.synchronize(learner.device)
@@ -189,9 +181,8 @@ def _measure(learner: Learner, batches: Any, steps: list[Step]) -> tuple[dict[Si
     return seconds if any(seconds.values()) else first, largest
 
 
-def _plans(
-    config: TrainConfig, steps: list[Step], seconds: dict[Size | None, list[float]], world: World
-) -> tuple[SizePlan, ...]:
+def _plans(run: Run, steps: list[Step], seconds: dict[Size | None, list[float]]) -> tuple[SizePlan, ...]:
+    config = run.config
     usual = config.training_size
     batch_sizes = {batch.size: batch.batch_size for batch in config.step_sizes()} or {None: config.batch_size}
     counts = Counter(step.size for step in steps)
@@ -204,7 +195,7 @@ def _plans(
         plans.append(
             SizePlan(
                 size=size or usual,
-                batch_size=min(batch_size, -(-max(step.stop for step in steps) // world.size)),
+                batch_size=min(batch_size, -(-max(step.stop for step in steps) // run.world.size)),
                 steps_per_epoch=counts[size],
                 seconds_per_step=round(one, 4),
                 measured=bool(found),
@@ -213,14 +204,11 @@ def _plans(
     return tuple(plans)
 
 
-def _validation_seconds(learner: Learner, val_set: Any, world: World) -> float:
-    """Of one validation by all processes, from two batches."""
+def _validation_seconds(run: Run) -> float:
+    """Estimate the time of one validation by all processes, from two batches read by this one."""
+    learner, val_set = run.learner, run.val_set
     loader = evaluation_loader(
-        val_set,
-        learner.preprocessing,
-        batch_size=2 * learner.config.batch_size,
-        num_workers=0,
-        device=learner.device,
+        val_set, learner.preprocessing, batch_size=2 * run.config.batch_size, num_workers=0, device=run.device
     )
     session = TorchSession(learner.evaluated, learner.card, device=learner.device, amp_dtype=learner.amp_dtype)
     spent, images, before = 0.0, 0, time.monotonic()
@@ -234,8 +222,8 @@ def _validation_seconds(learner: Learner, val_set: Any, world: World) -> float:
         before = now
         if number == 2:
             break
-    workers = max(1, num_reading_processes(learner.config, learner.device))
-    return spent / max(images, 1) * len(val_set) / world.size / (workers if learner.device.type == "cuda" else 1)
+    workers = max(1, run.num_workers) if run.device.type == "cuda" else 1
+    return spent / max(images, 1) * len(val_set) / run.world.size / workers
 
 
 def _activations_mb(learner: Learner, batch: Batch | None) -> float:
@@ -247,7 +235,7 @@ def _activations_mb(learner: Learner, batch: Batch | None) -> float:
 
 
 def saved_bytes(model: nn.Module, images: Tensor, *, amp_dtype: torch.dtype | None = None) -> int:
-    """What a forward pass keeps for the backward pass, each piece of memory once, without the weights."""
+    """Count the bytes that a forward pass keeps for the backward pass, each once, without the weights."""
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, int] = {}
     held: list[Tensor] = []  # so that no address is used twice

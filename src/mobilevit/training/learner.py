@@ -1,4 +1,4 @@
-"""What learns: a model with its optimizer and its average, and one training step."""
+"""A model with its optimizer and its moving average, and one training step."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from mobilevit import factory
 from mobilevit.card import ModelCard, card_of
@@ -49,7 +50,7 @@ class Learner:
     """Of the loss, for fp16; does nothing otherwise."""
     amp_dtype: torch.dtype | None
     """What autocast computes in; None: float32."""
-    forward: Any
+    forward: nn.Module
     """The model, perhaps compiled, perhaps averaging gradients with other processes."""
     teacher: nn.Module | None
     """Normalized as the model's images are, (B, 3, H, W) -> logits (B, K)."""
@@ -62,11 +63,11 @@ class Learner:
 
     @property
     def evaluated(self) -> nn.Module:
-        """What validation measures and `best.safetensors` keeps: the average, if there is one."""
+        """The model that is validated and kept: the average, if there is one."""
         return self.average.model if self.average is not None else self.model.eval()
 
     def train_mode(self) -> None:
-        """Statistics and dropout as in training; those of a frozen backbone as in evaluation."""
+        """Turn on dropout and the updates of statistics, except in a frozen backbone."""
         self.model.train()
         if self.config.freeze_backbone:
             for name, child in getattr(self.model, "backbone", self.model).named_children():
@@ -77,9 +78,9 @@ class Learner:
         """Learn from one batch; nothing in here waits for the device.
 
         Args:
-            batch: of images and targets, on the device.
-            share: of the batch's mean loss in the update's; 1 where an update takes one batch.
-            learning_rate: None: gradients are only added up, and a later call updates.
+            batch: images and targets, on the device.
+            share: weight of the batch's mean loss in the update's; 1 where an update takes one batch.
+            learning_rate: None adds up gradients, for a later call to update with.
 
         Returns:
             The batch's mean loss, a scalar; None if it had too few images to learn from.
@@ -90,8 +91,8 @@ class Learner:
         loss = None
         # Other processes wait for this one's gradients, even if there are none.
         if learns or self.world.size > 1:
-            alone = self.world.size == 1 or learning_rate is not None
-            with nullcontext() if alone else self.forward.no_sync():
+            ddp = self.forward if isinstance(self.forward, DistributedDataParallel) else None
+            with nullcontext() if ddp is None or learning_rate is not None else ddp.no_sync():
                 loss = self._blank_loss() if self._last_batch is None else self._loss(self._last_batch)
                 weighted = loss * (share if learns else 0.0)
                 self.scaler.scale(weighted).backward()  # type: ignore[no-untyped-call]
@@ -111,7 +112,7 @@ class Learner:
         return loss.detach() if loss is not None and learns else None
 
     def _loss(self, batch: Batch) -> Tensor:
-        """Mean over the batch's images."""
+        """The mean loss over the batch's images."""
         images, targets = normalize(batch.images, self.preprocessing), batch.targets
         if self.objective.mix is not None:
             images, targets = self.objective.mix(images, targets)
@@ -129,7 +130,7 @@ class Learner:
         return (1 - settings.distillation_share) * loss + settings.distillation_share * taught
 
     def _blank_loss(self) -> Tensor:
-        """Something to take no gradients of before any batch could be learned from: the sum of all outputs."""
+        """A loss whose gradients are multiplied by zero, before any batch could be learned from."""
         images = torch.zeros(2, 3, *self.preprocessing.size, device=self.device)
         with torch.autocast(self.device.type, dtype=self.amp_dtype, enabled=self.amp_dtype is not None):
             outputs = self.forward(images)
@@ -137,7 +138,7 @@ class Learner:
         return torch.stack([part.float().mean() for part in parts]).sum()
 
     def state_dict(self) -> dict[str, Any]:
-        """For resuming."""
+        """Return the state that resuming needs."""
         return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -146,7 +147,7 @@ class Learner:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The inverse of `state_dict`."""
+        """Restore what `state_dict` returned."""
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
@@ -162,10 +163,10 @@ def make_learner(
     device: torch.device,
     network: Network | None = None,
 ) -> Learner:
-    """Everything that the settings ask for, with initial weights, on the device.
+    """Build a model with initial weights and everything that trains it, on the device.
 
     Raises:
-        ValueError: weights or teacher cannot be had or do not fit; something that the device does not have.
+        MobileViTError: weights or teacher cannot be had or do not fit; something that the device does not have.
     """
     amp_dtype = _amp_dtype(config.hardware.amp, device)
     if config.hardware.sync_batch_norm and world.size > 1 and device.type != "cuda":
@@ -256,7 +257,7 @@ def _amp_dtype(amp: str, device: torch.device) -> torch.dtype | None:
 
 
 def build_model(config: TrainConfig, data: ImageSet[Any]) -> Model:
-    """The model of the settings, its card made out for this run."""
+    """Build the model of the settings, with a card for this run."""
     weights = f"{config.model}.cvnets_in1k" if config.weights == "pretrained" else config.weights
     model = factory.create_model(
         config.model,

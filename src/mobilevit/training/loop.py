@@ -14,33 +14,33 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from mobilevit import factory
 from mobilevit.card import Task
+from mobilevit.data.datasets import load_train_val
 from mobilevit.data.imageset import ImageSet
-from mobilevit.data.loaders import ahead_on
+from mobilevit.data.loaders import BatchLoader, ahead_on
 from mobilevit.data.samplers import Segment
 from mobilevit.devices import peak_memory_mb
 from mobilevit.errors import MobileViTError
 from mobilevit.evaluation import (
+    default_num_workers,
     evaluate,
     evaluation_loader,
     report_problems,
     report_unreadable,
     write_evaluation,
 )
-from mobilevit.models import Model
 from mobilevit.progress import Progress
 from mobilevit.tasks.report import Report
 from mobilevit.torch_session import TorchSession
 from mobilevit.training import distributed
 from mobilevit.training.config import TrainConfig
 from mobilevit.training.distributed import World
-from mobilevit.training.learner import Network, make_learner
-from mobilevit.training.loading import load_images, num_reading_processes, training_loader
+from mobilevit.training.learner import Learner, Network, make_learner
 from mobilevit.training.optim import learning_rate
-from mobilevit.training.run_folder import RunFolder, StopSignals, TrainingInterrupted
+from mobilevit.training.run_folder import RunFolder, TrainingInterrupted
+from mobilevit.training.stop_signals import StopSignals
 
 log = logging.getLogger("mobilevit")
 
@@ -49,12 +49,11 @@ _STEPS_BETWEEN_LOOKS = 20  # at the loss, on a GPU: looking makes the host wait 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainResult:
-    """What came of a run."""
+    """The outcome of a run."""
 
     task: Task
-    """What was trained for."""
     report: Report
-    """Of the best weights on the validation images."""
+    """Figures of the best weights on the validation images."""
     best: Path
     """The checkpoint to use."""
     epochs: int
@@ -75,14 +74,14 @@ def train(
     The same config on the same machine gives the same weights, interrupted and resumed or not.
 
     Args:
-        config: everything there is to set.
-        resume: go on from the run folder's last checkpoint.
+        config: all settings.
+        resume: continue from the run folder's last checkpoint.
         overwrite: replace another run in the folder.
         network: makes another network than `config.model` from the number of classes (B, 3, H, W -> B, K), to compare
             with; its `best.safetensors` does not describe itself.
 
     Raises:
-        ValueError: a user's mistake in settings, data or files, in one line.
+        MobileViTError: a mistake in settings, data or files.
         TrainingInterrupted: Ctrl-C or SIGTERM; the state is saved.
     """
     config.validate()
@@ -90,201 +89,28 @@ def train(
         again = world.is_restart and RunFolder(config.out).config.exists()
         # The first process decides: others may be on machines that do not see the run folder.
         resume, again = distributed.on_first(world, lambda: (resume or again, again))
-        return _train(config, world, device, resume=resume, overwrite=overwrite and not again, network=network)
-
-
-def _train(
-    config: TrainConfig,
-    world: World,
-    device: torch.device,
-    *,
-    resume: bool,
-    overwrite: bool,
-    network: Network | None,
-) -> TrainResult:
-    config, train_set, val_set = load_images(config, world)
-    fingerprint = train_set.fingerprint()
-    if world.size > 1:
-        settings = {f"`{name}`": value for name, value in config.flat().items()}
-        distributed.require_same(world, "a setting", {**settings, "the data": fingerprint})
-    run = RunFolder(config.out)
-    state = distributed.on_first(world, lambda: run.reopen(config) if resume else None)
-    if state is not None and state["data"] != fingerprint:
-        raise MobileViTError(f"{config.data}: not the images this run began with; resume with the same data")
-
-    # -- model --------------------------------------------------------------------------------------------------------
-    torch.manual_seed(config.seed)
-    random.seed(config.seed)
-    np.random.seed(config.seed)
-    learner = make_learner(config, train_set, world=world, device=device, network=network)
-    model, preprocessing = learner.model, learner.preprocessing
-    if not world.is_first:
-        torch.manual_seed(distributed.seed_of(world, config.seed))  # dropout, and mixing of images
-
-    # -- data ---------------------------------------------------------------------------------------------------------
-    num_workers = num_reading_processes(config, device)
-    loader = training_loader(config, train_set, learner, world)
-    val_loader = evaluation_loader(
-        val_set, preprocessing, batch_size=2 * config.batch_size, num_workers=num_workers, device=device
-    )
-
-    # -- state --------------------------------------------------------------------------------------------------------
-    position = _Position()
-    if state is not None:
-        learner.load_state_dict(state)
-        position = _Position(**state["position"])
-        if len(state["ranks"]) == world.size:
-            own = state["ranks"][world.rank]
-            _set_random_state(own["random"], device)
-            position.loss_sum, position.loss_count = own["loss"]
+        run = prepare(config, world, device, network=network)
+        state = distributed.on_first(world, lambda: run.folder.reopen(run.config, run.fingerprint) if resume else None)
+        if state is not None:
+            _restore(run, state)
         else:
-            log.info("begun by %d processes, goes on with %d", len(state["ranks"]), world.size)
-            position.end_segment(len(state["ranks"]))
+            if not resume:
+                distributed.on_first(world, lambda: run.folder.create(run.config, overwrite=overwrite and not again))
+            _log_start(run)
         if world.is_first:
-            run.forget_from(position.epoch)
-    else:
-        if not resume:
-            distributed.on_first(world, lambda: run.create(config, overwrite=overwrite))
-        _say_what_is_trained(config, model, train_set, val_set, device, world)
-    writer = _tensorboard(run.path, position.epoch) if world.is_first else None
-
-    def save_state() -> None:
-        own = {"random": _random_state(device), "loss": (position.loss_sum, position.loss_count)}
-        ranks = distributed.gathered(world, own)
-        if world.is_first:
-            run.save_last(
-                {
-                    **learner.state_dict(),
-                    "position": dataclasses.asdict(position),
-                    "ranks": ranks,
-                    "data": fingerprint,
-                }
-            )
-
-    # -- epochs -------------------------------------------------------------------------------------------------------
-    accumulate = config.optimizer.grad_accum_steps
-    steps_between_looks = accumulate * max(1, _STEPS_BETWEEN_LOOKS // accumulate)  # so that an update ends there
-    images_per_second = 0.0
-    unreadable: set[str] = set()
-    reported: set[str] = set()
-    last_saved = time.monotonic()
-    with StopSignals(then=distributed.end_soon if world.size > 1 else None) as stop:
-        while position.epoch < config.epochs and not _is_stuck(position, config):
-            epoch = position.epoch
-            steps = loader.start(epoch, position.segments, position.step)
-            learner.train_mode()
-            unseen: list[tuple[Tensor, list[int]]] = []  # losses the host has not looked at yet, and their images
-            label = f"epoch {epoch + 1}/{config.epochs}"
-            before = loader.num_images - (steps[-1].stop if steps else 0)  # in segments that have ended
-            first_of_update = [before + steps[n // accumulate * accumulate].start for n in range(len(steps))]
-            rates = [
-                learning_rate((epoch + done / loader.num_images) / config.epochs, config) for done in first_of_update
-            ]
-            with _progress(world, label, loader.num_images, position.images) as progress:
-                batches = ahead_on(device, loader.epoch())
-                for index, batch in enumerate(batches, start=position.step):
-                    step = steps[index]
-                    unreadable.update(batch.errors)
-                    last_of_update = (index + 1) % accumulate == 0 or index + 1 == len(steps)
-                    # The mean over all processes is that over all images, also where one has an image more.
-                    share = (len(batch) + len(batch.errors)) * world.size / (step.stop - step.start)
-                    group_size = min(accumulate, len(steps) - index // accumulate * accumulate)
-                    loss = learner.step(
-                        batch, share=share / group_size, learning_rate=rates[index] if last_of_update else None
-                    )
-                    if loss is not None:
-                        unseen.append((loss, batch.indices))
-                    position.step, position.images = index + 1, before + step.stop
-                    look = (
-                        device.type == "cpu"
-                        or (index + 1) % steps_between_looks == 0
-                        or index + 1 == len(steps)
-                        or (world.size == 1 and stop.requested)
-                    )
-                    stop_now = save_now = False
-                    if look:
-                        position.add_losses(unseen, train_set)
-                        unseen.clear()
-                        if last_of_update:
-                            is_due = time.monotonic() - last_saved >= config.checkpoint_minutes * 60
-                            stop_now, save_now = distributed.any_of(world, stop.requested, is_due)
-                    progress.advance(
-                        position.images - progress.done, f"loss {position.loss:.4f}  lr {rates[index]:.2e}"
-                    )
-                    if save_now or stop_now:
-                        save_state()
-                        last_saved = time.monotonic()
-                    if stop_now:
-                        raise TrainingInterrupted(run.config) if world.is_first else SystemExit(1)
-                if progress.per_second:
-                    images_per_second = progress.per_second
-            unreadable = set().union(*distributed.gathered(world, unreadable))
-            position.sum_losses(world)
-            if position.loss_count == 0:
-                raise MobileViTError(f"{train_set.origin}: no image to train on can be read; {min(unreadable)}")
-
-            # -- evaluation, record -----------------------------------------------------------------------------------
-            evaluated = learner.evaluated
-            distributed.spread(world, evaluated)  # statistics of BatchNorm are each process's own
-            session = TorchSession(evaluated, learner.card, device=device, amp_dtype=learner.amp_dtype)
-            report = evaluate(session, val_loader, label=f"{label}, validation").report
-            row = {
-                "epoch": epoch,
-                "train_loss": round(position.loss, 6),
-                **report.summary,
-                "learning_rate": rates[-1] if rates else learner.optimizer.param_groups[0]["lr"],
-                "images_per_second": round(images_per_second, 2),
-                "peak_memory_mb": peak_memory_mb(device),
-            }
-            if report.score > position.best_score:
-                position.best_score, position.best_epoch = report.score, epoch
-                if world.is_first:
-                    run.save_best(evaluated, report, _provenance(config, fingerprint, epoch))
-            if writer is not None:
-                run.append(row)
-                for name, value in row.items():
-                    if value is not None:  # as memory is where the system does not tell
-                        writer.add_scalar(name, value, epoch)
-                writer.flush()
-            log.info(
-                "%s  loss %.4f  validation %s %.2f %%%s  %.1f images/s",
-                label, position.loss, report.score_name, 100 * report.score,
-                " (best)" if position.best_epoch == epoch else "", images_per_second,
-            )  # fmt: skip
-            report_unreadable(unreadable - reported, "training", len(train_set))
-            reported |= unreadable
-            position = _Position(epoch=epoch + 1, best_score=position.best_score, best_epoch=position.best_epoch)
-            save_state()
-            last_saved = time.monotonic()
-            if epoch % 10 == 9 and world.is_first:
-                run.draw_curves()
-            if distributed.any_of(world, stop.requested)[0] and position.epoch < config.epochs:
-                raise TrainingInterrupted(run.config) if world.is_first else SystemExit(1)
-
-    # -- end ----------------------------------------------------------------------------------------------------------
-    best = _load_best(run, model) if world.is_first else copy.deepcopy(model).eval()
-    distributed.spread(world, best.to(device))
-    session = TorchSession(best, learner.card, device=device, amp_dtype=learner.amp_dtype)
-    evaluation = evaluate(session, val_loader)
-    if writer is not None:
-        writer.close()
-        run.draw_curves()
-        write_evaluation(evaluation, val_set, run.path)
-        report_unreadable(evaluation.errors, "validation", len(val_set))
-        if isinstance(best, Model):
-            run.write_model_card(best, config, {"train": len(train_set), "val": len(val_set)})
-    return TrainResult(
-        task=train_set.task,
-        report=evaluation.report,
-        best=run.best,
-        epochs=position.epoch,
-        images_per_second=images_per_second,
-    )
+            run.folder.open_tensorboard(run.position.epoch)
+        with StopSignals(then=distributed.end_soon if world.size > 1 else None) as stop:
+            while run.position.epoch < config.epochs and not _is_stuck(run):
+                rate = _train_epoch(run, stop)
+                _evaluate_epoch(run, rate)
+                if distributed.any_of(world, stop.requested)[0] and run.position.epoch < config.epochs:
+                    raise TrainingInterrupted(run.folder.config) if world.is_first else SystemExit(1)
+        return _finish(run)
 
 
 @dataclass(kw_only=True)
-class _Position:
-    """Where a run stands."""
+class Position:
+    """How far a run has come."""
 
     epoch: int = 0
     step: int = 0
@@ -292,7 +118,7 @@ class _Position:
     images: int = 0
     """Images of this epoch that are done, by all processes."""
     segments: list[Segment] = field(default_factory=list)
-    """What other numbers of processes have done of this epoch."""
+    """Parts of this epoch done by other numbers of processes."""
     loss_sum: float = 0.0
     loss_count: int = 0
     best_score: float = -1.0
@@ -303,103 +129,344 @@ class _Position:
         """Mean training loss of this epoch so far."""
         return self.loss_sum / max(self.loss_count, 1)
 
-    def add_losses(self, losses: list[tuple[Tensor, list[int]]], data: ImageSet[Any]) -> None:
-        """Take in what the device has computed.
 
-        Raises:
-            ValueError: a loss is not finite; the batch's images are named.
-        """
-        values = torch.stack([loss for loss, _ in losses]).tolist() if losses else []  # one wait for the device
-        for value, (_, indices) in zip(values, losses, strict=True):
-            if not math.isfinite(value):
-                names = ", ".join(data.names[i] for i in indices)
-                raise MobileViTError(
-                    f"the loss became {value} in epoch {self.epoch + 1}; lower `learning_rate`, set "
-                    f"`clip_grad_norm` to 1, or look at the images of this batch: {names}"
-                )
-            self.loss_sum += value
-            self.loss_count += 1
+@dataclass(kw_only=True)
+class Run:
+    """Everything a run works with, on one process."""
 
-    def end_segment(self, world_size: int) -> None:
-        """Go on with another number of processes than that which has come so far."""
-        if self.step:
-            done = self.images - sum(images for _, images in self.segments)
-            self.segments.append((world_size, done))
-            self.step = 0
+    config: TrainConfig
+    """With nothing left open."""
+    world: World
+    device: torch.device
+    folder: RunFolder
+    train_set: ImageSet[Any]
+    val_set: ImageSet[Any]
+    fingerprint: str
+    """Tells the images to train on from others."""
+    learner: Learner
+    num_workers: int
+    """Processes that read images."""
+    loader: BatchLoader
+    """The images to train on, in an order and at sizes that depend on nothing but the seed."""
+    val_loader: BatchLoader
+    position: Position = field(default_factory=Position)
+    unreadable: set[str] = field(default_factory=set)
+    """One line for each training image that could not be read, in the epochs before this one."""
+    images_per_second: float = 0.0
+    last_saved: float = field(default_factory=time.monotonic)
 
-    def sum_losses(self, world: World) -> None:
-        """Take in those of other processes."""
-        sums = distributed.gathered(world, (self.loss_sum, self.loss_count))
-        self.loss_sum, self.loss_count = sum(one for one, _ in sums), sum(count for _, count in sums)
-
-
-def _progress(world: World, label: str, total: int, done: int) -> Progress:
-    return Progress(label, total, done=done, silent=not world.is_first)
+    @property
+    def label(self) -> str:
+        """What progress bars say."""
+        return f"epoch {self.position.epoch + 1}/{self.config.epochs}"
 
 
-def _is_stuck(position: _Position, config: TrainConfig) -> bool:
-    patience = config.early_stopping
+# -- before the first step --------------------------------------------------------------------------------------------
+
+
+def prepare(config: TrainConfig, world: World, device: torch.device, *, network: Network | None = None) -> Run:
+    """Read the labels, build the model and what trains it, and start reading processes; write nothing.
+
+    Raises:
+        MobileViTError: data, weights or a teacher cannot be had, or settings that do not go with them or the device.
+    """
+    train_set, val_set = load_train_val(
+        config.data,
+        task=None if config.task == "auto" else config.task,
+        val_path=config.val_data,
+        val_fraction=config.val_fraction,
+        seed=config.seed,
+    )
+    config = config.resolve(train_set.task, world.size)
+    config.validate()
+    fingerprint = train_set.fingerprint()
+    settings = {f"`{name}`": value for name, value in config.flat().items()}
+    distributed.require_same(world, "a setting", settings | {"the data": fingerprint})
+
+    torch.manual_seed(config.seed)
+    random.seed(config.seed)
+    np.random.seed(config.seed)
+    learner = make_learner(config, train_set, world=world, device=device, network=network)
+    if not world.is_first:
+        torch.manual_seed(distributed.seed_of(world, config.seed))  # dropout, and mixing of images
+
+    num_workers = config.num_workers
+    if num_workers is None:
+        num_workers = default_num_workers(device, sharing=distributed.local_size())
+    loader = BatchLoader(
+        train_set,
+        learner.objective.transform,
+        collate=learner.objective.collate,
+        batch_size=config.batch_size,
+        num_workers=num_workers,
+        shuffle_seed=config.seed,
+        sizes=config.step_sizes(),
+        pin_memory=device.type == "cuda",
+        shard=(world.rank, world.size),
+    )
+    val_loader = evaluation_loader(
+        val_set,
+        learner.card.preprocessing,
+        batch_size=2 * config.batch_size,
+        num_workers=num_workers,
+        device=device,
+    )
+    return Run(
+        config=config,
+        world=world,
+        device=device,
+        folder=RunFolder(config.out),
+        train_set=train_set,
+        val_set=val_set,
+        fingerprint=fingerprint,
+        learner=learner,
+        num_workers=num_workers,
+        loader=loader,
+        val_loader=val_loader,
+    )
+
+
+def _log_start(run: Run) -> None:
+    train_set, val_set, world = run.train_set, run.val_set, run.world
+    count = sum(p.numel() for p in run.learner.model.parameters() if p.requires_grad)
+    log.info(
+        "%s: %d images of %d classes to train on, %d to validate on; %s trainable parameters; %s; run folder %s",
+        run.config.data, len(train_set), len(train_set.classes), len(val_set), f"{count:,}",
+        run.device if world.size == 1 else f"{world.size} processes on {run.device.type}", run.config.out,
+    )  # fmt: skip
+    for data in (train_set, val_set):
+        report_problems(data)
+    if run.config.weights is None and len(train_set) < 20_000:
+        log.info("training from scratch; on data this small, pretrained weights usually reach far more")
+
+
+# -- one epoch --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class _PlannedStep:
+    """One step of all processes."""
+
+    num_images: int
+    done: int
+    """Images of the epoch that are done after it."""
+    num_batches: int
+    """Steps whose gradients make one update, this one among them."""
+    is_update: bool
+    """Whether the update follows."""
+    learning_rate: float
+
+
+def _plan_epoch(run: Run) -> list[_PlannedStep]:
+    """The steps of this epoch, or of what other numbers of processes have left of it."""
+    config, position, num_images = run.config, run.position, run.loader.num_images
+    steps = run.loader.start(position.epoch, position.segments, position.step)
+    before = num_images - (steps[-1].stop if steps else 0)  # in segments that have ended
+    planned = []
+    for first in range(0, len(steps), config.optimizer.grad_accum_steps):
+        update = steps[first : first + config.optimizer.grad_accum_steps]
+        progress = (position.epoch + (before + update[0].start) / num_images) / config.epochs
+        planned += [
+            _PlannedStep(
+                num_images=step.stop - step.start,
+                done=before + step.stop,
+                num_batches=len(update),
+                is_update=step is update[-1],
+                learning_rate=learning_rate(progress, config),
+            )
+            for step in update
+        ]
+    return planned
+
+
+def _train_epoch(run: Run, stop: StopSignals) -> float:
+    """Learn from every image once, or from those that are left of the epoch; return the last learning rate.
+
+    Raises:
+        MobileViTError: a loss is not finite, or no image can be read.
+        TrainingInterrupted: a signal came; the state is saved.
+    """
+    config, world, learner, position = run.config, run.world, run.learner, run.position
+    plan = _plan_epoch(run)
+    accumulate = config.optimizer.grad_accum_steps
+    steps_between_looks = accumulate * max(1, _STEPS_BETWEEN_LOOKS // accumulate)  # so that an update ends there
+    learner.train_mode()
+    unseen: list[tuple[Tensor, list[int]]] = []  # losses the host has not looked at yet, and their images
+    errors: set[str] = set()
+    with Progress(run.label, run.loader.num_images, done=position.images, silent=not world.is_first) as progress:
+        for index, batch in enumerate(ahead_on(run.device, run.loader.epoch()), start=position.step):
+            step = plan[index]
+            errors.update(batch.errors)
+            # The mean over all processes is that over all images, also where one has an image more.
+            share = (len(batch) + len(batch.errors)) * world.size / step.num_images / step.num_batches
+            loss = learner.step(batch, share=share, learning_rate=step.learning_rate if step.is_update else None)
+            if loss is not None:
+                unseen.append((loss, batch.indices))
+            position.step, position.images = index + 1, step.done
+            is_last = index + 1 == len(plan)
+            asked = world.size == 1 and stop.requested  # several processes have to look at the same time
+            if run.device.type == "cpu" or (index + 1) % steps_between_looks == 0 or is_last or asked:
+                _take_losses(run, unseen)
+                unseen.clear()
+                if step.is_update:
+                    is_due = time.monotonic() - run.last_saved >= config.checkpoint_minutes * 60
+                    must_stop, must_save = distributed.any_of(world, stop.requested, is_due)
+                    if must_stop or must_save:
+                        _save(run)
+                    if must_stop:
+                        raise TrainingInterrupted(run.folder.config) if world.is_first else SystemExit(1)
+            note = f"loss {position.loss:.4f}  lr {step.learning_rate:.2e}"
+            progress.advance(position.images - progress.done, note)
+        run.images_per_second = progress.per_second or run.images_per_second
+    _close_epoch(run, errors)
+    return plan[-1].learning_rate if plan else float(learner.optimizer.param_groups[0]["lr"])
+
+
+def _take_losses(run: Run, losses: list[tuple[Tensor, list[int]]]) -> None:
+    """Add the losses of batches to the epoch's; wait for the device once.
+
+    Raises:
+        MobileViTError: a loss is not finite; the batch's images are named.
+    """
+    values = torch.stack([loss for loss, _ in losses]).tolist() if losses else []
+    for value, (_, indices) in zip(values, losses, strict=True):
+        if not math.isfinite(value):
+            names = ", ".join(run.train_set.names[i] for i in indices)
+            raise MobileViTError(
+                f"the loss became {value} in epoch {run.position.epoch + 1}; lower `learning_rate`, set "
+                f"`clip_grad_norm` to 1, or look at the images of this batch: {names}"
+            )
+        run.position.loss_sum += value
+        run.position.loss_count += 1
+
+
+def _close_epoch(run: Run, errors: set[str]) -> None:
+    """Add up the losses of all processes, and report which images none of them could read."""
+    position = run.position
+    errors = set().union(*distributed.gathered(run.world, errors))
+    sums = distributed.gathered(run.world, (position.loss_sum, position.loss_count))
+    position.loss_sum, position.loss_count = sum(one for one, _ in sums), sum(count for _, count in sums)
+    if position.loss_count == 0:
+        reason = f"no image to train on can be read; {min(errors)}" if errors else "too few images to train on"
+        raise MobileViTError(f"{run.train_set.origin}: {reason}")
+    report_unreadable(errors - run.unreadable, "training", len(run.train_set))
+    run.unreadable |= errors
+
+
+def _evaluate_epoch(run: Run, learning_rate: float) -> None:
+    """Measure what was learned, keep it if it is the best so far, and write the epoch into the record."""
+    position, learner, epoch = run.position, run.learner, run.position.epoch
+    distributed.spread(run.world, learner.evaluated)  # statistics of BatchNorm are each process's own
+    session = TorchSession(learner.evaluated, learner.card, device=run.device, amp_dtype=learner.amp_dtype)
+    report = evaluate(session, run.val_loader, label=f"{run.label}, validation").report
+    if report.score > position.best_score:
+        position.best_score, position.best_epoch = report.score, epoch
+        if run.world.is_first:
+            run.folder.save_best(learner.evaluated, report, _provenance(run))
+    if run.world.is_first:
+        run.folder.append(
+            {
+                "epoch": epoch,
+                "train_loss": round(position.loss, 6),
+                **report.summary,
+                "learning_rate": learning_rate,
+                "images_per_second": round(run.images_per_second, 2),
+                "peak_memory_mb": peak_memory_mb(run.device),
+            }
+        )
+    log.info(
+        "%s  loss %.4f  validation %s %.2f %%%s  %.1f images/s",
+        run.label, position.loss, report.score_name, 100 * report.score,
+        " (best)" if position.best_epoch == epoch else "", run.images_per_second,
+    )  # fmt: skip
+    run.position = Position(epoch=epoch + 1, best_score=position.best_score, best_epoch=position.best_epoch)
+    _save(run)
+    if epoch % 10 == 9 and run.world.is_first:
+        run.folder.draw_curves()
+
+
+def _provenance(run: Run) -> dict[str, str]:
+    """What finds the held-out images again, and what else a reader wants to know of the weights."""
+    return {
+        "data_fingerprint": run.fingerprint,
+        "val_fraction": str(run.config.val_fraction),
+        "seed": str(run.config.seed),
+        "epoch": str(run.position.epoch + 1),
+        "trained_on": run.config.data_name,
+    }
+
+
+def _is_stuck(run: Run) -> bool:
+    patience, position = run.config.early_stopping, run.position
     if patience is None or position.step or position.epoch - 1 - position.best_epoch < patience:
         return False
     log.info("no better result for %d epochs: stopping early", patience)
     return True
 
 
-def _load_best(run: RunFolder, model: nn.Module) -> nn.Module:
-    if isinstance(model, Model):
-        return factory.load(run.best)
-    from safetensors.torch import load_file
-
-    model.load_state_dict(load_file(run.best))
-    return model.eval()
+# -- stopping, resuming, ending ---------------------------------------------------------------------------------------
 
 
-def _provenance(config: TrainConfig, fingerprint: str, epoch: int) -> dict[str, str]:
-    """What `mobilevit eval` needs to find the images that were held out, and a reader to know the rest."""
-    return {
-        "data_fingerprint": fingerprint,
-        "val_fraction": str(config.val_fraction),
-        "seed": str(config.seed),
-        "epoch": str(epoch + 1),
-        "trained_on": config.data_name,
-    }
+def _save(run: Run) -> None:
+    """Write the state of all processes, to be restored exactly."""
+    own = {"random": _random_state(run.device), "loss": (run.position.loss_sum, run.position.loss_count)}
+    ranks = distributed.gathered(run.world, own)
+    if run.world.is_first:
+        state = {"position": dataclasses.asdict(run.position), "ranks": ranks, "data": run.fingerprint}
+        run.folder.save_last(run.learner.state_dict() | state)
+    run.last_saved = time.monotonic()
 
 
-def _say_what_is_trained(
-    config: TrainConfig,
-    model: nn.Module,
-    train_set: ImageSet[Any],
-    val_set: ImageSet[Any],
-    device: torch.device,
-    world: World,
-) -> None:
-    count = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    log.info(
-        "%s: %d images of %d classes to train on, %d to validate on; %s trainable parameters; %s; run folder %s",
-        config.data, len(train_set), len(train_set.classes), len(val_set), f"{count:,}",
-        device if world.size == 1 else f"{world.size} processes on {device.type}", config.out,
-    )  # fmt: skip
-    for data in (train_set, val_set):
-        report_problems(data)
-    if config.weights is None and len(train_set) < 20_000:
-        log.info("training from scratch; on data this small, pretrained weights usually reach far more")
+def _restore(run: Run, state: dict[str, Any]) -> None:
+    """Continue from what `_save` wrote, perhaps by another number of processes."""
+    run.learner.load_state_dict(state)
+    position, ranks = Position(**state["position"]), state["ranks"]
+    if len(ranks) == run.world.size:
+        own = ranks[run.world.rank]
+        _set_random_state(own["random"], run.device)
+        position.loss_sum, position.loss_count = own["loss"]
+    else:
+        log.info("begun by %d processes, goes on with %d", len(ranks), run.world.size)
+        if position.step:
+            done = position.images - sum(images for _, images in position.segments)
+            position.segments.append((len(ranks), done))
+            position.step = 0
+    run.position = position
+    if run.world.is_first:
+        run.folder.forget_from(position.epoch)
 
 
-def _tensorboard(folder: Path, first_epoch: int) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise MobileViTError("training needs more packages; pip install 'mobilevit[train]'") from None
-    return SummaryWriter(str(folder), purge_step=first_epoch or None)
-
-
-def _random_state(device: torch.device) -> dict[str, Any]:
+def _random_state(device: torch.device) -> dict[str, Tensor | None]:
     # Of its own GPU only: a run may go on where there are fewer, or on another one.
     cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
     return {"cpu": torch.get_rng_state(), "cuda": cuda}
 
 
-def _set_random_state(state: dict[str, Any], device: torch.device) -> None:
-    torch.set_rng_state(state["cpu"])
-    if isinstance(state["cuda"], Tensor) and device.type == "cuda":
-        torch.cuda.set_rng_state(state["cuda"], device)
+def _set_random_state(state: dict[str, Tensor | None], device: torch.device) -> None:
+    cpu, cuda = state["cpu"], state["cuda"]
+    assert cpu is not None
+    torch.set_rng_state(cpu)
+    if cuda is not None and device.type == "cuda":
+        torch.cuda.set_rng_state(cuda, device)
+
+
+def _finish(run: Run) -> TrainResult:
+    """Measure the best weights once more, with everything that the record shows of them."""
+    learner, folder = run.learner, run.folder
+    best = folder.load_best(learner.model) if run.world.is_first else copy.deepcopy(learner.model).eval()
+    distributed.spread(run.world, best.to(run.device))
+    session = TorchSession(best, learner.card, device=run.device, amp_dtype=learner.amp_dtype)
+    evaluation = evaluate(session, run.val_loader)
+    if run.world.is_first:
+        folder.close()
+        folder.draw_curves()
+        write_evaluation(evaluation, run.val_set, folder.path)
+        report_unreadable(evaluation.errors, "validation", len(run.val_set))
+        folder.write_model_card(best, run.config, {"train": len(run.train_set), "val": len(run.val_set)})
+    return TrainResult(
+        task=run.train_set.task,
+        report=evaluation.report,
+        best=folder.best,
+        epochs=run.position.epoch,
+        images_per_second=run.images_per_second,
+    )

@@ -5,22 +5,18 @@ from __future__ import annotations
 import io
 import json
 import platform
-import signal
-import sys
-import threading
-from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
-from types import FrameType, TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors.torch import load_file
 from safetensors.torch import save as serialize
 from torch import nn
 
-from mobilevit import __version__
+from mobilevit import __version__, factory
 from mobilevit.card import Task, card_of
-from mobilevit.errors import Interrupted, MobileViTError
+from mobilevit.errors import Interrupted, MissingPackageError, MobileViTError
 from mobilevit.files import write_bytes, write_json, write_text
 from mobilevit.models import Model
 from mobilevit.plotting import new_figure, save_figure
@@ -28,6 +24,9 @@ from mobilevit.tasks.detection_report import DetectionReport
 from mobilevit.tasks.report import Report
 from mobilevit.training.config import TrainConfig
 from mobilevit.weights import checkpoint
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 # Settings that may differ when a run goes on, because the weights do not depend on them.
 _FREE_ON_RESUME = {"out", "data", "val_data", "device", "num_workers", "checkpoint_minutes", "early_stopping"}
@@ -60,6 +59,7 @@ class RunFolder:
         self.metrics = self.path / "metrics.jsonl"
         self.last = self.path / "last.pt"
         self.best = self.path / "best.safetensors"
+        self._tensorboard: SummaryWriter | None = None
 
     def create(self, config: TrainConfig, *, overwrite: bool) -> None:
         """Start a new record.
@@ -81,11 +81,15 @@ class RunFolder:
         write_json(self.path / "environment.json", environment())
         write_text(self.metrics, "")
 
-    def reopen(self, config: TrainConfig) -> dict[str, Any] | None:
-        """Check that `config` is this run's, and return the state to go on from; None if it never came to a checkpoint.
+    def reopen(self, config: TrainConfig, fingerprint: str) -> dict[str, Any] | None:
+        """Return the state to continue from; None if the run never came to a checkpoint.
+
+        Args:
+            config: must decide the weights as the run's own.
+            fingerprint: of the images to train on, which must be the run's own.
 
         Raises:
-            ValueError: no run here, or settings that decide the weights differ.
+            MobileViTError: no run here, or other settings or images than the run's.
         """
         if not self.config.exists():
             raise MobileViTError(f"`out` {self.path}: no run to resume; leave `resume` out to start one")
@@ -106,11 +110,35 @@ class RunFolder:
             raise MobileViTError(f"{self.last}: written by an older version; start again with `overwrite`")
         if "pictures" in state["position"]:  # as version 0.1 called it
             state["position"]["images"] = state["position"].pop("pictures")
+        if state["data"] != fingerprint:
+            raise MobileViTError(f"{config.data}: not the images this run began with; resume with the same data")
         return state
 
-    def append(self, row: dict[str, Any]) -> None:
-        """Add a line to `metrics.jsonl`."""
+    def open_tensorboard(self, first_epoch: int) -> None:
+        """Let `append` write TensorBoard's events, too; drop those of epochs from `first_epoch` on.
+
+        Raises:
+            MissingPackageError: TensorBoard is not installed.
+        """
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise MissingPackageError("training needs more packages; pip install 'mobilevit[train]'") from None
+        self._tensorboard = SummaryWriter(str(self.path), purge_step=first_epoch or None)
+
+    def append(self, row: dict[str, float | None]) -> None:
+        """Add an epoch to `metrics.jsonl` and TensorBoard's events."""
         write_text(self.metrics, "".join(json.dumps(r) + "\n" for r in [*self.rows(), row]))
+        if self._tensorboard is not None:
+            for name, value in row.items():
+                if value is not None:  # as memory is where the system does not tell
+                    self._tensorboard.add_scalar(name, value, row["epoch"])
+            self._tensorboard.flush()
+
+    def close(self) -> None:
+        """Close TensorBoard's events."""
+        if self._tensorboard is not None:
+            self._tensorboard.close()
 
     def rows(self) -> list[dict[str, Any]]:
         """The lines of `metrics.jsonl`: one an epoch."""
@@ -136,6 +164,13 @@ class RunFolder:
             return
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
         write_bytes(self.best, serialize(tensors, {"format": "pt"}))
+
+    def load_best(self, model: nn.Module) -> nn.Module:
+        """Read the best weights, for evaluation: into `model`, unless the file says which model they are of."""
+        if isinstance(model, Model):
+            return factory.load(self.best)
+        model.load_state_dict(load_file(self.best))
+        return model.eval()
 
     def draw_curves(self) -> None:
         """Write `curves.png`: loss, score and learning rate by epoch."""
@@ -167,6 +202,8 @@ class RunFolder:
 
     def write_model_card(self, model: nn.Module, config: TrainConfig, sizes: dict[str, int]) -> None:
         """Write `README.md`: what the model is, what it was trained on, how good it is, how to use it."""
+        if not isinstance(model, Model):
+            return
         card = card_of(model)
         figures = "\n".join(f"| {name} | {value:.4f} |" for name, value in card.metrics.items())
         origin = "\n".join(f"- {name}: {value}" for name, value in card.provenance.items())
@@ -214,39 +251,6 @@ The figures hold for images like the ones it was trained on. {_LIMITS[card.task]
 - settings: [config.json](config.json), versions: [environment.json](environment.json)
 """,
         )
-
-
-class StopSignals:
-    """While open, Ctrl-C and SIGTERM set `requested` instead of ending the process; a second Ctrl-C ends it.
-
-    Args:
-        then: called at the first signal, too.
-    """
-
-    def __init__(self, then: Callable[[], None] | None = None) -> None:
-        self.requested = False
-        self._then = then
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> StopSignals:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._request)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _request(self, number: int, _: FrameType | None) -> None:
-        if self.requested and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        if self._then is not None and not self.requested:
-            self._then()
-        self.requested = True
-        print("\nstopping after this step; press Ctrl-C again to stop without saving", file=sys.stderr, flush=True)
 
 
 def environment() -> dict[str, Any]:
