@@ -90,7 +90,7 @@ class Words:
     """The README's words in one language."""
 
     head: tuple[str, ...] = ("", "mobilevit", "timm", "timm, channels_last", "transformers")
-    nothing: str = "Not measured yet: `python benchmarks/inference.py` and the scripts beside it fill this table."
+    nothing: str = "Not measured yet: `python benchmarks/inference.py` and the other scripts fill this table."
     inference: str = "inference, {model}, batch {batch}"
     engine: str = "same in {engine}"
     training: str = "training, XXS, {size} px, images/s"
@@ -498,7 +498,7 @@ SECTIONS = (
         title="Runtimes for phones",
         names=("mobile_runtimes",),
         summary=(
-            "ExecuTorch and LiteRT, both through XNNPACK, beside fused PyTorch in the same process; 256 x 256, one "
+            "ExecuTorch and LiteRT, both through XNNPACK, and fused PyTorch in the same process; 256 x 256, one "
             "image, random weights. Measured on a server CPU; phones run the same kernels, but were not measured."
         ),
         body=mobile_table,
