@@ -67,3 +67,6 @@ def test_result_says_what_covers_how_much(tmp_path):
         assert (np.asarray(mask) == label_map).all()
     drawn = np.asarray(result.draw(tmp_path / "drawn.png").convert("RGB"))
     assert (drawn[20, 10] != drawn[20, 46]).any()
+    original = np.asarray(result.image)[20, 10].astype(int)
+    pale = np.asarray(result.draw(opacity=0.1).convert("RGB"))[20, 10]
+    assert 0 < abs(pale - original).sum() < abs(drawn[20, 10] - original).sum() / 2

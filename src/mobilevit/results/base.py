@@ -38,7 +38,8 @@ class Result(ABC):
     """A model's prediction for one image.
 
     `draw`, `to_dict`, `to_row` and `describe` take the same options for every task and ignore those of other tasks:
-    `top`, the number of labels of a classification; `min_score`, the lowest score of a detection.
+    `top`, the number of labels of a classification; `min_score`, the lowest score of a detection; `opacity`, 0 to 1, of
+    the colors of a segmentation.
     """
 
     info: ImageInfo
@@ -101,18 +102,23 @@ class Result(ABC):
         """Summarize the result in one line."""
 
     @abstractmethod
-    def _drawn(self, *, top: int, min_score: float | None) -> Image.Image:
+    def _drawn(self, *, top: int, min_score: float | None, opacity: float) -> Image.Image:
         """Draw the result on a copy of the image."""
 
     def draw(
-        self, path: str | os.PathLike[str] | None = None, *, top: int = 3, min_score: float | None = None
+        self,
+        path: str | os.PathLike[str] | None = None,
+        *,
+        top: int = 3,
+        min_score: float | None = None,
+        opacity: float = 0.55,
     ) -> Image.Image:
         """Draw the result on a copy of the image, and save that to `path` if given.
 
         Raises:
             MobileViTError: the suffix of `path` belongs to no image format.
         """
-        drawn = self._drawn(top=top, min_score=min_score)
+        drawn = self._drawn(top=top, min_score=min_score, opacity=opacity)
         if path is not None:
             save_image(drawn, path)
         return drawn

@@ -53,7 +53,7 @@ class ClassificationResult(Result):
         best = np.argsort(-self.probabilities, kind="stable")[:k]
         return [(self.classes[i], float(self.probabilities[i])) for i in best]
 
-    def _drawn(self, *, top: int, min_score: float | None) -> Image.Image:
+    def _drawn(self, *, top: int, min_score: float | None, opacity: float) -> Image.Image:
         return with_caption(self.image, [f"{label}  {probability:.1%}" for label, probability in self.top(top)])
 
     def to_dict(self, *, top: int = 5, min_score: float | None = None) -> dict[str, Any]:

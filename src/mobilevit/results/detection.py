@@ -185,7 +185,7 @@ class DetectionResult(Result):
         keep = self.scores >= (self.score_threshold if min_score is None else min_score)
         return replace(self, boxes_xyxy=self.boxes_xyxy[keep], scores=self.scores[keep], class_ids=self.class_ids[keep])
 
-    def _drawn(self, *, top: int, min_score: float | None) -> Image.Image:
+    def _drawn(self, *, top: int, min_score: float | None, opacity: float) -> Image.Image:
         shown = self.above(min_score)
         colors = class_colors(len(self.classes))
         texts = [f"{label} {score:.0%}" for label, score in zip(shown.labels, shown.scores, strict=True)]

@@ -122,8 +122,8 @@ class SegmentationResult(Result):
         counts = np.bincount(self.label_map.ravel(), minlength=len(self.classes)) / self.label_map.size
         return {self.classes[i]: float(counts[i]) for i in np.argsort(-counts, kind="stable") if counts[i]}
 
-    def _drawn(self, *, top: int, min_score: float | None) -> Image.Image:
-        return draw_label_map(self.image, self.label_map, self.classes)
+    def _drawn(self, *, top: int, min_score: float | None, opacity: float) -> Image.Image:
+        return draw_label_map(self.image, self.label_map, self.classes, opacity=opacity)
 
     def mask(self) -> Image.Image:
         """Make a palette image of the label map: values are class indices, colors those of `draw`."""
