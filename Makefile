@@ -12,7 +12,7 @@ demo: $(VENV)/.for-use
 # Two files at a time, with one thread each. Converters run through much of PyTorch's own Python, which takes three times
 # as long while coverage watches, so their tests go apart.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
-APART := tests/exporting tests/benchmarking tests/test_examples.py
+APART := tests/benchmarks tests/exporting tests/benchmarking tests/test_examples.py
 
 # The device floor is tested where there is no PyTorch, on files that are exported where there is.
 DEVICE := $(VENV)-device

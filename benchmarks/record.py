@@ -21,18 +21,19 @@ PACKAGES = (
 )  # fmt: skip
 
 
-def write(name: str, figures: dict[str, Any]) -> Path:
-    """Write `results/NAME.json` and say so."""
+def write(name: str, figures: dict[str, Any], folder: Path = RESULTS) -> Path:
+    """Write `NAME.json` into a folder and say so."""
     packages = {package: version for package in PACKAGES if (version := version_of(package))}
     record = {
         "command": command(),
         "date": datetime.now(UTC).date().isoformat(),
         "hardware": {"processor": processor(), "threads": torch.get_num_threads(), "gpus": gpus()},
-        "packages": packages | {"python": platform.python_version()},
+        "packages": packages | {"python": platform.python_version()} | cuda(),
         **figures,
     }
-    path = write_json(RESULTS / f"{name}.json", record)
-    print(f"wrote {path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}")
+    folder.mkdir(parents=True, exist_ok=True)
+    path = write_json(folder / f"{name}.json", record)
+    print(f"wrote {path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}", flush=True)
     return path
 
 
@@ -46,9 +47,12 @@ def version_of(package: str) -> str | None:
 
 def command() -> str:
     """The command line without folders of this machine."""
-    words = [sys.argv[0], *sys.argv[1:]]
-    places = {number + 1 for number, word in enumerate(words) if word in ("--data", "--out", "--from")}
-    return " ".join(["python", *("FOLDER" if number in places else word for number, word in enumerate(words))])
+    words, flag = ["python"], ""
+    for word in sys.argv:
+        flag = word if word.startswith("--") else flag
+        is_place = flag in ("--data", "--out", "--from", "--imagenette", "--cifar10") and word != flag
+        words.append("FOLDER" if is_place else word)
+    return " ".join(words)
 
 
 def processor() -> str:
@@ -65,3 +69,10 @@ def processor() -> str:
 def gpus() -> list[str]:
     """Names of the GPUs PyTorch sees."""
     return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+
+
+def cuda() -> dict[str, str]:
+    """Versions of what computes on a GPU; nothing where there is none."""
+    if not torch.cuda.is_available():
+        return {}
+    return {"cuda": str(torch.version.cuda), "cudnn": str(torch.backends.cudnn.version())}

@@ -1,10 +1,9 @@
 """Training steps against timm's model, in the package's own loss, optimizer and average, interleaved.
 
-    python benchmarks/training_speed.py             # a CPU, float32: two minutes
+    python benchmarks/training_speed.py             # float32: two minutes
     python benchmarks/training_speed.py --amp       # the same in bf16, by autocast
-    python benchmarks/training_speed.py --device cuda --amp --compile --image-size 256 --batch-size 256
 
-The last wants a GPU and takes three minutes; --model chooses another size than XXS.
+On a CPU; gpu_training.py is for GPUs.
 """
 
 from __future__ import annotations
@@ -28,16 +27,13 @@ from mobilevit.training.optim import WeightAverage, make_optimizer
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="mobilevit_xxs")
-    parser.add_argument("--device", default="cpu")
     parser.add_argument("--amp", action="store_true", help="bf16 by autocast")
-    parser.add_argument("--compile", action="store_true", help="both sides")
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--image-size", type=int, default=128)
     parser.add_argument("--batch-size", type=int, default=32)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    device = torch.device(arguments.device)
     name, num_classes = arguments.model, 5
     timm = peers.timm_model(name, num_classes)
     sides = {
@@ -45,17 +41,15 @@ def main() -> None:
         "timm channels_last": copy.deepcopy(timm).to(memory_format=torch.channels_last),
         "mobilevit": mobilevit.create_model(name, num_classes=num_classes),
     }
-    steps = {side: Step(network.to(device), side, arguments) for side, network in sides.items()}
+    steps = {side: Step(network, side, arguments) for side, network in sides.items()}
     shape = (arguments.batch_size, arguments.image_size, arguments.image_size, 3)
-    pixels = torch.randint(0, 256, shape, dtype=torch.uint8, device=device).permute(0, 3, 1, 2)
-    labels = torch.randint(0, num_classes, (arguments.batch_size,), device=device)
+    pixels = torch.randint(0, 256, shape, dtype=torch.uint8).permute(0, 3, 1, 2)
+    labels = torch.randint(0, num_classes, (arguments.batch_size,))
     times: dict[str, list[float]] = {side: [] for side in sides}
     for number in range(arguments.rounds + 2):
         for side, step in steps.items():
             start = time.perf_counter()
             step(pixels, labels)
-            if device.type == "cuda":
-                torch.cuda.synchronize()
             if number >= 2:
                 times[side].append(time.perf_counter() - start)
     speed = {side: round(arguments.batch_size / statistics.median(t), 1) for side, t in times.items()}
@@ -64,9 +58,8 @@ def main() -> None:
     ratios = {f"faster than {side}": round(statistics.median(values), 3) for side, values in pairs.items()}
     print(speed, ratios)
     told = {"model": name, "image_size": arguments.image_size, "batch_size": arguments.batch_size}
-    what = ["training_speed", device.type, name] if device.type != "cpu" else ["training_speed"]
     record.write(
-        "_".join([*what, *(["bf16"] if arguments.amp else []), *(["compiled"] if arguments.compile else [])]),
+        "training_speed_bf16" if arguments.amp else "training_speed",
         {"unit": "images/s, median of rounds", **told, "figures": speed, "ratios": ratios},
     )
 
@@ -76,17 +69,15 @@ class Step:
 
     def __init__(self, network: nn.Module, side: str, arguments: argparse.Namespace) -> None:
         settings = OptimizerSettings()
-        self.device, self.amp = torch.device(arguments.device), arguments.amp
-        network.train()
+        self.network, self.amp = network.train(), arguments.amp
         self.average = WeightAverage(network, copy.deepcopy(network), settings.ema_momentum)
-        self.optimizer = make_optimizer(network, settings, self.device)
-        self.network = torch.compile(network) if arguments.compile else network
+        self.optimizer = make_optimizer(network, settings, torch.device("cpu"))
         plain = side == "timm"
         self.memory_format = torch.contiguous_format if plain else torch.channels_last
 
     def __call__(self, pixels: torch.Tensor, labels: torch.Tensor) -> None:
         images = (pixels.float() / 255).contiguous(memory_format=self.memory_format)
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.amp):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.amp):
             logits = self.network(images)
         classification_loss(logits, labels, label_smoothing=0.1).backward()
         self.optimizer.step()
