@@ -30,13 +30,13 @@ from torch import Tensor, nn
 import record
 from data_pipeline import write_images, write_parquet
 from mobilevit.benchmarking import peers
-from mobilevit.data.datasets import load_train_val
 from mobilevit.data.imageset import ImageSet
 from mobilevit.data.loaders import Batch, BatchLoader, ahead_on
+from mobilevit.evaluation import default_num_workers
 from mobilevit.training.config import HardwareSettings, TrainConfig
 from mobilevit.training.distributed import World
 from mobilevit.training.learner import Learner, make_learner
-from mobilevit.training.loading import num_reading_processes, training_loader
+from mobilevit.training.loop import prepare
 
 NUM_CLASSES = 1000
 OURS = "mobilevit"
@@ -218,18 +218,16 @@ def images_in(folder: Path, arguments: argparse.Namespace) -> Path:
 
 def read(learner: Learner, path: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """Images a second of the learner with images that are read, and with a batch that is there."""
-    train_set, _ = load_train_val(path, task="classification", val_path=path, val_fraction=0.2, seed=0)
     cores = len(os.sched_getaffinity(0))
-    usual = num_reading_processes(learner.config, learner.device)
     batch = batch_on(learner.device, arguments)
     synthetic = arguments.batch / min(steps(learner, [batch], arguments.steps) for _ in range(3))
     found: dict[str, Any] = {
-        "kilobytes_an_image": round(path.stat().st_size / len(train_set) / 1e3, 1),
         "cores": cores,
         "synthetic": round(synthetic, 1),
     }
-    for count in dict.fromkeys((usual, max(1, cores - 1))):
-        loader = training_loader(dataclasses.replace(learner.config, num_workers=count), train_set, learner, World())
+    for count in dict.fromkeys((default_num_workers(learner.device), max(1, cores - 1))):
+        config = dataclasses.replace(learner.config, data=path, val_data=path, num_workers=count)
+        loader = prepare(config, World(), learner.device).loader
         alone = images_per_second(loader.epoch() for _ in epochs(loader))
         fed = images_per_second(learned(learner, loader) for _ in epochs(loader))
         found[f"{count} processes"] = {

@@ -16,7 +16,7 @@ import mobilevit
 from mobilevit.data.loaders import Batch, BatchLoader, ahead_on
 from mobilevit.training.distributed import World, any_of, on_first, spread
 from mobilevit.training.learner import Learner, make_learner
-from mobilevit.training.loading import load_images, training_loader
+from mobilevit.training.loop import prepare
 from training_settings import with_settings
 
 pytestmark = pytest.mark.gpu
@@ -30,14 +30,14 @@ def learner_of(
 ) -> tuple[Learner, BatchLoader]:
     """A learner with the same weights on every device, and the batches that it learns from."""
     plain = mobilevit.TrainConfig(data=data, image_size=64, batch_size=8, num_workers=0, device=str(device))
-    config = with_settings(plain, **{"amp": "off", **settings})
-    config, train_set, _ = load_images(config, World())
-    torch.manual_seed(0)
-    learner = make_learner(config, train_set, world=world or World(), device=device)
+    run = prepare(with_settings(plain, **{"amp": "off", **settings}), World(), device)
+    learner = run.learner
+    if world is not None:
+        torch.manual_seed(run.config.seed)
+        learner = make_learner(run.config, run.train_set, world=world, device=device)
     learner.train_mode()
-    loader = training_loader(config, train_set, learner, World())
-    loader.start(0)
-    return learner, loader
+    run.loader.start(0)
+    return learner, run.loader
 
 
 def first_batch(loader: BatchLoader, device: torch.device) -> Batch:
