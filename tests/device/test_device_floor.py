@@ -8,10 +8,14 @@ import shutil
 import signal
 import subprocess
 import sys
+import urllib.error
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
+import psutil
 import pytest
 
 import mobilevit
@@ -85,13 +89,22 @@ def test_predict_prints_draws_and_writes_tables(files: Path, tmp_path: Path) -> 
     assert all(row["label"] in ("ant", "bee", "cat", "dog", "eel") for row in rows)
 
 
-@pytest.mark.parametrize("task", TASKS)
-def test_serve(files: Path, task: str) -> None:
-    command = [sys.executable, "-m", "mobilevit", "serve", str(files / f"{task}.onnx"), "--port", "0"]
+@contextmanager
+def serving(model: Path) -> Iterator[tuple[str, int]]:
+    """The address of a service and the id of its process."""
+    command = [sys.executable, "-m", "mobilevit", "serve", str(model), "--port", "0"]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     try:
         assert server.stdout is not None
-        address = server.stdout.readline().split()[-1]
+        yield server.stdout.readline().split()[-1], server.pid
+    finally:
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(timeout=60) == 0
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_serve(files: Path, task: str) -> None:
+    with serving(files / f"{task}.onnx") as (address, _):
         request = urllib.request.Request(
             f"{address}/v1/predict", (files / "0.png").read_bytes(), {"Content-Type": "image/png"}
         )
@@ -106,9 +119,17 @@ def test_serve(files: Path, task: str) -> None:
             assert (found["width"], found["height"]) == (expected["width"], expected["height"])
         with urllib.request.urlopen(address, timeout=30) as page:
             assert b"<html" in page.read()
-    finally:
-        server.send_signal(signal.SIGTERM)
-        assert server.wait(timeout=60) == 0
+        with pytest.raises(urllib.error.HTTPError, match="404"):
+            urllib.request.urlopen(f"{address}/v1/explain", (files / "0.png").read_bytes(), timeout=30)
+
+
+def test_a_worker_stays_small(files: Path) -> None:
+    with serving(files / "classification.onnx") as (address, process):
+        data = (files / "0.png").read_bytes()
+        for _ in range(100):
+            request = urllib.request.Request(f"{address}/v1/predict", data, {"Content-Type": "image/png"})
+            urllib.request.urlopen(request, timeout=30).close()
+        assert psutil.Process(process).memory_info().rss < 220e6
 
 
 def test_info_reads_the_sidecar(files: Path) -> None:

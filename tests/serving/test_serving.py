@@ -1,9 +1,12 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import io
 import json
+import os
 import re
+import shutil
 import socket
 import struct
 import subprocess
@@ -20,7 +23,9 @@ from PIL import Image
 import mobilevit
 from mobilevit.cli import main
 from mobilevit.explaining.explain import explain
+from mobilevit.machine import this_machine, versions
 from mobilevit.results.segmentation import SegmentationResult
+from mobilevit.runtime import tuned
 from mobilevit.runtime.predictor import Result
 from running_server import Server, form, image, until
 
@@ -126,7 +131,7 @@ BAD = {
         "multipart/form-data; boundary=x",
         "",
         422,
-        "model stands in the form; write it into the address, as in",
+        "model is in the form; write it into the address, as in",
     ),
     "score of a classifier": (image(), "image/png", "?min_score=0.5", 422, "min_score is for detection"),
 }
@@ -377,12 +382,22 @@ def test_mistakes_are_told_before_anything_starts(
         (str(tmp_path / "none.safetensors"),): "no such file",
         (model, model): "two models are called classification",
         (model, "--port", str(server.port)): f"port {server.port} of 127.0.0.1 is in use",
-        (model, "--host", "192.0.2.1"): "give an address of this machine",
+        (
+            model,
+            "--host",
+            "192.0.2.1",
+        ): "--host is '192.0.2.1': Cannot assign requested address; give an",
+        (model, "--host", "no such host"): "--host is 'no such host': ",
+        (model, "--port", "70000"): "--port is 70000; it must be from 0 to 65535",
+        (model, "--max-wait-ms", "-1"): "--max-wait-ms is -1.0; it must be 0 or more",
         (model, "--workers", "0"): "--workers is 0",
-        (model, "--max-body-mb", "900"): "less than one body",
-        (model, "--api-key", ""): "the API key is empty",
-        (model, "--api-key", "sesame\n"): "the API key has characters that no header carries",
-        (model, "--api-key", "sésame"): "the API key has characters that no header carries",
+        (model, "--max-body-mb", "900"): "--max-uploads-mb is 512.0, less than one body of --max-body-mb 900.0",
+        (model, "--api-key", ""): "the API key is empty; give --api-key or MOBILEVIT_API_KEY a value, or neither",
+        (model, "--api-key", "sesame\n"): "the API key has characters that headers cannot contain; give --api-key or",
+        (model, "--api-key", "sésame"): "the API key has characters that headers cannot contain",
+        (f"{model}/inside",): "inside: cannot be read (Not a directory)",
+        (f"={model}",): "the name is empty; write NAME=FILE",
+        ("x" * 5000,): "cannot be read (File name too long)",
     }
     for arguments, message in mistakes.items():
         assert main(["serve", *arguments]) == 2
@@ -396,9 +411,9 @@ def test_two_that_start_at_once(checkpoints: dict[str, Path]) -> None:
     """Both have bound the address before one of them listens."""
     script = f"""
 from mobilevit.cli import main
-from mobilevit.serving import run, service
+from mobilevit.serving import server, service
 
-other, load = run.listen("127.0.0.1", 0), service.open_predictors
+other, load = server.listen("127.0.0.1", 0), service.open_predictors
 
 def load_more_slowly_than_the_other(*arguments):
     other.listen()
@@ -412,7 +427,7 @@ raise SystemExit(main(["serve", {str(checkpoints["classification"])!r}, "--threa
     (told,) = [line for line in ended.stderr.splitlines() if not line.startswith("{")]
     assert (ended.returncode, ended.stdout) == (2, "")
     assert told.startswith("error: port ")
-    assert told.endswith("is in use; stop what uses it, or give another --port")
+    assert told.endswith("is in use; stop the program that uses it, or choose another --port")
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
@@ -421,7 +436,7 @@ def test_what_cannot_be_loaded_ends_in_one_line(checkpoints: dict[str, Path], tm
     model = str(checkpoints["classification"])
     for arguments, message in (
         ([model, f"bad={tmp_path / 'bad.safetensors'}"], "bad.safetensors"),
-        ([model, "--device", "tpu"], "--device tpu: unknown"),
+        ([model, "--device", "tpu"], "--device is 'tpu': unknown"),
     ):
         command = [sys.executable, "-m", "mobilevit", "serve", *arguments, "--port", "0", "--workers", workers]
         ended = subprocess.run([*command, "--threads", "1"], capture_output=True, text=True, timeout=120)
@@ -429,6 +444,51 @@ def test_what_cannot_be_loaded_ends_in_one_line(checkpoints: dict[str, Path], tm
         assert (ended.returncode, ended.stdout) == (2, "")
         assert told.startswith("error: ")
         assert message in told
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_bug_is_not_taken_for_a_mistake(checkpoints: dict[str, Path], tmp_path: Path, workers: str) -> None:
+    """In a worker, too, which runs the module that Python loads at its start."""
+    (tmp_path / "sitecustomize.py").write_text("""
+import sys
+from importlib.abc import MetaPathFinder
+
+class Finder(MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name == "mobilevit.serving.app":
+            raise ValueError("a bug")
+
+sys.meta_path.insert(0, Finder())
+""")
+    command = [sys.executable, "-m", "mobilevit", "serve", checkpoints["classification"], "--port", "0"]
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    ended = subprocess.run(
+        [*map(str, command), "--workers", workers, "--threads", "1"],
+        capture_output=True, text=True, timeout=120, env={**os.environ, "PYTHONPATH": path},
+    )  # fmt: skip
+    assert ended.returncode == 1
+    assert "Traceback" in ended.stderr
+    assert "ValueError: a bug" in ended.stderr
+
+
+def test_a_tuned_checkpoint_is_explained_by_pytorch(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    checkpoint = Path(shutil.copy(checkpoints["classification"], tmp_path))
+    artifact = mobilevit.export(str(checkpoint), tmp_path / "tuned", format="onnx", image_size=(64, 128)).path
+    found = {
+        "tuned_version": tuned.TUNED_VERSION, "checkpoint_sha256": tuned.digest_of_file(checkpoint),
+        "machine": dataclasses.asdict(this_machine()), "packages": versions(tuned.RUNTIME_PACKAGES["onnx"]),
+        "engine": "onnx", "precision": "fp32", "artifact": str(artifact.relative_to(tmp_path)), "threads": 1,
+    }  # fmt: skip
+    tuned.tuned_file(checkpoint).write_text(json.dumps(found))
+    server = Server([checkpoint, "--threads", "1"])
+    try:
+        (model,) = server.get("/v1/models").json()["models"]
+        assert (model["engine"], model["explain"]) == ("onnx fp32", True)
+        told = server.post("/v1/explain?x=30&y=20", image()).json()
+        expected = explain(mobilevit.load(checkpoint), image(), pixel=(30, 20)).to_dict()
+        assert (told["label"], told["score"]) == (expected["label"], pytest.approx(expected["score"]))
+    finally:
+        assert server.stop() == 0
 
 
 def test_exported_files_are_served(checkpoints: dict[str, Path], tmp_path: Path) -> None:

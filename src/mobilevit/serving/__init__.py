@@ -1,1 +1,1 @@
-"""Models behind HTTP: `mobilevit serve`."""
+"""The HTTP service of `mobilevit serve`."""

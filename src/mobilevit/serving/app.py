@@ -1,4 +1,4 @@
-"""The routes."""
+"""The routes of the service."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import hmac
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import APIRouter, Depends, FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
@@ -19,10 +19,13 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 
 from mobilevit import __version__
+from mobilevit.errors import MobileViTError, with_flags
+from mobilevit.files import Json
+from mobilevit.results import check_options
 from mobilevit.runtime.predictor import Predictor
 from mobilevit.serving import openapi
 from mobilevit.serving.metrics import Metrics
-from mobilevit.serving.observing import GONE, Observed
+from mobilevit.serving.observing import CLIENT_GONE, Observed
 from mobilevit.serving.pages import Pages
 from mobilevit.serving.refusal import (
     RefusalError,
@@ -44,7 +47,7 @@ def create_app(
     predictors: Mapping[str, Predictor],
     pages: Mapping[str, bytes],
 ) -> Observed:
-    """The whole service as an ASGI application."""
+    """Create the service as an ASGI application."""
     metrics = Metrics()
 
     @asynccontextmanager
@@ -59,7 +62,7 @@ def create_app(
         version=__version__,
         description=openapi.DESCRIPTION,
         lifespan=lifespan,
-        docs_url=None,  # their scripts come from elsewhere
+        docs_url=None,  # its scripts come from another site
         redoc_url=None,
         exception_handlers={
             RefusalError: on_refusal,
@@ -70,10 +73,10 @@ def create_app(
     )
     app.state.key = config.key()
     app.state.pages = Pages(pages)
-    # Only where there is a key: the document for programs must not ask for what is not wanted.
+    # Only where there is a key: otherwise the OpenAPI document would ask for one.
     app.include_router(_models, dependencies=[] if config.key() is None else [Depends(_check_key)])
     app.include_router(_rest)
-    # Each file has a route of its own, as one for all would answer for wrong methods of the others.
+    # Each file has its own route: a route for all paths would also catch wrong methods of other routes.
     for path in ("", *pages):
         app.add_api_route(f"/{path}", _page, include_in_schema=False)
     app.add_api_route("/page/{name:path}", _page, include_in_schema=False)
@@ -89,6 +92,9 @@ def create_app(
     return Observed(app, metrics, quiet=_PROBES)
 
 
+# Dependencies are async: FastAPI would run others in a thread each.
+
+
 async def _check_key(
     request: Request,
     bearer: Annotated[HTTPAuthorizationCredentials | None, Depends(HTTPBearer(auto_error=False))],
@@ -97,8 +103,8 @@ async def _check_key(
     wanted: str = request.app.state.key
     given = header if bearer is None else bearer.credentials
     if given is None or not hmac.compare_digest(given.encode(), wanted.encode()):
-        told = "wrong API key" if given else "this service asks for an API key"
-        message = f"{told}; send it as Authorization: Bearer KEY, or as X-API-Key: KEY"
+        problem = "wrong API key" if given else "this service asks for an API key"
+        message = f"{problem}; send it as Authorization: Bearer KEY, or as X-API-Key: KEY"
         raise RefusalError(401, message, {"WWW-Authenticate": "Bearer"})
 
 
@@ -107,8 +113,8 @@ async def _service(request: Request) -> Service:
     return service
 
 
-TheService = Annotated[Service, Depends(_service)]
-ModelName = Annotated[str | None, Query(description="A name of /v1/models; the first one, if not given.")]
+_TheService = Annotated[Service, Depends(_service)]
+_ModelName = Annotated[str | None, Query(description="A name from /v1/models; default: the first.")]
 
 _models = APIRouter(prefix="/v1")
 _rest = APIRouter()
@@ -119,18 +125,20 @@ _rest = APIRouter()
 )
 async def _predict(
     request: Request,
-    service: TheService,
-    model: ModelName = None,
-    top: Annotated[int, Query(ge=1, le=10_000, description="Classification: how many labels.")] = 5,
-    min_score: Annotated[float | None, Query(ge=0, le=1, description="Detection: objects from this score on.")] = None,
+    service: _TheService,
+    model: _ModelName = None,
+    top: Annotated[int, Query(ge=1, le=10_000, description="Classification: number of labels.")] = 5,
+    min_score: Annotated[float | None, Query(ge=0, le=1, description="Detection: lowest score of an object.")] = None,
 ) -> Response:
     batcher = service.batcher(model)
     task = batcher.predictor.card.task
-    if min_score is not None and task != "detection":
-        raise RefusalError(422, f"min_score is for detection; {batcher.name} does {task}")
+    try:
+        check_options(task, [] if min_score is None else ["min_score"])
+    except MobileViTError as error:
+        raise RefusalError(422, with_flags(str(error), ())) from None
     service.check_room(batcher)
 
-    async def answer(share: Share) -> dict[str, Any]:
+    async def answer(share: Share) -> Json:
         config = service.config
         uploads = await read_uploads(request, share, max_bytes=config.max_body(), max_files=config.max_files)
         request.state.images = len(uploads)
@@ -140,20 +148,20 @@ async def _predict(
     return await _in_time(request, service, answer)
 
 
-@_models.post("/explain", summary="What the model looks at", responses=openapi.EXPLAIN, openapi_extra=openapi.IMAGES)
+@_models.post("/explain", summary="Explain a prediction", responses=openapi.EXPLAIN, openapi_extra=openapi.IMAGES)
 async def _explain(
     request: Request,
-    service: TheService,
-    model: ModelName = None,
+    service: _TheService,
+    model: _ModelName = None,
     x: Annotated[int | None, Query(ge=0, description="Column of a pixel of the image.")] = None,
     y: Annotated[int | None, Query(ge=0, description="Row of a pixel of the image.")] = None,
 ) -> Response:
     if (x is None) != (y is None):
-        raise RefusalError(422, "x and y name a pixel together; give both or none")
+        raise RefusalError(422, "x and y name a pixel together; give both or neither")
     batcher = service.batcher(model)
     service.check_explainable(batcher)
 
-    async def answer(share: Share) -> dict[str, Any]:
+    async def answer(share: Share) -> Json:
         uploads = await read_uploads(request, share, max_bytes=service.config.max_body(), max_files=1)
         request.state.images = 1
         pixel = None if x is None or y is None else (x, y)
@@ -162,42 +170,40 @@ async def _explain(
     return await _in_time(request, service, answer)
 
 
-async def _in_time(
-    request: Request, service: Service, answer: Callable[[Share], Awaitable[dict[str, Any]]]
-) -> Response:
-    """What `answer` makes of the request, as JSON, unless it takes too long."""
+async def _in_time(request: Request, service: Service, answer: Callable[[Share], Awaitable[Json]]) -> Response:
+    """Send what `answer` returns as JSON, unless it takes too long."""
     try:
         async with asyncio.timeout(service.config.timeout_s), service.uploads.share() as share:
-            told = await answer(share)
+            value = await answer(share)
     except TimeoutError:
         limit = f"the limit of {service.config.timeout_s:g} s"
         if not hasattr(request.state, "images"):
             raise RefusalError(408, f"the upload took longer than {limit}", {"Connection": "close"}) from None
         raise RefusalError(504, f"no answer within {limit}; try again later, or with fewer images") from None
     except ClientDisconnect:
-        return Response(status_code=GONE)
-    return _json(told)
+        return Response(status_code=CLIENT_GONE)
+    return _json(value)
 
 
-@_models.get("/models", summary="What is served", responses=openapi.MODELS)
-async def _list_models(service: TheService) -> Response:
+@_models.get("/models", summary="List the models", responses=openapi.MODELS)
+async def _list_models(service: _TheService) -> Response:
     return _json({"models": service.describe()})
 
 
-@_rest.get("/healthz", summary="Whether the process lives", responses=openapi.HEALTH)
+@_rest.get("/healthz", summary="Check that the process is alive", responses=openapi.HEALTH)
 async def _healthz() -> Response:
     return _json({"status": "ok"})
 
 
-@_rest.get("/readyz", summary="Whether it takes requests", responses=openapi.READY)
-async def _readyz(service: TheService) -> Response:
+@_rest.get("/readyz", summary="Check that requests are accepted", responses=openapi.READY)
+async def _readyz(service: _TheService) -> Response:
     if not service.ready:
         raise RefusalError(503, "not ready", {"Retry-After": "1"})
     return _json({"status": "ready"})
 
 
-@_rest.get("/metrics", summary="Counts for Prometheus", responses=openapi.METRICS)
-def _metrics(service: TheService) -> Response:  # reads files where there are several workers, so in a thread
+@_rest.get("/metrics", summary="Metrics for Prometheus", responses=openapi.METRICS)
+def _metrics(service: _TheService) -> Response:  # not async, as it reads files if there are several workers
     return Response(service.metrics.text(), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
 
@@ -206,5 +212,5 @@ async def _page(request: Request) -> Response:
     return pages.answer(request, request.url.path.removeprefix("/page/").lstrip("/") or "index.html")
 
 
-def _json(value: Any) -> Response:
+def _json(value: Json) -> Response:
     return Response(json.dumps(value, ensure_ascii=False).encode(errors="replace"), media_type="application/json")

@@ -1,8 +1,8 @@
-"""Images of all connections, put together into batches.
+"""Collect the images of all connections into batches.
 
-An image passes three kinds of threads. The event loop accepts it, a pool reads and resizes it, and one thread runs
-the model on whatever is ready. While that thread computes, the next batch gathers, so that batches grow with load and
-a lone image never waits.
+An image passes three kinds of threads: the event loop accepts it, a pool decodes and resizes it, and one thread runs
+the model on the images that are ready. While that thread computes, the next batch collects, so batches grow with the
+load and a single image does not wait.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ log = logging.getLogger("mobilevit")
 
 
 class QueueFullError(Exception):
-    """There is no room for more images; `retry_after` says in how many seconds there should be."""
+    """There is no room for more images; `retry_after` is the expected time in seconds until there is."""
 
     def __init__(self, retry_after: int) -> None:
         super().__init__("the service is busy")
@@ -36,21 +36,21 @@ class QueueFullError(Exception):
 
 
 class Upload(NamedTuple):
-    """An image as it came."""
+    """An image as it was received."""
 
     name: str
     data: bytes
 
 
 class Answer(NamedTuple):
-    """What `Predictor.compute` says of an image; `Predictor.finish` makes the result of it."""
+    """The model's outputs for an image, for `Predictor.finish`."""
 
     info: ImageInfo
     outputs: Outputs
 
 
 class _Job:
-    """An image that was accepted."""
+    """An accepted image and the future of its answer."""
 
     __slots__ = ("future", "upload")
 
@@ -59,18 +59,18 @@ class _Job:
 
 
 class Batcher:
-    """Answers for one model; `submit` is called by the event loop, all else happens in threads.
+    """Run one model on batches; `submit` is called by the event loop, the rest runs in threads.
 
     Args:
         predictor: the model.
-        name: for metrics.
-        readers: threads that read and resize.
-        turn: held while the model computes: models of one process take turns on its cores.
-        max_batch: images in a batch, at most.
-        max_wait_s: how long an image that is ready waits for those that are being read.
-        max_queue: images accepted and not yet answered.
-        max_pixels: of an image.
-        metrics: told of batches and images.
+        name: the model's name in metrics.
+        readers: threads that decode and resize.
+        turn: held while the model computes: the models of a process take turns.
+        max_batch: limit on images in a batch.
+        max_wait_s: how long a decoded image waits for others that are being decoded.
+        max_queue: limit on images that are accepted and not yet answered.
+        max_pixels: limit on pixels of an image.
+        metrics: counts batches and images.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class Batcher:
     ) -> None:
         self.predictor, self.name = predictor, name
         self._readers, self._turn, self._metrics = readers, turn, metrics
-        # Segmenters' logits are large: a predictor for them lowers the batch itself.
+        # A predictor limits the batch itself where outputs are large, as in segmentation.
         self._max_batch, self._max_wait_s = min(max_batch, predictor.batch_size), max_wait_s
         self._max_queue, self._max_pixels = max_queue, min(max_pixels, MAX_PIXELS)
         self._loop = asyncio.get_running_loop()
@@ -103,16 +103,16 @@ class Batcher:
         self._thread.start()
 
     def check_room(self, count: int = 1) -> None:
-        """Whether so many images would be accepted now.
+        """Check that `count` more images would be accepted.
 
         Raises:
-            QueueFullError: no.
+            QueueFullError: they would not.
         """
         if self._closed or self._pending + count > self._max_queue:
             raise QueueFullError(max(1, math.ceil(self._pending * self._seconds_each)))
 
     def submit(self, uploads: Sequence[Upload]) -> list[asyncio.Future[Answer | ImageError]]:
-        """Accept images, all or none; a future that is cancelled spares its image the work not yet begun.
+        """Accept images, all or none; cancelling a future skips the work that has not begun.
 
         Raises:
             QueueFullError: there is no room for all of them.
@@ -129,7 +129,7 @@ class Batcher:
         return [job.future for job in jobs]
 
     def close(self) -> None:
-        """Stop the thread; what was accepted must be answered before."""
+        """Stop the thread; accepted images must be answered before."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -140,7 +140,7 @@ class Batcher:
         self._metrics.queue(self.name, self._pending)
 
     def _read(self, job: _Job) -> None:
-        """From bytes to the model's input, in a thread of the pool."""
+        """Decode and resize an image, in a thread of the pool."""
         prepared: Prepared | None = None
         try:
             if not job.future.cancelled():
@@ -157,16 +157,16 @@ class Batcher:
             self._changed.notify_all()
 
     def open(self, upload: Upload) -> EncodedImage:
-        """An image's header, if its pixels are within the limit.
+        """Read an image's header, and check the number of pixels.
 
         Raises:
-            ImageError: no.
+            ImageError: there are too many, or the header cannot be read.
         """
         return open_image(upload.data, upload.name, max_pixels=self._max_pixels)
 
     def _prepare(self, upload: Upload) -> Prepared:
         opened = self.open(upload)
-        # The decoded image is not needed for numbers, and a queue full of photographs would fill the memory.
+        # Answers do not contain the image, and a queue full of photographs would fill the memory.
         return self.predictor.prepare(opened, upload.name, keep_image=False)
 
     def _work(self) -> None:
@@ -183,11 +183,11 @@ class Batcher:
             end = time.perf_counter()
             self._metrics.batch(self.name, len(batch), end - begin)
             self._seconds_each += 0.1 * ((end - start) / len(batch) - self._seconds_each)
-            told = zip(batch, answers, strict=True)
-            self._answer([(job, Answer(image.info, outputs)) for (job, image), outputs in told])
+            pairs = zip(batch, answers, strict=True)
+            self._answer([(job, Answer(image.info, outputs)) for (job, image), outputs in pairs])
 
     def _next(self) -> list[tuple[_Job, Prepared]]:
-        """Wait for images; empty when closed."""
+        """Wait for the next batch; it is empty after `close`."""
         with self._changed:
             while True:
                 while not self._ready:
@@ -210,13 +210,13 @@ class Batcher:
 
 
 def in_loop(loop: asyncio.AbstractEventLoop, call: Callable[[], None]) -> None:
-    """Have a thread's call made by the event loop; not made, if the service has ended meanwhile."""
+    """Call a function in the event loop, from another thread; skip it if the service has ended."""
     with contextlib.suppress(RuntimeError):
         loop.call_soon_threadsafe(call)
 
 
 def _resolve(answers: list[tuple[_Job, Answer | Exception]]) -> None:
-    """In the event loop; an image that cannot be read is an answer, too, so that others of its request go on."""
+    """Set the results of futures; an `ImageError` is a result, so that other images of the request are answered."""
     for job, answer in answers:
         if job.future.done():
             continue

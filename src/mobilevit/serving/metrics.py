@@ -1,4 +1,4 @@
-"""What the service counts, for Prometheus; with several workers, over all of them."""
+"""Metrics for Prometheus; with several workers, summed over all of them."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disa
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 
 DIRECTORY_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
-"""Where workers keep their counts; prometheus_client reads it when it is imported."""
+"""Folder where workers keep their counts; prometheus_client reads the variable when it is imported."""
 
 _LATENCIES = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1, 2, 5, 10, 30)
 _BATCHES = (1, 2, 4, 8, 12, 16, 24, 32, 64)
 
 
-disable_created_metrics()  # type: ignore[no-untyped-call]  # times at which counters were made: twice as much text, of no use
+disable_created_metrics()  # type: ignore[no-untyped-call]  # creation times of counters would double the text
 
 
 class Metrics:
-    """The counts of one process."""
+    """The metrics of one process."""
 
     def __init__(self) -> None:
         self._registry = registry = CollectorRegistry()
@@ -34,7 +34,7 @@ class Metrics:
             "mobilevit_batch_images", "Images in a batch.", ("model",), buckets=_BATCHES, registry=registry
         )
         self._compute = Histogram(
-            "mobilevit_compute_seconds", "Time a batch takes.", ("model",), buckets=_LATENCIES, registry=registry
+            "mobilevit_compute_seconds", "Time to compute a batch.", ("model",), buckets=_LATENCIES, registry=registry
         )
         self._queue = Gauge(
             "mobilevit_queue_images",
@@ -45,25 +45,25 @@ class Metrics:
         )
 
     def request(self, route: str, method: str, status: int, seconds: float) -> None:
-        """A request was answered."""
+        """Count a request that was answered."""
         self._requests.labels(route, method, status).inc()
         self._seconds.labels(route).observe(seconds)
 
     def batch(self, model: str, count: int, seconds: float) -> None:
-        """A batch went through a model."""
+        """Count a batch that was computed."""
         self._batches.labels(model).observe(count)
         self._compute.labels(model).observe(seconds)
 
     def images(self, model: str, outcome: str, count: int) -> None:
-        """Images were answered: "ok" or "unreadable"."""
+        """Count images that were answered; the outcome is "ok" or "unreadable"."""
         self._images.labels(model, outcome).inc(count)
 
     def queue(self, model: str, length: int) -> None:
-        """How many images wait or are computed now."""
+        """Set the number of images that are accepted and not yet answered."""
         self._queue.labels(model).set(length)
 
     def text(self) -> bytes:
-        """All of it as Prometheus reads it."""
+        """Return all metrics in the text format of Prometheus."""
         if DIRECTORY_VARIABLE not in os.environ:
             return generate_latest(self._registry)
         together = CollectorRegistry()
@@ -72,5 +72,5 @@ class Metrics:
 
 
 def forget_worker(pid: int, directory: Path) -> None:
-    """Take what a dead worker had waiting out of the sums; what it has counted stays."""
+    """Remove the queue of a dead worker from the sums; its counts stay."""
     mark_process_dead(pid, str(directory))  # type: ignore[no-untyped-call]

@@ -1,4 +1,4 @@
-"""What surrounds every request: its id, its line in the log, its place in the metrics, headers, the last resort."""
+"""Add to every request: an id, a line in the log, metrics, headers, and an answer if it fails."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ log = logging.getLogger(ACCESS)
 
 _GOOD_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}", re.ASCII)
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
-GONE = 499
-"""The status that the log gives a request whose client has hung up; nobody receives it."""
+CLIENT_GONE = 499
+"""Status in the log of a request whose client has disconnected; nobody receives it."""
 
 
 class Observed:
-    """An ASGI application that is logged and counted.
+    """An ASGI application whose requests are logged and counted.
 
     Args:
-        app: what answers.
-        metrics: told of every request.
-        quiet: routes that are not logged: probes come every few seconds.
+        app: the application.
+        metrics: counts requests.
+        quiet: routes that are not logged, such as probes.
     """
 
     def __init__(self, app: ASGIApp, metrics: Metrics, *, quiet: frozenset[str]) -> None:
         self._app, self._metrics, self._quiet = app, metrics, quiet
         self.draining = False
-        """Whether every answer is the last one on its connection."""
+        """Whether connections are closed after their next answer."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        start, status = time.perf_counter(), GONE
+        start, status = time.perf_counter(), CLIENT_GONE
         state = scope.setdefault("state", {})
         given = Headers(scope=scope).get("x-request-id", "")
         request_id = state["request_id"] = given if _GOOD_ID.fullmatch(given) else uuid.uuid4().hex
@@ -58,28 +58,28 @@ class Observed:
 
         try:
             await self._app(scope, receive, send_with_headers)
-        except Exception:  # its answer is sent already, see `on_failure`
+        except Exception:  # already answered, by `on_failure`
             logging.getLogger("mobilevit").exception("%s %s failed", scope["method"], scope["path"])
         finally:
-            self._tell(scope, "499" if state.get("gone") else str(status), time.perf_counter() - start)
+            self._record(scope, status, time.perf_counter() - start)
 
-    def _tell(self, scope: Scope, status: str, seconds: float) -> None:
+    def _record(self, scope: Scope, status: int, seconds: float) -> None:
         route = getattr(scope.get("route"), "path", "other")
         method = scope["method"] if scope["method"] in _METHODS else "other"
-        self._metrics.request(route, method, int(status), seconds)
+        self._metrics.request(route, method, status, seconds)
         if route in self._quiet or not log.isEnabledFor(logging.INFO):
             return
         state, client = scope["state"], scope.get("client")
         fields = {
-            "request_id": state["request_id"], "method": scope["method"], "path": scope["path"], "status": int(status),
+            "request_id": state["request_id"], "method": scope["method"], "path": scope["path"], "status": status,
             "ms": round(seconds * 1e3, 1), "images": state.get("images", 0), "client": client[0] if client else "",
         }  # fmt: skip
-        told = "{client} {method} {path} {status} {ms} ms, {images} images, {request_id}"
-        log.info("%s", _Later(told, fields), extra={"fields": fields})
+        text = "{client} {method} {path} {status} {ms} ms, {images} images, {request_id}"
+        log.info("%s", _Later(text, fields), extra={"fields": fields})
 
 
 class _Later:
-    """A text made only where a handler wants one."""
+    """A text that is formatted only if a handler uses it."""
 
     def __init__(self, text: str, fields: dict[str, object]) -> None:
         self._text, self._fields = text, fields

@@ -1,13 +1,13 @@
-"""Examples and schemas of requests and responses, for /openapi.json."""
+"""Schemas and examples of requests and responses, for /openapi.json."""
 
 from __future__ import annotations
 
-from typing import Any
+from mobilevit.files import Json
 
 DESCRIPTION = """Classification, detection and segmentation of images.
 
-Errors are `{"error": "one line", "request_id": "..."}`. Where an API key is set, send it as `Authorization: Bearer KEY`
-or `X-API-Key: KEY`. `X-Request-ID` is taken over, or made, and returned."""
+Errors are `{"error": "one line", "request_id": "..."}`. If the service has an API key, send it as
+`Authorization: Bearer KEY` or `X-API-Key: KEY`. `X-Request-ID` is returned; if a request has none, it gets one."""
 
 _ERROR = {
     "type": "object",
@@ -15,42 +15,42 @@ _ERROR = {
     "properties": {"error": {"type": "string"}, "request_id": {"type": "string"}},
 }
 
-Responses = dict[int | str, dict[str, Any]]
+Responses = dict[int | str, Json]
 
 
-def _error(description: str, example: str) -> dict[str, Any]:
+def _error(description: str, example: str) -> Json:
     value = {"error": example, "request_id": "6f1c0f1e9f0c4d0e8a3b5a7d9c2e4f60"}
     return {"description": description, "content": {"application/json": {"schema": _ERROR, "example": value}}}
 
 
 _KEY: Responses = {401: _error("No API key, or a wrong one", "this service asks for an API key")}
-_BUSY = _error("The service is busy; Retry-After says for how many seconds", "the service is busy; try again in 2 s")
+_BUSY = _error("The service is busy; try again after Retry-After", "the service is busy; try again in 2 s")
 _BUSY["headers"] = {"Retry-After": {"schema": {"type": "integer"}, "description": "Seconds."}}
 _REFUSED: Responses = _KEY | {
-    400: _error("No image that can be read, or a malformed form", "image 1: the file is empty"),
+    400: _error("No readable image, or a malformed form", "image 1: the file is empty"),
     404: _error("No such model", "no model 'roses'; there are flowers"),
     408: _error("The upload took too long", "the upload took longer than the limit of 30 s"),
-    413: _error("Too large: the body, the image, or the number of images", "the body is larger than the limit"),
-    415: _error("Neither an image nor a form", "content type text/plain; send an image as image/jpeg"),
-    422: _error("A parameter has no meaning", "top: input should be greater than or equal to 1"),
+    413: _error("The body, an image, or the number of images is too large", "the body is larger than the limit"),
+    415: _error("The body is neither an image nor a form", "content type text/plain; send an image as image/jpeg"),
+    422: _error("A parameter is invalid", "top: input should be greater than or equal to 1"),
     503: _BUSY,
-    504: _error("No answer in time", "no answer within the limit of 30 s"),
+    504: _error("The answer took too long", "no answer within the limit of 30 s"),
 }
 
 _ITEM = {
     "type": "object",
     "required": ["source"],
     "properties": {
-        "source": {"type": "string", "description": "The file's name in the form, or the image's number."},
-        "error": {"type": "string", "description": "Why this image of several cannot be read."},
+        "source": {"type": "string", "description": "The name of the file in the form, or the number of the image."},
+        "error": {"type": "string", "description": "The reason why this image of several cannot be read."},
         "label": {"type": "string", "description": "Classification: the most probable class."},
         "probability": {"type": "number"},
         "top": {"type": "array", "items": {"type": "object"}},
-        "width": {"type": "integer", "description": "Of the upright image, in pixels."},
+        "width": {"type": "integer", "description": "Width of the upright image in pixels."},
         "height": {"type": "integer"},
         "detections": {"type": "array", "items": {"type": "object"}},
         "shares": {"type": "object", "description": "Segmentation: share of the pixels of each class that occurs."},
-        "mask_png": {"type": "string", "description": "Segmentation: base64 of a palette PNG of class numbers."},
+        "mask_png": {"type": "string", "description": "Segmentation: base64 of a palette PNG with class indices."},
     },
 }
 _EXAMPLES = {
@@ -70,7 +70,7 @@ _EXAMPLES = {
 
 PREDICT: Responses = _REFUSED | {
     200: {
-        "description": "A result for each image, in their order",
+        "description": "A result for each image, in order",
         "content": {
             "application/json": {
                 "schema": {
@@ -93,7 +93,7 @@ PREDICT: Responses = _REFUSED | {
 
 EXPLAIN: Responses = _REFUSED | {
     200: {
-        "description": "An image of what the model looks at, and figures",
+        "description": "An image that explains the prediction, and numbers",
         "content": {
             "application/json": {
                 "schema": {
@@ -110,10 +110,10 @@ EXPLAIN: Responses = _REFUSED | {
 }
 
 _IMAGE = {"schema": {"type": "string", "format": "binary", "minLength": 1}}
-IMAGES: dict[str, Any] = {
+IMAGES: Json = {
     "requestBody": {
         "required": True,
-        "description": "One image as it is, or one or more files in a form.",
+        "description": "One image as the body, or one or more files in a form.",
         "content": {
             "multipart/form-data": {
                 "schema": {
@@ -133,7 +133,7 @@ IMAGES: dict[str, Any] = {
 
 MODELS: Responses = _KEY | {
     200: {
-        "description": "Every model; the first one is asked if a request names none",
+        "description": "All models; the first is used if a request names none",
         "content": {
             "application/json": {
                 "schema": {
@@ -157,10 +157,10 @@ MODELS: Responses = _KEY | {
 }  # fmt: skip
 
 HEALTH: Responses = {
-    200: {"description": "It does", "content": {"application/json": {"example": {"status": "ok"}}}},
+    200: {"description": "It is alive", "content": {"application/json": {"example": {"status": "ok"}}}},
 }
 READY: Responses = {
-    200: {"description": "It does", "content": {"application/json": {"example": {"status": "ready"}}}},
+    200: {"description": "They are", "content": {"application/json": {"example": {"status": "ready"}}}},
     503: _BUSY,
 }
 METRICS: Responses = {200: {"description": "Text", "content": {"text/plain": {"schema": {"type": "string"}}}}}

@@ -1,4 +1,4 @@
-"""The web page: files of the package, kept in memory."""
+"""Serve the files of the web page from memory."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from starlette.responses import Response
 
 from mobilevit.serving.refusal import RefusalError
 
-# Nothing from elsewhere, nothing inline; images that the page itself has made or been given are blobs and data.
+# No other sites, nothing inline; images that the page has made or received are blobs and data.
 _POLICY = "; ".join(
     (
         "default-src 'none'", "script-src 'self'", "style-src 'self'", "img-src 'self' blob: data:",
@@ -19,21 +19,21 @@ _POLICY = "; ".join(
         "worker-src 'self' blob:", "base-uri 'none'", "form-action 'none'", "frame-ancestors 'none'",
     )
 )  # fmt: skip
-# Not all systems know these, and browsers run a module only as JavaScript.
+# Not all systems know these types, and browsers run a module only if its type is JavaScript.
 _TYPES = {".js": "text/javascript", ".mjs": "text/javascript", ".css": "text/css", ".html": "text/html"}
 
 
 class Pages:
-    """Files by name, each with its type and ETag."""
+    """The files by name, each with its type and ETag."""
 
     def __init__(self, files: Mapping[str, bytes]) -> None:
         self._files = {name: (data, _type(name), _etag(data)) for name, data in files.items()}
 
     def answer(self, request: Request, name: str) -> Response:
-        """A file, or 304 if the browser has it.
+        """Send a file, or 304 if the browser has it.
 
         Raises:
-            RefusalError: 404, there is none of that name.
+            RefusalError: 404, there is no such file.
         """
         if name not in self._files:
             raise RefusalError(404, f"no such path: {request.url.path}")

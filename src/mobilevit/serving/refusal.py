@@ -1,4 +1,4 @@
-"""Every answer that is no answer: a status and one line that says why."""
+"""Answers that are errors: a status and one line that gives the reason."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
-_MOST_CHARACTERS = 500
+_MAX_CHARACTERS = 500
 
 
 class RefusalError(Exception):
-    """A request that is not answered as asked."""
+    """A request that is refused."""
 
     def __init__(self, status: int, message: str, headers: Mapping[str, str] | None = None) -> None:
         super().__init__(message)
@@ -21,7 +21,7 @@ class RefusalError(Exception):
 
 
 def busy(retry_after: int) -> RefusalError:
-    """503, with the time after which to try again."""
+    """Create a 503 with the time in seconds after which to try again."""
     message = f"the service is busy; try again in {retry_after} s"
     return RefusalError(503, message, {"Retry-After": str(retry_after)})
 
@@ -29,19 +29,19 @@ def busy(retry_after: int) -> RefusalError:
 def error_response(
     request_id: str, status: int, message: str, headers: Mapping[str, str] | None = None
 ) -> JSONResponse:
-    """An error as JSON: one line and the id of the request."""
-    line = " ".join(message.split())[:_MOST_CHARACTERS]
+    """Create an error as JSON: one line, and the id of the request."""
+    line = " ".join(message.split())[:_MAX_CHARACTERS]
     return JSONResponse({"error": line, "request_id": request_id}, status, dict(headers or {}))
 
 
 async def on_refusal(request: Request, error: Exception) -> JSONResponse:
-    """For `RefusalError`."""
+    """Answer a `RefusalError`."""
     assert isinstance(error, RefusalError)
     return error_response(request.state.request_id, error.status, str(error), error.headers)
 
 
 async def on_http_exception(request: Request, error: Exception) -> JSONResponse:
-    """For what Starlette itself refuses: unknown paths and methods."""
+    """Answer requests that Starlette refuses itself: unknown paths and methods."""
     assert isinstance(error, HTTPException)
     message = str(error.detail)
     if error.status_code == 404:
@@ -52,12 +52,12 @@ async def on_http_exception(request: Request, error: Exception) -> JSONResponse:
 
 
 async def on_invalid_parameters(request: Request, error: Exception) -> JSONResponse:
-    """For query parameters of the wrong type or out of range."""
+    """Answer query parameters of a wrong type or out of range."""
     assert isinstance(error, RequestValidationError)
-    told = "; ".join(f"{'.'.join(map(str, e['loc'][1:]))}: {e['msg'].lower()}" for e in error.errors())
-    return error_response(request.state.request_id, 422, told)
+    message = "; ".join(f"{'.'.join(map(str, e['loc'][1:]))}: {e['msg'].lower()}" for e in error.errors())
+    return error_response(request.state.request_id, 422, message)
 
 
 async def on_failure(request: Request, _: Exception) -> JSONResponse:
-    """For bugs; the log has the traceback."""
-    return error_response(request.state.request_id, 500, "internal error; the service's log says more")
+    """Answer after a bug, whose traceback is in the log."""
+    return error_response(request.state.request_id, 500, "internal error; see the log of the service")

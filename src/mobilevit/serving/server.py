@@ -1,4 +1,4 @@
-"""The processes of the service: one, or several on one listening socket, and how they start and stop."""
+"""The processes of the service: one, or several on one listening socket; starting and stopping them."""
 
 from __future__ import annotations
 
@@ -17,25 +17,28 @@ from multiprocessing import connection, get_context, parent_process
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import uvicorn
 
-from mobilevit.errors import MobileViTError
+from mobilevit.errors import MobileViTError, one_line
 from mobilevit.serving.logs import set_up_logs
 from mobilevit.serving.settings import ServeConfig, ServedModel
 
+if TYPE_CHECKING:
+    from mobilevit.serving.observing import Observed
+
 log = logging.getLogger("mobilevit")
 
-_LAST_WORD_S = 1.0
-"""How long connections that are open but silent may still send a request when the service stops."""
+_IDLE_GRACE_S = 1.0
+"""How long open but idle connections may still send a request when the service stops."""
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket on an address, bound and not yet listening.
+    """Bind a socket to an address; it does not listen yet.
 
     Raises:
-        ValueError: the address is taken, not allowed, or not of this machine.
+        MobileViTError: the address is in use, not allowed, or not an address of this machine.
     """
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
@@ -43,22 +46,20 @@ def listen(host: str, port: int) -> socket.socket:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind(address)
         return sock
-    except socket.gaierror as error:
-        raise MobileViTError(f"--host {host}: {error.strerror}; give an address of this machine") from None
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             raise _in_use(host, port) from None
         if error.errno == errno.EACCES:
-            raise MobileViTError(f"port {port} of {host} is not allowed; give a --port from 1024 on") from None
-        raise MobileViTError(f"--host {host}: {error.strerror}; give an address of this machine") from None
+            raise MobileViTError(f"port {port} of {host} is not allowed; choose a `port` from 1024 on") from None
+        raise MobileViTError(f"`host` is {host!r}: {one_line(error)}; give an address of this machine") from None
 
 
 def _in_use(host: str, port: int) -> MobileViTError:
-    return MobileViTError(f"port {port} of {host} is in use; stop what uses it, or give another --port")
+    return MobileViTError(f"port {port} of {host} is in use; stop the program that uses it, or choose another `port`")
 
 
 def address_of(sock: socket.socket) -> str:
-    """Where a browser finds it."""
+    """Return the URL of a socket."""
     host, port = sock.getsockname()[:2]
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
@@ -67,16 +68,16 @@ def address_of(sock: socket.socket) -> str:
 def serve(
     config: ServeConfig, models: Sequence[ServedModel], pages: Mapping[str, bytes], on_ready: Callable[[str], None]
 ) -> int:
-    """Answer requests until SIGTERM or SIGINT, then finish what was accepted. Returns the exit status.
+    """Serve until SIGTERM or SIGINT, then answer the accepted requests. Return the exit status.
 
     Args:
         config: settings.
-        models: what to serve.
+        models: the models to offer.
         pages: files of the web page.
-        on_ready: called once with the address when requests are answered.
+        on_ready: called once, with the address, when requests are accepted.
 
     Raises:
-        ValueError: the address is not free, or a file is no model.
+        MobileViTError: the address is not free, or a file is not a model.
     """
     sock = listen(config.host, config.port)
     if config.workers > 1:
@@ -86,13 +87,13 @@ def serve(
 
 
 class _Server(uvicorn.Server):
-    """Uvicorn's, with an end at which no request is lost.
+    """Uvicorn's server, with a shutdown that loses no request.
 
-    By itself it closes connections that wait for their next request, which may be under way already. This one closes
-    the door, says on every answer that it is the connection's last, and gives silent connections a second.
+    Uvicorn closes idle connections at once, although their next request may be on its way. This server stops accepting
+    connections, closes each one after its next answer, and gives idle ones a second.
     """
 
-    def __init__(self, config: uvicorn.Config, app: Any, on_ready: Callable[[], None]) -> None:
+    def __init__(self, config: uvicorn.Config, app: Observed, on_ready: Callable[[], None]) -> None:
         super().__init__(config)
         self._app, self._on_ready, self._supervisor = app, on_ready, parent_process()
 
@@ -102,7 +103,7 @@ class _Server(uvicorn.Server):
             self._on_ready()
 
     async def on_tick(self, counter: int) -> bool:
-        if self._supervisor is not None and not self._supervisor.is_alive():  # nobody would stop this worker any more
+        if self._supervisor is not None and not self._supervisor.is_alive():  # nothing else would stop this worker
             self.should_exit = True
         return await super().on_tick(counter)
 
@@ -113,7 +114,7 @@ class _Server(uvicorn.Server):
             server.close()
         for sock in sockets or []:
             sock.close()
-        deadline = time.monotonic() + _LAST_WORD_S
+        deadline = time.monotonic() + _IDLE_GRACE_S
         while self.server_state.connections and time.monotonic() < deadline:
             await asyncio.sleep(0.02)
         await super().shutdown(sockets=sockets)
@@ -126,16 +127,16 @@ def _run_one(
     sock: socket.socket,
     on_ready: Callable[[], None],
 ) -> int:
-    # Not before, as PROMETHEUS_MULTIPROC_DIR is read when it is imported, and as it brings PyTorch along.
+    # Not at the top, as prometheus_client reads PROMETHEUS_MULTIPROC_DIR when it is imported.
     from mobilevit.serving.app import create_app
     from mobilevit.serving.service import open_predictors
 
     set_up_logs(config.log_format)
-    # Threads that compute hold the interpreter for short moments only; the event loop need not wait for 5 ms.
+    # Other threads need the interpreter for short moments only; the event loop need not wait 5 ms for it.
     sys.setswitchinterval(0.001)
     app = create_app(config, models, open_predictors(config, models), pages)
     try:
-        sock.listen()  # two services can be bound to one address, but only the first one to listen gets it
+        sock.listen()  # two services can bind to one address, but only the first to listen gets it
     except OSError:
         raise _in_use(config.host, config.port) from None
     settings = uvicorn.Config(
@@ -149,13 +150,13 @@ def _run_one(
     )
     try:
         _Server(settings, app, on_ready).run(sockets=[sock])
-    except SystemExit as stop:  # the log says why it could not start
+    except SystemExit as stop:  # the reason is in the log
         return int(stop.code or 0)
     return 0
 
 
 def _leave_quietly() -> None:
-    """For signals before uvicorn handles them, and for those that it raises again when it is done."""
+    """Exit on signals before uvicorn handles them, and on those that it raises again at its end."""
 
     def leave(*_: object) -> None:
         sys.exit(0)
@@ -174,18 +175,18 @@ def _worker(
     _leave_quietly()
     try:
         status = _run_one(config, models, pages, sock, lambda: ready.send(""))
-    except ValueError as error:
+    except MobileViTError as error:
         ready.send(str(error))
         status = 2
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it is leaving already
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it is exiting already
     sys.exit(status)
 
 
 class _Workers:
-    """Several processes that accept from one socket; one that dies is replaced.
+    """Several processes that accept connections from one socket; one that dies is replaced.
 
-    Uvicorn has such a supervisor, too. It keeps the socket open while its workers finish, so that connections are
-    accepted which nobody will answer, and looks only every half second whether a worker has died.
+    Uvicorn's own supervisor keeps the socket open while its workers finish, so it accepts connections that get no
+    answer, and it checks only every half second whether a worker has died.
     """
 
     def __init__(
@@ -199,7 +200,7 @@ class _Workers:
         self._config, self._models, self._pages, self._sock = config, models, pages, sock
         self._on_ready, self._address = on_ready, address_of(sock)
         self._processes: dict[BaseProcess, Connection] = {}
-        self._told = False
+        self._announced = False
         self._ready: set[BaseProcess] = set()
 
     def run(self) -> int:
@@ -223,7 +224,7 @@ class _Workers:
         self._processes[process] = here
 
     def _watch(self, signaled: socket.socket, folder: Path) -> int:
-        """Until told to stop. Returns the exit status."""
+        """Replace workers that die until a signal arrives. Return the exit status."""
         while True:
             sentinels = {process.sentinel: process for process in self._processes}
             starting = [pipe for process, pipe in self._processes.items() if process not in self._ready]
@@ -232,28 +233,28 @@ class _Workers:
                 return 0
             for process, pipe in list(self._processes.items()):
                 if pipe in happened and process not in self._ready:
-                    self._hear(process, pipe)
+                    self._receive(process, pipe)
                 if process.sentinel not in happened:
                     continue
                 process.join()
                 del self._processes[process]
                 self._forget(process, folder)
-                if not self._told:
+                if not self._announced:
                     log.error("a worker could not start; stopping")
                     return 1
                 log.error("worker %s died (%s); starting another", process.pid, process.exitcode)
                 if process not in self._ready:
-                    time.sleep(1)  # it did not live long; do not spin
+                    time.sleep(1)  # it died early; do not restart it in a tight loop
                 self._start()
-            if not self._told and self._ready.issuperset(self._processes):
-                self._told = True
+            if not self._announced and self._ready.issuperset(self._processes):
+                self._announced = True
                 self._on_ready(self._address)
 
-    def _hear(self, process: BaseProcess, pipe: Connection) -> None:
-        """A worker is ready, or says why not."""
-        with contextlib.suppress(EOFError):  # it died without a word
+    def _receive(self, process: BaseProcess, pipe: Connection) -> None:
+        """Receive a worker's message: empty if it is ready, otherwise its error."""
+        with contextlib.suppress(EOFError):  # it died before it sent one
             problem: str = pipe.recv()
-            if problem and not self._told:
+            if problem and not self._announced:
                 raise MobileViTError(problem)
             if problem:
                 log.error("%s", problem)
@@ -270,7 +271,7 @@ class _Workers:
         self._sock.close()
         for process in self._processes:
             process.terminate()
-        deadline = time.monotonic() + self._config.shutdown_s + 2 * _LAST_WORD_S + 5
+        deadline = time.monotonic() + self._config.shutdown_s + 2 * _IDLE_GRACE_S + 5
         for process in self._processes:
             process.join(max(0.0, deadline - time.monotonic()))
             if process.is_alive():
@@ -281,15 +282,15 @@ class _Workers:
 
 @contextlib.contextmanager
 def _signals() -> Iterator[socket.socket]:
-    """A socket that can be read from as soon as SIGTERM or SIGINT has come."""
+    """Open a socket that becomes readable when SIGTERM or SIGINT arrives."""
     here, there = socket.socketpair()
     there.setblocking(False)
 
-    def tell(*_: object) -> None:
+    def note(*_: object) -> None:
         with contextlib.suppress(OSError):
             there.send(b"!")
 
-    before = {number: signal.signal(number, tell) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield here
     finally:

@@ -1,4 +1,4 @@
-"""Everything a server can be told; each field's docstring is the help of its flag."""
+"""The settings of the server; the docstring of each field is the help text of its flag."""
 
 from __future__ import annotations
 
@@ -10,123 +10,128 @@ from pathlib import Path
 from typing import Literal
 
 from mobilevit.errors import MobileViTError
+from mobilevit.files import reading_from
 
 API_KEY_VARIABLE = "MOBILEVIT_API_KEY"
 
-_GOOD_KEY = re.compile(r"[!-~]+")
+_VALID_KEY = re.compile(r"[!-~]+")
 _RUN_FILES = ("best", "last", "model")
 _RUN_FOLDERS = ("exported",)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServeConfig:
-    """How to serve.
+    """Settings of the server.
 
     Raises:
-        ValueError: a field has no meaning.
+        MobileViTError: a field has an impossible value.
     """
 
     host: str = "127.0.0.1"
-    """Address to listen on; 0.0.0.0 is reachable from other machines."""
+    """Address to listen on; with 0.0.0.0, other machines can connect."""
     port: int = 8000
-    """0: any free one."""
+    """Port to listen on; 0: any free port."""
     engine: Literal["torch", "compile", "auto"] = "auto"
-    """What runs a checkpoint; auto: what `mobilevit tune` found, or PyTorch. Exported files have their own."""
+    """Engine of a checkpoint; auto: the fastest that `mobilevit tune` found, or PyTorch. Exported files have their
+    own."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1 or mps."""
     workers: int = 1
-    """Processes, with the models loaded in each; one that dies is replaced. They share the cores."""
+    """Processes, each with all models; they share the cores, and one that dies is replaced."""
     threads: int | None = None
-    """To compute with, in each worker; its share of the cores, or what `mobilevit tune` found, if not given."""
+    """CPU threads of each worker. Default: its share of the cores, or the number that `mobilevit tune` found."""
     max_batch: int = 16
-    """Images that go through a model together."""
+    """Limit on images that go through a model together."""
     max_wait_ms: float = 5.0
-    """How long an image waits for others that are still being read; with none under way it never waits."""
+    """Limit on the time an image waits for others that are being decoded; if there are none, it does not wait."""
     max_queue: int = 128
-    """Images that may wait for each model, in each worker; beyond that, the answer is 503."""
+    """Limit on waiting images, for each model and worker; further requests get a 503."""
     timeout_s: float = 30.0
-    """For a request, from its first byte to its answer, in seconds."""
+    """Limit on the time of a request, from its first byte to its answer, in seconds."""
     shutdown_s: float = 30.0
-    """At most, for finishing what was accepted, after SIGTERM or SIGINT."""
+    """Limit on the time to answer accepted requests after SIGTERM or SIGINT, in seconds."""
     max_body_mb: float = 20.0
-    """Of one request, in megabytes."""
+    """Limit on the size of a request in megabytes."""
     max_uploads_mb: float = 512.0
-    """Of all requests being received or waiting, in each worker; beyond that, the answer is 503."""
+    """Limit on the size of all requests in progress, in each worker; further requests get a 503."""
     max_pixels: int = 50_000_000
-    """Of one image."""
+    """Limit on the pixels of an image."""
     max_files: int = 32
-    """Images in one request."""
+    """Limit on images in a request."""
     max_connections: int = 512
-    """Open at a time, in each worker; beyond that, the answer is 503."""
+    """Limit on open connections, in each worker; further ones get a 503."""
     api_key: str | None = None
-    """Asked of clients, as `Authorization: Bearer KEY` or `X-API-Key: KEY`. Others on this machine can see flags: the
-    environment variable MOBILEVIT_API_KEY does the same."""
+    """Key that clients must send, as `Authorization: Bearer KEY` or `X-API-Key: KEY`. Other users of this machine can
+    see flags; the environment variable MOBILEVIT_API_KEY does the same."""
     cors_origins: tuple[str, ...] = ()
-    """Web sites, such as https://example.org, whose pages may ask; "*": all."""
+    """Web sites, such as https://example.org, whose pages may send requests; "*": all."""
     log_format: Literal["auto", "json", "text"] = "auto"
-    """Of the line a request; auto: text on a terminal, JSON elsewhere."""
+    """Format of the log; auto: text on a terminal, JSON elsewhere."""
 
     def __post_init__(self) -> None:
         for name in ("workers", "threads", "max_batch", "max_queue", "max_files", "max_pixels", "max_connections"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise MobileViTError(f"--{name.replace('_', '-')} is {value}; it must be 1 or more")
+                raise MobileViTError(f"`{name}` is {value}; it must be 1 or more")
         for name in ("timeout_s", "shutdown_s", "max_body_mb", "max_uploads_mb"):
             value = getattr(self, name)
             if not 0 < value < math.inf:
-                raise MobileViTError(f"--{name.replace('_', '-')} is {value}; it must be above 0")
+                raise MobileViTError(f"`{name}` is {value}; it must be above 0")
         if not 0 <= self.max_wait_ms < math.inf:
-            raise MobileViTError(f"--max-wait-ms is {self.max_wait_ms}; it must be 0 or more")
+            raise MobileViTError(f"`max_wait_ms` is {self.max_wait_ms}; it must be 0 or more")
         if not 0 <= self.port <= 65535:
-            raise MobileViTError(f"--port is {self.port}; it must be from 0 to 65535")
+            raise MobileViTError(f"`port` is {self.port}; it must be from 0 to 65535")
         if self.max_uploads_mb < self.max_body_mb:
-            raise MobileViTError(f"--max-uploads-mb is {self.max_uploads_mb}, less than one body of {self.max_body_mb}")
+            raise MobileViTError(
+                f"`max_uploads_mb` is {self.max_uploads_mb}, less than one body of `max_body_mb` {self.max_body_mb}"
+            )
         key = self.key()
         if key == "":
-            raise MobileViTError(f"the API key is empty; give --api-key or {API_KEY_VARIABLE} a value, or neither")
-        if key is not None and not _GOOD_KEY.fullmatch(key):  # such as a line end from a file: no request would match
+            raise MobileViTError(f"the API key is empty; give `api_key` or {API_KEY_VARIABLE} a value, or neither")
+        if key is not None and not _VALID_KEY.fullmatch(key):  # such as a line end from a file: no request would match
             raise MobileViTError(
-                f"the API key has characters that no header carries; give --api-key or {API_KEY_VARIABLE} ASCII "
-                "letters, digits and signs, without spaces or line ends"
+                f"the API key has characters that headers cannot contain; give `api_key` or {API_KEY_VARIABLE} ASCII "
+                "letters, digits and punctuation, without spaces or line ends"
             )
 
     def key(self) -> str | None:
-        """What clients must show; None: nothing."""
+        """Return the key that clients must send; None: they need none."""
         return os.environ.get(API_KEY_VARIABLE) if self.api_key is None else self.api_key
 
     def max_body(self) -> int:
-        """Bytes of one request."""
+        """Return the limit on the size of a request in bytes."""
         return round(self.max_body_mb * 1e6)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServedModel:
-    """A model to serve."""
+    """A model that the service offers."""
 
     name: str
-    """What requests call it."""
+    """Its name in requests."""
     path: Path
-    """Checkpoint or exported file."""
+    """A checkpoint or an exported file."""
 
 
 def name_models(arguments: tuple[str, ...]) -> tuple[ServedModel, ...]:
-    """A name for each model: what stands before "=", the file's, or for files such as best.safetensors the folder's.
+    """Name each model: by the name before "=", else the file, or for files such as best.safetensors the folder.
 
     Raises:
-        ValueError: a file is not there, or two models have one name.
+        MobileViTError: a file does not exist, or two models have the same name.
     """
     if not arguments:
         raise MobileViTError("no model to serve; name a checkpoint or an exported file")
     models: dict[str, Path] = {}
     for argument in arguments:
         given, separator, rest = argument.partition("=")
-        named = bool(separator) and not Path(argument).exists()
+        with reading_from(argument):
+            named = bool(separator) and not Path(argument).exists()
         path = Path(rest if named else argument)
-        if not path.exists():
-            raise MobileViTError(f"{path}: no such file")
+        with reading_from(path):
+            path.stat()
         name = given if named else _name_of(path)
         if not name:
-            raise MobileViTError(f"{argument}: an empty name; write NAME=FILE")
+            raise MobileViTError(f"{argument}: the name is empty; write NAME=FILE")
         if name in models:
             raise MobileViTError(
                 f"two models are called {name}; give them names: {name}-1={models[name]} {name}-2={path}"

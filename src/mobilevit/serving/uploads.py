@@ -1,4 +1,4 @@
-"""From a request's body to images in memory, within limits and without waiting for what would be refused anyway."""
+"""Read the images of a request into memory, within limits; uploads that are too large are refused early."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from mobilevit.serving.batching import Upload
 from mobilevit.serving.refusal import RefusalError, busy
 
 _RAW = "application/octet-stream"
-_LONGEST_NAME = 200
+_MAX_NAME = 200
 _PARAMETERS = frozenset({"model", "top", "min_score", "x", "y"})
 
 
 class UploadBudget:
-    """Bytes of bodies held at a time by one process.
+    """The bytes of request bodies that a process may hold at a time.
 
-    Counted as they come, not as they are announced: a slow client holds what it has sent.
+    They are counted as they arrive, not as announced: a slow client holds only the part it has sent.
     """
 
-    def __init__(self, most: int) -> None:
-        self._most = most
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
         self._held = 0
 
     @asynccontextmanager
     async def share(self) -> AsyncIterator[Share]:
-        """One request's part; given back at the end."""
+        """Open the share of one request, which is returned at the end."""
         share = Share(self)
         try:
             yield share
@@ -42,13 +42,13 @@ class UploadBudget:
         Raises:
             RefusalError: 503, there is no room for them.
         """
-        if self._held + count > self._most:
+        if self._held + count > self._limit:
             raise busy(1)
         self._held += count
 
 
 class Share:
-    """What one request holds."""
+    """The bytes that one request holds."""
 
     def __init__(self, budget: UploadBudget) -> None:
         self._budget = budget
@@ -61,11 +61,11 @@ class Share:
 
 
 async def read_uploads(request: Request, share: Share, *, max_bytes: int, max_files: int) -> list[Upload]:
-    """The images of a request: its body, or the files of its form.
+    """Read the images of a request: its body, or the files of its form.
 
     Raises:
         RefusalError: 400, 413, 415 or 422.
-        ClientDisconnect: the client is gone.
+        ClientDisconnect: the client has disconnected.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if not (kind.startswith("image/") or kind in (_RAW, "multipart/form-data")):
@@ -73,7 +73,7 @@ async def read_uploads(request: Request, share: Share, *, max_bytes: int, max_fi
         raise RefusalError(415, f"content type {kind[:100] or 'missing'}; {wanted}")
     announced = request.headers.get("content-length", "")
     if announced.isdecimal() and int(announced[:20]) > max_bytes:
-        if "expect" not in request.headers:  # who expects something waits to be asked for the body
+        if "expect" not in request.headers:  # such a client waits before it sends the body
             await _discard(request.stream(), max_bytes)
         raise _too_large(max_bytes)
     body = _limited(request, share, max_bytes)
@@ -97,7 +97,7 @@ async def _limited(request: Request, share: Share, max_bytes: int) -> AsyncGener
 
 
 async def _discard(stream: AsyncIterator[bytes], max_bytes: int) -> None:
-    """Read on for a while: clients that are still sending when the connection ends never see why."""
+    """Read on for a while: a client that is still sending when the connection ends does not get the answer."""
     left = 4 * max_bytes
     async for chunk in stream:
         left -= len(chunk)
@@ -110,7 +110,7 @@ def _too_large(max_bytes: int) -> RefusalError:
 
 
 class _FormParser(MultiPartParser):
-    spool_max_size = 2**40  # the limit on bodies keeps it small; nothing is written to a disk
+    spool_max_size = 2**40  # never write to a disk; the body is limited
 
 
 async def _read_form(request: Request, body: AsyncGenerator[bytes, None], max_files: int) -> list[Upload]:
@@ -120,12 +120,12 @@ async def _read_form(request: Request, body: AsyncGenerator[bytes, None], max_fi
         if error.message.startswith("Too many files"):
             raise RefusalError(413, f"more than {max_files} images in a request") from None
         raise RefusalError(400, f"malformed form: {error.message}") from None
-    except (ValueError, KeyError, IndexError, LookupError, UnicodeError) as error:  # headers that no parser expects
+    except (ValueError, KeyError, IndexError, LookupError, UnicodeError) as error:  # odd headers
         raise RefusalError(400, f"malformed form: {error}") from None
     try:
         for name, value in form.multi_items():
-            if name in _PARAMETERS and isinstance(value, str):  # or another model would answer than was asked for
-                raise RefusalError(422, f"{name} stands in the form; write it into the address, as in ?{name}=...")
+            if name in _PARAMETERS and isinstance(value, str):  # ignoring it could give the answer of another model
+                raise RefusalError(422, f"{name} is in the form; write it into the address, as in ?{name}=...")
         files = [file for _, file in form.multi_items() if isinstance(file, UploadFile)]
         if not files:
             raise RefusalError(400, "no image in the form; send files under the name files")
@@ -136,4 +136,4 @@ async def _read_form(request: Request, body: AsyncGenerator[bytes, None], max_fi
 
 
 def _name(given: str | None, number: int) -> str:
-    return (given or "")[:_LONGEST_NAME] or f"image {number}"
+    return (given or "")[:_MAX_NAME] or f"image {number}"
