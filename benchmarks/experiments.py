@@ -27,8 +27,9 @@ from torch.nn import functional as F
 
 import mobilevit
 import record
+from mobilevit.card import ModelCard
 from mobilevit.data.datasets import load_train_val
-from mobilevit.evaluation import evaluate, evaluation_loader
+from mobilevit.evaluation import evaluation_loader, measure
 from mobilevit.imaging.preprocessing import Preprocessing
 from mobilevit.models.mobilevit import ConvNormAct, MobileViTBlock, fold, initialize, unfold
 from mobilevit.tasks.settings import ClassificationSettings
@@ -165,10 +166,12 @@ def accuracy(model: nn.Module, images: Any, config: TrainConfig, renew: Any = No
         loading = {"batch_size": 64, "num_workers": 0, "device": torch.device("cpu")}
         if renew is not None:
             renew_statistics(model, evaluation_loader(renew, preprocessing, **loading), preprocessing)
-        session = TorchSession(model.eval(), preprocessing, device=torch.device("cpu"))
-        top1[side] = round(
-            evaluate(session, evaluation_loader(images, preprocessing, **loading), preprocessing).report.score, 4
+        card = ModelCard(
+            name="mobilevit_xxs", task="classification", classes=images.classes, preprocessing=preprocessing
         )
+        session = TorchSession(model.eval(), card, device=torch.device("cpu"))
+        loader = evaluation_loader(images, preprocessing, **loading)
+        top1[side] = round(measure(session, loader).report.score, 4)
     return top1
 
 

@@ -22,7 +22,7 @@ from mobilevit import factory
 from mobilevit.card import card_of
 from mobilevit.data.datasets import find_splits
 from mobilevit.devices import pick_device
-from mobilevit.evaluation import default_num_workers, evaluate, evaluation_loader
+from mobilevit.evaluation import evaluate_session
 from mobilevit.tasks.settings import DetectionSettings, SegmentationSettings
 from mobilevit.torch_session import TorchSession
 from mobilevit.training.config import TrainConfig
@@ -78,12 +78,8 @@ def main() -> None:
     minutes = (time.monotonic() - start) / 60
 
     model = factory.load(result.best)
-    preprocessing = card_of(model).preprocessing
     test = find_splits(arguments.data, result.task)["test"]
-    loader = evaluation_loader(
-        test, preprocessing, batch_size=8, num_workers=default_num_workers(device), device=device
-    )
-    evaluation = evaluate(TorchSession(model, preprocessing, device=device), loader, preprocessing)
+    evaluation = evaluate_session(TorchSession(model, card_of(model), device=device), test, batch_size=8)
     rows = [json.loads(line) for line in (config.out / "metrics.jsonl").read_text().splitlines()]
     figures = {
         "validation": result.report.summary,

@@ -23,13 +23,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from mobilevit.cli.labeled import data_to_evaluate
 
 import record
 from mobilevit import create_model, factory
 from mobilevit.card import ModelCard, card_of
 from mobilevit.data.shapes import render_scene
-from mobilevit.evaluation import evaluate, evaluation_loader
+from mobilevit.evaluation import evaluation_loader, find_part
+from mobilevit.evaluation import measure as measure_session
 from mobilevit.exporting.export import FORMATS, ExportError, export
 from mobilevit.exporting.graph import ExportGraph
 from mobilevit.exporting.images import parity_pixels
@@ -84,8 +84,8 @@ def measure(checkpoint: Path, folder: Path, arguments: argparse.Namespace) -> tu
     steps = ExportGraph(model, image_size=None).size_multiple
     height, width = (max(step, side // step * step) for side, step in zip(card.preprocessing.size, steps, strict=True))
     card = dataclasses.replace(card, preprocessing=dataclasses.replace(card.preprocessing, size=(height, width)))
-    training, _ = data_to_evaluate(folder, "train", card)
-    held_out, which = data_to_evaluate(folder, "auto", card)
+    training, _ = find_part(folder, "train", card)
+    held_out, which = find_part(folder, "auto", card)
     step = max(1.0, len(training) / arguments.calibration)
     calibration = [training.open(int(n * step)) for n in range(min(arguments.calibration, len(training)))]
     loader = evaluation_loader(held_out, card.preprocessing, batch_size=16, num_workers=0, device=torch.device("cpu"))
@@ -94,7 +94,7 @@ def measure(checkpoint: Path, folder: Path, arguments: argparse.Namespace) -> tu
     def accuracy(session: Session, card: ModelCard, label: str) -> Mapping[str, float]:
         if isinstance(session, TorchSession) and before:
             return before
-        summary = evaluate(session, loader, card.preprocessing, label=label).report.summary
+        summary = measure_session(session, loader, label=label).report.summary
         found = {name: summary[name] for name in FIGURES[card.task]}
         if isinstance(session, TorchSession):
             before.update(found)

@@ -20,7 +20,7 @@ from mobilevit.cli import main
 from mobilevit.data import shapes
 from mobilevit.data.datasets import find_splits
 from mobilevit.data.loaders import BatchLoader
-from mobilevit.evaluation import evaluate, evaluation_loader
+from mobilevit.evaluation import evaluation_loader, measure
 from mobilevit.models.inputs import normalize
 from mobilevit.runtime.predictor import Predictor, Result
 from mobilevit.torch_session import TorchSession
@@ -158,6 +158,8 @@ class TaskContract:
         written = json.loads((run / "evaluation.json").read_text())
         assert told[self.score] == pytest.approx(written[self.score], abs=1e-6)  # the part that was held out
         assert {"evaluation.json", "samples.png", *self.plots} <= {path.name for path in (tmp_path / "e").iterdir()}
+        report = mobilevit.evaluate(best, str(data), device="cpu")
+        assert (report.num_images, report.score) == (told["num_images"], pytest.approx(told[self.score], abs=1e-6))
         assert main(["eval", best, "--data", str(data), "--out", str(tmp_path / "e"), "--split", "all"]) == 0
         assert "24 images" in capsys.readouterr().out
 
@@ -266,7 +268,7 @@ def _report(model: nn.Module, data: Path) -> dict[str, Any]:
     device = torch.device("cpu")
     loader = evaluation_loader(images, card.preprocessing, batch_size=1, num_workers=0, device=device)
     session = TorchSession(model, card, device=device)
-    return evaluate(session, loader).report.to_dict()
+    return measure(session, loader).report.to_dict()
 
 
 def _evaluate_in_process(rank: int, run: Path, data: Path, out: Path) -> None:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from mobilevit.benchmarking.config import BenchmarkConfig, TuneConfig
     from mobilevit.benchmarking.tune import tune
     from mobilevit.errors import ImageError
+    from mobilevit.evaluation import evaluate
     from mobilevit.explaining.explain import explain
     from mobilevit.exporting.export import ExportReport, export
     from mobilevit.factory import create_model, load
@@ -39,6 +40,7 @@ _HOME_OF = {
     "benchmark": "benchmarking.benchmark",
     "convert_state_dict": "weights.convert",
     "create_model": "factory",
+    "evaluate": "evaluation",
     "explain": "explaining.explain",
     "export": "exporting.export",
     "fuse": "models.fuse",
@@ -62,6 +64,7 @@ __all__ = [
     "benchmark",
     "convert_state_dict",
     "create_model",
+    "evaluate",
     "explain",
     "export",
     "fuse",

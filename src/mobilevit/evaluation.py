@@ -1,8 +1,9 @@
-"""How good a model is on labeled images, and the files that show it."""
+"""Evaluate models on labeled images, and write the files that show the result."""
 
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -12,9 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
 
-from mobilevit.card import Task
+from mobilevit.card import ModelCard, Task
+from mobilevit.data.datasets import part_to_evaluate
 from mobilevit.data.imageset import ImageSet
 from mobilevit.data.loaders import Batch, BatchLoader, Transform
 from mobilevit.data.transforms import read_mask
@@ -29,7 +31,7 @@ from mobilevit.results import RESULT_TYPES
 from mobilevit.results.base import Outputs
 from mobilevit.results.detection import decode_detections, to_pixels
 from mobilevit.results.segmentation import decode_label_map
-from mobilevit.runtime.session import Session
+from mobilevit.runtime.session import EngineChoice, Session, open_session
 from mobilevit.tasks.classification_report import ClassificationMeter
 from mobilevit.tasks.classification_report import prediction_sheet as classification_sheet
 from mobilevit.tasks.detection_report import DetectionMeter, detection_sheet
@@ -45,7 +47,7 @@ NUM_SAMPLES = 24
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """A report, and what it was computed from."""
+    """The report, and what it was computed from."""
 
     report: Report
     meter: Meter
@@ -53,12 +55,94 @@ class Evaluation:
     """One line for each unreadable image."""
 
 
-def default_num_workers(device: torch.device, *, sharing: int = 1) -> int:
-    """Reading processes: one for every two cores where the CPU also computes, else up to eight.
+def evaluate(
+    model: str | os.PathLike[str] | nn.Module,
+    data: str | os.PathLike[str],
+    *,
+    split: str = "auto",
+    batch_size: int = 32,
+    device: str = "auto",
+    threads: int | None = None,
+    engine: EngineChoice = "torch",
+    num_workers: int | None = None,
+) -> Report:
+    """Measure a model on labeled images: accuracy, AP or mean IoU, per class.
 
     Args:
-        device: to compute on.
-        sharing: processes among which the cores are divided; each has that many readers.
+        model: a checkpoint, an exported file, or a model from `create_model` or `load`.
+        data: labeled images, as for training.
+        split: "auto": the val part if there is one; of the data the model was trained on, what was held out; of other
+            data, all. Or "train", "val", "test", "all".
+        batch_size: images that go through the model together.
+        device: "auto", "cpu", "cuda", "cuda:1" or "mps".
+        threads: to compute with on the CPU; by default, as many as there are cores.
+        engine: what runs a checkpoint; see `Predictor`.
+        num_workers: processes that read images; by default, by the number of cores.
+
+    Raises:
+        MobileViTError: model or data cannot be read, there is no such part, or the data have classes that the model
+            does not know.
+    """
+    session = open_session(model, device=device, threads=threads, engine=engine)
+    images, which = find_part(data, split, session.card)
+    log.info("%s on %s: %s, %d images", session.card.name, data, which, len(images))
+    report_problems(images)
+    evaluation = evaluate_session(session, images, batch_size=batch_size, num_workers=num_workers)
+    report_unreadable(evaluation.errors, "labeled", len(images))
+    return evaluation.report
+
+
+def find_part(path: str | os.PathLike[str], split: str, card: ModelCard) -> tuple[ImageSet[Any], str]:
+    """Read the images to measure a model on, labeled in the order of its classes, and say in words which they are.
+
+    Args:
+        path: labeled images, as for training.
+        split: see `evaluate`.
+        card: of the model.
+
+    Raises:
+        MobileViTError: no such part, or classes that the model does not know.
+    """
+    data, which = part_to_evaluate(path, split, task=card.task, provenance=card.provenance)
+    return data.relabel(card.classes), which
+
+
+def evaluate_session(
+    session: Session,
+    data: ImageSet[Any],
+    *,
+    batch_size: int = 16,
+    num_workers: int | None = None,
+    label: str = "evaluate",
+) -> Evaluation:
+    """Run a model, in whatever engine, over labeled images.
+
+    Args:
+        session: the model.
+        data: the images, labeled in the order of its classes; see `find_part`.
+        batch_size: images that go through the model together.
+        num_workers: processes that read images; by default, by the number of cores.
+        label: of the progress bar.
+
+    Raises:
+        MobileViTError: a wrong setting, or not a single image can be read.
+    """
+    if batch_size < 1:
+        raise MobileViTError(f"`batch_size` is {batch_size}; it must be 1 or more")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # only decides how images are read
+    workers = default_num_workers(device) if num_workers is None else num_workers
+    loader = evaluation_loader(
+        data, session.card.preprocessing, batch_size=batch_size, num_workers=workers, device=device
+    )
+    return measure(session, loader, label=label)
+
+
+def default_num_workers(device: torch.device, *, sharing: int = 1) -> int:
+    """Choose how many processes read: one for every two cores where the CPU also computes, else up to eight.
+
+    Args:
+        device: computes meanwhile.
+        sharing: processes that share the cores; each has that many readers.
     """
     cores = available_cores() // sharing
     return min(8, cores // 2 if device.type == "cpu" else cores)
@@ -72,10 +156,10 @@ def evaluation_loader(
     num_workers: int,
     device: torch.device,
 ) -> BatchLoader:
-    """Every image once, in order, through the preprocessing that predictions use; of several processes, a share.
+    """Load every image once, in order, preprocessed as for predictions; of several processes, each loads a share.
 
     Raises:
-        ValueError: the preprocessing crops, where every pixel has to be classified.
+        MobileViTError: the preprocessing crops, where every pixel has to be classified.
     """
     RESULT_TYPES[data.task].check(preprocessing)
     if data.task == "segmentation":
@@ -159,16 +243,16 @@ def _new_meter(data: ImageSet[Any]) -> Meter:
     return SegmentationMeter(data.classes, keep=_evenly_spaced(range(len(data))))
 
 
-def evaluate(session: Session, loader: BatchLoader, *, label: str = "evaluate") -> Evaluation:
-    """Run a model over all images of a loader and report; several processes report the same, on all images.
+def measure(session: Session, loader: BatchLoader, *, label: str = "evaluate") -> Evaluation:
+    """Run a model over all images of a loader; several processes each get the report on all images.
 
     Args:
-        session: the model, in whatever runtime.
+        session: the model.
         loader: the images, through the preprocessing of the session's card; see `evaluation_loader`.
         label: of the progress bar.
 
     Raises:
-        ValueError: not a single image could be read.
+        MobileViTError: not a single image can be read.
     """
     data, preprocessing = loader.data, session.card.preprocessing
     meter, observe, errors = _new_meter(data), _OBSERVE[data.task], []
@@ -214,7 +298,7 @@ def _evenly_spaced(indices: Sequence[int]) -> list[int]:
 
 
 def report_problems(data: ImageSet[Any]) -> None:
-    """Say what is wrong in the annotations, the first five in full."""
+    """Log how many problems the annotations have, and the first five."""
     if not data.problems:
         return
     log.warning(
@@ -225,7 +309,7 @@ def report_problems(data: ImageSet[Any]) -> None:
 
 
 def report_unreadable(errors: Collection[str], kind: str, total: int) -> None:
-    """Say how many images were left out, and name the first ten."""
+    """Log how many images were left out, and the first ten."""
     if not errors:
         return
     log.warning("left out %d of %d %s images, which cannot be read:", len(errors), total, kind)

@@ -33,9 +33,9 @@ from mobilevit.benchmarking.worker import AMP_DTYPES
 from mobilevit.card import card_of
 from mobilevit.devices import gpu_names, pick_device
 from mobilevit.errors import MobileViTError
+from mobilevit.evaluation import evaluate_session, find_part
 from mobilevit.files import write_json
 from mobilevit.imaging.preprocessing import Preprocessing
-from mobilevit.labeled import data_to_evaluate, measure_on
 from mobilevit.machine import this_machine, versions
 from mobilevit.models import MODELS, Model
 from mobilevit.progress import Progress
@@ -74,7 +74,7 @@ def benchmark(model: str | os.PathLike[str], config: BenchmarkConfig | None = No
     loaded = factory.create_model(str(model), task=config.task) if named else factory.load(model)
     card = card_of(loaded)
     if config.data is not None:  # now, rather than after all the rounds
-        data_to_evaluate(config.data, "auto", card)
+        find_part(config.data, "auto", card)
     with tempfile.TemporaryDirectory(prefix="mobilevit-benchmark-") as temporary:
         networks, absent = _networks(loaded, config, Path(temporary))
         contenders, impossible = enter(networks, engines, config, device)
@@ -214,7 +214,8 @@ def _with_accuracy(measurements: Sequence[Measurement], data: str) -> list[Measu
             key = (contender.network.label, engine, contender.precision)
             if key not in known:
                 session = _session(contender)
-                known[key] = dict(measure_on(data, session.card)(session, session.card, " ".join(key)))
+                images, _ = find_part(data, "auto", session.card)
+                known[key] = evaluate_session(session, images, label=f"evaluate {' '.join(key)}").report.summary
             measurement = dataclasses.replace(measurement, metrics=known[key])
         found.append(measurement)
     return found

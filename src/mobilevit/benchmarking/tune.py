@@ -29,9 +29,10 @@ from mobilevit.benchmarking.rounds import measure
 from mobilevit.card import Task, card_of
 from mobilevit.devices import gpu_names
 from mobilevit.errors import MobileViTError, one_line
+from mobilevit.evaluation import find_part
 from mobilevit.exporting.export import ExportReport, export
 from mobilevit.files import write_json
-from mobilevit.labeled import data_to_evaluate, measure_on
+from mobilevit.labeled import measure_on
 from mobilevit.machine import Machine, available_cores, this_machine, versions
 from mobilevit.models import Model
 from mobilevit.progress import Progress
@@ -118,7 +119,7 @@ def tune(checkpoint: str | os.PathLike[str], config: TuneConfig | None = None) -
         dropped.append(("int8", "not tried, as no calibration images were given"))
     model = factory.load(path)
     if config.data is not None:  # here, as a failing export is no reason to stop
-        data_to_evaluate(config.data, "auto", card_of(model))
+        find_part(config.data, "auto", card_of(model))
     folder = path.parent if config.out is None else config.out
     folder.mkdir(parents=True, exist_ok=True)
     # In the same folder as the result, so that the winner is moved, not copied.

@@ -10,8 +10,6 @@ from typing import Literal
 from tyro.conf import Positional
 
 from mobilevit.cli.printing import print_json, print_report
-from mobilevit.errors import MobileViTError
-from mobilevit.labeled import data_to_evaluate, evaluate_on
 
 log = logging.getLogger("mobilevit")
 
@@ -43,17 +41,20 @@ class Eval:
 
     def run(self) -> int:
         """Evaluate, print, write images."""
-        from mobilevit.evaluation import report_problems, report_unreadable, write_evaluation
+        from mobilevit.evaluation import (
+            evaluate_session,
+            find_part,
+            report_problems,
+            report_unreadable,
+            write_evaluation,
+        )
         from mobilevit.runtime.session import open_session
 
-        if self.batch_size < 1:
-            raise MobileViTError(f"--batch-size is {self.batch_size}; it must be 1 or more")
         session = open_session(self.checkpoint, device=self.device, threads=self.threads, engine=self.engine)
-        card = session.card
-        data, which = data_to_evaluate(self.data, self.split, card)
+        data, which = find_part(self.data, self.split, session.card)
         log.info("%s on %s: %s, %d images", self.checkpoint, self.data, which, len(data))
         report_problems(data)
-        evaluation = evaluate_on(session, data, card, self.batch_size, self.num_workers)
+        evaluation = evaluate_session(session, data, batch_size=self.batch_size, num_workers=self.num_workers)
         out = self.out or self.checkpoint.parent / "evaluation"
         write_evaluation(evaluation, data, out)
         report_unreadable(evaluation.errors, "labeled", len(data))

@@ -25,8 +25,8 @@ from mobilevit.devices import peak_memory_mb
 from mobilevit.errors import MobileViTError
 from mobilevit.evaluation import (
     default_num_workers,
-    evaluate,
     evaluation_loader,
+    measure,
     report_problems,
     report_unreadable,
     write_evaluation,
@@ -358,7 +358,7 @@ def _evaluate_epoch(run: Run, learning_rate: float) -> None:
     position, learner, epoch = run.position, run.learner, run.position.epoch
     distributed.spread(run.world, learner.evaluated)  # statistics of BatchNorm are each process's own
     session = TorchSession(learner.evaluated, learner.card, device=run.device, amp_dtype=learner.amp_dtype)
-    report = evaluate(session, run.val_loader, label=f"{run.label}, validation").report
+    report = measure(session, run.val_loader, label=f"{run.label}, validation").report
     if report.score > position.best_score:
         position.best_score, position.best_epoch = report.score, epoch
         if run.world.is_first:
@@ -456,7 +456,7 @@ def _finish(run: Run) -> TrainResult:
     best = folder.load_best(learner.model) if run.world.is_first else copy.deepcopy(learner.model).eval()
     distributed.spread(run.world, best.to(run.device))
     session = TorchSession(best, learner.card, device=run.device, amp_dtype=learner.amp_dtype)
-    evaluation = evaluate(session, run.val_loader)
+    evaluation = measure(session, run.val_loader)
     if run.world.is_first:
         folder.close()
         folder.draw_curves()
