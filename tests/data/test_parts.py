@@ -480,12 +480,17 @@ def test_a_test_part_without_labels_is_left_out_and_named(tmp_path: Path) -> Non
     yolo_images_part(tmp_path / "yolo", NUMBERS)
     masks_part_images(tmp_path / "masks", NUMBERS)
     masks_voc_lists(tmp_path / "voc_masks", NUMBERS)
+    coco_files(tmp_path / "coco", NUMBERS)
+    file = tmp_path / "coco/annotations/instances_test2017.json"
+    content = json.loads(file.read_text())
+    del content["annotations"]
+    file.write_text(json.dumps(content))
     for number in NUMBERS["test"]:
         (tmp_path / f"voc/Annotations/{number}.xml").unlink()
         (tmp_path / f"yolo/labels/test/{number}.txt").unlink()
         (tmp_path / f"masks/test/masks/{number}.png").unlink()
         (tmp_path / f"voc_masks/SegmentationClass/{number}.png").unlink()
-    for folder in ("classes", "voc", "yolo", "masks", "voc_masks"):
+    for folder in ("classes", "voc", "yolo", "coco", "masks", "voc_masks"):
         splits = find_splits(tmp_path / folder)
         assert {part: sorted(numbers(data)) for part, data in splits.items()} == {
             part: NUMBERS[part] for part in ("train", "val")

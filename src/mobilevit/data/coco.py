@@ -67,7 +67,7 @@ def _read(files: Mapping[str, Path], root: Path, unnamed: Sequence[Path] = ()) -
     tables: dict[str, BoxTable] = {}
     index_of: dict[Hashable, int] = {}
     for part, file in files.items():
-        content = _load(file)
+        content = _load(file, {"annotations": []} if part == "test" else {})
         known = f"the categories of {next(iter(files.values()))}" if tables else "the categories"
         table = BoxTable(root=root, origin=str(file), word="annotation", known=known)
         categories = _categories(content, table)
@@ -86,12 +86,13 @@ def _read(files: Mapping[str, Path], root: Path, unnamed: Sequence[Path] = ()) -
     return box_splits(tables, tuple(str(name) for name in index_of), index_of)
 
 
-def _load(file: Path) -> dict[str, list[_Entry]]:
+def _load(file: Path, default: dict[str, list[_Entry]]) -> dict[str, list[_Entry]]:
     try:
         content = json.loads(file.read_bytes())
     except (ValueError, RecursionError) as error:
         raise MobileViTError(f"{file}: not JSON ({error}); write or download it again") from None
-    lists = [content.get(key) for key in _LISTS] if isinstance(content, dict) else [None]
+    content = default | content if isinstance(content, dict) else {}
+    lists = [content.get(key) for key in _LISTS]
     if not all(isinstance(entries, list) and all(isinstance(entry, dict) for entry in entries) for entries in lists):
         raise MobileViTError(f"{file}: not COCO's format; it needs the lists images, annotations and categories")
     return {key: content[key] for key in _LISTS}
