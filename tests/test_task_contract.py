@@ -329,7 +329,7 @@ class TestSegmentation(TaskContract):
         model.card = dataclasses.replace(
             card, preprocessing=dataclasses.replace(card.preprocessing, resize_mode="crop")
         )
-        with pytest.raises(ValueError, match="resize_mode 'pad' or 'stretch'"):
+        with pytest.raises(ValueError, match="`resize_mode` 'pad' or 'stretch'"):
             Predictor(model)
         with pytest.raises(ValueError, match="`resize_mode` is crop; it must be stretch or pad"):
             train(TrainConfig(data=data, resize_mode="crop"))
