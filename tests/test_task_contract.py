@@ -15,7 +15,7 @@ from PIL import Image
 from torch import distributed, multiprocessing, nn
 
 import mobilevit
-from mobilevit.card import ModelCard, Task, card_of
+from mobilevit.card import ModelCard, TaskName, card_of
 from mobilevit.cli import main
 from mobilevit.data import shapes
 from mobilevit.data.datasets import find_splits
@@ -36,7 +36,7 @@ SIZE = 64
 class TaskContract:
     """Subclasses name a task, how its data are written, and its figures and plots."""
 
-    task: Task
+    task: TaskName
     write: Callable[..., None]
     score: str
     plots: tuple[str, ...]

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from mobilevit.errors import MobileViTError
 from mobilevit.imaging.preprocessing import Preprocessing
 
-Task = Literal["classification", "detection", "segmentation"]
+TaskName = Literal["classification", "detection", "segmentation"]
 """Predict the class of an image, boxes around objects, or the class of every pixel."""
 
 
@@ -19,7 +19,7 @@ class ModelCard:
 
     name: str
     """Architecture, a key of `MODELS`."""
-    task: Task
+    task: TaskName
     """The task of the model."""
     classes: tuple[str, ...]
     """Labels, by output index; a detector's without the background, which is output 0."""

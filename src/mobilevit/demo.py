@@ -15,7 +15,7 @@ from pathlib import Path
 from PIL import Image
 
 from mobilevit import factory
-from mobilevit.card import Task
+from mobilevit.card import TaskName
 from mobilevit.data import shapes
 from mobilevit.errors import MobileViTError
 from mobilevit.exporting.export import ExportReport, export
@@ -46,7 +46,7 @@ class _Show:
     """All but places and seed."""
 
 
-_SHOWS: dict[Task, _Show] = {
+_SHOWS: dict[TaskName, _Show] = {
     "classification": _Show(
         write=shapes.write_folder,
         num_images=3000,
@@ -87,7 +87,7 @@ _SHOWS: dict[Task, _Show] = {
 
 
 def run_demo(
-    out: Path, task: Task = "classification", *, epochs: int | None, num_images: int | None, seed: int
+    out: Path, task: TaskName = "classification", *, epochs: int | None, num_images: int | None, seed: int
 ) -> Path:
     """Draw images, train mobilevit_xxs on them, export it, predict images it never saw, write `report.html`.
 

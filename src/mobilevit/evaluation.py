@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor, distributed, nn
 
-from mobilevit.card import ModelCard, Task
+from mobilevit.card import ModelCard, TaskName
 from mobilevit.data.datasets import part_to_evaluate
 from mobilevit.data.imageset import ImageSet
 from mobilevit.data.loaders import Batch, BatchLoader, Transform
@@ -164,7 +164,7 @@ def evaluation_loader(
     RESULT_TYPES[data.task].check(preprocessing)
     if data.task == "segmentation":
         batch_size = min(batch_size, most_at_once(len(data.classes), preprocessing.size))
-    transforms: dict[Task, Transform] = {
+    transforms: dict[TaskName, Transform] = {
         "classification": partial(_with_label, preprocessing),
         "detection": partial(_with_size, preprocessing),
         "segmentation": partial(_with_mask, preprocessing),
@@ -228,7 +228,7 @@ def _observe_masks(
         meter.update(index, decode_label_map(each, preprocessing.placement(truth.shape)), truth)
 
 
-_OBSERVE: dict[Task, Callable[[Any, list[Outputs], Batch, ImageSet[Any], Preprocessing], None]] = {
+_OBSERVE: dict[TaskName, Callable[[Any, list[Outputs], Batch, ImageSet[Any], Preprocessing], None]] = {
     "classification": _observe_classes,
     "detection": _observe_boxes,
     "segmentation": _observe_masks,

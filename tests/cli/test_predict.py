@@ -14,13 +14,13 @@ from PIL import Image
 
 import mobilevit
 from golden_weights import fill_with_golden_weights
-from mobilevit.card import Task
+from mobilevit.card import TaskName
 from mobilevit.cli import main
 from mobilevit.cli.predict import _is_image
 from mobilevit.data.shapes import render_scene
 from unprivileged import locked_folder
 
-TASKS: tuple[Task, ...] = ("classification", "detection", "segmentation")
+TASKS: tuple[TaskName, ...] = ("classification", "detection", "segmentation")
 
 
 @pytest.fixture(scope="module")

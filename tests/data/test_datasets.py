@@ -8,7 +8,7 @@ import pytest
 from numbered_images import numbers, write_folder, write_image
 from PIL import Image
 
-from mobilevit.card import Task
+from mobilevit.card import TaskName
 from mobilevit.data.datasets import find_splits, load_train_val, recognize_task
 from mobilevit.data.shapes import CLASSES, write_boxes, write_masks
 
@@ -99,7 +99,7 @@ def voc_masks(folder: Path) -> Path:
         (voc_masks, "segmentation"),
     ],
 )
-def test_the_task_is_recognized_by_the_layout(tmp_path: Path, write: Callable[[Path], Path], task: Task) -> None:
+def test_the_task_is_recognized_by_the_layout(tmp_path: Path, write: Callable[[Path], Path], task: TaskName) -> None:
     assert recognize_task(write(tmp_path)) == task
 
 
@@ -181,7 +181,7 @@ def test_divided_boxes_stay_as_they_are(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("task", ["detection", "segmentation"])
-def test_val_without_train(tmp_path: Path, task: Task) -> None:
+def test_val_without_train(tmp_path: Path, task: TaskName) -> None:
     if task == "detection":
         write_voc(tmp_path / "x", "a", lists="v")
         (tmp_path / "x/ImageSets/Main/test.txt").write_text("a\n")

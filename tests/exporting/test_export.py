@@ -17,7 +17,7 @@ from torch import nn
 
 import mobilevit
 from golden_weights import fill_with_golden_weights
-from mobilevit.card import Task
+from mobilevit.card import TaskName
 from mobilevit.cli import main
 from mobilevit.data import shapes as drawn
 from mobilevit.errors import ImageError
@@ -32,11 +32,11 @@ from mobilevit.runtime.artifact import SUFFIXES, is_artifact, read_sidecar, side
 from mobilevit.runtime.session import ArtifactSession
 from test_cli import refused
 
-TASKS: tuple[Task, ...] = ("classification", "detection", "segmentation")
+TASKS: tuple[TaskName, ...] = ("classification", "detection", "segmentation")
 SIZE = (64, 128)
 
 
-def make(task: Task) -> Model:
+def make(task: TaskName) -> Model:
     """A small input, and scaling that is not the default."""
     classes = [f"kind {number}" for number in range(4)]
     model = mobilevit.create_model("mobilevit_xxs", task=task, classes=classes)
@@ -58,20 +58,20 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module", params=TASKS)
-def task(request: pytest.FixtureRequest) -> Task:
-    wanted: Task = request.param
+def task(request: pytest.FixtureRequest) -> TaskName:
+    wanted: TaskName = request.param
     return wanted
 
 
 @pytest.fixture(scope="module")
-def checkpoint(task: Task, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def checkpoint(task: TaskName, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return mobilevit.save(make(task), tmp_path_factory.mktemp(task) / "best.safetensors", score_threshold=None)
 
 
 @pytest.mark.parametrize("baked", [False, True])
 @pytest.mark.parametrize("format_", ["onnx", "openvino", "pt2"])
 def test_predictors_of_artifacts_answer_as_that_of_the_checkpoint(
-    task: Task, checkpoint: Path, format_: str, baked: bool, images: Path, tmp_path: Path
+    task: TaskName, checkpoint: Path, format_: str, baked: bool, images: Path, tmp_path: Path
 ) -> None:
     report = export(checkpoint, tmp_path, format=format_, bake_preprocessing=baked, images=images)
     assert report.verified == "yes"
@@ -96,7 +96,7 @@ def test_predictors_of_artifacts_answer_as_that_of_the_checkpoint(
             assert (one.label_map == other.label_map).mean() > 0.999
 
 
-def test_an_onnx_file_says_everything_and_holds_nothing_odd(task: Task, checkpoint: Path, tmp_path: Path) -> None:
+def test_an_onnx_file_says_everything_and_holds_nothing_odd(task: TaskName, checkpoint: Path, tmp_path: Path) -> None:
     path = export(checkpoint, tmp_path, format="onnx").path
     model = onnx.load(path)
     told = {entry.key: entry.value for entry in model.metadata_props}

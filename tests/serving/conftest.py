@@ -7,10 +7,10 @@ import pytest
 
 import mobilevit
 from golden_weights import fill_with_golden_weights
-from mobilevit.card import Task
+from mobilevit.card import TaskName
 from running_server import Server
 
-TASKS: tuple[Task, ...] = ("classification", "detection", "segmentation")
+TASKS: tuple[TaskName, ...] = ("classification", "detection", "segmentation")
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mobilevit.card import Task
+from mobilevit.card import TaskName
 from mobilevit.errors import MobileViTError
 from mobilevit.training.config import HardwareSettings, OptimizerSettings, SizeSettings, TrainConfig
 from training_settings import with_settings
@@ -100,7 +100,7 @@ def test_changes_are_what_differs_from_the_defaults() -> None:
 
 
 @pytest.mark.parametrize("task", ["classification", "detection", "segmentation"])
-def test_configurations_of_version_0_1(tmp_path: Path, task: Task) -> None:
+def test_configurations_of_version_0_1(tmp_path: Path, task: TaskName) -> None:
     written = json.loads((Path(__file__).parent / f"v01_{task}.json").read_text())
     config = TrainConfig.from_json(Path(__file__).parent / f"v01_{task}.json")
     flat = json.loads(json.dumps(config.flat(), default=str))
@@ -122,7 +122,7 @@ def test_configurations_of_version_0_1(tmp_path: Path, task: Task) -> None:
         ("classification", {"photometric_distortion": False}, "is for detection and segmentation"),
     ],
 )
-def test_settings_of_another_task(task: Task, settings: dict[str, object], said: str) -> None:
+def test_settings_of_another_task(task: TaskName, settings: dict[str, object], said: str) -> None:
     with pytest.raises(MobileViTError, match=said):
         with_settings(TrainConfig(data=Path("data")), **settings).resolve(task)
 
@@ -131,7 +131,7 @@ def test_settings_of_another_task(task: Task, settings: dict[str, object], said:
     ("task", "size", "mode"),
     [("classification", 256, "crop"), ("detection", 320, "stretch"), ("segmentation", 512, "pad")],
 )
-def test_what_depends_on_the_task(task: Task, size: int, mode: str) -> None:
+def test_what_depends_on_the_task(task: TaskName, size: int, mode: str) -> None:
     config = TrainConfig(data=Path("data"))
     resolved = config.resolve(task)
     assert (resolved.task, resolved.image_size, resolved.resize_mode) == (task, (size, size), mode)

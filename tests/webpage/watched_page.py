@@ -12,9 +12,9 @@ from typing import Any, ClassVar, get_args
 import numpy as np
 import pytest
 
-from mobilevit.card import Task
+from mobilevit.card import TaskName
 
-TASKS: tuple[Task, ...] = get_args(Task)
+TASKS: tuple[TaskName, ...] = get_args(TaskName)
 
 ENGINE_ANSWER = """async (bytes) => {
     const engine = await import(new URL("engine.js", location.href).href);

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from mobilevit.card import Task
+from mobilevit.card import TaskName
 
 Precision = Literal["fp32", "bf16", "fp16", "int8"]
 
@@ -15,7 +15,7 @@ Precision = Literal["fp32", "bf16", "fp16", "int8"]
 class BenchmarkConfig:
     """Settings of `benchmark`."""
 
-    task: Task = "classification"
+    task: TaskName = "classification"
     """Task of a model that is given by name; a checkpoint has its own."""
     engines: tuple[Literal["all", "eager", "compile", "onnx", "openvino", "executorch", "litert", "pt2"], ...] = (
         "all",

@@ -26,7 +26,7 @@ from mobilevit.benchmarking.contenders import (
 )
 from mobilevit.benchmarking.measurement import Failure, Measurement
 from mobilevit.benchmarking.rounds import measure
-from mobilevit.card import Task, card_of
+from mobilevit.card import TaskName, card_of
 from mobilevit.devices import gpu_names
 from mobilevit.errors import MobileViTError, one_line
 from mobilevit.evaluation import find_part
@@ -42,7 +42,7 @@ from mobilevit.weights import checkpoint as checkpoints
 
 log = logging.getLogger("mobilevit")
 
-_SCORE: dict[Task, str] = {"classification": "top1", "detection": "ap", "segmentation": "miou"}
+_SCORE: dict[TaskName, str] = {"classification": "top1", "detection": "ap", "segmentation": "miou"}
 """The metric that must not fall."""
 
 

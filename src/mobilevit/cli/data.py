@@ -12,7 +12,7 @@ from mobilevit.cli.errors import UsageError
 from mobilevit.cli.printing import print_json, print_rows
 
 if TYPE_CHECKING:
-    from mobilevit.card import Task
+    from mobilevit.card import TaskName
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +65,7 @@ class Data:
             print(f"\nlabeled images: {out}")
         return 0
 
-    def _shard(self, task: Task | None) -> int:
+    def _shard(self, task: TaskName | None) -> int:
         from mobilevit.data.shard_writing import write_shards
 
         if self.out is None:

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from mobilevit.card import Task
+from mobilevit.card import TaskName
 from mobilevit.class_names import IGNORE
 from mobilevit.data.boxes import size_problem
 from mobilevit.data.datasets import find_splits
@@ -35,7 +35,7 @@ _SHOWN_CLASSES = 40
 _LEGEND_CLASSES = 12  # of boxes
 _SMALL, _LARGE = 32**2, 96**2  # pixels; COCO's limits between small, medium and large
 
-_COUNTED: dict[Task, str] = {
+_COUNTED: dict[TaskName, str] = {
     "classification": "images",
     "detection": "objects (images)",
     "segmentation": "pixels (images)",
@@ -99,7 +99,7 @@ class CheckReport:
 
     path: str
     """Path of the data."""
-    task: Task
+    task: TaskName
     """The task that the data are labeled for."""
     classes: tuple[str, ...]
     """Class names."""
@@ -157,7 +157,7 @@ class CheckReport:
         return lines
 
 
-def check(path: str | os.PathLike[str], task: Task | None = None) -> CheckReport:
+def check(path: str | os.PathLike[str], task: TaskName | None = None) -> CheckReport:
     """Read the annotations and open every image and mask.
 
     Args:

@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from mobilevit.card import Task
+from mobilevit.card import TaskName
 from mobilevit.data.box_layouts import detection_splits, has_boxes
 from mobilevit.data.class_layouts import classification_splits
 from mobilevit.data.imageset import ImageSet, check_classes, split
@@ -19,14 +19,14 @@ from mobilevit.errors import MobileViTError
 
 log = logging.getLogger("mobilevit")
 
-_READERS: dict[Task, Callable[[Path], dict[str, ImageSet[Any]]]] = {
+_READERS: dict[TaskName, Callable[[Path], dict[str, ImageSet[Any]]]] = {
     "classification": classification_splits,
     "detection": detection_splits,
     "segmentation": segmentation_splits,
 }
 
 
-def find_splits(path: str | os.PathLike[str], task: Task | None = None) -> dict[str, ImageSet[Any]]:
+def find_splits(path: str | os.PathLike[str], task: TaskName | None = None) -> dict[str, ImageSet[Any]]:
     """Recognize and read what lies at `path`: labels at once, images and masks when they are asked for.
 
     The layouts of each task are those of `classification_splits`, `detection_splits` and `segmentation_splits`.
@@ -52,7 +52,7 @@ def find_splits(path: str | os.PathLike[str], task: Task | None = None) -> dict[
     return _READERS[task or recognize_task(path)](path)
 
 
-def recognize_task(path: Path) -> Task:
+def recognize_task(path: Path) -> TaskName:
     """Return the task that the files at `path` are labeled for.
 
     Raises:
@@ -71,7 +71,7 @@ def recognize_task(path: Path) -> Task:
 def load_train_val(
     path: str | os.PathLike[str],
     *,
-    task: Task | None = None,
+    task: TaskName | None = None,
     val_path: str | os.PathLike[str] | None,
     val_fraction: float,
     seed: int,
@@ -111,7 +111,7 @@ def load_train_val(
 
 
 def part_to_evaluate(
-    path: str | os.PathLike[str], part: str, *, task: Task, provenance: Mapping[str, str]
+    path: str | os.PathLike[str], part: str, *, task: TaskName, provenance: Mapping[str, str]
 ) -> tuple[ImageSet[Any], str]:
     """Read the images to measure a model on, and say in words which they are.
 

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from mobilevit.card import Task
+from mobilevit.card import TaskName
 from mobilevit.class_names import IGNORE
 from mobilevit.data.folders import some
 from mobilevit.errors import ImageError, MobileViTError
@@ -102,7 +102,7 @@ Target = TypeVar("Target", int, Boxes, Mask)
 class ImageSet(Generic[Target]):
     """Images that are opened by number, and a target for each."""
 
-    task: Task
+    task: TaskName
     """Decides what the targets are."""
     origin: str
     """Where the images come from, for messages."""

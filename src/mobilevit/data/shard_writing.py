@@ -20,7 +20,7 @@ from typing import Any
 
 from PIL import Image
 
-from mobilevit.card import Task
+from mobilevit.card import TaskName
 from mobilevit.data.datasets import find_splits
 from mobilevit.data.folders import PART_NAMES
 from mobilevit.data.imageset import ImageSet, check_classes, split
@@ -71,7 +71,7 @@ def write_shards(
     data: str | os.PathLike[str],
     out: Path,
     *,
-    task: Task | None = None,
+    task: TaskName | None = None,
     max_bytes: int = 256_000_000,
     shorter_side: int | None = None,
     val_fraction: float | None = None,

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mobilevit.card import Task
+from mobilevit.card import TaskName
 from mobilevit.exporting.graph import ExportGraph
 from mobilevit.imaging.preprocessing import Preprocessing
 from mobilevit.models.inputs import normalize
@@ -120,7 +120,9 @@ def _answers(graph: ExportGraph, pixels: Tensor, preprocessing: Preprocessing) -
     return outputs
 
 
-def _agreements(task: Task, expected: tuple[Tensor, ...], found: list[Outputs], iou_threshold: float) -> list[float]:
+def _agreements(
+    task: TaskName, expected: tuple[Tensor, ...], found: list[Outputs], iou_threshold: float
+) -> list[float]:
     """For each image, 0..1."""
     if task == "classification":
         return [float(int(a.argmax()) == int(b["logits"].argmax())) for a, b in zip(expected[0], found, strict=True)]

@@ -9,7 +9,7 @@ from functools import cache
 
 from torch import Tensor
 
-from mobilevit.card import Task, default_classes
+from mobilevit.card import TaskName, default_classes
 from mobilevit.class_names import COCO_CLASSES, VOC_CLASSES
 from mobilevit.errors import MobileViTError
 from mobilevit.imaging.preprocessing import Preprocessing
@@ -86,7 +86,7 @@ def _build_segmenter(config: MobileViTConfig, num_classes: int, head: HeadConfig
 _DETECTION_INPUT = Preprocessing(size=(320, 320), resize_mode="stretch", interpolation="bilinear")
 _SEGMENTATION_INPUT = Preprocessing(size=(512, 512), resize_mode="stretch", interpolation="bilinear")
 
-HEADS: dict[Task, Head] = {
+HEADS: dict[TaskName, Head] = {
     "classification": Head(
         build=_build_classifier,
         config_type=None,
@@ -125,7 +125,7 @@ HEADS: dict[Task, Head] = {
 }
 
 
-def known_task(task: str) -> Task:
+def known_task(task: str) -> TaskName:
     """Check the name of a task.
 
     Raises:

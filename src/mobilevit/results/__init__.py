@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from mobilevit.card import Task
+from mobilevit.card import TaskName
 from mobilevit.errors import MobileViTError
 from mobilevit.results.base import Result
 from mobilevit.results.classification import ClassificationResult
 from mobilevit.results.detection import DetectionResult
 from mobilevit.results.segmentation import SegmentationResult
 
-RESULT_TYPES: dict[Task, type[Result]] = {
+RESULT_TYPES: dict[TaskName, type[Result]] = {
     "classification": ClassificationResult,
     "detection": DetectionResult,
     "segmentation": SegmentationResult,
@@ -19,7 +19,7 @@ RESULT_TYPES: dict[Task, type[Result]] = {
 """The type that `Predictor` returns, by task."""
 
 
-def check_options(task: Task, options: Iterable[str]) -> None:
+def check_options(task: TaskName, options: Iterable[str]) -> None:
     """Refuse options that have a meaning for another task only.
 
     Raises:

@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mobilevit.card import Task
+from mobilevit.card import TaskName
 from mobilevit.errors import MobileViTError, one_line
 from mobilevit.files import Json, file_lock, reading_from, write_atomically, write_json, writing_to
 from mobilevit.runtime.engine import import_runtime
@@ -26,7 +26,7 @@ Row = Json
 """The row of one image, by the columns of `schema_of`; missing columns are null."""
 
 
-def schema_of(task: Task) -> pyarrow.Schema:
+def schema_of(task: TaskName) -> pyarrow.Schema:
     """Return the columns of a task's rows; those of the task are null in rows with an `error`.
 
     Raises:
@@ -35,7 +35,7 @@ def schema_of(task: Task) -> pyarrow.Schema:
     pa = import_runtime("pyarrow", "bulk")
     text, number = pa.string(), pa.float32()
     objects = [("label", text), ("score", number), *((edge, number) for edge in ("left", "top", "right", "bottom"))]
-    columns: dict[Task, list[tuple[str, pyarrow.DataType]]] = {
+    columns: dict[TaskName, list[tuple[str, pyarrow.DataType]]] = {
         "classification": [
             ("label", text),
             ("probability", number),
@@ -51,7 +51,7 @@ def schema_of(task: Task) -> pyarrow.Schema:
     return pa.schema([("source", text), *size, *columns[task], ("error", text)])
 
 
-def to_table(rows: Sequence[Row], task: Task) -> pyarrow.Table:
+def to_table(rows: Sequence[Row], task: TaskName) -> pyarrow.Table:
     """Convert rows to a table."""
     return import_runtime("pyarrow", "bulk").Table.from_pylist(list(rows), schema=schema_of(task))
 
@@ -68,7 +68,7 @@ class Parts:
         seconds: how much work may be lost if the process is killed.
     """
 
-    def __init__(self, folder: Path, task: Task, *, rows: int, seconds: float = 60.0) -> None:
+    def __init__(self, folder: Path, task: TaskName, *, rows: int, seconds: float = 60.0) -> None:
         self._folder, self._task, self._rows, self._seconds = folder, task, rows, seconds
         self._number = max((int(path.stem.partition("-")[2]) for path in find_parts(folder)), default=-1) + 1
         self._waiting: list[Row] = []

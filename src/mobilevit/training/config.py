@@ -16,12 +16,12 @@ from mobilevit.errors import MobileViTError
 from mobilevit.tasks.settings import ClassificationSettings, DetectionSettings, SegmentationSettings
 
 if TYPE_CHECKING:
-    from mobilevit.card import Task
+    from mobilevit.card import TaskName
     from mobilevit.data.samplers import SizedBatch
 
 ResizeMode = Literal["auto", "crop", "stretch", "pad"]
 
-_INPUTS: dict[Task, tuple[int, ResizeMode]] = {
+_INPUTS: dict[TaskName, tuple[int, ResizeMode]] = {
     "classification": (256, "crop"),
     "detection": (320, "stretch"),
     "segmentation": (512, "pad"),
@@ -207,7 +207,7 @@ class TrainConfig:
             most=self.sizes.max_batch_size,
         )
 
-    def resolve(self, task: Task, num_processes: int = 1) -> TrainConfig:
+    def resolve(self, task: TaskName, num_processes: int = 1) -> TrainConfig:
         """Decide everything that depends on the task and on the number of processes.
 
         Raises:
@@ -230,7 +230,7 @@ class TrainConfig:
             optimizer=dataclasses.replace(self.optimizer, head_lr_factor=head_lr_factor),
         )
 
-    def _refuse_other_tasks(self, task: Task) -> None:
+    def _refuse_other_tasks(self, task: TaskName) -> None:
         only_for = {
             "classification": (self.classification, self.sizes, self.distillation),
             "detection": (self.detection,),

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mobilevit.card import Task
+from mobilevit.card import TaskName
 from mobilevit.data.datasets import load_train_val
 from mobilevit.data.imageset import ImageSet
 from mobilevit.data.loaders import BatchLoader, ahead_on
@@ -51,7 +51,7 @@ _STEPS_BETWEEN_LOOKS = 20  # at the loss, on a GPU: looking makes the host wait 
 class TrainResult:
     """The outcome of a run."""
 
-    task: Task
+    task: TaskName
     report: Report
     """Figures of the best weights on the validation images."""
     best: Path

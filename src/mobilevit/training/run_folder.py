@@ -15,7 +15,7 @@ from safetensors.torch import save as serialize
 from torch import nn
 
 from mobilevit import __version__, factory
-from mobilevit.card import Task, card_of
+from mobilevit.card import TaskName, card_of
 from mobilevit.errors import Interrupted, MissingPackageError, MobileViTError
 from mobilevit.files import write_bytes, write_json, write_text
 from mobilevit.models import Model
@@ -36,7 +36,7 @@ _FREE_ON_RESUME = {"out", "data", "val_data", "device", "num_workers", "checkpoi
 _SCORES = {"top1": "top-1", "ap": "AP", "miou": "mean IoU"}
 
 
-_LIMITS: dict[Task, str] = {
+_LIMITS: dict[TaskName, str] = {
     "classification": "It answers with one of its classes whatever it is shown.",
     "detection": "Objects of other classes are passed over, or taken for one of its own.",
     "segmentation": "Every pixel is given one of its classes, whatever is there.",

@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from mobilevit.card import Task
+from mobilevit.card import TaskName
 from mobilevit.errors import MobileViTError
 from mobilevit.weights.mobilevit_keys import IGNORED, KEY_MAP, Family, rows_by_name
 
@@ -97,7 +97,7 @@ def detect_family(state_dict: Mapping[str, Any]) -> Family:
     return _recognize(state_dict)[0]
 
 
-def detect_task(state_dict: Mapping[str, Any]) -> Task:
+def detect_task(state_dict: Mapping[str, Any]) -> TaskName:
     """Tell the task of an unwrapped state dict by its keys; a backbone alone counts as a classifier's.
 
     Raises:
@@ -106,7 +106,7 @@ def detect_task(state_dict: Mapping[str, Any]) -> Task:
     return _recognize(state_dict)[1]
 
 
-def _recognize(state_dict: Mapping[str, Any]) -> tuple[Family, Task]:
+def _recognize(state_dict: Mapping[str, Any]) -> tuple[Family, TaskName]:
     """Find the family and task whose names cover most of the keys."""
     candidates = [(family, task) for task in KEY_MAP for family in _FAMILIES]
     known = {candidate: sum(_module(key) in rows_by_name(*candidate) for key in state_dict) for candidate in candidates}

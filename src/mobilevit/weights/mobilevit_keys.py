@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from functools import cache
 from typing import Literal, NamedTuple
 
-from mobilevit.card import Task
+from mobilevit.card import TaskName
 from mobilevit.models.mobilevit import XXS
 
 Family = Literal["mobilevit", "cvnets", "timm", "transformers"]
@@ -111,7 +111,7 @@ def _segmenter() -> Iterator[Row]:
     yield aux_head.child("2", "2.block.conv", "", "")
 
 
-KEY_MAP: dict[Task, tuple[Row, ...]] = {
+KEY_MAP: dict[TaskName, tuple[Row, ...]] = {
     "classification": tuple(_classifier()),
     "detection": tuple(_detector()),
     "segmentation": tuple(_segmenter()),
@@ -123,7 +123,7 @@ IGNORED = re.compile(r"(encoder\.)?(anchor_box_generator|match_prior|neural_augm
 
 
 @cache
-def rows_by_name(family: Family, task: Task) -> dict[str, Row]:
+def rows_by_name(family: Family, task: TaskName) -> dict[str, Row]:
     """Index the modules of a model by their names in a family, among them the names in a backbone on its own."""
     rows = {name: row for row in KEY_MAP[task] if (name := getattr(row, family)) is not None}
     if family == "transformers":

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.request import urlopen
 
-from mobilevit.card import Task
+from mobilevit.card import TaskName
 from mobilevit.errors import MobileViTError, did_you_mean
 from mobilevit.files import DiskFullError, cache_folder, write_bytes
 from mobilevit.imaging.preprocessing import Preprocessing
@@ -40,7 +40,7 @@ class PretrainedWeights:
     """Name that `create_model(weights=...)` takes."""
     architecture: str
     """Key of `MODELS`."""
-    task: Task
+    task: TaskName
     """Task they were trained for; `create_model` takes their backbone for any other."""
     repositories: tuple[Repository, ...] = ()
     """Where the same numbers are published, in order of preference."""
