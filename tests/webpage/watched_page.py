@@ -96,7 +96,7 @@ def serve_folder(folder: Path) -> Site:
 def same_answer(found: dict[str, Any], expected: Any) -> None:
     """Whether the engine's answer is `Predictor`'s."""
     if found["task"] == "classification":
-        for ours, theirs in zip(found["item"]["top"], expected.to_dict(5)["top"], strict=True):
+        for ours, theirs in zip(found["item"]["top"], expected.to_dict(top=5)["top"], strict=True):
             assert ours["label"] == theirs["label"]
             assert ours["probability"] == pytest.approx(theirs["probability"], abs=1e-3)
     elif found["task"] == "detection":

@@ -1,6 +1,6 @@
-"""The web page, with one of two engines behind it: the HTTP service, or the model in the browser itself.
+"""The web page, with one of two engines: the HTTP service, or the model in the browser itself.
 
-`static/` holds the page as it is served; there is no build step. `engine.js` is the only file that differs.
+The files in `static/` are served as they are, without a build step. Only `engine.js` depends on the engine.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _ENGINES: dict[Engine, dict[str, str]] = {
 }
 _GALLERY = ("cat.jpg", "coffee.jpg", "rocket.jpg", "astronaut.jpg")
 
-# A plain file server sends no policy of its own, so the page says it.
+# A plain file server sends no content security policy, so the page contains one.
 _POLICY = (
     "default-src 'none'; script-src 'self' 'wasm-unsafe-eval'; style-src 'self'; img-src 'self' blob: data:; "
     "connect-src 'self'; media-src 'self' blob:; manifest-src 'self'; worker-src 'self' blob:; base-uri 'none'; "
@@ -34,7 +34,7 @@ _IN_BROWSER = (
 
 
 def page_files(engine: Engine) -> dict[str, bytes]:
-    """Everything the page is made of, by its path relative to the page."""
+    """Return all files of the page, by their paths relative to the page."""
     static = files("mobilevit") / "webpage" / "static"
     photographs = files("mobilevit") / "imaging" / "photographs"
     names = {name: name for name in _SHARED} | _ENGINES[engine]

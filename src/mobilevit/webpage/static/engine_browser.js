@@ -1,4 +1,4 @@
-// Answers computed in this browser, by ONNX Runtime: images do not leave the device.
+// Runs the model in this browser, with ONNX Runtime: images do not leave the device.
 
 import { classify, detect, labelMap, shares } from "./postprocessing.js";
 import { prepare, rgbOf } from "./preprocessing.js";
@@ -14,7 +14,7 @@ let ort, session, model, weights, device;
 
 export async function open(say) {
   if (navigator.gpu && (await navigator.gpu.requestAdapter().catch(() => null))) devices.push({ name: "webgpu", label: "graphics card" });
-  await keepForOffline();
+  await cacheForOffline();
   const described = await fetch(new URL("model.json", HERE));
   if (!described.ok) throw new Error("model.json is missing beside this page; copy the whole folder.");
   model = await described.json();
@@ -34,11 +34,11 @@ export async function useDevice(wanted) {
   const runtime = await import(`./runtime/ort.${wanted}.min.mjs`);
   runtime.env.wasm.wasmPaths = new URL("runtime/", HERE).href;
   runtime.env.wasm.numThreads = self.crossOriginIsolated ? Math.min(4, navigator.hardwareConcurrency || 1) : 1;
-  runtime.env.wasm.proxy = wanted === "wasm"; // in a worker: the page does not stand still meanwhile
+  runtime.env.wasm.proxy = wanted === "wasm"; // in a worker, so that the page does not freeze
   runtime.env.logLevel = "error";
-  // A copy, as the worker takes what it is given away.
+  // A copy, as the buffer is transferred to the worker.
   const opened = await runtime.InferenceSession.create(weights.slice(), { executionProviders: [wanted] });
-  [ort, session, device] = [runtime, opened, wanted]; // only now: when this fails, the device before goes on
+  [ort, session, device] = [runtime, opened, wanted]; // last: if opening fails, the previous device stays in use
 }
 
 export function currentDevice() {
@@ -60,7 +60,7 @@ export async function predict(_, file, bitmap) {
   return answer(rgb, height, width);
 }
 
-// In strips, as phones read nothing but zeros from a canvas that is too large for them.
+// In strips, as phones read only zeros from a canvas that is too large for them.
 function rgbOfImage(image) {
   const { width, height } = image;
   const rows = Math.min(height, Math.max(1, Math.floor(STRIP_PIXELS / width)));
@@ -75,20 +75,25 @@ function rgbOfImage(image) {
   return rgb;
 }
 
-// RGB bytes (rows x columns x 3) -> an answer.
+// RGB bytes (rows x columns x 3) -> a result; see results.js.
 export async function answer(rgb, rows, columns) {
   const { pixels, place } = prepare(model.preprocessing, rgb, rows, columns);
   const [height, width] = place.size;
-  const found = await session.run({ [session.inputNames[0]]: new ort.Tensor("uint8", pixels, [1, height, width, 3]) });
-  const { task, classes } = model;
-  if (task === "classification") return { task, item: classify(found.logits.data, classes) };
-  if (task === "detection") {
-    return { task, item: detect(found.boxes_xyxy.data, found.scores.data, found.selected.data, classes, place) };
-  }
-  const labels = labelMap(found.logits.data, classes.length, place);
-  const item = { width: columns, height: rows, shares: shares(labels, classes) };
-  return { task, item, labels, mask: paint(labels, rows, columns, classes.length) };
+  const outputs = await session.run({ [session.inputNames[0]]: new ort.Tensor("uint8", pixels, [1, height, width, 3]) });
+  return { task: model.task, ...DECODERS[model.task](outputs, model.classes, place) };
 }
+
+const DECODERS = {
+  classification: ({ logits }, classes) => ({ item: classify(logits.data, classes) }),
+  detection: ({ boxes_xyxy: boxes, scores, selected }, classes, place) => ({
+    item: detect(boxes.data, scores.data, selected.data, classes, place),
+  }),
+  segmentation: ({ logits }, classes, place) => {
+    const labels = labelMap(logits.data, classes.length, place), [rows, columns] = place.image;
+    const item = { width: columns, height: rows, shares: shares(labels, classes) };
+    return { item, labels, mask: paint(labels, rows, columns, classes.length) };
+  },
+};
 
 function paint(labels, rows, columns, numClasses) {
   const colors = Array.from({ length: numClasses }, (_, n) => model.colors?.[n] ?? colorOf(n));
@@ -97,7 +102,7 @@ function paint(labels, rows, columns, numClasses) {
   const pen = canvas.getContext("2d");
   const image = pen.createImageData(width, height);
   const parts = colors.map((color) => new Uint8Array([...color.match(/\d+/g).map(Number), 255]));
-  const words = Uint32Array.from(parts, (part) => new Uint32Array(part.buffer)[0]); // a write a pixel
+  const words = Uint32Array.from(parts, (part) => new Uint32Array(part.buffer)[0]); // one write per pixel
   const pixels = new Uint32Array(image.data.buffer);
   const across = Uint32Array.from({ length: width }, (_, x) => Math.floor((x * columns) / width));
   for (let y = 0, at = 0; y < height; y++) {
@@ -123,26 +128,26 @@ async function download(url, say) {
   return new Uint8Array(await new Blob(parts).arrayBuffer());
 }
 
-// The service worker keeps the files for offline use, and adds the headers without which browsers give no threads.
-async function keepForOffline() {
+// The service worker caches the files for offline use, and adds the headers that browsers require for threads.
+async function cacheForOffline() {
   if (!("serviceWorker" in navigator)) return;
   try {
     const { installing } = await navigator.serviceWorker.register(new URL("service_worker.js", HERE));
     await Promise.race([navigator.serviceWorker.ready, ...(installing ? [failureOf(installing)] : [])]);
   } catch {
-    return; // a private window, a full disk, a file that was not copied: all works, but not offline
+    return; // a private window, a full disk, a missing file: everything works, but not offline
   }
   if (!self.crossOriginIsolated && !sessionStorage.getItem("reloaded")) {
-    sessionStorage.setItem("reloaded", "true"); // once: now the worker answers, with its headers
+    sessionStorage.setItem("reloaded", "true"); // once: now the worker adds its headers
     location.reload();
     await new Promise(() => {});
   }
 }
 
-// Rejects when a worker cannot keep the files; nobody else says so, and `ready` would be waited for in vain.
+// Rejects if a worker cannot cache the files; `ready` alone would never settle.
 function failureOf(worker) {
   return new Promise((_, reject) => {
-    const look = () => { if (worker.state === "redundant") reject(new Error("the files cannot be kept")); };
+    const look = () => { if (worker.state === "redundant") reject(new Error("the files cannot be cached")); };
     worker.addEventListener("statechange", look);
     look();
   });

@@ -1,3 +1,3 @@
-// What an engine throws where the page can help.
+// Errors of an engine that the page can handle.
 
 export class KeyNeeded extends Error {}

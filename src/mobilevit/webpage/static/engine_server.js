@@ -1,4 +1,4 @@
-// Answers from the HTTP service that this page came from.
+// Asks the HTTP service that this page came from.
 
 import { KeyNeeded } from "./engine_errors.js";
 import { sizeOfCanvas } from "./results.js";
@@ -15,23 +15,27 @@ export async function open() {
     classes: model.classes,
     scoreThreshold: model.score_threshold ?? 0.3,
     explains: model.explain,
-    about: `${model.architecture}, ${model.task}, ${model.classes.length} classes, by ${model.engine}`,
+    about: `${model.architecture}, ${model.task}, ${model.classes.length} classes, ${model.engine}`,
   }));
 }
 
 export const devices = [];
 
-// An image as a file or blob -> {task, item, mask?}; see results.js.
+// An image as a file or blob -> a result; see results.js.
 export async function predict(model, file) {
-  const query = { model: model.name, top: 5, ...(model.task === "detection" ? { min_score: 0.05 } : {}) };
+  const query = { model: model.name, top: 5, ...QUERIES[model.task] };
   const { task, results } = await ask("predict", query, file);
   const [item] = results;
-  return task === "segmentation" ? { task, item, mask: await readMask(item.mask_png) } : { task, item };
+  return item.mask_png ? { task, item, mask: await readMask(item.mask_png) } : { task, item };
 }
 
+// The page's slider hides objects, so it asks for nearly all of them.
+const QUERIES = { detection: { min_score: 0.05 } };
+
+
 export async function explain(model, file, [x, y]) {
-  const told = await ask("explain", { model: model.name, x, y }, file);
-  return { url: `data:image/png;base64,${told.image_png}`, label: told.label, score: told.score };
+  const found = await ask("explain", { model: model.name, x, y }, file);
+  return { url: `data:image/png;base64,${found.image_png}`, label: found.label, score: found.score };
 }
 
 async function ask(path, query = {}, file = undefined) {
@@ -39,7 +43,7 @@ async function ask(path, query = {}, file = undefined) {
   for (const [key, value] of Object.entries(query)) url.searchParams.set(key, value);
   const headers = {};
   const key = sessionStorage.getItem("key");
-  if (key && !/^[!-~]+$/.test(key)) throw new KeyNeeded("An API key has ASCII letters, digits and signs, and no spaces.");
+  if (key && !/^[!-~]+$/.test(key)) throw new KeyNeeded("An API key has ASCII letters, digits and punctuation, but no spaces.");
   if (key) headers["X-API-Key"] = key;
   if (file) headers["Content-Type"] = file.type || "application/octet-stream";
   for (let attempt = 0; ; attempt++) {
@@ -54,10 +58,10 @@ async function ask(path, query = {}, file = undefined) {
       await new Promise((resolve) => setTimeout(resolve, 1000 * seconds));
       continue;
     }
-    const told = await response.json().catch(() => ({ error: `The service answered with status ${response.status}.` }));
-    if (response.status === 401) throw new KeyNeeded(told.error);
-    if (!response.ok) throw new Error(told.error);
-    return told;
+    const value = await response.json().catch(() => ({ error: `The service answered with status ${response.status}.` }));
+    if (response.status === 401) throw new KeyNeeded(value.error);
+    if (!response.ok) throw new Error(value.error);
+    return value;
   }
 }
 
@@ -66,13 +70,13 @@ async function readMask(base64) {
   const image = await createImageBitmap(new Blob([bytes], { type: "image/png" }));
   const canvas = new OffscreenCanvas(...sizeOfCanvas(image.width, image.height));
   const pen = canvas.getContext("2d");
-  pen.imageSmoothingEnabled = false; // colors between two classes would be none
+  pen.imageSmoothingEnabled = false; // a mix of two colors belongs to no class
   pen.drawImage(image, 0, 0, canvas.width, canvas.height);
   image.close();
   return { canvas, colors: paletteOf(bytes) };
 }
 
-// The colors of a palette PNG by their numbers: its PLTE chunk.
+// The colors of a palette PNG, by index: its PLTE chunk.
 function paletteOf(bytes) {
   const view = new DataView(bytes.buffer);
   for (let at = 8; at < bytes.length; at += 12 + view.getUint32(at)) {

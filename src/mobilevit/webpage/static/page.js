@@ -1,4 +1,4 @@
-// The page: from an image, however it comes, to an answer beside and over it.
+// The page: takes images, asks the engine, and shows the prediction beside the image and on it.
 
 import * as engine from "./engine.js";
 import { KeyNeeded } from "./engine_errors.js";
@@ -9,13 +9,13 @@ const GALLERY = ["cat", "coffee", "rocket", "astronaut"];
 
 const state = {
   models: [], model: null,
-  images: [],          // {file, bitmap, thumb, url} of what was dropped, pasted or chosen
-  wanted: null,          // the one of them that was chosen last, perhaps not decoded yet
-  shown: null,           // {file, bitmap} of the image in front; others have no bitmap, as photographs are large
+  images: [],            // {file, bitmap, thumb, url} of each image that was dropped, pasted or chosen
+  wanted: null,          // the image that was chosen last, perhaps not decoded yet
+  shown: null,           // {file, bitmap} of the visible image; the others have no bitmap, to save memory
   answer: null,
-  mark: null,            // [x, y] of the pixel that is explained
-  camera: null,          // {stream, facing} while it runs; no stream yet while the browser asks for leave
-  turn: 0,               // counts images, so that a late answer is not shown for another one
+  mark: null,            // [x, y] of the pixel to explain
+  camera: null,          // {stream, facing} while it runs; no stream while the browser asks for permission
+  turn: 0,               // counts requests, so that a late answer is not shown for another image
 };
 
 // -- start -----------------------------------------------------------------------------------------------------------
@@ -79,8 +79,8 @@ function listen() {
   at("another").addEventListener("click", startOver);
   at("save-image").addEventListener("click", () => at("canvas").toBlob((blob) => save(blob, `${stem()}-answer.png`)));
   at("save-json").addEventListener("click", () => {
-    const { mask_png: _, ...told } = state.answer.item;
-    save(new Blob([JSON.stringify({ model: state.model.name, task: state.answer.task, ...told }, null, 2)]), `${stem()}.json`);
+    const { mask_png: _, ...item } = state.answer.item;
+    save(new Blob([JSON.stringify({ model: state.model.name, task: state.answer.task, ...item }, null, 2)]), `${stem()}.json`);
   });
   at("key-form").addEventListener("submit", async (event) => {
     event.preventDefault();
@@ -105,7 +105,7 @@ function listen() {
   });
 }
 
-// -- images --------------------------------------------------------------------------------------------------------
+// -- images ----------------------------------------------------------------------------------------------------------
 
 async function take(files) {
   if (!files.length) return;
@@ -115,10 +115,10 @@ async function take(files) {
   for (const file of files) {
     try {
       const bitmap = await decode(file);
-      if (read.length) bitmap.close(); // it can be read, and is so again when it is looked at
+      if (read.length) bitmap.close(); // it can be read; it is decoded again when it is shown
       read.push({ file, bitmap: read.length ? null : bitmap });
     } catch {
-      unread = `${file.name || "That"} is not an image that this browser can read.`;
+      unread = `${file.name || "This file"} is not an image that this browser can read.`;
       complain(unread);
     }
   }
@@ -132,7 +132,7 @@ async function take(files) {
     return image.thumb;
   }));
   await look(read[0]);
-  if (unread && state.wanted === read[0] && !at("error").textContent) complain(unread); // the answer has cleared it
+  if (unread && state.wanted === read[0] && !at("error").textContent) complain(unread); // the answer cleared it
 }
 
 function decode(file) {
@@ -147,7 +147,7 @@ async function look(image) {
     if (state.wanted !== image) return bitmap.close();
     image.bitmap = bitmap;
   } catch {
-    return complain(`${image.file.name || "That"} cannot be read any more.`);
+    return complain(`${image.file.name || "The image"} can no longer be read.`);
   }
   putInFront(image);
   for (const { thumb } of state.images) thumb?.setAttribute("aria-pressed", String(thumb === image.thumb));
@@ -161,7 +161,7 @@ async function look(image) {
   await answer();
 }
 
-// Browsers are slow to notice that a decoded image is of no use any more, and a camera makes many.
+// Browsers are slow to free decoded images, and a camera makes many.
 function putInFront(shown) {
   if (state.shown && state.shown !== shown) {
     state.shown.bitmap.close();
@@ -210,8 +210,8 @@ async function answer() {
   if (!state.shown || !state.model) return;
   const turn = ++state.turn;
   state.mark = null;
-  at("explanation").hidden = true; // of another image, or by another model
-  say("Looking ...");
+  at("explanation").hidden = true; // it belongs to another image or model
+  say("Computing ...");
   const begun = performance.now();
   try {
     const found = await ask(state.shown.file, state.shown.bitmap);
@@ -232,20 +232,20 @@ function show() {
   const { bitmap } = state.shown;
   const classes = model?.classes ?? [];
   draw(at("canvas"), bitmap, bitmap.width, bitmap.height, found, classes, { minScore, opacity, mark: state.mark });
-  at("controls").hidden = !found || found.task === "classification";
-  at("score-control").hidden = found?.task !== "detection";
-  at("opacity-control").hidden = found?.task !== "segmentation";
+  at("score-control").hidden = !found?.item.detections;
+  at("opacity-control").hidden = !found?.mask;
+  at("controls").hidden = at("score-control").hidden && at("opacity-control").hidden;
   at("score-value").textContent = `${Math.round(100 * minScore)} %`;
   at("opacity-value").textContent = `${Math.round(100 * opacity)} %`;
   at("downloads").hidden = !found;
   at("waiting").hidden = true;
   const explains = Boolean(found && model.explains && !state.camera);
   at("hint").hidden = !explains;
-  at("hint").textContent = "Click the image to see what that pixel attends to; with the keyboard, go to the image, move by arrow keys, press Enter.";
+  at("hint").textContent = "Click a pixel to see what it attends to. With the keyboard: go to the image, move with the arrow keys, press Enter.";
   at("canvas").classList.toggle("clickable", explains);
   at("canvas").tabIndex = explains ? 0 : -1;
   at("canvas").setAttribute("role", "img");
-  at("canvas").setAttribute("aria-label", found ? "Your image with the answer" : "Your image");
+  at("canvas").setAttribute("aria-label", found ? "Your image with the prediction" : "Your image");
   if (found) showRows(at("results"), found, classes, minScore); else at("results").replaceChildren();
 }
 
@@ -258,13 +258,13 @@ async function lookFrom(point, now) {
   show();
   if (!now) return;
   const { turn } = state;
-  say("Looking at what this pixel attends to ...");
+  say("Computing what this pixel attends to ...");
   try {
-    const told = await engine.explain(state.model, state.shown.file, state.mark);
+    const found = await engine.explain(state.model, state.shown.file, state.mark);
     if (turn !== state.turn) return;
-    at("explanation-image").src = told.url;
+    at("explanation-image").src = found.url;
     at("explanation-image").alt = `Attention of pixel ${state.mark.join(", ")} in every block, layer and head`;
-    at("explanation-caption").textContent = `What pixel ${state.mark.join(", ")} attends to, and what spoke for ${told.label}.`;
+    at("explanation-caption").textContent = `Attention of pixel ${state.mark.join(", ")}, and the parts of the image that speak for ${found.label}.`;
     at("explanation").hidden = false;
     complain("");
     say("");
@@ -291,13 +291,13 @@ async function startCamera(facing) {
   stopCamera();
   complain("");
   state.wanted = null;
-  state.turn++; // an answer that is still to come is not of the camera's image
-  if (!navigator.mediaDevices?.getUserMedia) return complain("This browser gives no camera here; open the page by https or on localhost.");
+  state.turn++; // a late answer does not belong to the camera's image
+  if (!navigator.mediaDevices?.getUserMedia) return complain("Browsers allow cameras only on pages served by https or from localhost.");
   const camera = { stream: null, facing };
   state.camera = camera;
   try {
     camera.stream = await navigator.mediaDevices.getUserMedia({ video: { facingMode: facing, width: { ideal: 640 } } });
-    if (state.camera !== camera) return stopStream(camera); // stopped, or started again, before it was allowed
+    if (state.camera !== camera) return stopStream(camera); // stopped or restarted before permission was given
     at("video").srcObject = camera.stream;
     await at("video").play();
     if (state.camera !== camera) return;
@@ -312,7 +312,7 @@ async function startCamera(facing) {
     await watch(camera);
   } catch (error) {
     if (state.camera !== camera) return;
-    complain(error.name === "NotAllowedError" ? "The camera was not allowed." : `No camera: ${error.message}`);
+    complain(error.name === "NotAllowedError" ? "The camera needs your permission." : `No camera: ${error.message}`);
     stopCamera();
   }
 }
@@ -357,7 +357,7 @@ function stopStream({ stream }) {
   stream?.getTracks().forEach((track) => track.stop());
 }
 
-// -- words -----------------------------------------------------------------------------------------------------------
+// -- messages --------------------------------------------------------------------------------------------------------
 
 function say(text) { at("status").textContent = text; }
 

@@ -1,4 +1,4 @@
-// A model's outputs to answers, as `mobilevit.tasks` makes them in Python. See results.js for what an answer is.
+// From the outputs of a model to results, as `mobilevit.results` does in Python; see results.js.
 
 const MAX_DETECTIONS = 200;
 
@@ -11,7 +11,7 @@ export function classify(logits, classes, count = 5) {
   return { label: top[0].label, probability: top[0].probability, top };
 }
 
-// boxes (A x 4) in 0..1 of the input, scores (A x K), selected (M x 3): image, class and anchor of each kept box.
+// boxes (A x 4) in 0..1 of the input, scores (A x K), selected (M x 3): image, class and anchor of each box.
 export function detect(boxes, scores, selected, classes, place) {
   const found = [];
   for (let n = 0; n < selected.length; n += 3) {
@@ -37,8 +37,8 @@ function toImage(box, { region: [left, top, right, bottom], size: [height, width
   });
 }
 
-// logits (K x height x width) of the input -> the class of every pixel of the image, enlarged bilinearly before the
-// best is chosen.
+// logits (K x height x width) of the input -> the class of every pixel of the image: the best class after bilinear
+// interpolation.
 export function labelMap(logits, numClasses, place) {
   const [, width] = place.size, [filledRows, filledColumns] = place.filled, [rows, columns] = place.image;
   const plane = place.size[0] * width;

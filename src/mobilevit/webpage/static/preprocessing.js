@@ -1,8 +1,8 @@
-// An image's pixels to a model's input, as `mobilevit.preprocessing` makes it in Python.
+// From the pixels of an image to the input of a model, as `mobilevit.imaging.preprocessing` does in Python.
 //
-// Resampling is Pillow's: antialiased, horizontally and then vertically, weights in 22 bits, rounded to bytes each time.
-// It is the same byte for byte, but for images that Pillow, from version 13 on, resamples vertically first, to save
-// work (some upright ones); what is rounded in between then differs a little.
+// Resampling is that of Pillow: antialiased, horizontal and then vertical, with 22-bit weights, rounded to bytes after
+// each pass. The result is equal byte for byte, except for some tall images: Pillow resamples them vertically first,
+// from version 13 on, to save work, so that rounding differs a little.
 
 const BITS = 22;
 
@@ -32,7 +32,7 @@ export function round(value) {
   return rest < 0.5 || (rest === 0.5 && down % 2 === 0) ? down : down + 1;
 }
 
-// Where an image lands in the input: {region: [left, top, right, bottom], filled: [height, width], size}.
+// Where an image goes in the input: {region: [left, top, right, bottom], filled: [height, width], size, image}.
 export function placement({ size: [height, width], resize_mode, crop_fraction }, rows, columns) {
   let region = [0, 0, columns, rows], filled = [height, width];
   if (resize_mode === "crop") {
@@ -46,7 +46,7 @@ export function placement({ size: [height, width], resize_mode, crop_fraction },
   return { region, filled, size: [height, width], image: [rows, columns] };
 }
 
-// RGBA of a canvas -> RGB; transparency is laid over white.
+// RGBA of a canvas -> RGB; transparent pixels are laid over white.
 export function rgbOf(rgba) {
   const rgb = new Uint8Array((rgba.length / 4) * 3);
   for (let from = 0, to = 0; from < rgba.length; from += 4, to += 3) {
@@ -59,7 +59,7 @@ export function rgbOf(rgba) {
   return rgb;
 }
 
-// RGB (rows x columns x 3) -> the input's bytes (height x width x 3), and where the image lies in it.
+// RGB (rows x columns x 3) -> the bytes of the input (height x width x 3), and where the image is in it.
 export function prepare(preprocessing, rgb, rows, columns) {
   const place = placement(preprocessing, rows, columns);
   const [height, width] = place.size, [filledRows, filledColumns] = place.filled;
@@ -73,7 +73,7 @@ export function prepare(preprocessing, rgb, rows, columns) {
 }
 
 export function resize(rgb, rows, columns, region, height, width, interpolation) {
-  const [left, top, right, bottom] = region.map(Math.fround); // as Pillow keeps them
+  const [left, top, right, bottom] = region.map(Math.fround); // float32, as in Pillow
   if (interpolation === "nearest") return nearest(rgb, columns, [left, top, right, bottom], height, width);
   const filter = FILTERS[interpolation];
   const across = width === columns && left === 0 && right === columns ? null : weights(columns, left, right, width, filter);
@@ -84,7 +84,7 @@ export function resize(rgb, rows, columns, region, height, width, interpolation)
   return found;
 }
 
-// For each place of the output: the first source pixel, and the weights from there on, as integers.
+// For each output pixel: the first source pixel, and the weights from there on, as integers.
 function weights(inSize, from, to, outSize, { support, at }) {
   const scale = Math.fround(to - from) / outSize, stretch = Math.max(scale, 1), reach = support * stretch;
   const found = [];
@@ -156,6 +156,6 @@ function nearest(rgb, columns, [left, top, right, bottom], height, width) {
 
 function places(from, to, count) {
   const step = Math.fround(to - from) / count, found = [];
-  for (let n = 0, at = from + step * 0.5; n < count; n++, at += step) found.push(Math.floor(at)); // summed up, as there
+  for (let n = 0, at = from + step * 0.5; n < count; n++, at += step) found.push(Math.floor(at)); // summed up, as in Pillow
   return found;
 }

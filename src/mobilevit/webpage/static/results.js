@@ -1,17 +1,17 @@
-// What a model says of an image, as rows beside it and drawn over it.
+// Show a result as rows beside the image, and draw it on the image.
 //
-// An answer is {task, item, mask?}: `item` as the service's JSON has it; `mask` is {canvas, colors} of a segmentation,
-// the image's classes in colors, and the color of each class by its number.
+// A result is {task, item, mask?}: `item` is that of the service's JSON; `mask` is {canvas, colors} of a segmentation:
+// the pixels in the colors of their classes, and the color of each class.
 
-// Colors that people with any sort of color vision can tell apart (Okabe and Ito, 2008), then hues spread evenly.
+// Colors that people with any kind of color vision can tell apart (Okabe and Ito, 2008), then evenly spread hues.
 const FIRST = ["#d55e00", "#0072b2", "#009e73", "#e69f00", "#cc79a7", "#56b4e9", "#f0e442"];
 
-// iPhones show nothing of a canvas with more pixels, and say nothing.
-const MOST_PIXELS = 2 ** 24;
+// iPhones show nothing of a larger canvas, without an error.
+const MAX_PIXELS = 2 ** 24;
 
-// The size of a canvas for something of so many pixels: the same, but for the largest photographs.
+// The size of a canvas for an image: the same, except for the largest photographs.
 export function sizeOfCanvas(width, height) {
-  const scale = Math.min(1, Math.sqrt(MOST_PIXELS / (width * height)));
+  const scale = Math.min(1, Math.sqrt(MAX_PIXELS / (width * height)));
   return [Math.max(1, Math.floor(width * scale)), Math.max(1, Math.floor(height * scale))];
 }
 
@@ -20,21 +20,21 @@ export function colorOf(number) {
 }
 
 export function showRows(place, answer, classes, minScore) {
-  place.replaceChildren(...rowsOf(answer, classes, minScore));
+  place.replaceChildren(ROWS[answer.task](answer, classes, minScore));
 }
 
-function rowsOf(answer, classes, minScore) {
-  if (answer.task === "classification") {
-    return [list("ol", answer.item.top.map(({ label, probability }) => row(label, percent(probability), probability)))];
-  }
-  if (answer.task === "detection") {
-    const found = answer.item.detections.filter(({ score }) => score >= minScore);
-    if (!found.length) return [nothing("No object is sure enough; move the slider to see those that are less so.")];
-    return [list("ol", found.map(({ label, score }) => row(label, percent(score), score, colorOf(classes.indexOf(label)))))];
-  }
-  const shares = Object.entries(answer.item.shares);
-  return [list("ul", shares.map(([label, share]) => row(label, percent(share), share, answer.mask.colors[classes.indexOf(label)])))];
-}
+const ROWS = {
+  classification: ({ item }) => list("ol", item.top.map(({ label, probability }) => row(label, percent(probability), probability))),
+  detection: ({ item }, classes, minScore) => {
+    const found = item.detections.filter(({ score }) => score >= minScore);
+    if (!found.length) return nothing("No object has this score; move the slider to the left to see less certain ones.");
+    return list("ol", found.map(({ label, score }) => row(label, percent(score), score, colorOf(classes.indexOf(label)))));
+  },
+  segmentation: ({ item, mask }, classes) => {
+    const shares = Object.entries(item.shares);
+    return list("ul", shares.map(([label, share]) => row(label, percent(share), share, mask.colors[classes.indexOf(label)])));
+  },
+};
 
 function list(kind, rows) {
   const made = document.createElement(kind);
@@ -75,7 +75,7 @@ export function percent(share) {
   return `${(100 * share).toFixed(share >= 0.1 ? 1 : 2)} %`;
 }
 
-// A mask whose background, if there is a class of that name, has no color; as the package draws it.
+// Remove the color of the class named background, if there is one, as the package does.
 export function withoutBackground(mask, classes) {
   const { canvas, colors } = mask;
   classes.forEach((name, number) => {
@@ -92,43 +92,43 @@ export function withoutBackground(mask, classes) {
   return mask;
 }
 
-// The image with what was found in it. `image` is anything a canvas draws, width by height pixels.
+// Draw an image and its result. `image` is anything a canvas can draw, width by height pixels.
 export function draw(canvas, image, width, height, answer, classes, { minScore, opacity, mark }) {
   [canvas.width, canvas.height] = sizeOfCanvas(width, height);
   const across = canvas.width / width, down = canvas.height / height;
   const pen = canvas.getContext("2d");
   pen.drawImage(image, 0, 0, canvas.width, canvas.height);
   const unit = Math.max(canvas.width, canvas.height) / 500;
-  if (answer?.task === "segmentation") {
+  if (answer?.mask) {
     pen.globalAlpha = opacity;
     pen.imageSmoothingEnabled = false;
     pen.drawImage(answer.mask.canvas, 0, 0, canvas.width, canvas.height);
     pen.globalAlpha = 1;
   }
-  if (answer?.task === "detection") {
-    const sure = answer.item.detections.filter(({ score }) => score >= minScore);
-    const moved = sure.map((found) => ({ ...found, box_xyxy: found.box_xyxy.map((edge, n) => edge * (n % 2 ? down : across)) }));
+  if (answer?.item.detections) {
+    const visible = answer.item.detections.filter(({ score }) => score >= minScore);
+    const moved = visible.map((found) => ({ ...found, box_xyxy: found.box_xyxy.map((edge, n) => edge * (n % 2 ? down : across)) }));
     drawBoxes(pen, moved, classes, unit);
   }
   if (mark) drawMark(pen, [mark[0] * across, mark[1] * down], unit);
 }
 
-// Plates with the labels come after all boxes; the surest have the better places and lie on top, as in the package.
+// Labels are drawn after all boxes; those with the highest scores get the best places and are on top, as in Python.
 function drawBoxes(pen, detections, classes, unit) {
-  const size = Math.max(11, 13 * unit), plates = [];
+  const size = Math.max(11, 13 * unit), labels = [];
   pen.font = `600 ${size}px system-ui, sans-serif`;
   for (const { label, score, box_xyxy: box } of detections) {
     const text = `${label} ${percent(score)}`, color = colorOf(classes.indexOf(label));
-    const place = placePlate(box, pen.measureText(text).width + 0.8 * size, 1.4 * size, pen.canvas, plates);
-    plates.push({ box, text, color, place });
+    const place = placeLabel(box, pen.measureText(text).width + 0.8 * size, 1.4 * size, pen.canvas, labels);
+    labels.push({ box, text, color, place });
   }
-  plates.reverse();
+  labels.reverse();
   pen.lineWidth = Math.max(1.5, 2 * unit);
-  for (const { box: [left, top, right, bottom], color } of plates) {
+  for (const { box: [left, top, right, bottom], color } of labels) {
     pen.strokeStyle = color;
     pen.strokeRect(left, top, right - left, bottom - top);
   }
-  for (const { text, color, place: [left, top, right, bottom] } of plates) {
+  for (const { text, color, place: [left, top, right, bottom] } of labels) {
     pen.fillStyle = color;
     pen.fillRect(left, top, right - left, bottom - top);
     pen.fillStyle = isLight(pen, color) ? "#111" : "#fff";
@@ -136,14 +136,14 @@ function drawBoxes(pen, detections, classes, unit) {
   }
 }
 
-// The first place at the box where the plate hides no other, else the one where it hides least.
-function placePlate([left, top, right, bottom], width, height, canvas, plates) {
+// The first place at the box where the label hides no other, or the one where it hides least.
+function placeLabel([left, top, right, bottom], width, height, canvas, labels) {
   let best = [0, 0, width, height], least = Infinity;
   for (const y of [top - height, top, bottom, bottom - height]) {
     if (y < 0 || y > canvas.height - height) continue;
     for (const edge of [left, right - width]) {
       const x = Math.max(0, Math.min(edge, canvas.width - width)), place = [x, y, x + width, y + height];
-      const hidden = plates.reduce((sum, other) => sum + overlap(place, other.place), 0);
+      const hidden = labels.reduce((sum, other) => sum + overlap(place, other.place), 0);
       if (hidden < least) [best, least] = [place, hidden];
     }
   }

@@ -1,13 +1,13 @@
-// Keeps the page's files for offline use, and adds the headers that threads need.
+// Caches the files of the page for offline use, and adds the headers that threads need.
 
 const HERE = new URL("./", self.location);
 
-// The export writes the hash of all files here: browsers look for a new worker only where its own bytes have changed.
+// The export replaces this by the hash of all files: browsers install a new worker only if its own bytes differ.
 const VERSION = "unknown";
 
 const RUNTIME = new URL("runtime/", HERE).href;
 
-// Caches belong to the whole site, where other pages of this kind may lie in other folders.
+// Caches belong to the whole site, which may have other pages of this kind in other folders.
 const MINE = `mobilevit ${HERE.href} `;
 const CACHE = MINE + VERSION;
 
@@ -32,7 +32,7 @@ async function dropOthers() {
 
 async function answer(request) {
   const kept = await (await caches.open(CACHE)).match(request, { ignoreSearch: true });
-  if (!kept && !request.url.startsWith(RUNTIME)) return fetch(request); // of another page below this one
+  if (!kept && !request.url.startsWith(RUNTIME)) return fetch(request); // it belongs to another page below this one
   const response = kept ?? (await fetchAndKeep(request));
   if (response.type === "opaque" || response.status === 0) return response;
   const headers = new Headers(response.headers);
@@ -42,12 +42,12 @@ async function answer(request) {
   return new Response(response.body, { status: response.status, statusText: response.statusText, headers });
 }
 
-// What is not needed at once, such as the runtime for graphics cards, is kept when it has been asked for.
+// Files that are not needed at once, such as the runtime for graphics cards, are cached at their first use.
 async function fetchAndKeep(request) {
   const response = await fetch(request);
   if (response.ok) {
     const copy = response.clone();
-    await caches.open(CACHE).then((cache) => cache.put(request, copy)).catch(() => {}); // no room: it still runs
+    await caches.open(CACHE).then((cache) => cache.put(request, copy)).catch(() => {}); // no room: it works, but not offline
   }
   return response;
 }
