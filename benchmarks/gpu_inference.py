@@ -33,7 +33,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import mobilevit
 import record
 from mobilevit.benchmarking import peers
-from mobilevit.models.fuse import pad_heads
+from padded_heads import pad_heads
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}

@@ -47,42 +47,6 @@ def fuse(model: Model) -> Model:
     return fused.to(memory_format=torch.channels_last)
 
 
-@torch.no_grad()
-def pad_heads(model: Model, multiple: int = 8) -> Model:
-    """A copy whose attention heads are widened by zeros to a multiple of some width, which changes no result.
-
-    Attention kernels of GPUs read heads in pieces of 16 bytes: 8 numbers of 16 bits. S has heads of 36 and 60, XXS of
-    20, XS of 30 and 36, for which PyTorch pads queries, keys and values in every forward pass, or takes a slower
-    kernel. On a CPU this gains nothing.
-
-    Args:
-        model: fused, as the scale of attention must no longer follow from the width of a head.
-        multiple: of which each head's width is to be.
-    """
-    assert getattr(model, "fused", False), "fuse the model first"
-    padded = copy.deepcopy(model)
-    for module in padded.modules():
-        if isinstance(module, Attention):
-            heads, missing = module.num_heads, -module.head_dim % multiple
-            _set(
-                module.qkv,
-                _widen(module.qkv.weight, 3 * heads, missing, axis=0),
-                _widen(module.qkv.bias, 3 * heads, missing, axis=0),
-            )
-            _set(module.out, _widen(module.out.weight, heads, missing, axis=1), module.out.bias)
-            module.head_dim += missing
-    return padded
-
-
-def _widen(tensor: Tensor, heads: int, missing: int, *, axis: int) -> Tensor:
-    """Zeros behind each of the `heads` equal parts of an axis."""
-    shape = list(tensor.shape)
-    parts = tensor.reshape(*shape[:axis], heads, -1, *shape[axis + 1 :])
-    shape = list(parts.shape)
-    shape[axis + 1] = missing
-    return torch.cat([parts, parts.new_zeros(shape)], dim=axis + 1).flatten(axis, axis + 1)
-
-
 def _fold_batch_norm(block: ConvNormAct) -> None:
     if isinstance(block.norm, nn.BatchNorm2d | nn.SyncBatchNorm):
         conv, norm = block.conv, block.norm
