@@ -95,8 +95,8 @@ def open_image(source: Source | EncodedImage, name: str | None = None, *, max_pi
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below decides
         image = Image.open(io.BytesIO(data), formats=_formats())
     if image.width * image.height > max_pixels:
-        told = f"{image.width} x {image.height} pixels are more than the limit of {max_pixels}"
-        raise TooManyPixelsError(f"{name}: {told}")
+        message = f"{image.width} x {image.height} pixels are more than the limit of {max_pixels}"
+        raise TooManyPixelsError(f"{name}: {message}")
     if image.format in ("JPEG", "MPO") and _has_too_many_scans(data):
         raise ImageError(f"{name}: more than the limit of {_MAX_SCANS} scans, which would take too long to decode")
     return EncodedImage(image, name, data)

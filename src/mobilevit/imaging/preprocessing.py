@@ -7,13 +7,14 @@ is RGB in 0..1 (before mean and std), wherever its weights come from.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from mobilevit.errors import MobileViTError
+from mobilevit.files import Json
 
 RESAMPLING = {
     "nearest": Image.Resampling.NEAREST,
@@ -134,12 +135,12 @@ class Preprocessing:
             x /= np.array(self.std, np.float32)[:, None, None]
         return x
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Json:
         """Return plain values for JSON; `from_dict` reads them back."""
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Preprocessing:
+    def from_dict(cls, values: Json) -> Preprocessing:
         """Make a `Preprocessing` from the values of `to_dict`."""
-        known: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        known: Json = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
         return cls(**known)

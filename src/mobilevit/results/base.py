@@ -14,10 +14,14 @@ from PIL import Image
 
 from mobilevit.card import ModelCard
 from mobilevit.errors import MobileViTError
+from mobilevit.files import Json
 from mobilevit.imaging.drawing import save_image
 from mobilevit.imaging.preprocessing import Preprocessing
 
-Outputs = Mapping[str, NDArray[Any]]
+Array = NDArray[Any]
+"""An array with elements of any type."""
+
+Outputs = Mapping[str, Array]
 """Named arrays that a session returns: "logits"; "boxes_xyxy" and "scores", perhaps with "selected"; or "label_map"."""
 
 
@@ -90,11 +94,11 @@ class Result(ABC):
         """Decode the outputs for one image."""
 
     @abstractmethod
-    def to_dict(self, *, top: int = 5, min_score: float | None = None) -> dict[str, Any]:
+    def to_dict(self, *, top: int = 5, min_score: float | None = None) -> Json:
         """Return plain values for JSON."""
 
     @abstractmethod
-    def to_row(self, *, top: int = 3, min_score: float | None = None) -> dict[str, Any]:
+    def to_row(self, *, top: int = 3, min_score: float | None = None) -> Json:
         """Return the columns of this result in a table of predictions."""
 
     @abstractmethod
@@ -124,6 +128,6 @@ class Result(ABC):
         return drawn
 
 
-def float32(array: NDArray[Any]) -> NDArray[np.float32]:
+def float32(array: Array) -> NDArray[np.float32]:
     """Convert an output to float32, whatever precision the engine uses."""
     return array.astype(np.float32, copy=False)

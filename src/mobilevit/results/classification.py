@@ -6,13 +6,14 @@ Letters used in shapes: K classes.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import ClassVar, Self
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from mobilevit.card import ModelCard
+from mobilevit.files import Json
 from mobilevit.imaging.drawing import with_caption
 from mobilevit.results.base import ImageInfo, Outputs, Result, float32
 
@@ -56,12 +57,12 @@ class ClassificationResult(Result):
     def _drawn(self, *, top: int, min_score: float | None, opacity: float) -> Image.Image:
         return with_caption(self.image, [f"{label}  {probability:.1%}" for label, probability in self.top(top)])
 
-    def to_dict(self, *, top: int = 5, min_score: float | None = None) -> dict[str, Any]:
+    def to_dict(self, *, top: int = 5, min_score: float | None = None) -> Json:
         """Return plain values for JSON; probabilities have six decimals."""
         best = [{"label": label, "probability": round(probability, 6)} for label, probability in self.top(top)]
         return {"source": self.source, "label": self.label, "probability": round(self.probability, 6), "top": best}
 
-    def to_row(self, *, top: int = 3, min_score: float | None = None) -> dict[str, Any]:
+    def to_row(self, *, top: int = 3, min_score: float | None = None) -> Json:
         """Return the columns label, probability and top."""
         best = [{"label": label, "probability": probability} for label, probability in self.top(top)]
         return {"label": self.label, "probability": self.probability, "top": best}

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import ClassVar, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from mobilevit.card import ModelCard
+from mobilevit.files import Json
 from mobilevit.imaging.drawing import class_colors, draw_boxes
 from mobilevit.imaging.preprocessing import Placement
 from mobilevit.results.base import ImageInfo, Outputs, Result, float32
@@ -191,7 +192,7 @@ class DetectionResult(Result):
         texts = [f"{label} {score:.0%}" for label, score in zip(shown.labels, shown.scores, strict=True)]
         return draw_boxes(self.image, shown.boxes_xyxy, texts, [colors[i] for i in shown.class_ids])
 
-    def to_dict(self, *, top: int = 5, min_score: float | None = None) -> dict[str, Any]:
+    def to_dict(self, *, top: int = 5, min_score: float | None = None) -> Json:
         """Return plain values for JSON; boxes are in pixels with two decimals."""
         shown = self.above(min_score)
         rows = zip(shown.labels, shown.scores.tolist(), shown.boxes_xyxy.tolist(), strict=True)
@@ -206,7 +207,7 @@ class DetectionResult(Result):
             ],
         }
 
-    def to_row(self, *, top: int = 3, min_score: float | None = None) -> dict[str, Any]:
+    def to_row(self, *, top: int = 3, min_score: float | None = None) -> Json:
         """Return the column detections: label, score, left, top, right and bottom of each object."""
         shown = self.above(min_score)
         found = zip(shown.labels, shown.scores.tolist(), shown.boxes_xyxy.tolist(), strict=True)
@@ -219,7 +220,7 @@ class DetectionResult(Result):
 
     def to_coco(
         self, image_id: int, *, category_ids: Sequence[int] | None = None, min_score: float = 0.0
-    ) -> list[dict[str, Any]]:
+    ) -> list[Json]:
         """Return entries of a COCO results file: boxes as left, top, width, height.
 
         Args:

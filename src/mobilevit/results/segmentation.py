@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import ClassVar, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from mobilevit.card import ModelCard
+from mobilevit.files import Json
 from mobilevit.imaging.drawing import class_colors, draw_label_map, save_image
 from mobilevit.imaging.preprocessing import Placement
 from mobilevit.results.base import ImageInfo, Outputs, Result, float32
@@ -135,13 +136,13 @@ class SegmentationResult(Result):
         """Write `mask` as a PNG."""
         save_image(self.mask(), path)
 
-    def to_dict(self, *, top: int = 5, min_score: float | None = None) -> dict[str, Any]:
+    def to_dict(self, *, top: int = 5, min_score: float | None = None) -> Json:
         """Return plain values for JSON, without the label map; `save_mask` writes that."""
         shares = {label: round(share, 6) for label, share in self.shares.items()}
         height, width = self.info.size
         return {"source": self.source, "width": width, "height": height, "shares": shares}
 
-    def to_row(self, *, top: int = 3, min_score: float | None = None) -> dict[str, Any]:
+    def to_row(self, *, top: int = 3, min_score: float | None = None) -> Json:
         """Return the column shares: the label and share of each class that occurs."""
         return {"shares": [{"label": label, "share": share} for label, share in self.shares.items()]}
 

@@ -112,7 +112,7 @@ class Batcher:
             raise QueueFullError(max(1, math.ceil(self._pending * self._seconds_each)))
 
     def submit(self, uploads: Sequence[Upload]) -> list[asyncio.Future[Answer | ImageError]]:
-        """Accept images, all or none; cancelling a future skips the work that has not begun.
+        """Accept images, all or none; the remaining work on an image is skipped if its future is canceled.
 
         Raises:
             QueueFullError: there is no room for all of them.
