@@ -1,1 +1,1 @@
-"""Running models on images: sessions, `Predictor`, sources of images, bulk prediction."""
+"""Run models on images: sessions, `Predictor`, sources of images, bulk prediction."""

@@ -1,21 +1,20 @@
-"""Core ML."""
+"""The engine of Core ML."""
 
 from __future__ import annotations
 
 import platform
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from mobilevit.errors import MobileViTError
+from mobilevit.results.base import Array
 from mobilevit.runtime.artifact import Artifact
 from mobilevit.runtime.engine import chunks, import_runtime, join
 
 
 class CoremlEngine:
-    """Core ML, on a Mac; written after its documentation and never run, for want of a Mac."""
+    """Core ML, on a Mac; written from its documentation, and never run, as there was no Mac."""
 
     def __init__(self, path: Path, artifact: Artifact, threads: int, device: str) -> None:
         if platform.system() != "Darwin":
@@ -27,12 +26,12 @@ class CoremlEngine:
         self._artifact = artifact
         self._input = self._model.get_spec().description.input[0].name
 
-    def run(self, images: NDArray[Any]) -> list[NDArray[Any]]:
+    def run(self, images: Array) -> list[Array]:
         return join(self._one(chunk) for chunk in chunks(images, self._artifact.batch_size or 1))
 
-    def _one(self, chunk: NDArray[Any]) -> list[NDArray[Any]]:
+    def _one(self, chunk: Array) -> list[Array]:
         from PIL import Image
 
-        # With preprocessing inside, the package takes an image.
+        # A package that normalizes its input takes an image.
         found = self._model.predict({self._input: Image.fromarray(chunk[0]) if self._artifact.baked else chunk})
         return [np.asarray(found[name]) for name in self._artifact.outputs]

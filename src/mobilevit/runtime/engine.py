@@ -1,7 +1,7 @@
-"""What runs an exported file: one module per engine, from a batch of input to arrays of output.
+"""Engines: the programs that run exported files, one module each, from a batch of input to arrays of output.
 
-On a CPU, several images are computed side by side, one thread each, a few images at a time: what one layer leaves in
-the cache is still there for the next, which is faster than one large batch with all threads (benchmarks/engines.py).
+On a CPU, several images are computed side by side, a thread each: the output of a layer is then still in the cache for
+the next layer, which is faster than one large batch with all threads (benchmarks/engines.py).
 """
 
 from __future__ import annotations
@@ -10,20 +10,20 @@ import importlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
 from mobilevit.errors import MissingPackageError, MobileViTError, one_line
 from mobilevit.machine import available_cores
+from mobilevit.results.base import Array
 from mobilevit.runtime.artifact import Artifact, Format
 
 
 class Engine(Protocol):
-    """A loaded artifact."""
+    """An artifact, loaded into its engine."""
 
-    def run(self, images: NDArray[Any]) -> list[NDArray[Any]]:
+    def run(self, images: Array) -> list[Array]:
         """Compute a batch, a multiple of the artifact's own batch size; the outputs are in the artifact's order."""
         ...
 
@@ -52,7 +52,7 @@ def open_engine(path: Path, artifact: Artifact, *, threads: int | None, device: 
         engine: Engine = make(path, artifact, threads or available_cores(), device)
     except (MobileViTError, KeyboardInterrupt):
         raise
-    except Exception as error:  # every runtime has its own
+    except Exception as error:  # every engine has its own exceptions
         raise MobileViTError(
             f"{path}: {artifact.format} cannot load it ({one_line(error)}); export it again"
         ) from error
@@ -60,7 +60,7 @@ def open_engine(path: Path, artifact: Artifact, *, threads: int | None, device: 
 
 
 def import_runtime(module: str, extra: str) -> ModuleType:
-    """Import the package of an engine.
+    """Import a package that not every installation has.
 
     Raises:
         MissingPackageError: it is not installed.
@@ -71,12 +71,12 @@ def import_runtime(module: str, extra: str) -> ModuleType:
         raise MissingPackageError(f"{module} is not installed; pip install 'mobilevit[{extra}]'") from None
 
 
-def chunks(images: NDArray[Any], size: int) -> list[NDArray[Any]]:
-    """Divide a batch into parts of `size` images."""
+def chunks(images: Array, size: int) -> list[Array]:
+    """Split a batch into parts of `size` images."""
     return [images[start : start + size] for start in range(0, len(images), size)]
 
 
-def join(parts: Iterable[Sequence[NDArray[Any]]]) -> list[NDArray[Any]]:
+def join(parts: Iterable[Sequence[Array]]) -> list[Array]:
     """Concatenate the outputs of several runs."""
     outputs = list(zip(*parts, strict=True))
     return [np.concatenate(list(part)) if len(part) > 1 else part[0] for part in outputs]

@@ -1,4 +1,4 @@
-"""ExecuTorch, which needs torch to hand arrays over."""
+"""The engine of ExecuTorch, whose Python interface takes tensors of PyTorch."""
 
 from __future__ import annotations
 
@@ -9,33 +9,32 @@ import threading
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, ClassVar
-
-from numpy.typing import NDArray
+from typing import ClassVar
 
 from mobilevit.errors import MobileViTError
+from mobilevit.results.base import Array
 from mobilevit.runtime.artifact import Artifact
 from mobilevit.runtime.engine import chunks, import_runtime, join
 
 
 class ExecutorchEngine:
-    """ExecuTorch, which in Python computes on the processor.
+    """ExecuTorch on the CPU.
 
-    Its threads are one pool for the whole process, and replacing that takes it away from under programs loaded before:
-    a backend that finds another pool than its own loads its program anew.
+    The process has one pool of threads, and replacing it breaks programs that were loaded before: an engine whose pool
+    was replaced loads its program again.
     """
 
     _turn: ClassVar[threading.Lock] = threading.Lock()
-    """A program has one set of buffers, and all have one pool."""
+    """A program has one set of buffers, and all programs share one pool."""
     _pool: ClassVar[object] = None
-    """Stands for the pool that is there."""
+    """Identifies the current pool."""
 
     def __init__(self, path: Path, artifact: Artifact, threads: int, device: str) -> None:
         import_runtime("executorch", "executorch")
         if device not in ("auto", "cpu"):
             raise MobileViTError(f"`device` is {device!r}, but ExecuTorch files are made for the cpu")
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of being experimental
+            warnings.simplefilter("ignore")  # that it is experimental
             self._library = import_runtime("executorch.extension.pybindings.portable_lib", "executorch")
             self._runtime = import_runtime("executorch.runtime", "executorch").Runtime.get()
         self._path, self._artifact, self._threads = path, artifact, threads
@@ -43,7 +42,7 @@ class ExecutorchEngine:
             self._load()
 
     def _load(self) -> None:
-        with _silent_stderr():  # its C++ tells which files describe a phone's processor, wherever it runs
+        with _silent_stderr():  # its C++ code complains that files are missing which only phones have
             if self._pool is None or self._library._threadpool_get_thread_count() != self._threads:
                 self._library._unsafe_reset_threadpool(self._threads)
                 ExecutorchEngine._pool = object()
@@ -51,7 +50,7 @@ class ExecutorchEngine:
             self._program = self._runtime.load_program(self._path)
             self._method = self._program.load_method("forward")
 
-    def run(self, images: NDArray[Any]) -> list[NDArray[Any]]:
+    def run(self, images: Array) -> list[Array]:
         import torch
 
         with self._turn:
@@ -64,7 +63,7 @@ class ExecutorchEngine:
 
 @contextlib.contextmanager
 def _silent_stderr() -> Iterator[None]:
-    """Without what libraries write to the process's standard error past Python."""
+    """Suppress what compiled libraries write to standard error."""
     sys.stderr.flush()
     kept = os.dup(2)
     try:

@@ -1,4 +1,4 @@
-"""ONNX Runtime."""
+"""The engine of ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -8,15 +8,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from numpy.typing import NDArray
-
 from mobilevit.errors import MobileViTError
+from mobilevit.results.base import Array
 from mobilevit.runtime.artifact import Artifact
 from mobilevit.runtime.engine import chunks, import_runtime, join
 
 
 class OnnxEngine:
-    """ONNX Runtime."""
+    """ONNX Runtime on the CPU or CUDA."""
 
     def __init__(self, path: Path, artifact: Artifact, threads: int, device: str) -> None:
         self._runtime = import_runtime("onnxruntime", "onnx")
@@ -30,7 +29,7 @@ class OnnxEngine:
                 )
             self._providers = ["CUDAExecutionProvider", "CPUExecutionProvider"]
         elif device not in ("auto", "cpu"):
-            raise MobileViTError(f"`device` is {device!r}, but ONNX Runtime is used on cpu or cuda")
+            raise MobileViTError(f"`device` is {device!r}, but ONNX Runtime runs on cpu or cuda here")
         self._sessions: dict[int, Any] = {}
         if self._providers == ["CPUExecutionProvider"]:
             _share_memory(self._runtime)
@@ -43,13 +42,13 @@ class OnnxEngine:
             options.log_severity_level = 3
             if self._providers == ["CPUExecutionProvider"]:
                 options.add_session_config_entry("session.use_env_allocators", "1")
-            # Its fused LayerNorm with a skip is slower than the two apart: 2 to 3 % of S and XXS.
+            # Its LayerNorm fused with a skip connection makes S and XXS 2 to 3 % slower.
             self._sessions[threads] = self._runtime.InferenceSession(
                 self._path, options, providers=self._providers, disabled_optimizers=["SkipLayerNormFusion"]
             )
         return self._sessions[threads]
 
-    def run(self, images: NDArray[Any]) -> list[NDArray[Any]]:
+    def run(self, images: Array) -> list[Array]:
         parts = chunks(images, self._artifact.batch_size or 1)
         streams = min(self._threads, len(parts)) if self._providers == ["CPUExecutionProvider"] else 1
         session = self._session(self._threads // streams)

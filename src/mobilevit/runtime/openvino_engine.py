@@ -1,4 +1,4 @@
-"""OpenVINO."""
+"""The engine of OpenVINO."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from mobilevit.errors import MobileViTError
+from mobilevit.results.base import Array
 from mobilevit.runtime.artifact import Artifact
 from mobilevit.runtime.engine import chunks, import_runtime, join
 
@@ -18,7 +18,7 @@ log = logging.getLogger("mobilevit")
 
 
 class OpenvinoEngine:
-    """OpenVINO."""
+    """OpenVINO on any of its devices."""
 
     def __init__(self, path: Path, artifact: Artifact, threads: int, device: str) -> None:
         openvino = import_runtime("openvino", "openvino")
@@ -37,7 +37,7 @@ class OpenvinoEngine:
         if streams not in self._compiled:
             settings = dict(self._artifact.settings)
             if settings.get("INFERENCE_PRECISION_HINT") == "bf16" and not self._has_bfloat16():
-                if self._artifact.precision == "bf16":  # of int8, it is only what stays in floating point
+                if self._artifact.precision == "bf16":  # in int8, only a few layers use it
                     log.warning("this processor has no bfloat16; OpenVINO computes in float32 instead")
                 settings["INFERENCE_PRECISION_HINT"] = "f32"
             if self._device == "CPU":
@@ -48,18 +48,18 @@ class OpenvinoEngine:
     def _has_bfloat16(self) -> bool:
         return "BF16" in self._core.get_property(self._device, "OPTIMIZATION_CAPABILITIES")
 
-    def run(self, images: NDArray[Any]) -> list[NDArray[Any]]:
+    def run(self, images: Array) -> list[Array]:
         parts = chunks(images, self._artifact.batch_size or 1)
         streams = min(self._threads, len(parts))
         compiled = self._compile(streams)
         if len(parts) == 1:
             found = compiled(parts[0])
             return [np.array(found[port]) for port in compiled.outputs]
-        # Not by AsyncInferQueue: its threads want the GIL once more when they are done, and so hang a program that lets
-        # go of the model right after.
+        # Not with AsyncInferQueue: its threads take the GIL at their end, and a program that deletes the model right
+        # after that hangs.
         free = [compiled.create_infer_request() for _ in range(streams)]
         computing: deque[Any] = deque()
-        results: list[list[NDArray[Any]]] = []
+        results: list[list[Array]] = []
 
         def finish() -> Any:
             request = computing.popleft()

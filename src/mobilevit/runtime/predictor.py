@@ -1,4 +1,4 @@
-"""`Predictor`: from an image to a result in one call, whatever the image comes as and whatever runs the model."""
+"""`Predictor`: from any source of an image to a result in one call, with any engine."""
 
 from __future__ import annotations
 
@@ -26,33 +26,33 @@ if TYPE_CHECKING:
     from mobilevit.explaining.explain import Explanation
 
 _MAX_BATCH_ELEMENTS = 2**26
-"""Elements of the outputs of a batch, at most: a quarter of a gigabyte of float32."""
+"""Limit on the output elements of a batch: a quarter of a gigabyte of float32."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """An image on its way through a `Predictor`: read, and resized for the model."""
+    """An image that was read, and resized for the model."""
 
     info: ImageInfo
     pixels: NDArray[np.uint8]
-    """(H, W, 3): the model's input before it is scaled."""
+    """(H, W, 3): the model's input before it is normalized."""
 
 
 class Predictor:
     """Classify, detect or segment with a trained model; preprocessing, labels and threshold come from its file.
 
     Args:
-        model: an exported .onnx, .xml, .pte, .tflite or .pt2; a checkpoint of any known origin, or a model from
-            `create_model` or `load`, which both need torch.
-        device: "auto", "cpu", "cuda" or "mps"; for exported files, "cpu" and what else their engine knows.
-        batch_size: images that go through the model together when there are many. None: as many as have the pixels
-            of 16 inputs of 256 x 256, but no more than 64.
-        threads: to compute with on the CPU; None: as many as there are cores.
+        model: an exported .onnx, .xml, .pte, .tflite or .pt2; or, where PyTorch is installed, a checkpoint of any known
+            origin or a model from `create_model` or `load`.
+        device: "auto", "cpu", "cuda" or "mps"; for exported files, "cpu" or another device of their engine.
+        batch_size: images that go through the model together. None: as many as have the pixels of 16 inputs of
+            256 x 256, but at most 64.
+        threads: CPU threads; None: as many as cores.
         engine: for checkpoints: "torch"; "compile", which takes a minute at the first image and is then faster; or
-            "auto", what `mobilevit tune` found to be the fastest here, or "torch" where it has not run.
+            "auto", the fastest that `mobilevit tune` found here, or "torch" if it has not run.
 
     Raises:
-        MobileViTError: the file cannot be read, its engine is not installed, or the device is not there.
+        MobileViTError: the file cannot be read, its engine is not installed, or there is no such device.
     """
 
     def __init__(
@@ -77,11 +77,11 @@ class Predictor:
 
     @property
     def engine(self) -> str:
-        """What runs the model: "torch", or format and precision of an exported file, such as "onnx fp32"."""
+        """The engine: "torch", or format and precision of an exported file, such as "onnx fp32"."""
         return self._session.engine
 
     def warm_up(self) -> None:
-        """Predict for a black image, alone and in a full batch, so that the first real ones wait for nothing."""
+        """Predict for a black image, alone and in a full batch, so that the first real image is not slower."""
         height, width = self.card.preprocessing.size
         black = io.BytesIO()
         Image.new("RGB", (width, height)).save(black, "JPEG")
@@ -93,7 +93,7 @@ class Predictor:
 
         Raises:
             ImageError: the image cannot be read.
-            MobileViTError: the model is an exported file, or the pixel is not in what the model sees.
+            MobileViTError: the model is an exported file, or the pixel is outside the part that the model sees.
         """
         return self._session.explain(source, pixel)
 
@@ -112,7 +112,7 @@ class Predictor:
             `ClassificationResult`, `DetectionResult` or `SegmentationResult`, by the model's task.
 
         Raises:
-            ImageError: an image cannot be read; use `stream` to go on past it.
+            ImageError: an image cannot be read; `stream` continues with the others.
         """
         results = []
         for result in self.stream(source if isinstance(source, list) else [source]):
@@ -122,7 +122,7 @@ class Predictor:
         return results if isinstance(source, list) else results[0]
 
     def stream(self, sources: Iterable[Source]) -> Iterator[Result | ImageError]:
-        """Predict for any number of images in bounded memory: in order, a result or why there is none."""
+        """Predict for any number of images in constant memory; yield results, or errors, in order."""
         numbered = enumerate(sources, start=1)
         while chunk := list(itertools.islice(numbered, self.batch_size)):
             read: list[Prepared | ImageError] = []
@@ -136,14 +136,14 @@ class Predictor:
             for image in read:
                 yield self.finish(image.info, next(outputs)) if isinstance(image, Prepared) else image
 
-    # The three steps of a prediction, for callers that give each a thread of its own, as the server does.
+    # The three steps of a prediction, for callers that run each in a thread of its own, as the server does.
 
     def prepare(self, source: Source | EncodedImage, name: str, *, keep_image: bool = True) -> Prepared:
         """Read an image and resize it for the model.
 
         Args:
             source: the image.
-            name: what to call it.
+            name: its name in the result and in errors.
             keep_image: keep the decoded image for the result, which can then draw.
 
         Raises:

@@ -1,12 +1,10 @@
-"""`torch.export` files, which PyTorch runs."""
+"""The engine of `torch.export` files, PyTorch."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
-from numpy.typing import NDArray
-
+from mobilevit.results.base import Array
 from mobilevit.runtime import pt2
 from mobilevit.runtime.artifact import Artifact
 from mobilevit.runtime.engine import chunks, join
@@ -30,7 +28,7 @@ class Pt2Engine:
             program = move_to_device_pass(program, self._device)
         self._module = program.module()
 
-    def run(self, images: NDArray[Any]) -> list[NDArray[Any]]:
+    def run(self, images: Array) -> list[Array]:
         torch, size = self._torch, self._artifact.batch_size or len(images)
         with torch.inference_mode():
             outputs = [self._module(torch.from_numpy(chunk).to(self._device)) for chunk in chunks(images, size)]

@@ -1,4 +1,4 @@
-"""Sessions: a model in some engine, as one function from pixels to named arrays."""
+"""Sessions: a model in any engine, as one function from pixels to named arrays."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
+from typing import TYPE_CHECKING, Literal, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from mobilevit.card import ModelCard
 from mobilevit.errors import MissingPackageError, MobileViTError
 from mobilevit.imaging.decode import Source
+from mobilevit.results.base import Array
 from mobilevit.runtime import artifact as artifacts
 from mobilevit.runtime.engine import open_engine
 from mobilevit.runtime.tuned import find_tuned
@@ -25,11 +26,11 @@ if TYPE_CHECKING:
     from mobilevit.explaining.explain import Explanation
 
 EngineChoice = Literal["torch", "compile", "auto"]
-"""What runs a checkpoint: PyTorch, PyTorch compiled, or what `mobilevit tune` found to be fastest on this machine."""
+"""Engine of a checkpoint: PyTorch, compiled PyTorch, or the fastest that `mobilevit tune` found on this machine."""
 
 
 class Session(Protocol):
-    """What `Predictor` and evaluation need of a model, whatever runs it."""
+    """The interface that `Predictor` and evaluation need, for any engine."""
 
     @property
     def card(self) -> ModelCard:
@@ -37,9 +38,9 @@ class Session(Protocol):
 
     @property
     def engine(self) -> str:
-        """What runs the model: "torch", or format and precision of an exported file, such as "onnx fp32"."""
+        """The engine: "torch", or format and precision of an exported file, such as "onnx fp32"."""
 
-    def run(self, pixels: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
+    def run(self, pixels: NDArray[np.uint8]) -> dict[str, Array]:
         """Compute the outputs for resized images.
 
         Shape: (B, H, W, 3) -> "logits" (B, K) or (B, K, H, W); "boxes_xyxy" (B, A, 4) and "scores" (B, A, K), perhaps
@@ -57,8 +58,8 @@ class ArtifactSession:
     """An exported file in its own engine.
 
     Args:
-        path: the artifact; its sidecar lies beside it.
-        threads: to compute with; None: as many as there are cores.
+        path: the artifact; its sidecar is beside it.
+        threads: CPU threads; None: as many as cores.
         device: "auto" or "cpu", or another that the engine knows, such as "cuda".
 
     Raises:
@@ -81,11 +82,11 @@ class ArtifactSession:
         """Format and precision, such as "onnx fp32"."""
         return f"{self.artifact.format} {self.artifact.precision}"
 
-    def run(self, pixels: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
+    def run(self, pixels: NDArray[np.uint8]) -> dict[str, Array]:
         """Compute the outputs, named as in `artifact.outputs`; see `Session`."""
         self._check(pixels)
         count, batch_size = len(pixels), self.artifact.batch_size
-        images: NDArray[Any] = pixels if self.artifact.baked else self.card.preprocessing.normalize(pixels)
+        images: Array = pixels if self.artifact.baked else self.card.preprocessing.normalize(pixels)
         missing = 0 if batch_size is None else -count % batch_size
         images = np.concatenate([images, np.repeat(images[-1:], missing, axis=0)]) if missing else images
         images = np.ascontiguousarray(images)
@@ -95,17 +96,17 @@ class ArtifactSession:
         return {name: part[:count] for name, part in zip(self.artifact.outputs, outputs, strict=True)}
 
     def side_by_side(self) -> AbstractContextManager[bool]:
-        """False: engines divide a batch between cores themselves."""
+        """Yield False: engines divide a batch between cores themselves."""
         return nullcontext(False)
 
     def explain(self, _source: Source, _pixel: tuple[int, int] | None, /) -> Explanation:
-        """Raise: an exported file shows nothing of its inside."""
+        """Raise an error: an exported file gives no access to its layers."""
         raise MobileViTError("an exported file cannot be explained; use the checkpoint it was exported from")
 
-    def _run_selecting(self, images: NDArray[Any], count: int) -> dict[str, NDArray[Any]]:
+    def _run_selecting(self, images: Array, count: int) -> dict[str, Array]:
         """Run batch after batch, as the image numbers in "selected" start from zero in each."""
         size = self.artifact.batch_size or len(images)
-        found: list[Sequence[NDArray[Any]]] = []
+        found: list[Sequence[Array]] = []
         for start in range(0, len(images), size):
             boxes, scores, selected = self._engine.run(images[start : start + size])
             found.append((boxes, scores, selected + np.array([start, 0, 0])))
@@ -146,7 +147,7 @@ def open_session(
 
 
 def read_card(path: str | os.PathLike[str]) -> ModelCard:
-    """Read what a checkpoint or an exported file says of itself.
+    """Read the card of a checkpoint or an exported file.
 
     Raises:
         MobileViTError: the file cannot be read, or is a checkpoint and torch is not installed.
@@ -156,7 +157,7 @@ def read_card(path: str | os.PathLike[str]) -> ModelCard:
 
 
 class _TorchFloor(Protocol):
-    """What `mobilevit.torch_session` offers: the one door from this floor to PyTorch."""
+    """The functions of `mobilevit.torch_session`, the only module above that this floor opens."""
 
     def open_torch_session(
         self,

@@ -1,7 +1,7 @@
-"""What `mobilevit tune` found for a checkpoint on this machine.
+"""Find the result of `mobilevit tune` for a checkpoint on this machine.
 
-Beside `NAME.safetensors` lie `NAME.tuned.json`, which says what is fastest and where that was measured, and the folder
-`NAME.tuned` with the artifact.
+Beside `NAME.safetensors` are `NAME.tuned.json`, with the fastest engine and the machine it was measured on, and the
+folder `NAME.tuned` with the artifact.
 """
 
 from __future__ import annotations
@@ -29,29 +29,29 @@ RUNTIME_PACKAGES: dict[str, tuple[str, ...]] = {
     "litert": ("ai-edge-litert",),
     "pt2": ("torch",),
 }
-"""What runs each engine: with another version of it, another engine may be the fastest."""
+"""The packages of each engine: with other versions, another engine may be the fastest."""
 
 
 def tuned_file(checkpoint: Path) -> Path:
-    """Where the result for a checkpoint lies."""
+    """Return the path of the result for a checkpoint."""
     return checkpoint.with_name(f"{checkpoint.stem}.tuned.json")
 
 
 def digest_of_file(path: Path) -> str:
-    """SHA-256 of what a file holds."""
+    """Compute the SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def find_tuned(checkpoint: str | os.PathLike[str]) -> tuple[Path, int | None] | None:
-    """What `mobilevit tune` found to be fastest for a checkpoint.
+    """Find the fastest engine for a checkpoint.
 
-    Results of another machine, of other versions of the engine, or for another content of the file are passed over; the
-    log says why.
+    A result is not used, and the log gives the reason, if it is from another machine, of other versions of the engine,
+    or of other content of the checkpoint.
 
     Returns:
-        The artifact and the threads to run it with. None: use PyTorch, as there is no result that holds here, or as
-        PyTorch was the fastest.
+        The artifact and its number of threads. None: use PyTorch, as there is no valid result, or as PyTorch was the
+        fastest.
     """
     checkpoint = Path(checkpoint)
     file = tuned_file(checkpoint)
@@ -79,7 +79,7 @@ def find_tuned(checkpoint: str | os.PathLike[str]) -> tuple[Path, int | None] | 
 
 
 def _why_stale(values: dict[str, Any], checkpoint: Path) -> str:
-    """Empty if the result holds for this checkpoint, here and now."""
+    """Return the reason why a result does not apply to this checkpoint here and now; empty if it does."""
     if values["tuned_version"] != TUNED_VERSION:
         return "written by another version of this package"
     if values["checkpoint_sha256"] != digest_of_file(checkpoint):
@@ -91,6 +91,6 @@ def _why_stale(values: dict[str, Any], checkpoint: Path) -> str:
     installed = versions(RUNTIME_PACKAGES[values["engine"]])
     if values["packages"] != installed:
         names = sorted({*values["packages"], *installed})
-        told = ", ".join(f"{n} {values['packages'].get(n, 'none')}, here {installed.get(n, 'none')}" for n in names)
-        return f"measured with other versions ({told})"
+        both = ", ".join(f"{n} {values['packages'].get(n, 'none')}, here {installed.get(n, 'none')}" for n in names)
+        return f"measured with other versions ({both})"
     return ""
