@@ -316,9 +316,9 @@ def test_a_core_ml_package_runs_on_a_mac(tmp_path: Path, artifact: Path, capsys:
 
 
 def test_exported_files_have_no_engine(artifact: Path) -> None:
-    with pytest.raises(ValueError, match="runs in its own runtime"):
+    with pytest.raises(ValueError, match="runs in its own engine"):
         mobilevit.Predictor(artifact, engine="auto")
-    with pytest.raises(ValueError, match="threads is 0"):
+    with pytest.raises(ValueError, match="`threads` is 0"):
         mobilevit.Predictor(artifact, threads=0)
     with pytest.raises(ImageError):
         mobilevit.Predictor(artifact)(b"no image")
