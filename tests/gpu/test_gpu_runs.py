@@ -15,9 +15,6 @@ from PIL import Image
 
 import mobilevit
 from mobilevit.data import shapes
-from mobilevit.data.datasets import find_splits
-from mobilevit.evaluation import evaluate, evaluation_loader
-from mobilevit.torch_session import TorchSession
 from mobilevit.training.dry_run import dry_run
 from mobilevit.training.run_folder import RunFolder, TrainingInterrupted
 
@@ -93,13 +90,10 @@ def test_a_run_says_what_the_gpu_did(task: str, data_of: DataOf, tmp_path: Path,
 
 @pytest.mark.parametrize("task", TASKS)
 def test_figures_are_the_cpus(task: str, data_of: DataOf, trained: Trained, device: torch.device) -> None:
-    model = mobilevit.load(trained(task))
-    preprocessing = model.card.preprocessing
-    (data,) = find_splits(data_of(task), task).values()
-    reports = {}
-    for place in (torch.device("cpu"), device):
-        loader = evaluation_loader(data, preprocessing, batch_size=8, num_workers=0, device=place)
-        reports[place] = evaluate(TorchSession(model, model.card, device=place), loader).report
+    reports = {
+        place: mobilevit.evaluate(trained(task), data_of(task), split="all", device=str(place), num_workers=0)
+        for place in (torch.device("cpu"), device)
+    }
     wanted, ours = reports[torch.device("cpu")], reports[device]
     assert ours.num_images == wanted.num_images == 24
     assert ours.score == pytest.approx(wanted.score, abs=0.01)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -143,17 +144,23 @@ def test_a_step_whose_gradients_overflow_is_left_out(data_of: DataOf, cuda: torc
         ("classification", {"amp": "fp16", "clip_grad_norm": 1.0}),
         ("classification", {"amp": "off", "mixup": 0.2, "cutmix": 1.0, "class_weights": "balanced"}),
         ("classification", {"amp": "bf16", "teacher": "itself"}),
+        ("classification", {"amp": "bf16", "mean": (0.5, 0.4, 0.3)}),
         ("detection", {"amp": "bf16", "clip_grad_norm": 1.0}),
         ("segmentation", {"amp": "bf16", "aux_head": True}),
     ],
-    ids=["bf16", "fp16 clipped", "mixed", "taught", "detection", "segmentation"],
+    ids=["bf16", "fp16 clipped", "mixed", "taught", "normalized", "detection", "segmentation"],
 )
 def test_a_step_does_not_wait_for_the_gpu(
     task: str, settings: dict[str, Any], data_of: DataOf, trained: Callable[[str], Path], cuda: torch.device
 ) -> None:
-    if settings.get("teacher") == "itself":
-        settings = settings | {"teacher": str(trained(task))}
+    settings = dict(settings)
+    if "teacher" in settings:
+        settings["teacher"] = str(trained(task))
+    mean = settings.pop("mean", None)
     learner, loader = learner_of(data_of(task), cuda, grad_accum_steps=2, **settings)
+    if mean is not None:
+        preprocessing = dataclasses.replace(learner.preprocessing, mean=mean)
+        learner.card = dataclasses.replace(learner.card, preprocessing=preprocessing)
     batch = first_batch(loader, cuda)
     for number in range(6):
         warmed_up = number >= 4  # by then, libraries are loaded and the optimizer has its state

@@ -15,8 +15,10 @@ def normalize(pixels: Tensor, preprocessing: Preprocessing) -> Tensor:
     """
     x = pixels.float() / 255
     if any(preprocessing.mean) or any(s != 1 for s in preprocessing.std):
+        on_gpu = x.device.type == "cuda"  # where the host would otherwise wait for all that was started before
         mean, std = (
-            torch.tensor(values, device=x.device)[:, None, None] for values in (preprocessing.mean, preprocessing.std)
+            torch.tensor(values).to(x.device, non_blocking=on_gpu)[:, None, None]
+            for values in (preprocessing.mean, preprocessing.std)
         )
         x = (x - mean) / std
     return x

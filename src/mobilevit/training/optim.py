@@ -71,18 +71,19 @@ class WeightAverage:
     def __init__(self, model: nn.Module, average: nn.Module, momentum: float) -> None:
         self.momentum, self.updates = momentum, 0
         self.model = average.eval().requires_grad_(False)
-        self._pairs = list(zip(self.model.state_dict().values(), model.state_dict().values(), strict=True))
-        self._averaged = [mine for mine, _ in self._pairs if mine.is_floating_point()]
-        self._current = [theirs for mine, theirs in self._pairs if mine.is_floating_point()]
+        pairs = list(zip(self.model.state_dict().values(), model.state_dict().values(), strict=True))
+        averaged = [pair for pair in pairs if pair[0].is_floating_point()]
+        copied = [pair for pair in pairs if not pair[0].is_floating_point()]
+        self._averaged, self._current = ([pair[side] for pair in averaged] for side in (0, 1))
+        self._copies, self._counters = ([pair[side] for pair in copied] for side in (0, 1))
 
     @torch.no_grad()
     def update(self) -> None:
         """Move towards the current weights; counters (integers) are copied."""
         momentum = max(self.momentum, 9 / (10 + self.updates))
         torch._foreach_lerp_(self._averaged, self._current, momentum)
-        for mine, theirs in self._pairs:
-            if not mine.is_floating_point():
-                mine.copy_(theirs)
+        if self._copies:
+            torch._foreach_copy_(self._copies, self._counters)
         self.updates += 1
 
     def state_dict(self) -> dict[str, object]:
@@ -90,7 +91,7 @@ class WeightAverage:
         return {"updates": self.updates, "model": self.model.state_dict()}
 
     def load_state_dict(self, state: dict[str, object]) -> None:
-        """The inverse of `state_dict`; tensors are filled in place, so the pairs stay paired."""
+        """The inverse of `state_dict`; tensors are filled in place, so the lists stay as they are."""
         weights, updates = state["model"], state["updates"]
         assert isinstance(weights, dict)
         assert isinstance(updates, int)
