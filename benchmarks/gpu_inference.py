@@ -135,7 +135,8 @@ def cases(arguments: argparse.Namespace) -> Iterator[Case]:
     ]
     for name, precision, batch in dict.fromkeys(order):
         yield Case(model=name, precision=precision, batch=batch, size=arguments.size)
-    if arguments.backend == "inductor":
+    # Not beside others, whose load would mislead the choice between kernels.
+    if arguments.backend == "inductor" and not arguments.compile_only:
         for name in first:
             yield Case(
                 model=name,
@@ -374,7 +375,7 @@ def profile(runs: dict[str, Run], times: dict[str, list[float]], device: torch.d
     for event in spent.events():
         if device.type != "cuda":
             by_name[event.name] += event.self_cpu_time_total / repeats
-        elif event.device_type == DeviceType.CUDA:
+        elif event.device_type == DeviceType.CUDA and not event.is_user_annotation:
             by_name[event.name] += event.time_range.elapsed_us() / repeats
         calls[event.name] += 1
     by_kind: Counter[str] = Counter()

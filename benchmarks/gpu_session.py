@@ -31,7 +31,7 @@ from xml.etree import ElementTree
 import record
 
 ROOT = Path(__file__).resolve().parent.parent
-WARMER_SECONDS = 60.0
+WARMER_SECONDS = 40.0
 """How long the first timed stage waits for what is still being compiled."""
 
 LEAST_SECONDS = 20.0
@@ -62,7 +62,7 @@ class Stage:
     """After which it is ended."""
     commands: Callable[[Job, float], list[Command]]
     """From the seconds it has: what is run, side by side."""
-    to_compile: Callable[[], list[Command]] = list
+    to_compile: Callable[[Job], list[Command]] = lambda _: []
     """What fills the compiler's cache for it."""
 
 
@@ -89,7 +89,7 @@ def main() -> None:
             parser.error(f"give {' and '.join(lacking)}")
         job = Job(out=arguments.out.resolve(), folder=folder, data=data, rehearse=arguments.rehearse)
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # ends what was started, as an exception does
-        sys.exit(run(names, job, end, warm_up=not (arguments.no_warm_up or arguments.rehearse)))
+        sys.exit(run(names, job, end, warm_up=not arguments.no_warm_up))
 
 
 def run(names: Sequence[str], job: Job, end: float, *, warm_up: bool) -> int:
@@ -104,7 +104,7 @@ def run(names: Sequence[str], job: Job, end: float, *, warm_up: bool) -> int:
 
     waiting = list(names)
     if waiting[0] == "tests":
-        with warmers(waiting, end) if warm_up else nullcontext():
+        with warmers(waiting, job, end) if warm_up else nullcontext():
             run_one(waiting.pop(0))
     for name in waiting:
         run_one(name)
@@ -160,14 +160,18 @@ def wait_for(processes: Processes, until: float) -> bool:
 
 
 @contextmanager
-def warmers(names: Sequence[str], end: float) -> Iterator[None]:
+def warmers(names: Sequence[str], job: Job, end: float) -> Iterator[None]:
     """Compile beside the body what stages will need; none of it goes on afterwards, when times are taken."""
-    with running([line for name in names for line in STAGES[name].to_compile()], subprocess.DEVNULL) as processes:
+    few_threads = ["env", "TORCHINDUCTOR_COMPILE_THREADS=4"]
+    commands = [[*few_threads, *line] for name in names for line in STAGES[name].to_compile(job)]
+    with running(commands, subprocess.DEVNULL) as processes:
         yield
         start = time.monotonic()
         done = wait_for(processes, min(start + WARMER_SECONDS, end - 120))
-        state = "all compiled" if done else "not all compiled"
-        print(f"waited {time.monotonic() - start:.0f} s for the compiler: {state}", flush=True)
+        statuses = [process.returncode for process in processes]  # None: still at it
+        print(f"waited {time.monotonic() - start:.0f} s for the compiler: {statuses}", flush=True)
+        if job.rehearse and (not done or any(statuses)):
+            raise SystemExit("what compiles beside the tests failed")
 
 
 # -- stages -----------------------------------------------------------------------------------------------------------
@@ -208,16 +212,32 @@ def tests_of(job: Job) -> dict[str, Any]:
     return {kind: len(names) for kind, names in outcomes.items()}
 
 
+TINY = ("--device", "cpu", "--models", "mobilevit_xxs", "--size", 64)
+TINY_INFERENCE = (*TINY, "--batch", 1, "--precisions", "fp32", "--rounds", 2, "--backend", "aot_eager")
+TINY_TRAINING = (*TINY, "--batch", 4, "--images", 16, "--rounds", 1, "--steps", 1, "--no-compile")
+
+
 def inference(job: Job, seconds: float) -> list[Command]:
-    tiny = ("--device", "cpu", "--models", "mobilevit_xxs", "--precisions", "fp32", "--batch", 1, "--size", 64)
-    quick = (*tiny, "--rounds", 2, "--backend", "aot_eager") if job.rehearse else ()
+    quick = TINY_INFERENCE if job.rehearse else ()
     return [script("gpu_inference", "--out", job.out, "--seconds", round(seconds - 15), *quick)]
 
 
+def compile_inference(job: Job) -> list[Command]:
+    models = ("mobilevit_s", "mobilevit_xxs", "mobilevitv2_100")
+    told = [TINY_INFERENCE] if job.rehearse else [("--models", model) for model in models]
+    return [script("gpu_inference", "--compile-only", *which) for which in told]
+
+
 def training(job: Job, seconds: float) -> list[Command]:
-    tiny = ("--device", "cpu", "--models", "mobilevit_xxs", "--batch", 4, "--size", 64, "--images", 16)
-    quick = (*tiny, "--rounds", 1, "--steps", 1, "--no-compile") if job.rehearse else ()
+    quick = TINY_TRAINING if job.rehearse else ()
     return [script("gpu_training", "--out", job.out, "--seconds", round(seconds - 20), *quick)]
+
+
+def compile_training(job: Job) -> list[Command]:
+    sides = ("mobilevit, compiled", "timm channels_last, compiled")
+    models = ("mobilevit_s", "mobilevit_xxs")
+    told = [TINY_TRAINING] if job.rehearse else [("--models", model) for model in models]
+    return [script("gpu_training", "--compile-only", *which, "--sides", side) for which in told for side in sides]
 
 
 def imagenette(job: Job, seconds: float) -> list[Command]:
@@ -238,15 +258,10 @@ def classified(job: Job, name: str) -> tuple[object, ...]:
     return (name, "--data", *job.data[name], "--out", job.out, *(tiny if job.rehearse else ()))
 
 
-def to_compile(name: str) -> list[Command]:
-    models = ("mobilevit_s", "mobilevit_xxs")
-    return [script(name, "--compile-only", "--models", model) for model in models]
-
-
 STAGES: dict[str, Stage] = {
     "tests": Stage(seconds=130, commands=tests),
-    "inference": Stage(seconds=210, commands=inference, to_compile=lambda: to_compile("gpu_inference")),
-    "training": Stage(seconds=170, commands=training, to_compile=lambda: to_compile("gpu_training")),
+    "inference": Stage(seconds=210, commands=inference, to_compile=compile_inference),
+    "training": Stage(seconds=170, commands=training, to_compile=compile_training),
     "imagenette": Stage(seconds=560, commands=imagenette),
     "cifar10": Stage(seconds=600, commands=cifar10),
 }

@@ -40,14 +40,18 @@ from mobilevit.training.loop import prepare
 
 NUM_CLASSES = 1000
 OURS = "mobilevit"
-ORIGINS = (OURS, "timm channels_last", "timm contiguous")
+TIMM, TIMM_PLAIN = "timm channels_last", "timm contiguous"
+SIDES = (f"{OURS}, compiled", f"{TIMM}, compiled", f"{OURS}, eager", f"{TIMM}, eager", f"{TIMM_PLAIN}, eager")
+"""The compiler chooses layouts itself, so that one of timm's is enough there. The most important first."""
+BATCH = {"mobilevit_s": 128}
+"""Images in a step; of other models 256."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["mobilevit_s", "mobilevit_xxs"])
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--batch", type=int, help="128 of mobilevit_s and 256 of others if not given")
     parser.add_argument("--size", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--steps", type=int, default=4, help="of a side in one round")
@@ -55,21 +59,24 @@ def main() -> None:
     parser.add_argument("--no-compile", action="store_true", help="run what would be compiled as it is")
     parser.add_argument("--seconds", type=float, default=math.inf, help="start nothing after so many")
     parser.add_argument("--compile-only", action="store_true", help="fill the compiler's cache, measure nothing")
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
     parser.add_argument("--out", type=Path, default=record.RESULTS)
     arguments = parser.parse_args()
     end = time.monotonic() + arguments.seconds
     if arguments.no_compile:
         torch.compiler.set_stance("force_eager")
-    told = {"size": arguments.size, "batch": arguments.batch, "amp": "bf16"}
+    told = {"size": arguments.size, "amp": "bf16"}
     found: dict[str, Any] = {"unit": "images a second, median of rounds", **told, "steps": {}, "reading": {}}
     with tempfile.TemporaryDirectory() as folder:
         for name in arguments.models:
             if time.monotonic() > end:
                 print(f"{name}: no time left", flush=True)
                 continue
-            sides = dict(learners(name, arguments))
+            batch_size = arguments.batch or BATCH.get(name, 256)
+            sides = {side: learner_of(name, side, batch_size, arguments) for side in arguments.sides}
             if arguments.compile_only:
-                first_steps(sides, arguments)
+                for learner in sides.values():
+                    take_steps(learner, batch_for(learner), 1)
                 continue
             found["steps"][name] = steps = compare(sides, arguments, end)
             print_steps(name, steps)
@@ -83,8 +90,7 @@ def main() -> None:
             free(arguments.device)
 
 
-def learners(name: str, arguments: argparse.Namespace) -> Iterator[tuple[str, Learner]]:
-    """Each side's learner, the most important first."""
+def learner_of(name: str, side: str, batch_size: int, arguments: argparse.Namespace) -> Learner:
     data = ImageSet(
         task="classification",
         origin="nothing",
@@ -93,22 +99,21 @@ def learners(name: str, arguments: argparse.Namespace) -> Iterator[tuple[str, Le
         classes=tuple(f"class {number}" for number in range(NUM_CLASSES)),
         open=lambda _: b"",
     )
-    device = torch.device(arguments.device)
-    for compiled, origin in itertools.product((True, False), ORIGINS):
-        config = TrainConfig(
-            data=Path("nothing"),
-            task="classification",
-            model=name,
-            image_size=arguments.size,
-            batch_size=arguments.batch,
-            learning_rate=1e-4,
-            device=arguments.device,
-            hardware=HardwareSettings(amp="bf16", compile=compiled),
-        )
-        network = None if origin == OURS else timm_in(origin.removeprefix("timm "), name)
-        learner = make_learner(config.resolve("classification"), data, world=World(), device=device, network=network)
-        learner.train_mode()
-        yield f"{origin}, {'compiled' if compiled else 'eager'}", learner
+    origin, how = side.split(", ")
+    config = TrainConfig(
+        data=Path("nothing"),
+        task="classification",
+        model=name,
+        image_size=arguments.size,
+        batch_size=batch_size,
+        learning_rate=1e-4,
+        device=arguments.device,
+        hardware=HardwareSettings(amp="bf16", compile=how == "compiled"),
+    ).resolve("classification")
+    network = None if origin == OURS else timm_in(origin.removeprefix("timm "), name)
+    learner = make_learner(config, data, world=World(), device=torch.device(arguments.device), network=network)
+    learner.train_mode()
+    return learner
 
 
 class Contiguous(nn.Module):
@@ -131,25 +136,19 @@ def timm_in(layout: str, name: str) -> Callable[[int], nn.Module]:
     return make
 
 
-def batch_on(device: torch.device, arguments: argparse.Namespace) -> Batch:
-    """One batch that stays where it is."""
+def batch_for(learner: Learner) -> Batch:
+    """One batch that lies on the learner's device."""
     torch.manual_seed(0)
-    shape = (arguments.batch, arguments.size, arguments.size, 3)
-    images = torch.randint(0, 256, shape, dtype=torch.uint8, device=device).permute(0, 3, 1, 2)
-    targets = torch.randint(0, NUM_CLASSES, (arguments.batch,), device=device)
-    return Batch(images=images, targets=targets, indices=list(range(arguments.batch)), errors=[])
-
-
-def first_steps(sides: dict[str, Learner], arguments: argparse.Namespace) -> None:
-    batch = batch_on(torch.device(arguments.device), arguments)
-    for side, learner in sides.items():
-        if "compiled" in side:
-            steps(learner, [batch], 1)
+    count, (height, width) = learner.config.batch_size, learner.config.input_size
+    shape = (count, height, width, 3)
+    images = torch.randint(0, 256, shape, dtype=torch.uint8, device=learner.device).permute(0, 3, 1, 2)
+    targets = torch.randint(0, NUM_CLASSES, (count,), device=learner.device)
+    return Batch(images=images, targets=targets, indices=list(range(count)), errors=[])
 
 
 def compare(sides: dict[str, Learner], arguments: argparse.Namespace, end: float) -> dict[str, Any]:
     device = torch.device(arguments.device)
-    batch = batch_on(device, arguments)
+    batch = batch_for(next(iter(sides.values())))
     failed: dict[str, str] = {}
     memory: dict[str, float] = {}
     for side, learner in list(sides.items()):
@@ -160,7 +159,7 @@ def compare(sides: dict[str, Learner], arguments: argparse.Namespace, end: float
                 if device.type == "cuda":
                     torch.cuda.reset_peak_memory_stats()
                 start = time.perf_counter()
-                steps(learner, [batch], 3)
+                take_steps(learner, batch, 3)
                 print(f"{side}: first steps after {time.perf_counter() - start:.1f} s", flush=True)
                 if device.type == "cuda":
                     memory[side] = round(torch.cuda.max_memory_allocated() / 1e6)
@@ -172,27 +171,28 @@ def compare(sides: dict[str, Learner], arguments: argparse.Namespace, end: float
     times: dict[str, list[float]] = {side: [] for side in sides}
     for _ in range(arguments.rounds):
         for side, learner in sides.items():
-            times[side].append(steps(learner, [batch], arguments.steps))
-    speed = {side: arguments.batch / statistics.median(spent) for side, spent in times.items()}
+            times[side].append(take_steps(learner, batch, arguments.steps))
+    speed = {side: len(batch) / statistics.median(spent) for side, spent in times.items()}
+    hows = ("compiled", "eager")
+    pairs = [(f"{OURS}, {how}", f"{theirs}, {how}") for how in hows for theirs in (TIMM, TIMM_PLAIN)]
+    pairs = [pair for pair in pairs if speed.keys() >= set(pair)]
     return {
+        "batch": len(batch),
         "images_per_second": {side: round(value, 1) for side, value in speed.items()},
         "spread_ms": {side: [round(min(t) * 1e3, 3), round(max(t) * 1e3, 3)] for side, t in times.items()},
         "peak_memory_mb": memory,
         "failed": failed,
         "ratio": {
-            f"{how}, over {origin}": round(speed[f"{OURS}, {how}"] / speed[f"{origin}, {how}"], 3)
-            for how, origin in itertools.product(("compiled", "eager"), ORIGINS[1:])
-            if {f"{OURS}, {how}", f"{origin}, {how}"} <= speed.keys()
+            theirs: round(speed[ours] / speed[theirs], 3) for ours, theirs in pairs if {ours, theirs} <= {*speed}
         },
     }
 
 
-def steps(learner: Learner, batches: Any, count: int) -> float:
-    """Seconds of one step, from `count` in a row; batches are used in turn."""
-    turns = itertools.cycle(batches)
+def take_steps(learner: Learner, batch: Batch, count: int) -> float:
+    """Seconds of one step, from `count` in a row."""
     start = time.perf_counter()
     for _ in range(count):
-        learner.step(next(turns), share=1.0, learning_rate=1e-4)
+        learner.step(batch, share=1.0, learning_rate=1e-4)
     if learner.device.type == "cuda":
         torch.cuda.synchronize()
     return (time.perf_counter() - start) / count
@@ -219,8 +219,8 @@ def images_in(folder: Path, arguments: argparse.Namespace) -> Path:
 def read(learner: Learner, path: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """Images a second of the learner with images that are read, and with a batch that is there."""
     cores = len(os.sched_getaffinity(0))
-    batch = batch_on(learner.device, arguments)
-    synthetic = arguments.batch / min(steps(learner, [batch], arguments.steps) for _ in range(3))
+    batch = batch_for(learner)
+    synthetic = len(batch) / min(take_steps(learner, batch, arguments.steps) for _ in range(3))
     found: dict[str, Any] = {
         "cores": cores,
         "synthetic": round(synthetic, 1),

@@ -78,12 +78,14 @@ def test_inference_compares_every_side_and_says_where_time_goes(rehearsal: tuple
 def test_training_compares_the_same_loop_and_reads_images(rehearsal: tuple[dict[str, Any], str]) -> None:
     found = rehearsal[0]["gpu_training"]
     steps = found["steps"]["mobilevit_xxs"]
-    origins = ("mobilevit", "timm channels_last", "timm contiguous")
-    assert set(steps["images_per_second"]) == {f"{o}, {how}" for o in origins for how in ("eager", "compiled")}
+    assert set(steps["images_per_second"]) == {
+        "mobilevit, compiled", "timm channels_last, compiled", "mobilevit, eager", "timm channels_last, eager",
+        "timm contiguous, eager",
+    }  # fmt: skip
     assert steps["failed"] == {}
     speed = steps["images_per_second"]
     ratio = speed["mobilevit, eager"] / speed["timm channels_last, eager"]
-    assert steps["ratio"]["eager, over timm channels_last"] == pytest.approx(ratio, rel=0.02)
+    assert steps["ratio"]["timm channels_last, eager"] == pytest.approx(ratio, rel=0.02)
     reading = found["reading"]["mobilevit_xxs"]
     fed = [told for name, told in reading.items() if name.endswith("processes")]
     assert fed
