@@ -34,12 +34,13 @@ FLOWERS = {
 FROM_SCRATCH = {"detection": "bccd-mobilevit_xxs", "segmentation": "camvid-mobilevit_xxs"}
 SHORT_NAMES = {"mobilevit_xxs": "XXS", "mobilevit_xs": "XS", "mobilevit_s": "S"}
 IN_README = {"onnx": "ONNX Runtime, float32", "openvino bf16": "OpenVINO, bfloat16"}
+GPU_RUNS = ("imagenette-mobilevit_xxs", "imagenette-mobilevit_s", "cifar10-mobilevit_xxs")
 DEMOS = ("demo-classification", "demo-detection", "demo-segmentation")
 MEASUREMENTS = (
     "inference", "engines", "quantization", "mobile_runtimes", "training_speed", *FLOWERS.values(),
     *FROM_SCRATCH.values(), "postprocessing", *DEMOS, "resume", "startup",
     "data_pipeline", "processes", "experiments", "experiments_time", "experiments_samplers",
-    "imagenet_costs", "training_speed_bf16",
+    "imagenet_costs", "training_speed_bf16", "gpu_tests", "gpu_inference", "gpu_training", *GPU_RUNS,
     "browser", "serving", "bulk",
 )  # fmt: skip
 
@@ -716,7 +717,126 @@ def browser_table(results: Results) -> str:
     return "\n\n".join([*parts, commands(results, ["browser"]), machine(results, ["browser"])])
 
 
+def gpu_tests_line(results: Results) -> str:
+    counts = {kind: len(results["gpu_tests"][kind]) for kind in ("passed", "failed", "skipped")}
+    return ", ".join(f"{count} {kind}" for kind, count in counts.items()) + "."
+
+
+def gpu_inference_tables(results: Results) -> str:
+    found = results["gpu_inference"]
+    cases = found["cases"]
+    sides = dict.fromkeys(side for case in cases.values() for side in case["images_per_second"])
+    speeds = [
+        [side, *(number(value) if (value := case["images_per_second"].get(side)) else "" for case in cases.values())]
+        for side in sides
+    ]
+    bounds = []
+    for name, case in cases.items():
+        image = case["an_image"]
+        moved, allowed = image["megabytes_moved"], image["images_per_second_allowed"]
+        ratio = number(case["ratio"]) if "ratio" in case else ""
+        figures = (image["gflops"], moved["eager"], moved["least"], allowed["least"])
+        bounds.append([name, ratio, *map(number, figures), f"{max(case['error'].values()):.0e}"])
+    kinds = dict.fromkeys(kind for case in cases.values() for kind in case["profile"].get("ms_by_kind", ()))
+    spent = [
+        [kind, *(number(case["profile"].get("ms_by_kind", {}).get(kind, 0.0)) for case in cases.values())]
+        for kind in kinds
+    ]
+    limits = ", ".join(f"{name.replace('_', ' ')} {number(value)}" for name, value in found["limits"].items())
+    head = (
+        "", "ours over timm, each at its best", "GFLOP per image", "MB moved, each operation alone",
+        "MB moved, all fused", "images/s that the limits allow then", "largest error",
+    )  # fmt: skip
+    return "\n\n".join(
+        [
+            table(("images/s, median", *cases), speeds),
+            table(head, bounds),
+            table(("ms of the fastest of ours", *cases), spent),
+            f"Limits measured in the same run: {limits}.",
+        ]
+    )
+
+
+def gpu_training_tables(results: Results) -> str:
+    found = results["gpu_training"]
+    rows, reading = [], []
+    for name, steps in found["steps"].items():
+        first = f"{SHORT_NAMES[name]}, {steps['batch']} images"
+        for side, speed in steps["images_per_second"].items():
+            ratio = steps["ratio"].get(side)
+            rows.append([first, side, number(speed), number(ratio) if ratio else ""])
+    for name, told_of in found["reading"].items():
+        for processes, told in told_of.items():
+            if isinstance(told, dict):
+                speeds = (number(told["reading_alone"]), number(told["training"]), percent(told["of_synthetic"]))
+                reading.append([SHORT_NAMES[name], processes, *speeds])
+    parts = [table(("", "", "images/s, median", "ours over it"), rows)]
+    if reading:
+        head = ("", "", "reading alone, images/s", "training, images/s", "of one batch repeated")
+        parts.append(table(head, reading))
+    return "\n\n".join(parts)
+
+
+def gpu_runs_table(results: Results) -> str:
+    rows = []
+    for name in GPU_RUNS:
+        if name in results:
+            run = results[name]
+            best = (run.get("leaderboard_top1") or {}).get(f"epochs {run['epochs']}")
+            rows.append(
+                [
+                    run["data_set"],
+                    f"{SHORT_NAMES[run['model']]}, {run['parameters'] / 1e6:.1f} M parameters",
+                    str(run["epochs"]),
+                    number(run["minutes"]),
+                    percent(run["top1"], 2),
+                    percent(run["last_epoch_top1"], 2),
+                    percent(best, 2) if best else "",
+                ]
+            )
+    head = ("", "", "epochs", "minutes", "top-1, best epoch", "top-1, last epoch", "leaderboard")
+    return table(head, rows)
+
+
 AT_SCALE = (
+    Section(
+        title="Measured: on a GPU, tests",
+        names=("gpu_tests",),
+        summary="`pytest -m gpu`.",
+        body=gpu_tests_line,
+    ),
+    Section(
+        title="Measured: on a GPU, inference",
+        names=("gpu_inference",),
+        summary=(
+            "Random weights, the same in all; 256 x 256 pixels. A graph is a CUDA graph; padded is fused, with "
+            "attention heads widened to multiples of 8. Bytes count weights and everything that operations read and "
+            "write: each operation by itself, or convolutions, matrix products and attention alone, as if all else "
+            "were part of them. Errors are relative to our own float32."
+        ),
+        body=gpu_inference_tables,
+    ),
+    Section(
+        title="Measured: on a GPU, training",
+        names=("gpu_training",),
+        summary=(
+            "Whole steps in bf16 by autocast: forward, loss, backward, AdamW, weight average; only the network "
+            "differs. The second table is the compiled model with images read from a parquet file of 500-pixel JPEGs."
+        ),
+        body=gpu_training_tables,
+    ),
+    Section(
+        title="Measured: on a GPU, from scratch",
+        names=GPU_RUNS,
+        summary=(
+            "Imagenette at 128 pixels, next to the best of its public leaderboard for as many epochs, by networks of "
+            "some 25 million parameters. Figures are near, not equal, to the leaderboard's: the images of the copy "
+            "used here had been stretched to a square before they were scaled down, where the leaderboard keeps the "
+            "aspect ratio. The best epoch is chosen on the validation images, so the last epoch's figure is the "
+            "fairer one."
+        ),
+        body=gpu_runs_table,
+    ),
     Section(
         title="Measured: reading",
         names=("data_pipeline",),
