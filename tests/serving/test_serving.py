@@ -11,6 +11,7 @@ import socket
 import struct
 import subprocess
 import sys
+import tempfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -405,6 +406,16 @@ def test_mistakes_are_told_before_anything_starts(
         assert message in told
         assert told.count("\n") == 1
         assert told.startswith("error: ")
+
+
+def test_workers_without_a_temporary_folder(
+    checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))  # where TMPDIR, /tmp and others cannot be written
+    assert main(["serve", str(checkpoints["classification"]), "--workers", "2", "--port", "0"]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("error: several --workers need a temporary folder for their metrics")
+    assert told.endswith("set TMPDIR to a folder that can be written\n")
 
 
 def test_two_that_start_at_once(checkpoints: dict[str, Path]) -> None:

@@ -9,10 +9,9 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 from mobilevit.card import ModelCard
 from mobilevit.errors import MobileViTError
@@ -64,7 +63,7 @@ class Artifact:
         return {"artifact_version": ARTIFACT_VERSION, **values, **self.card.to_dict()}
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Artifact:
+    def from_dict(cls, values: Json) -> Artifact:
         """Make an `Artifact` from the values of `to_dict`."""
         size = values["image_size"]
         return cls(
@@ -136,7 +135,7 @@ def read_sidecar(path: Path) -> Artifact:
     return Artifact.from_dict(values)
 
 
-def _digest_of_values(values: Mapping[str, Any]) -> str:
+def _digest_of_values(values: Json) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 

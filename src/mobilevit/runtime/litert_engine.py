@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -16,6 +16,9 @@ from mobilevit.runtime.engine import chunks, join
 
 # The runtime alone, its name until 2024, and the package that contains both.
 _RUNTIMES = ("ai_edge_litert.interpreter", "tflite_runtime.interpreter", "tensorflow.lite")
+
+if TYPE_CHECKING:
+    from ai_edge_litert.interpreter import Interpreter
 
 
 class LitertSession:
@@ -58,10 +61,11 @@ class LitertSession:
         return [self._interpreter.get_tensor(index) for index in self._outputs]
 
 
-def _interpreter() -> Any:
+def _interpreter() -> type[Interpreter]:
     for name in _RUNTIMES:
         try:
-            return importlib.import_module(name).Interpreter
+            kind: type[Interpreter] = importlib.import_module(name).Interpreter
+            return kind
         except ImportError:
             continue
     raise MissingPackageError("ai_edge_litert is not installed; pip install 'mobilevit[litert]'")

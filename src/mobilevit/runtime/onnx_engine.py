@@ -6,12 +6,15 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING
 
 from mobilevit.errors import MobileViTError
 from mobilevit.results.base import Array
 from mobilevit.runtime.artifact import Artifact
 from mobilevit.runtime.engine import chunks, import_runtime, join
+
+if TYPE_CHECKING:
+    import onnxruntime
 
 
 class OnnxEngine:
@@ -30,12 +33,12 @@ class OnnxEngine:
             self._providers = ["CUDAExecutionProvider", "CPUExecutionProvider"]
         elif device not in ("auto", "cpu"):
             raise MobileViTError(f"`device` is {device!r}, but ONNX Runtime runs on cpu or cuda here")
-        self._sessions: dict[int, Any] = {}
+        self._sessions: dict[int, onnxruntime.InferenceSession] = {}
         if self._providers == ["CPUExecutionProvider"]:
             _share_memory(self._runtime)
         self._session(threads)
 
-    def _session(self, threads: int) -> Any:
+    def _session(self, threads: int) -> onnxruntime.InferenceSession:
         if threads not in self._sessions:
             options = self._runtime.SessionOptions()
             options.intra_op_num_threads = threads

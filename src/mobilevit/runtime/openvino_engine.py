@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -14,6 +14,9 @@ from mobilevit.results.base import Array
 from mobilevit.runtime.artifact import Artifact
 from mobilevit.runtime.engine import chunks, import_runtime, join
 
+if TYPE_CHECKING:
+    import openvino
+
 log = logging.getLogger("mobilevit")
 
 
@@ -21,19 +24,19 @@ class OpenvinoEngine:
     """OpenVINO on any of its devices."""
 
     def __init__(self, path: Path, artifact: Artifact, threads: int, device: str) -> None:
-        openvino = import_runtime("openvino", "openvino")
+        runtime = import_runtime("openvino", "openvino")
         self._artifact, self._threads = artifact, threads
-        self._core = openvino.Core()
+        self._core: openvino.Core = runtime.Core()
         self._device = "CPU" if device in ("auto", "cpu") else device.upper()
         if self._device not in self._core.available_devices:
             raise MobileViTError(
                 f"`device` is {device!r}, but OpenVINO sees {', '.join(self._core.available_devices).lower()} here"
             )
         self._model = self._core.read_model(path)
-        self._compiled: dict[int, Any] = {}
+        self._compiled: dict[int, openvino.CompiledModel] = {}
         self._compile(1)
 
-    def _compile(self, streams: int) -> Any:
+    def _compile(self, streams: int) -> openvino.CompiledModel:
         if streams not in self._compiled:
             settings = dict(self._artifact.settings)
             if settings.get("INFERENCE_PRECISION_HINT") == "bf16" and not self._has_bfloat16():
@@ -58,10 +61,10 @@ class OpenvinoEngine:
         # Not with AsyncInferQueue: its threads take the GIL at their end, and a program that deletes the model right
         # after that hangs.
         free = [compiled.create_infer_request() for _ in range(streams)]
-        computing: deque[Any] = deque()
+        computing: deque[openvino.InferRequest] = deque()
         results: list[list[Array]] = []
 
-        def finish() -> Any:
+        def finish() -> openvino.InferRequest:
             request = computing.popleft()
             request.wait()
             results.append([np.array(tensor.data) for tensor in request.output_tensors])

@@ -12,8 +12,8 @@ import logging
 import os
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
+from mobilevit.files import Json
 from mobilevit.machine import this_machine, versions
 from mobilevit.runtime.artifact import read_sidecar
 
@@ -59,7 +59,7 @@ def find_tuned(checkpoint: str | os.PathLike[str]) -> tuple[Path, int | None] | 
         return None
     again = f"run mobilevit tune {checkpoint} again"
     try:
-        values: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        values: Json = json.loads(file.read_text(encoding="utf-8"))
         stale = _why_stale(values, checkpoint)
         if stale:
             log.warning("%s: not used, %s; %s", file, stale, again)
@@ -78,7 +78,7 @@ def find_tuned(checkpoint: str | os.PathLike[str]) -> tuple[Path, int | None] | 
     return artifact, threads
 
 
-def _why_stale(values: dict[str, Any], checkpoint: Path) -> str:
+def _why_stale(values: Json, checkpoint: Path) -> str:
     """Return the reason why a result does not apply to this checkpoint here and now; empty if it does."""
     if values["tuned_version"] != TUNED_VERSION:
         return "written by another version of this package"

@@ -137,7 +137,9 @@ def _run_one(
     app = create_app(config, models, open_predictors(config, models), pages)
     try:
         sock.listen()  # two services can bind to one address, but only the first to listen gets it
-    except OSError:
+    except OSError as error:
+        if error.errno != errno.EADDRINUSE:
+            raise
         raise _in_use(config.host, config.port) from None
     settings = uvicorn.Config(
         app,
@@ -205,7 +207,7 @@ class _Workers:
 
     def run(self) -> int:
         set_up_logs(self._config.log_format)
-        with tempfile.TemporaryDirectory(prefix="mobilevit-metrics-") as folder, _signals() as signaled:
+        with _metrics_folder() as folder, _signals() as signaled:
             os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder
             try:
                 for _ in range(self._config.workers):
@@ -278,6 +280,16 @@ class _Workers:
                 log.error("worker %s does not stop; killing it", process.pid)
                 process.kill()
                 process.join()
+
+
+def _metrics_folder() -> tempfile.TemporaryDirectory[str]:
+    try:
+        return tempfile.TemporaryDirectory(prefix="mobilevit-metrics-")
+    except OSError as error:
+        raise MobileViTError(
+            f"several `workers` need a temporary folder for their metrics, which cannot be made ({one_line(error)}); "
+            "set TMPDIR to a folder that can be written"
+        ) from error
 
 
 @contextlib.contextmanager
