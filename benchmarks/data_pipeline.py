@@ -27,9 +27,9 @@ import record
 from mobilevit.data.datasets import load_train_val
 from mobilevit.data.loaders import BatchLoader
 from mobilevit.data.shard_writing import write_shards
-from mobilevit.data.transforms import ClassificationTransform
 from mobilevit.imaging.decode import find_images
 from mobilevit.imaging.preprocessing import Preprocessing
+from mobilevit.tasks.transforms import ClassificationTransform
 
 BATCH = 64
 MIN_AREA = 0.08

@@ -163,14 +163,14 @@ def accuracy(model: nn.Module, images: Any, config: TrainConfig, renew: Any = No
     top1 = {}
     for side in SIDES:
         preprocessing = Preprocessing(size=(side, side), crop_fraction=config.crop_fraction)
-        loading = {"batch_size": 64, "num_workers": 0, "device": torch.device("cpu")}
-        if renew is not None:
-            renew_statistics(model, evaluation_loader(renew, preprocessing, **loading), preprocessing)
         card = ModelCard(
             name="mobilevit_xxs", task="classification", classes=images.classes, preprocessing=preprocessing
         )
+        loading = {"batch_size": 64, "num_workers": 0, "device": torch.device("cpu")}
+        if renew is not None:
+            renew_statistics(model, evaluation_loader(renew, card, **loading), preprocessing)
         session = TorchSession(model.eval(), card, device=torch.device("cpu"))
-        loader = evaluation_loader(images, preprocessing, **loading)
+        loader = evaluation_loader(images, card, **loading)
         top1[side] = round(measure(session, loader).report.score, 4)
     return top1
 

@@ -33,6 +33,7 @@ from mobilevit.benchmarking import peers
 from mobilevit.data.imageset import ImageSet
 from mobilevit.data.loaders import Batch, BatchLoader, ahead_on
 from mobilevit.evaluation import default_num_workers
+from mobilevit.tasks.classification import CLASSIFICATION
 from mobilevit.training.config import HardwareSettings, TrainConfig
 from mobilevit.training.distributed import World
 from mobilevit.training.learner import Learner, make_learner
@@ -92,7 +93,7 @@ def main() -> None:
 
 def learner_of(name: str, side: str, batch_size: int, arguments: argparse.Namespace) -> Learner:
     data = ImageSet(
-        task="classification",
+        task=CLASSIFICATION,
         origin="nothing",
         names=["none"],
         targets=[0],

@@ -88,7 +88,7 @@ def measure(checkpoint: Path, folder: Path, arguments: argparse.Namespace) -> tu
     held_out, which = find_part(folder, "auto", card)
     step = max(1.0, len(training) / arguments.calibration)
     calibration = [training.open(int(n * step)) for n in range(min(arguments.calibration, len(training)))]
-    loader = evaluation_loader(held_out, card.preprocessing, batch_size=16, num_workers=0, device=torch.device("cpu"))
+    loader = evaluation_loader(held_out, card, batch_size=16, num_workers=0, device=torch.device("cpu"))
     before: dict[str, float] = {}
 
     def accuracy(session: Session, card: ModelCard, label: str) -> Mapping[str, float]:

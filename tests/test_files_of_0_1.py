@@ -165,7 +165,7 @@ def test_shards(old: Path) -> None:
     seen = []
     for part, count in (("train", 12), ("val", 4)):
         data = splits[part]
-        assert (data.task, data.classes, len(data)) == ("classification", ("dark", "light"), count)
+        assert (data.task.name, data.classes, len(data)) == ("classification", ("dark", "light"), count)
         for index, target in enumerate(data.targets):
             image = read_image(data.open(index))
             red, green, blue = image.getpixel((0, 0))

@@ -26,7 +26,6 @@ from mobilevit.runtime.predictor import Predictor, Result
 from mobilevit.torch_session import TorchSession
 from mobilevit.training.config import TrainConfig
 from mobilevit.training.loop import train
-from mobilevit.training.objectives import make_objective
 from mobilevit.training.run_folder import RunFolder, TrainingInterrupted
 from training_settings import with_settings
 
@@ -69,7 +68,7 @@ class TaskContract:
 
     def test_the_task_is_recognized_by_the_data(self, data: Path) -> None:
         (found,) = find_splits(data).values()
-        assert (found.task, len(found), len(found.classes)) == (self.task, 24, self.num_classes)
+        assert (found.task.name, len(found), len(found.classes)) == (self.task, 24, self.num_classes)
 
     def test_the_run_folder_is_the_record(self, run: Path, data: Path) -> None:
         files = {path.name for path in run.iterdir()}
@@ -111,7 +110,13 @@ class TaskContract:
         (data,) = find_splits(config.data).values()
         model = self.model(classes=data.classes).train()
         preprocessing = dataclasses.replace(card_of(model).preprocessing, size=(SIZE, SIZE))
-        objective = make_objective(config.resolve(self.task), data, preprocessing, torch.device("cpu"))
+        objective = data.task.objective(
+            config.resolve(self.task),
+            preprocessing,
+            num_classes=len(data.classes),
+            targets=data.targets,
+            device=torch.device("cpu"),
+        )
         loader = BatchLoader(
             data, objective.transform, collate=objective.collate, batch_size=12, num_workers=0, shuffle_seed=0
         )
@@ -266,7 +271,7 @@ def _report(model: nn.Module, data: Path) -> dict[str, Any]:
     card: ModelCard = card_of(model)
     (images,) = find_splits(data, card.task).values()
     device = torch.device("cpu")
-    loader = evaluation_loader(images, card.preprocessing, batch_size=1, num_workers=0, device=device)
+    loader = evaluation_loader(images, card, batch_size=1, num_workers=0, device=device)
     session = TorchSession(model, card, device=device)
     return measure(session, loader).report.to_dict()
 

@@ -7,7 +7,7 @@ exception is a bug of this package: the command line prints its traceback.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 
 
@@ -35,6 +35,12 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Suggest the nearest known word: "did you mean train? ", or nothing if none is near."""
     near = get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f"did you mean {near[0]}? " if near else ""
+
+
+def some(names: Sequence[str], limit: int = 5) -> str:
+    """List the first few names, and how many more there are."""
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
 
 
 def one_line(error: BaseException, limit: int = 200) -> str:

@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, distributed, nn
 
-from mobilevit.card import ModelCard, TaskName
+from mobilevit.card import ModelCard
 from mobilevit.data.datasets import part_to_evaluate
-from mobilevit.data.imageset import ImageSet
-from mobilevit.data.loaders import Batch, BatchLoader, Transform
-from mobilevit.data.transforms import read_mask
+from mobilevit.data.imageset import AnyImages, ImageSet
+from mobilevit.data.loaders import BatchLoader
 from mobilevit.errors import MobileViTError
 from mobilevit.files import write_json
 from mobilevit.imaging.decode import EncodedImage, read_image
@@ -27,17 +24,9 @@ from mobilevit.imaging.drawing import save_image
 from mobilevit.imaging.preprocessing import Preprocessing
 from mobilevit.machine import available_cores
 from mobilevit.progress import Progress
-from mobilevit.results import RESULT_TYPES
-from mobilevit.results.base import Outputs
-from mobilevit.results.detection import decode_detections, to_pixels
-from mobilevit.results.segmentation import decode_label_map
 from mobilevit.runtime.session import EngineChoice, Session, open_session
-from mobilevit.tasks.classification_report import ClassificationMeter
-from mobilevit.tasks.classification_report import prediction_sheet as classification_sheet
-from mobilevit.tasks.detection_report import DetectionMeter, detection_sheet
-from mobilevit.tasks.report import Meter, Report
-from mobilevit.tasks.segmentation import most_at_once
-from mobilevit.tasks.segmentation_report import SegmentationMeter, segmentation_sheet
+from mobilevit.tasks.report import Report
+from mobilevit.tasks.task import Meter, Target, Task, Truth
 
 log = logging.getLogger("mobilevit")
 
@@ -50,7 +39,7 @@ class Evaluation:
     """The report, and what it was computed from."""
 
     report: Report
-    meter: Meter
+    meter: Meter[Any]
     errors: list[str]
     """One line for each unreadable image."""
 
@@ -92,7 +81,7 @@ def evaluate(
     return evaluation.report
 
 
-def find_part(path: str | os.PathLike[str], split: str, card: ModelCard) -> tuple[ImageSet[Any], str]:
+def find_part(path: str | os.PathLike[str], split: str, card: ModelCard) -> tuple[AnyImages, str]:
     """Read the images to measure a model on, labeled in the order of its classes, and say in words which they are.
 
     Args:
@@ -109,7 +98,7 @@ def find_part(path: str | os.PathLike[str], split: str, card: ModelCard) -> tupl
 
 def evaluate_session(
     session: Session,
-    data: ImageSet[Any],
+    data: AnyImages,
     *,
     batch_size: int = 16,
     num_workers: int | None = None,
@@ -131,9 +120,7 @@ def evaluate_session(
         raise MobileViTError(f"`batch_size` is {batch_size}; it must be 1 or more")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # only decides how images are read
     workers = default_num_workers(device) if num_workers is None else num_workers
-    loader = evaluation_loader(
-        data, session.card.preprocessing, batch_size=batch_size, num_workers=workers, device=device
-    )
+    loader = evaluation_loader(data, session.card, batch_size=batch_size, num_workers=workers, device=device)
     return measure(session, loader, label=label)
 
 
@@ -149,98 +136,33 @@ def default_num_workers(device: torch.device, *, sharing: int = 1) -> int:
 
 
 def evaluation_loader(
-    data: ImageSet[Any],
-    preprocessing: Preprocessing,
-    *,
-    batch_size: int,
-    num_workers: int,
-    device: torch.device,
+    data: ImageSet[Target], card: ModelCard, *, batch_size: int, num_workers: int, device: torch.device
 ) -> BatchLoader:
     """Load every image once, in order, preprocessed as for predictions; of several processes, each loads a share.
 
     Raises:
         MobileViTError: the preprocessing crops, where every pixel has to be classified.
     """
-    RESULT_TYPES[data.task].check(preprocessing)
-    if data.task == "segmentation":
-        batch_size = min(batch_size, most_at_once(len(data.classes), preprocessing.size))
-    transforms: dict[TaskName, Transform] = {
-        "classification": partial(_with_label, preprocessing),
-        "detection": partial(_with_size, preprocessing),
-        "segmentation": partial(_with_mask, preprocessing),
-    }
+    result_type = data.task.result_type
+    result_type.check(card.preprocessing)
     return BatchLoader(
         data,
-        transforms[data.task],
-        collate=torch.tensor if data.task == "classification" else list,
-        batch_size=batch_size,
+        partial(_prepare, data.task, card.preprocessing),
+        collate=list,
+        batch_size=min(batch_size, result_type.max_batch_size(card)),
         num_workers=num_workers,
         pin_memory=device.type == "cuda",
         shard=(distributed.get_rank(), distributed.get_world_size()) if _is_distributed() else (0, 1),
     )
 
 
-def _with_label(preprocessing: Preprocessing, image: EncodedImage, label: int) -> tuple[Tensor, int]:
-    return _resized(preprocessing, image.decode()), label
-
-
-def _with_size(preprocessing: Preprocessing, image: EncodedImage, _: object) -> tuple[Tensor, tuple[int, int]]:
-    width, height = image.size
-    return _resized(preprocessing, image.decode()), (height, width)
-
-
-def _with_mask(preprocessing: Preprocessing, encoded: EncodedImage, target: Any) -> tuple[Tensor, np.ndarray]:
-    image = encoded.decode()
-    return _resized(preprocessing, image), read_mask(image, target)
-
-
-def _resized(preprocessing: Preprocessing, image: Image.Image) -> Tensor:
-    return torch.from_numpy(preprocessing.resize(image)).permute(2, 0, 1)
-
-
-def _observe_classes(meter: Any, outputs: list[Outputs], batch: Batch, _data: ImageSet[Any], _: Preprocessing) -> None:
-    logits = torch.from_numpy(np.stack([each["logits"] for each in outputs]))
-    meter.update(batch.indices, logits.float(), batch.targets)
-
-
-def _observe_boxes(
-    meter: Any, outputs: list[Outputs], batch: Batch, data: ImageSet[Any], preprocessing: Preprocessing
-) -> None:
-    for index, size, each in zip(batch.indices, batch.targets, outputs, strict=True):
-        boxes, scores, class_ids = to_pixels(decode_detections(each), preprocessing.placement(size))
-        truth = data.targets[index]
-        meter.update(
-            index,
-            boxes_xyxy=boxes,
-            scores=scores,
-            labels=class_ids,
-            true_xyxy=truth.xyxy,
-            true_labels=truth.labels,
-            true_crowd=truth.crowd,
-            true_areas=truth.areas,
-        )
-
-
-def _observe_masks(
-    meter: Any, outputs: list[Outputs], batch: Batch, _: ImageSet[Any], preprocessing: Preprocessing
-) -> None:
-    for index, each, truth in zip(batch.indices, outputs, batch.targets, strict=True):
-        meter.update(index, decode_label_map(each, preprocessing.placement(truth.shape)), truth)
-
-
-_OBSERVE: dict[TaskName, Callable[[Any, list[Outputs], Batch, ImageSet[Any], Preprocessing], None]] = {
-    "classification": _observe_classes,
-    "detection": _observe_boxes,
-    "segmentation": _observe_masks,
-}
-
-
-def _new_meter(data: ImageSet[Any]) -> Meter:
-    if data.task == "classification":
-        return ClassificationMeter(data.classes)
-    if data.task == "detection":
-        return DetectionMeter(data.classes)
-    return SegmentationMeter(data.classes, keep=_evenly_spaced(range(len(data))))
+def _prepare(
+    task: Task[Target, Truth], preprocessing: Preprocessing, image: EncodedImage, target: Target
+) -> tuple[Tensor, tuple[tuple[int, int], Truth]]:
+    """Resize an image, and read its (height, width) and truth."""
+    pixels = torch.from_numpy(preprocessing.resize(image.decode())).permute(2, 0, 1)
+    size = image.size[1], image.size[0]
+    return pixels, (size, task.read_truth(target, size))
 
 
 def measure(session: Session, loader: BatchLoader, *, label: str = "evaluate") -> Evaluation:
@@ -255,18 +177,20 @@ def measure(session: Session, loader: BatchLoader, *, label: str = "evaluate") -
         MobileViTError: not a single image can be read.
     """
     data, preprocessing = loader.data, session.card.preprocessing
-    meter, observe, errors = _new_meter(data), _OBSERVE[data.task], []
+    keep = _evenly_spaced(range(len(data)))
+    meter, errors = data.task.new_meter(data.classes, keep=keep), list[str]()
     with Progress(label, loader.num_images) as progress:
         for batch in loader.epoch():
             errors += batch.errors
             if len(batch):
-                outputs = session.run(batch.images.permute(0, 2, 3, 1).numpy())
-                observe(meter, RESULT_TYPES[data.task].split(outputs), batch, data, preprocessing)
+                outputs = data.task.result_type.split(session.run(batch.images.permute(0, 2, 3, 1).numpy()))
+                for index, (size, truth), output in zip(batch.indices, batch.targets, outputs, strict=True):
+                    meter.add(index, output, truth, preprocessing.placement(size))
             progress.advance(len(batch) + len(batch.errors))
     if _is_distributed():
-        shares: list[Any] = [None] * distributed.get_world_size()
+        shares = [(meter, errors)] * distributed.get_world_size()
         distributed.all_gather_object(shares, (meter, errors))
-        meter, errors = _new_meter(data), []
+        meter, errors = data.task.new_meter(data.classes, keep=keep), []
         for other, other_errors in shares:
             meter.merge(other)
             errors += other_errors
@@ -279,15 +203,15 @@ def _is_distributed() -> bool:
     return distributed.is_available() and distributed.is_initialized()
 
 
-def write_evaluation(evaluation: Evaluation, data: ImageSet[Any], folder: Path) -> None:
+def write_evaluation(evaluation: Evaluation, data: AnyImages, folder: Path) -> None:
     """Write `evaluation.json`, plots, sample predictions and the worst mistakes into a folder."""
     unreadable = {"unreadable": evaluation.errors} if evaluation.errors else {}
     write_json(folder / "evaluation.json", evaluation.report.to_dict() | unreadable)
     evaluation.report.save_plots(folder)
-    _write_sheet(evaluation.meter, data, _evenly_spaced(evaluation.meter.indices), folder / "samples.png")
+    _draw(evaluation.meter, data, _evenly_spaced(evaluation.meter.indices), folder / "samples.png")
     mistakes = evaluation.meter.worst(NUM_SAMPLES)
     if mistakes:
-        _write_sheet(evaluation.meter, data, mistakes, folder / "worst_mistakes.png")
+        _draw(evaluation.meter, data, mistakes, folder / "worst_mistakes.png")
     else:
         (folder / "worst_mistakes.png").unlink(missing_ok=True)
 
@@ -297,7 +221,7 @@ def _evenly_spaced(indices: Sequence[int]) -> list[int]:
     return list(indices[::step])[:NUM_SAMPLES]
 
 
-def report_problems(data: ImageSet[Any]) -> None:
+def report_problems(data: AnyImages) -> None:
     """Log how many problems the annotations have, and the first five."""
     if not data.problems:
         return
@@ -319,21 +243,8 @@ def report_unreadable(errors: Collection[str], kind: str, total: int) -> None:
         log.warning("  and %d more", len(errors) - 10)
 
 
-def _write_sheet(meter: Meter, data: ImageSet[Any], indices: Sequence[int], path: Path) -> None:
+def _draw(meter: Meter[Truth], data: ImageSet[Target], indices: Sequence[int], path: Path) -> None:
     images = [read_image(data.open(index), data.names[index]) for index in indices]
-    if isinstance(meter, ClassificationMeter):
-        rows = [meter.indices.index(index) for index in indices]
-        sheet = classification_sheet(images, meter.logits[rows], meter.labels[rows].tolist(), data.classes)
-    elif isinstance(meter, DetectionMeter):
-        seen = [meter.images[index] for index in indices]
-        sheet = detection_sheet(images, seen, data.classes, meter.best_threshold())
-    else:
-        assert isinstance(meter, SegmentationMeter)
-        shown = [place for place, index in enumerate(indices) if index in meter.label_maps]
-        sheet = segmentation_sheet(
-            [images[place] for place in shown],
-            [meter.label_maps[indices[place]] for place in shown],
-            [data.targets[indices[place]].read() for place in shown],
-            data.classes,
-        )
-    save_image(sheet, path)
+    sizes = [(image.height, image.width) for image in images]
+    truths = [data.task.read_truth(data.targets[index], size) for index, size in zip(indices, sizes, strict=True)]
+    save_image(meter.draw(indices, images, truths), path)

@@ -8,7 +8,8 @@ import numpy as np
 from PIL import Image
 
 from mobilevit.data.box_layouts import detection_splits
-from mobilevit.data.imageset import Boxes, ImageSet
+from mobilevit.data.imageset import ImageSet
+from mobilevit.tasks.targets import Boxes
 
 
 def write_image(path: Path, size: tuple[int, int] = (40, 30), orientation: int = 1) -> Path:

@@ -110,7 +110,7 @@ def test_boxes_and_masks_alike_need_a_choice(tmp_path: Path) -> None:
             read(tmp_path / "x")
     for task in ("detection", "segmentation"):
         (data,) = find_splits(tmp_path / "x", task).values()
-        assert (data.task, len(data)) == (task, 2)
+        assert (data.task.name, len(data)) == (task, 2)
 
 
 def test_a_chosen_task_that_the_data_are_not_for(tmp_path: Path) -> None:
@@ -160,7 +160,7 @@ def test_a_rare_class_of_boxes_is_in_both_parts(tmp_path: Path) -> None:
         assert sorted([*train.names, *val.names]) == sorted(find_splits(tmp_path / "x")["all"].names)
         assert (train.class_counts(), val.class_counts()) == ([51, 6], [17, 2])
         assert sum(not boxes.labels.size for boxes in val.targets) == 1
-        assert train.task == "detection"
+        assert train.task.name == "detection"
     again = load_train_val(tmp_path / "x", val_path=None, val_fraction=0.25, seed=9)
     assert [part.names for part in again] == [train.names, val.names]
 
@@ -168,7 +168,7 @@ def test_a_rare_class_of_boxes_is_in_both_parts(tmp_path: Path) -> None:
 def test_masks_are_divided(tmp_path: Path) -> None:
     write_pairs(tmp_path, "abcdefgh")
     train, val = load_train_val(tmp_path, val_path=None, val_fraction=0.25, seed=0)
-    assert (len(train), len(val), train.task, train.classes) == (6, 2, "segmentation", ("class_0", "class_1"))
+    assert (len(train), len(val), train.task.name, train.classes) == (6, 2, "segmentation", ("class_0", "class_1"))
     assert sorted(numbers(train) + numbers(val)) == list(range(8))
     for part in (train, val):
         assert [target.path.stem for target in part.targets] == [Path(name).stem for name in part.names]

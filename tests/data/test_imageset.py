@@ -16,14 +16,18 @@ from PIL import Image
 
 from mobilevit.class_names import IGNORE
 from mobilevit.data.datasets import find_splits
-from mobilevit.data.imageset import Boxes, ImageSet, Mask, check_classes, split
+from mobilevit.data.imageset import ImageSet, split
 from mobilevit.imaging.decode import find_images
+from mobilevit.tasks.classification import CLASSIFICATION
+from mobilevit.tasks.detection import DETECTION
+from mobilevit.tasks.segmentation import SEGMENTATION
+from mobilevit.tasks.targets import Boxes, Mask
 
 
 def toy(labels: list[int], classes: tuple[str, ...], prefix: str = "") -> ImageSet[int]:
     names = [f"{prefix}{classes[label]}/{number:03d}" for number, label in enumerate(labels)]
     return ImageSet(
-        task="classification", origin="toy", names=names, targets=labels, classes=classes, open=names.__getitem__
+        task=CLASSIFICATION, origin="toy", names=names, targets=labels, classes=classes, open=names.__getitem__
     )
 
 
@@ -152,11 +156,11 @@ def test_relabel_is_quick_with_many_classes() -> None:
 
 
 def test_check_classes() -> None:
-    check_classes(toy([0, 1], ("a", "b")))
+    toy([0, 1], ("a", "b")).check_classes()
     with pytest.raises(ValueError, match="toy: no images of b, d; add some"):
-        check_classes(toy([0, 2], ("a", "b", "c", "d")))
+        toy([0, 2], ("a", "b", "c", "d")).check_classes()
     with pytest.raises(ValueError, match=re.escape("toy: only one class (a)")):
-        check_classes(toy([0, 0], ("a",)))
+        toy([0, 0], ("a",)).check_classes()
 
 
 # -- boxes and masks --------------------------------------------------------------------------------------------------
@@ -164,15 +168,13 @@ def test_check_classes() -> None:
 
 def boxed(targets: list[Boxes], classes: tuple[str, ...] = ("cat", "dog")) -> ImageSet[Boxes]:
     names = [f"{number}.png" for number in range(len(targets))]
-    return ImageSet(
-        task="detection", origin="toy", names=names, targets=targets, classes=classes, open=names.__getitem__
-    )
+    return ImageSet(task=DETECTION, origin="toy", names=names, targets=targets, classes=classes, open=names.__getitem__)
 
 
 def masked(paths: list[Path], class_of: bytes, classes: tuple[str, ...] = ("sky", "road")) -> ImageSet[Mask]:
     names = [path.name for path in paths]
     return ImageSet(
-        task="segmentation",
+        task=SEGMENTATION,
         origin="toy",
         names=names,
         targets=[Mask(path=path, class_of=class_of) for path in paths],
@@ -243,9 +245,9 @@ def test_fingerprint_of_masks() -> None:
 
 
 def test_check_classes_of_boxes_and_masks() -> None:
-    check_classes(boxed([boxes_of([[0, 0, 1, 1]], [0])]))  # one class is enough, and one may be without objects
+    boxed([boxes_of([[0, 0, 1, 1]], [0])]).check_classes()  # one class is enough, and one may be without objects
     with pytest.raises(ValueError, match="toy: no objects of cat, dog; add some or remove the class"):
-        check_classes(boxed([NO_OBJECT]))
-    check_classes(masked([Path("a.png")], SKY_AND_ROAD))
+        boxed([NO_OBJECT]).check_classes()
+    masked([Path("a.png")], SKY_AND_ROAD).check_classes()
     with pytest.raises(ValueError, match=r"toy: only one class \(sky\); segmentation needs two or more"):
-        check_classes(masked([Path("a.png")], SKY_AND_ROAD, ("sky",)))
+        masked([Path("a.png")], SKY_AND_ROAD, ("sky",)).check_classes()

@@ -11,18 +11,22 @@ import torch
 from box_files import boxes_of
 from PIL import Image
 
-from mobilevit.data.imageset import Boxes, ImageSet, Mask
+from mobilevit.data.imageset import ImageSet
 from mobilevit.data.loaders import Batch, BatchLoader, _arrived
 from mobilevit.data.samplers import level_batches
-from mobilevit.data.transforms import (
+from mobilevit.imaging.decode import EncodedImage, open_image
+from mobilevit.imaging.preprocessing import Preprocessing
+from mobilevit.tasks.classification import CLASSIFICATION
+from mobilevit.tasks.detection import DETECTION
+from mobilevit.tasks.segmentation import SEGMENTATION
+from mobilevit.tasks.targets import Boxes, Mask
+from mobilevit.tasks.transforms import (
     BoxTargets,
     ClassificationTransform,
     DetectionTransform,
     SegmentationTransform,
     collate_boxes,
 )
-from mobilevit.imaging.decode import EncodedImage, open_image
-from mobilevit.imaging.preprocessing import Preprocessing
 
 SMALL = Preprocessing(size=(32, 32), crop_fraction=1.0)
 
@@ -35,7 +39,7 @@ def noise(count: int, *, bad: tuple[int, ...] = ()) -> ImageSet[int]:
         images[number] = b"not an image"
     names = [f"{number}.png" for number in range(count)]
     return ImageSet(
-        task="classification",
+        task=CLASSIFICATION,
         origin="noise",
         names=names,
         targets=list(range(count)),
@@ -199,16 +203,18 @@ SCRIPT = """
 import os, signal
 import numpy as np
 import torch
-from mobilevit.data.imageset import Boxes, ImageSet, Mask
+from mobilevit.data.imageset import ImageSet
+from mobilevit.tasks.targets import Boxes, Mask
 from mobilevit.data.loaders import BatchLoader
 from mobilevit.imaging.preprocessing import Preprocessing
+from mobilevit.tasks.classification import CLASSIFICATION
 
 images = [np.zeros((32, 32, 3), np.uint8)] * 40
 resize = Preprocessing(size=(32, 32)).resize
 def transform(image, label):
     return torch.from_numpy(resize(image.decode())).permute(2, 0, 1), label
 data = ImageSet(
-    task="classification", origin="", names=["x"] * 40, targets=[0] * 40, classes=("a",), open=images.__getitem__
+    task=CLASSIFICATION, origin="", names=["x"] * 40, targets=[0] * 40, classes=("a",), open=images.__getitem__
 )
 loader = BatchLoader(data, transform, batch_size=2, num_workers=2)
 epoch = loader.epoch()
@@ -277,7 +283,7 @@ def boxed(count: int) -> ImageSet[Boxes]:
     plain = noise(count)
     targets = [boxes_of([[4, 4, 20 + i, 30] for i in range(n)], list(range(n))) for n in range(count)]
     return ImageSet(
-        task="detection", origin="boxed", names=plain.names, targets=targets, classes=plain.classes, open=plain.open
+        task=DETECTION, origin="boxed", names=plain.names, targets=targets, classes=plain.classes, open=plain.open
     )
 
 
@@ -307,7 +313,7 @@ def test_batches_of_masks_and_a_mask_that_does_not_fit(tmp_path: Path) -> None:
     for number, size in enumerate([(36, 40), (40, 36), (36, 40)]):
         Image.new("L", size, number).save(tmp_path / f"{number}.png")
     data = ImageSet(
-        task="segmentation",
+        task=SEGMENTATION,
         origin="masked",
         names=plain.names,
         targets=[Mask(path=tmp_path / name, class_of=bytes(range(256))) for name in plain.names],

@@ -11,9 +11,10 @@ from PIL import Image
 from mobilevit.class_names import IGNORE, VOC_CLASSES
 from mobilevit.data.box_layouts import has_boxes
 from mobilevit.data.datasets import find_splits
-from mobilevit.data.imageset import ImageSet, Mask
+from mobilevit.data.imageset import ImageSet
 from mobilevit.data.mask_layouts import has_masks, segmentation_splits
 from mobilevit.imaging.decode import read_image
+from mobilevit.tasks.targets import Mask
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 
@@ -63,7 +64,7 @@ def test_folders(tmp_path: Path, folders: tuple[str, str]) -> None:
     assert has_masks(tmp_path)
     assert not has_boxes(tmp_path)
     data = read(tmp_path)
-    assert data.task == "segmentation"
+    assert data.task.name == "segmentation"
     assert data.classes == ("sky", "road", "car")
     assert data.names == [f"{folders[0]}/a.jpg", f"{folders[0]}/city/b.jpg"]
     assert rows(data) == [[0, 1, 2, IGNORE], [2, 2, 2, 2]]

@@ -397,7 +397,7 @@ def test_shards_elsewhere(served: str) -> None:
 
 
 def measured(path: Path, part: str, provenance: dict[str, str] | None = None) -> tuple[list[int], str]:
-    task = next(iter(find_splits(path).values())).task
+    task = next(iter(find_splits(path).values())).task.name
     data, which = part_to_evaluate(path, part, task=task, provenance=provenance or {})
     return sorted(numbers(data)), which
 

@@ -119,7 +119,7 @@ def drawn(index: int) -> Scene:
 def test_written_boxes_read_back(tmp_path: Path) -> None:
     write_boxes(tmp_path / "shapes", num_images=20, seed=5, size=64)
     (data,) = find_splits(tmp_path / "shapes").values()
-    assert (data.task, data.classes, data.problems) == ("detection", CLASSES, ())
+    assert (data.task.name, data.classes, data.problems) == ("detection", CLASSES, ())
     assert data.names == [f"images/{index:05d}.png" for index in range(20)]
     assert data.sizes == [(64, 64)] * 20
     for index, target in enumerate(data.targets):
@@ -135,7 +135,7 @@ def test_written_boxes_read_back(tmp_path: Path) -> None:
 def test_written_masks_read_back(tmp_path: Path) -> None:
     write_masks(tmp_path / "shapes", num_images=20, seed=5, size=64)
     (data,) = find_splits(tmp_path / "shapes").values()
-    assert (data.task, data.classes, data.problems) == ("segmentation", ("background", *CLASSES), ())
+    assert (data.task.name, data.classes, data.problems) == ("segmentation", ("background", *CLASSES), ())
     assert data.names == [f"images/{index:05d}.png" for index in range(20)]
     for index, target in enumerate(data.targets):
         scene = drawn(index)

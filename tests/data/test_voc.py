@@ -39,7 +39,7 @@ def test_voc(tmp_path: Path) -> None:
     write_voc(tmp_path, a=[GOOD, voc_object("cat", (0, 0, 40, 30)), crowd], b=[])
     assert has_boxes(tmp_path)
     data = read(tmp_path)
-    assert data.task == "detection"
+    assert data.task.name == "detection"
     assert data.classes == ("cat", "dog")
     assert data.names == ["JPEGImages/a.jpg", "JPEGImages/b.jpg"]
     assert boxes(data) == {"a.jpg": [("dog", 1, 2, 11, 22), ("cat", 0, 0, 40, 30), ("cat", 5, 5, 9, 9)], "b.jpg": []}

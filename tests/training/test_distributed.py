@@ -26,7 +26,6 @@ from mobilevit.training import distributed
 from mobilevit.training.config import TrainConfig
 from mobilevit.training.learner import build_model
 from mobilevit.training.loop import train
-from mobilevit.training.objectives import make_objective
 from mobilevit.training.optim import learning_rate, make_optimizer
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -100,7 +99,9 @@ def by_hand(config: TrainConfig) -> dict[str, torch.Tensor]:
     model = build_model(config, train_set).train()
     preprocessing = card_of(model).preprocessing
     optimizer = make_optimizer(model, config.optimizer, torch.device("cpu"))
-    objective = make_objective(config, train_set, preprocessing, torch.device("cpu"))
+    objective = train_set.task.objective(
+        config, preprocessing, num_classes=6, targets=train_set.targets, device=torch.device("cpu")
+    )
     random = [torch.get_rng_state()]
     torch.manual_seed(distributed.seed_of(distributed.World(rank=1, size=2), config.seed))
     random.append(torch.get_rng_state())

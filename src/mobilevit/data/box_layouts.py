@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mobilevit.data.coco import find_coco, looks_like_coco, read_coco, read_coco_file
-from mobilevit.data.folders import some
-from mobilevit.data.imageset import Boxes, ImageSet
+from mobilevit.data.imageset import ImageSet
 from mobilevit.data.voc import find_voc, read_voc
 from mobilevit.data.yolo import find_yolo, find_yolo_yaml, looks_like_yolo_yaml, read_yolo, read_yolo_yaml
-from mobilevit.errors import MobileViTError
+from mobilevit.errors import MobileViTError, some
+from mobilevit.tasks.targets import Boxes
 
 _LAYOUTS = (
     "Pascal VOC (Annotations/*.xml, JPEGImages/), COCO (annotations/*.json, images/) or YOLO (data.yaml, or images/, "

@@ -13,8 +13,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from mobilevit.data.folders import as_splits, relative
-from mobilevit.data.imageset import Boxes, ImageSet, Problem
+from mobilevit.data.imageset import ImageSet, Problem
 from mobilevit.errors import MobileViTError
+from mobilevit.tasks.detection import DETECTION
+from mobilevit.tasks.targets import Boxes
 
 _ROUNDING = 1.0
 """Pixels by which a box may pass the border without a problem being reported."""
@@ -117,7 +119,7 @@ def _image_set(table: BoxTable, classes: tuple[str, ...], index_of: Mapping[Hash
             remedy = "it cannot be learned or measured here"
             table.report(table.origin, "class without objects", name, remedy)
     return ImageSet(
-        task="detection",
+        task=DETECTION,
         origin=table.origin,
         names=[relative(image, table.root) for image in table.images],
         targets=_targets(table, xyxy, labels, usable),

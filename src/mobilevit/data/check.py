@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +20,7 @@ from mobilevit.card import TaskName
 from mobilevit.class_names import IGNORE
 from mobilevit.data.boxes import size_problem
 from mobilevit.data.datasets import find_splits
-from mobilevit.data.imageset import Boxes, ImageSet, Mask, Problem, read_label_map
+from mobilevit.data.imageset import ImageSet, Problem
 from mobilevit.data.mask_layouts import VALUE_WITHOUT_CLASS, unusable_mask, values_without_class
 from mobilevit.data.shards import holds_shards
 from mobilevit.errors import ImageError
@@ -27,19 +28,15 @@ from mobilevit.imaging import drawing
 from mobilevit.imaging.decode import IMAGE_SUFFIXES, read_image
 from mobilevit.machine import available_cores
 from mobilevit.progress import Progress
+from mobilevit.tasks import get_task
+from mobilevit.tasks.targets import Boxes, Mask, read_label_map
+from mobilevit.tasks.task import Target
 
 Value = TypeVar("Value")
 
 _SHOWN_PROBLEMS = 10
 _SHOWN_CLASSES = 40
-_LEGEND_CLASSES = 12  # of boxes
 _SMALL, _LARGE = 32**2, 96**2  # pixels; COCO's limits between small, medium and large
-
-_COUNTED: dict[TaskName, str] = {
-    "classification": "images",
-    "detection": "objects (images)",
-    "segmentation": "pixels (images)",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,7 +137,7 @@ class CheckReport:
         rows = [[name, *(part.cell(name) for part in self.statistics.values())] for name in shown]
         if len(self.classes) > len(shown):
             rows.append([f"and {len(self.classes) - len(shown)} more classes", *[""] * len(self.statistics)])
-        return [f"class, {_COUNTED[self.task]}", *self.statistics], rows
+        return [f"class, {get_task(self.task).counted}", *self.statistics], rows
 
     def problem_lines(self) -> list[str]:
         """Return the lines below the table: the problems by kind, the first ten of each."""
@@ -180,18 +177,17 @@ def check(path: str | os.PathLike[str], task: TaskName | None = None) -> CheckRe
                 progress.advance(1)
     statistics = {part: _statistics(data, looks[part]) for part, data in splits.items()}
     problems += _duplicates(splits, looks)
-    if first.task == "segmentation":
-        # Reading the layout looks into some of the masks only.
-        values = {value for found in looks.values() for look in found for value in look.nameless}
-        problems = [p for p in problems if p.kind != VALUE_WITHOUT_CLASS] + values_without_class(values, str(path))
-    if first.task == "classification" and Path(path).is_dir() and not holds_shards(Path(path)):
-        problems += _odd_files(Path(path))
-    for part, data in splits.items() if first.task != "detection" else ():
+    # Reading the layout looks into some of the masks only.
+    values = {value for found in looks.values() for look in found for value in look.nameless}
+    problems = [p for p in problems if p.kind != VALUE_WITHOUT_CLASS] + values_without_class(values, str(path))
+    checks = _CHECKS[first.task.name]
+    problems += checks.find_more(Path(path))
+    for part, data in splits.items() if checks.needs_every_class else ():
         unseen = [name for name, count in statistics[part].images_of.items() if not count]
         problems += [Problem(file=data.origin, kind="class without images", detail=name) for name in unseen]
     return CheckReport(
         path=str(path),
-        task=first.task,
+        task=first.task.name,
         classes=first.classes,
         statistics=statistics,
         problems=tuple(dict.fromkeys(problems)),
@@ -222,7 +218,7 @@ def _look_at_all(data: ImageSet[Any]) -> Iterator[_Look]:
 
 
 def _look_at(data: ImageSet[Any], number: int) -> _Look:
-    look, file, target = _Look(), _file_of(data, number), data.targets[number]
+    look, file = _Look(), _file_of(data, number)
     try:
         source = data.open(number)
         if isinstance(source, str | os.PathLike):
@@ -234,30 +230,10 @@ def _look_at(data: ImageSet[Any], number: int) -> _Look:
         reason = getattr(error, "strerror", None) or str(error).removeprefix(f"{file}: ")
         remedy = "training leaves it out; remove or replace it"
         look.problems.append(Problem(file=file, kind="image that cannot be read", detail=reason, remedy=remedy))
-    if isinstance(target, Mask):
-        _look_at_mask(target, look)
-    elif data.sizes is not None and look.size and data.sizes[number] != look.size:
+    if data.sizes is not None and look.size and data.sizes[number] != look.size:
         look.problems.append(size_problem(file, data.sizes[number], look.size))
+    _CHECKS[data.task.name].look(data.targets[number], look)
     return look
-
-
-def _look_at_mask(mask: Mask, look: _Look) -> None:
-    try:
-        values = read_label_map(mask.path)
-    except ImageError as error:
-        look.problems.append(unusable_mask(mask.path, error))
-        return
-    size = (values.shape[1], values.shape[0])
-    if look.size and size != look.size:
-        turned = size == look.size[::-1]
-        remedy = "the image has been turned (EXIF) since; turn the mask" if turned else "save it in the image's size"
-        sizes = f"{size[0]} x {size[1]}, the image {look.size[0]} x {look.size[1]}"
-        kind = "mask of another size than its image"
-        look.problems.append(Problem(file=str(mask.path), kind=kind, detail=sizes, remedy=remedy))
-    counts = np.bincount(values.ravel(), minlength=256)
-    class_of = np.frombuffer(mask.class_of, np.uint8)
-    look.pixels = np.bincount(class_of, weights=counts, minlength=256).astype(np.int64)
-    look.nameless = np.flatnonzero((counts > 0) & (class_of == IGNORE)).tolist()
 
 
 def _file_of(data: ImageSet[Any], number: int) -> str:
@@ -270,42 +246,9 @@ def _file_of(data: ImageSet[Any], number: int) -> str:
 
 def _statistics(data: ImageSet[Any], looks: Sequence[_Look]) -> SplitStatistics:
     sizes = sorted((look.size for look in looks if look.size), key=lambda size: size[0] * size[1]) or [(0, 0)]
-    if data.task == "detection":
-        of_classes = _count_boxes(data)
-    elif data.task == "segmentation":
-        of_classes = _count_pixels(data.classes, looks)
-    else:
-        of_classes = {"images_of": _by_class(data.classes, data.class_counts())}
+    of_classes = _CHECKS[data.task.name].count(data, looks)
     readable = sum(look.size is not None for look in looks)
     return SplitStatistics(images=len(data), readable=readable, smallest=sizes[0], largest=sizes[-1], **of_classes)
-
-
-def _count_boxes(data: ImageSet[Boxes]) -> dict[str, Any]:
-    images = np.zeros(len(data.classes), np.int64)
-    areas = [np.zeros(0, np.float32)]
-    for target in data.targets:
-        images[np.unique(target.labels[~target.crowd])] += 1
-        areas.append(target.areas[~target.crowd])
-    area = np.concatenate(areas)
-    small, large = int((area < _SMALL).sum()), int((area >= _LARGE).sum())
-    return {
-        "images_of": _by_class(data.classes, images.tolist()),
-        "objects_of": _by_class(data.classes, data.class_counts()),
-        "box_sizes": {"small": small, "medium": len(area) - small - large, "large": large},
-        "crowds": sum(int(target.crowd.sum()) for target in data.targets),
-        "without_objects": sum(not target.labels.size for target in data.targets),
-    }
-
-
-def _count_pixels(classes: Sequence[str], looks: Sequence[_Look]) -> dict[str, Any]:
-    pixels = np.array([look.pixels for look in looks if look.pixels is not None], np.int64).reshape(-1, 256)
-    total = pixels.sum(axis=0)
-    of_classes = total[: len(classes)]
-    return {
-        "images_of": _by_class(classes, (pixels[:, : len(classes)] > 0).sum(axis=0).tolist()),
-        "pixels_of": _by_class(classes, (of_classes / max(1, int(of_classes.sum()))).tolist()),
-        "void": float(total[IGNORE] / max(1, int(total.sum()))),
-    }
 
 
 def _by_class(classes: Sequence[str], values: Sequence[Value]) -> dict[str, Value]:
@@ -326,19 +269,105 @@ def _duplicates(splits: Mapping[str, ImageSet[Any]], looks: Mapping[str, Sequenc
             if other_part != part:
                 kind, detail = "same image in two parts", f"also in {other_part}: {where}"
                 remedy = f"remove one of them, or what is measured on {part} will be too good"
-            elif data.task == "classification" and data.targets[number] != data.targets[other]:
+            elif _caption(data, number) != _caption(data, other):
                 kind, remedy = "same image in two classes", "keep the one that is right"
             problems.append(Problem(file=_file_of(data, number), kind=kind, detail=detail, remedy=remedy))
     return problems
 
 
-def _odd_files(path: Path) -> list[Problem]:
-    """Find files in the folders of the classes whose names are not those of images."""
-    inside = sorted(file for folder in path.iterdir() if folder.is_dir() for file in folder.rglob("*"))
-    odd = [file for file in inside if file.is_file() and file.suffix.lower() not in IMAGE_SUFFIXES]
-    visible = [file for file in odd if not any(name.startswith(".") for name in file.relative_to(path).parts)]
-    kind = "file of no known kind of image"
-    return [Problem(file=str(file), kind=kind, remedy="passed over") for file in visible]
+# -- the tasks --------------------------------------------------------------------------------------------------------
+
+
+class _Checks(ABC, Generic[Target]):
+    """The checks that depend on the task."""
+
+    needs_every_class: ClassVar[bool] = True
+    """Whether a class without images is a problem."""
+
+    def look(self, target: Target, look: _Look) -> None:
+        """Look at the file that a target is in, if it is in one."""
+
+    @abstractmethod
+    def count(self, data: ImageSet[Target], looks: Sequence[_Look]) -> dict[str, Any]:
+        """Compute the fields of `SplitStatistics` that are about classes."""
+
+    def find_more(self, _: Path) -> list[Problem]:
+        """Find problems of the data as a whole."""
+        return []
+
+
+class _ClassChecks(_Checks[int]):
+    def count(self, data: ImageSet[int], _: Sequence[_Look]) -> dict[str, Any]:
+        return {"images_of": _by_class(data.classes, data.class_counts())}
+
+    def find_more(self, path: Path) -> list[Problem]:
+        """Find files in the folders of the classes whose names are not those of images."""
+        if not path.is_dir() or holds_shards(path):
+            return []
+        inside = sorted(file for folder in path.iterdir() if folder.is_dir() for file in folder.rglob("*"))
+        odd = [file for file in inside if file.is_file() and file.suffix.lower() not in IMAGE_SUFFIXES]
+        visible = [file for file in odd if not any(name.startswith(".") for name in file.relative_to(path).parts)]
+        kind = "file of no known kind of image"
+        return [Problem(file=str(file), kind=kind, remedy="passed over") for file in visible]
+
+
+class _BoxChecks(_Checks[Boxes]):
+    needs_every_class = False
+
+    def count(self, data: ImageSet[Boxes], _: Sequence[_Look]) -> dict[str, Any]:
+        images = np.zeros(len(data.classes), np.int64)
+        areas = [np.zeros(0, np.float32)]
+        for target in data.targets:
+            images[np.unique(target.labels[~target.crowd])] += 1
+            areas.append(target.areas[~target.crowd])
+        area = np.concatenate(areas)
+        small, large = int((area < _SMALL).sum()), int((area >= _LARGE).sum())
+        return {
+            "images_of": _by_class(data.classes, images.tolist()),
+            "objects_of": _by_class(data.classes, data.class_counts()),
+            "box_sizes": {"small": small, "medium": len(area) - small - large, "large": large},
+            "crowds": sum(int(target.crowd.sum()) for target in data.targets),
+            "without_objects": sum(not target.labels.size for target in data.targets),
+        }
+
+
+class _MaskChecks(_Checks[Mask]):
+    def look(self, mask: Mask, look: _Look) -> None:
+        try:
+            values = read_label_map(mask.path)
+        except ImageError as error:
+            look.problems.append(unusable_mask(mask.path, error))
+            return
+        size = (values.shape[1], values.shape[0])
+        if look.size and size != look.size:
+            turned = size == look.size[::-1]
+            remedy = (
+                "the image has been turned (EXIF) since; turn the mask" if turned else "save it in the image's size"
+            )
+            sizes = f"{size[0]} x {size[1]}, the image {look.size[0]} x {look.size[1]}"
+            kind = "mask of another size than its image"
+            look.problems.append(Problem(file=str(mask.path), kind=kind, detail=sizes, remedy=remedy))
+        counts = np.bincount(values.ravel(), minlength=256)
+        class_of = np.frombuffer(mask.class_of, np.uint8)
+        look.pixels = np.bincount(class_of, weights=counts, minlength=256).astype(np.int64)
+        look.nameless = np.flatnonzero((counts > 0) & (class_of == IGNORE)).tolist()
+
+    def count(self, data: ImageSet[Mask], looks: Sequence[_Look]) -> dict[str, Any]:
+        pixels = np.array([look.pixels for look in looks if look.pixels is not None], np.int64).reshape(-1, 256)
+        total = pixels.sum(axis=0)
+        of_classes = total[: len(data.classes)]
+        return {
+            "images_of": _by_class(data.classes, (pixels[:, : len(data.classes)] > 0).sum(axis=0).tolist()),
+            "pixels_of": _by_class(data.classes, (of_classes / max(1, int(of_classes.sum()))).tolist()),
+            "void": float(total[IGNORE] / max(1, int(total.sum()))),
+        }
+
+
+_CHECKS: dict[TaskName, _Checks[Any]] = {
+    "classification": _ClassChecks(),
+    "detection": _BoxChecks(),
+    "segmentation": _MaskChecks(),
+}
 
 
 # -- the sheet --------------------------------------------------------------------------------------------------------
@@ -362,45 +391,20 @@ def contact_sheet(
     for part, data, number in (everything[place] for place in places):
         try:
             image = read_image(data.open(number), data.names[number])
-            drawn, labels = _drawn(data, data.targets[number], image, drawing.fit(image, cell))
+            small = drawing.fit(image, cell)
+            drawn, labels = data.task.draw_target(data.targets[number], small, small.width / image.width, data.classes)
         except ImageError:
             continue
         images.append(drawn)
         shown |= labels
-        names = [data.classes[label] for label in labels] if data.task == "classification" else []
-        captions.append([f"{part}: {Path(data.names[number]).name}", *names])
+        captions.append([f"{part}: {Path(data.names[number]).name}", *_caption(data, number)])
     sheet = drawing.contact_sheet(images, captions, [drawing.DARK] * len(images), columns=columns, cell=cell)
     first = next(iter(splits.values()))
-    if first.task == "classification" or _named_at_boxes(first):
+    if not first.task.has_legend(len(first.classes)):
         return sheet
     colors = drawing.class_colors(len(first.classes))
     return drawing.with_legend(sheet, [(first.classes[label], colors[label]) for label in sorted(shown)])
 
 
-def _named_at_boxes(data: ImageSet[Any]) -> bool:
-    """Whether boxes are named; many classes are hard to tell by color alone, few are clearer with a legend."""
-    return data.task == "detection" and len(data.classes) > _LEGEND_CLASSES
-
-
-def _drawn(
-    data: ImageSet[Any], target: int | Boxes | Mask, image: Image.Image, small: Image.Image
-) -> tuple[Image.Image, set[int]]:
-    """Draw a target on an image made `small`, and return the classes it shows."""
-    if isinstance(target, Boxes):
-        return _drawn_boxes(data, target, small, small.width / image.width)
-    if isinstance(target, Mask):
-        label_map = np.asarray(Image.fromarray(target.read()).resize(small.size, Image.Resampling.NEAREST))
-        labels = set(np.unique(label_map).tolist()) - {IGNORE}
-        return drawing.draw_label_map(small, label_map, data.classes, legend=False), labels
-    return small, {target}
-
-
-def _drawn_boxes(
-    data: ImageSet[Boxes], target: Boxes, small: Image.Image, scale: float
-) -> tuple[Image.Image, set[int]]:
-    counted = ~target.crowd
-    labels = target.labels[counted].tolist()
-    colors = drawing.class_colors(len(data.classes))
-    texts = [data.classes[label] if _named_at_boxes(data) else "" for label in labels]
-    small = drawing.draw_outlines(small, target.xyxy[target.crowd] * scale)
-    return drawing.draw_boxes(small, target.xyxy[counted] * scale, texts, [colors[n] for n in labels]), set(labels)
+def _caption(data: ImageSet[Target], number: int) -> list[str]:
+    return data.task.caption(data.targets[number], data.classes)

@@ -10,11 +10,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mobilevit.data.folders import PART_NAMES, as_splits, part_named, some, sub_folders
+from mobilevit.data.folders import PART_NAMES, as_splits, part_named, sub_folders
 from mobilevit.data.imageset import ImageSet, Problem
 from mobilevit.data.shards import holds_shards, shard_splits
-from mobilevit.errors import MissingPackageError, MobileViTError
+from mobilevit.errors import MissingPackageError, MobileViTError, some
 from mobilevit.imaging.decode import IMAGE_SUFFIXES, Source, find_images
+from mobilevit.tasks.classification import CLASSIFICATION
 
 _Rows = tuple[ImageSet[int], list[str] | None]
 """Images, and the word that each has in the column `split`, if there is one."""
@@ -129,7 +130,7 @@ def _from_folder(folder: Path) -> ImageSet[int]:
         raise MobileViTError(f"{folder}: no images in its sub-folders; known kinds are {kinds}")
     paths = [image for image, _ in found]
     return ImageSet(
-        task="classification",
+        task=CLASSIFICATION,
         origin=str(folder),
         names=[p.relative_to(folder).as_posix() for p in paths],
         targets=[label for _, label in found],
@@ -172,7 +173,7 @@ def _from_csv(path: Path) -> _Rows:
     names = [row["path"] for row in rows]
     classes, labels = _numbered([row["label"] for row in rows])
     data = ImageSet(
-        task="classification",
+        task=CLASSIFICATION,
         origin=str(path),
         names=names,
         targets=labels,
@@ -217,7 +218,7 @@ def _from_parquet(files: Sequence[Path]) -> _Rows:
     else:
         raise MobileViTError(f"{path}: labels outside 0..{len(names) - 1}, for which the file's metadata has names")
     data = ImageSet(
-        task="classification",
+        task=CLASSIFICATION,
         origin=str(path if len(files) == 1 else path.parent),
         names=[f"row {row}" for row in range(len(values))],
         targets=labels,

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from mobilevit.data.boxes import Box, BoxTable, box_splits
-from mobilevit.data.folders import PART_NAMES, Listing, find_parts, part_in, relative, some, sub_folder
-from mobilevit.data.imageset import Boxes, ImageSet
-from mobilevit.errors import MobileViTError
+from mobilevit.data.folders import PART_NAMES, Listing, find_parts, part_in, relative, sub_folder
+from mobilevit.data.imageset import ImageSet
+from mobilevit.errors import MobileViTError, some
 from mobilevit.progress import Progress
+from mobilevit.tasks.targets import Boxes
 
 _OTHER_KINDS = ("captions", "person_keypoints", "stuff", "panoptic", "image_info")  # of COCO's own files
 _LISTS = ("images", "annotations", "categories")

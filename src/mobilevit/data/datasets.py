@@ -12,7 +12,7 @@ from typing import Any
 from mobilevit.card import TaskName
 from mobilevit.data.box_layouts import detection_splits, has_boxes
 from mobilevit.data.class_layouts import classification_splits
-from mobilevit.data.imageset import ImageSet, check_classes, split
+from mobilevit.data.imageset import ImageSet, split
 from mobilevit.data.mask_layouts import has_masks, segmentation_splits
 from mobilevit.data.shards import holds_shards, is_elsewhere_or_pattern, shard_splits
 from mobilevit.errors import MobileViTError
@@ -88,7 +88,7 @@ def load_train_val(
     if train is None:
         raise MobileViTError(f"{path}: holds {' and '.join(splits)}, but nothing to train on; add a train part")
     if val_path is not None:
-        other = find_splits(val_path, train.task)
+        other = find_splits(val_path, train.task.name)
         val = other.get("val", _undivided(other))
         if val is None:
             raise MobileViTError(
@@ -98,7 +98,7 @@ def load_train_val(
     elif "val" in splits:
         val = splits["val"]
     else:
-        check_classes(train)
+        train.check_classes()
         whole = len(train)
         train, val = split(train, val_fraction=val_fraction, seed=seed)
         if "test" in splits:
@@ -106,7 +106,7 @@ def load_train_val(
                 "%s: no val part: %d of the %d train images are held out for validation; the test part is not used"
             )
             log.info(message, path, len(val), whole)
-    check_classes(train)
+    train.check_classes()
     return train, val
 
 

@@ -143,9 +143,3 @@ def read_class_names(file: Path) -> list[str]:
         where = f", line {lines.index('') + 1}" if lines else ""
         raise MobileViTError(f"{file}{where}: class names are missing; write one a line")
     return lines
-
-
-def some(names: Sequence[str], limit: int = 5) -> str:
-    """List the first few names, and how many more there are."""
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more

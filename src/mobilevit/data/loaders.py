@@ -18,10 +18,7 @@ from mobilevit.data.imageset import ImageSet
 from mobilevit.data.samplers import EpochSampler, Key, OrderedSampler, Segment, SizedBatch, Step
 from mobilevit.errors import ImageError
 from mobilevit.imaging.decode import open_image
-
-Transform = Callable[..., tuple[Tensor, Any]]
-"""From what `open_image` returns, its target and, if steps differ in size, (H, W), to uint8 (3, H, W) and the target
-that the batch holds."""
+from mobilevit.tasks.task import Transform
 
 
 @dataclass(frozen=True, kw_only=True)

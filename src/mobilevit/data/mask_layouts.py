@@ -18,14 +18,15 @@ from mobilevit.data.folders import (
     has_file,
     read_class_names,
     read_lists,
-    some,
     sub_folder,
     sub_folders,
 )
-from mobilevit.data.imageset import ImageSet, Mask, Problem, read_label_map
-from mobilevit.errors import ImageError, MobileViTError
+from mobilevit.data.imageset import ImageSet, Problem
+from mobilevit.errors import ImageError, MobileViTError, some
 from mobilevit.imaging.decode import find_images
 from mobilevit.progress import Progress
+from mobilevit.tasks.segmentation import SEGMENTATION
+from mobilevit.tasks.targets import Mask, read_label_map
 
 VALUE_WITHOUT_CLASS = "value without a class"
 
@@ -84,7 +85,7 @@ def segmentation_splits(path: Path) -> dict[str, ImageSet[Mask]]:
     return as_splits(
         {
             part: ImageSet(
-                task="segmentation",
+                task=SEGMENTATION,
                 origin=found.origin,
                 names=[image.relative_to(layout.root).as_posix() for image in found.images],
                 targets=[Mask(path=mask, class_of=bytes(class_of)) for mask in found.masks],

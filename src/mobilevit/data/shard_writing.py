@@ -23,7 +23,7 @@ from PIL import Image
 from mobilevit.card import TaskName
 from mobilevit.data.datasets import find_splits
 from mobilevit.data.folders import PART_NAMES
-from mobilevit.data.imageset import ImageSet, check_classes, split
+from mobilevit.data.imageset import ImageSet, split
 from mobilevit.data.shards import FORMAT, INDEX, TABLE, VERSION, parquet
 from mobilevit.data.tar_scan import BLOCK
 from mobilevit.errors import ImageError, MobileViTError
@@ -31,6 +31,7 @@ from mobilevit.files import write_atomically, write_json, writing_to
 from mobilevit.imaging.decode import read_image
 from mobilevit.machine import available_cores
 from mobilevit.progress import Progress
+from mobilevit.tasks.classification import CLASSIFICATION
 
 _EXTENSIONS = {
     "JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bmp",
@@ -101,10 +102,10 @@ def write_shards(
     _refuse_if_used(out, overwrite)
     splits = find_splits(data, task)
     labeled_for = next(iter(splits.values())).task
-    if labeled_for != "classification":
-        raise MobileViTError(f"{data}: is labeled for {labeled_for}; shards are for classification")
+    if labeled_for is not CLASSIFICATION:
+        raise MobileViTError(f"{data}: is labeled for {labeled_for.name}; shards are for classification")
     if val_fraction is not None and "all" in splits:
-        check_classes(splits["all"])
+        splits["all"].check_classes()
         train, val = split(splits["all"], val_fraction=val_fraction, seed=seed)
         splits = {"train": train, "val": val}
     left_out: list[str] = []

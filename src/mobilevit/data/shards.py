@@ -34,6 +34,7 @@ from mobilevit.data.tar_scan import CUT_SHORT, Records, cut_short, read_records
 from mobilevit.errors import MissingPackageError, MobileViTError, one_line
 from mobilevit.progress import Progress
 from mobilevit.remote import is_url
+from mobilevit.tasks.classification import CLASSIFICATION
 
 FORMAT = "mobilevit shards"
 VERSION = 1
@@ -174,7 +175,7 @@ def _image_set(origin: str, found: Sequence[Records], classes: tuple[str, ...]) 
         raise MobileViTError(f"{origin}: no record with an image (.jpg, .png, .webp) and a label (.cls, .json){why}")
     index_of = {name: index for index, name in enumerate(classes)}
     return ImageSet(
-        task="classification",
+        task=CLASSIFICATION,
         origin=origin,
         names=[f"{records.shard.name}/{name}" for records in found for name in records.names],
         targets=[index_of[label] for records in found for label in records.labels],

@@ -15,14 +15,14 @@ from mobilevit.data.folders import (
     read_class_names,
     read_lists,
     relative,
-    some,
     stem,
     sub_folder,
 )
-from mobilevit.data.imageset import Boxes, ImageSet
-from mobilevit.errors import MobileViTError
+from mobilevit.data.imageset import ImageSet
+from mobilevit.errors import MobileViTError, some
 from mobilevit.imaging.decode import find_images
 from mobilevit.progress import Progress
+from mobilevit.tasks.targets import Boxes
 
 _XML_FOLDERS = ("annotations", "labels")
 

@@ -18,14 +18,14 @@ from mobilevit.data.folders import (
     find_parts,
     has_file,
     read_class_names,
-    some,
     stem,
     sub_folder,
 )
-from mobilevit.data.imageset import Boxes, ImageSet
-from mobilevit.errors import MobileViTError
+from mobilevit.data.imageset import ImageSet
+from mobilevit.errors import MobileViTError, some
 from mobilevit.imaging.decode import IMAGE_SUFFIXES, find_images
 from mobilevit.progress import Progress
+from mobilevit.tasks.targets import Boxes
 
 _CLASS_FILES = ("classes.txt", "obj.names")
 

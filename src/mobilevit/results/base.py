@@ -24,6 +24,9 @@ Array = NDArray[Any]
 Outputs = Mapping[str, Array]
 """Named arrays that a session returns: "logits"; "boxes_xyxy" and "scores", perhaps with "selected"; or "label_map"."""
 
+_MAX_BATCH_ELEMENTS = 2**26
+"""Limit on the output elements of a batch: a quarter of a gigabyte of float32."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ImageInfo:
@@ -87,6 +90,11 @@ class Result(ABC):
     def elements_per_image(cls, card: ModelCard) -> int:
         """Count the output elements of one image, which limit the batch size."""
         return len(card.classes)
+
+    @classmethod
+    def max_batch_size(cls, card: ModelCard) -> int:
+        """Bound the batch so that its outputs take at most a quarter of a gigabyte."""
+        return max(1, _MAX_BATCH_ELEMENTS // cls.elements_per_image(card))
 
     @classmethod
     @abstractmethod

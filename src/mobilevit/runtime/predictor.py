@@ -25,9 +25,6 @@ if TYPE_CHECKING:
 
     from mobilevit.explaining.explain import Explanation
 
-_MAX_BATCH_ELEMENTS = 2**26
-"""Limit on the output elements of a batch: a quarter of a gigabyte of float32."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
@@ -72,8 +69,7 @@ class Predictor:
         self._result_type.check(self.card.preprocessing)
         height, width = self.card.preprocessing.size
         by_pixels = min(64, max(1, 16 * 256 * 256 // (height * width)))
-        by_outputs = max(1, _MAX_BATCH_ELEMENTS // self._result_type.elements_per_image(self.card))
-        self.batch_size = min(batch_size or by_pixels, by_outputs)
+        self.batch_size = min(batch_size or by_pixels, self._result_type.max_batch_size(self.card))
 
     @property
     def engine(self) -> str:

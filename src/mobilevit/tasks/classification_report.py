@@ -17,6 +17,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mobilevit.imaging.drawing import GREEN, RED, contact_sheet
+from mobilevit.imaging.preprocessing import Placement
+from mobilevit.results.base import Outputs, float32
 from mobilevit.tasks.report import rounded, save_confusion_matrix
 
 
@@ -53,6 +55,7 @@ class ClassificationReport:
     """int64 (K, K): rows are the true classes, columns the predicted ones."""
 
     score_name = "top1"
+    score_threshold = None
 
     @property
     def score(self) -> float:
@@ -140,6 +143,15 @@ class ClassificationMeter:
         rows = logits.detach().float().numpy(force=True)
         for index, row, label in zip(indices, rows, labels.tolist(), strict=True):
             self._seen[int(index)] = (row.copy(), label)
+
+    def add(self, index: int, outputs: Outputs, truth: int, placement: Placement) -> None:
+        """Take in the outputs for one image; see `Meter`."""
+        self._seen[index] = (float32(outputs["logits"]).copy(), truth)
+
+    def draw(self, indices: Sequence[int], images: Sequence[Image.Image], truths: Sequence[int]) -> Image.Image:
+        """Draw predictions and truths of some of the images seen on one sheet."""
+        logits = torch.from_numpy(np.stack([self._seen[index][0] for index in indices]))
+        return prediction_sheet(images, logits, truths, self.classes)
 
     def merge(self, other: Self) -> None:
         """Take over what another process has seen; images seen by both count once."""

@@ -1,15 +1,29 @@
-"""Loss of detection.
+"""Detection: its data, loss and evaluation.
 
 B images in a batch, A anchors, N objects in the fullest image of the batch, K classes without the background.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from mobilevit.errors import MobileViTError, some
+from mobilevit.imaging.drawing import class_colors, draw_boxes, draw_outlines
+from mobilevit.imaging.preprocessing import Preprocessing
 from mobilevit.models.ssdlite import DetectionOutput, encode_boxes
+from mobilevit.results.detection import DetectionResult
+from mobilevit.tasks.detection_report import MOST_IN_LEGEND, DetectionMeter
+from mobilevit.tasks.targets import Boxes
+from mobilevit.tasks.task import Objective, Task, TrainingSettings
+from mobilevit.tasks.transforms import DetectionTransform, collate_boxes
 
 NO_OBJECT = -1
 """Label of the rows that fill up images with fewer objects than the fullest of their batch."""
@@ -71,3 +85,93 @@ def detection_loss(output: DetectionOutput, boxes_cxcywh: Tensor, labels: Tensor
     nothing = class_loss.new_zeros(())  # not a product with the mask: what is masked out need not be finite
     total = torch.where(positive | negative, class_loss, nothing).sum() + torch.where(positive, box_loss, nothing).sum()
     return total / num_positive.clamp(min=1).sum()
+
+
+class DetectionTask(Task[Boxes, Boxes]):
+    """Find objects and their classes; targets are boxes."""
+
+    name = "detection"
+    result_type = DetectionResult
+    score_name = "ap"
+    score_title = "AP"
+    limits = "Objects of other classes are passed over, or taken for one of its own."
+    usage = "result.describe()"
+    counted = "objects (images)"
+    needs_all_classes = False
+
+    def check_classes(self, origin: str, classes: Sequence[str], targets: Sequence[Boxes]) -> None:
+        """Refuse data without any object."""
+        if not any(self.count(targets, len(classes))):
+            raise MobileViTError(f"{origin}: no objects of {some(classes)}; add some or remove the class")
+
+    def count(self, targets: Sequence[Boxes], num_classes: int) -> list[int]:
+        """Count the objects of each class, without crowds."""
+        counts = np.zeros(num_classes, np.int64)
+        for target in targets:
+            counts += np.bincount(target.labels[~target.crowd], minlength=num_classes)
+        return [int(count) for count in counts]
+
+    def stratum(self, target: Boxes, counts: Sequence[int]) -> int | None:
+        """Choose the rarest class in the image, so that rare classes are in both parts."""
+        return min(target.labels[~target.crowd].tolist(), key=lambda i: (counts[i], i), default=None)
+
+    def describe_target(self, target: Boxes, classes: Sequence[str]) -> str:
+        """List classes, boxes and crowds."""
+        rows = zip(target.labels.tolist(), target.xyxy.tolist(), target.crowd.tolist(), strict=True)
+        return repr([(classes[label], box, crowd) for label, box, crowd in rows])
+
+    def relabel(self, target: Boxes, new: NDArray[np.int64]) -> Boxes:
+        """Renumber the objects; crowds of classes that the model does not know are dropped."""
+        known = new[target.labels] >= 0
+        labels = new[target.labels][known]
+        return replace(
+            target, xyxy=target.xyxy[known], labels=labels, crowd=target.crowd[known], areas=target.areas[known]
+        )
+
+    def draw_target(
+        self, target: Boxes, image: Image.Image, scale: float, classes: Sequence[str]
+    ) -> tuple[Image.Image, set[int]]:
+        """Draw boxes in the colors of their classes; those of crowds dashed."""
+        counted = ~target.crowd
+        labels = target.labels[counted].tolist()
+        colors = class_colors(len(classes))
+        texts = ["" if self.has_legend(len(classes)) else classes[label] for label in labels]
+        image = draw_outlines(image, target.xyxy[target.crowd] * scale)
+        return draw_boxes(image, target.xyxy[counted] * scale, texts, [colors[n] for n in labels]), set(labels)
+
+    def has_legend(self, num_classes: int) -> bool:
+        """Name many classes at their boxes, as their colors are hard to tell apart; few are clearer in a legend."""
+        return num_classes <= MOST_IN_LEGEND
+
+    def objective(
+        self,
+        settings: TrainingSettings,
+        preprocessing: Preprocessing,
+        *,
+        num_classes: int,
+        targets: Sequence[Boxes],
+        device: torch.device,
+    ) -> Objective:
+        """SSD's augmentation and loss."""
+        return Objective(
+            transform=DetectionTransform(
+                preprocessing=preprocessing,
+                zoom_out=settings.detection.zoom_out,
+                iou_crop=settings.detection.iou_crop,
+                flip=settings.flip,
+                photometric_distortion=settings.photometric_distortion,
+            ),
+            collate=collate_boxes,
+            loss=lambda output, targets: detection_loss(output, targets.boxes_cxcywh, targets.labels),
+        )
+
+    def read_truth(self, target: Boxes, _: tuple[int, int]) -> Boxes:
+        """Return the boxes."""
+        return target
+
+    def new_meter(self, classes: Sequence[str], *, keep: Collection[int] = ()) -> DetectionMeter:
+        """Make a meter of COCO's figures."""
+        return DetectionMeter(classes)
+
+
+DETECTION = DetectionTask()

@@ -27,8 +27,12 @@ from mobilevit.imaging.drawing import (
     fit,
     with_legend,
 )
+from mobilevit.imaging.preprocessing import Placement
 from mobilevit.plotting import new_figure, save_figure
+from mobilevit.results.base import Outputs
+from mobilevit.results.detection import decode_detections, to_pixels
 from mobilevit.tasks.report import as_text, plot_text, rounded, save_csv
+from mobilevit.tasks.targets import Boxes
 
 RIGHT, WRONG, NOT_COUNTED = 1, 0, -1
 """What becomes of a detection: it found an object, it found none, or it lies in a crowd."""
@@ -39,7 +43,7 @@ RECALLS = np.linspace(0, 1, 101)
 _IOUS = np.linspace(0.5, 0.95, 10)
 _MATCH_IOU = 0.5
 _MOST_CURVES = 20
-_MOST_IN_LEGEND = 12
+MOST_IN_LEGEND = 12
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,6 +227,25 @@ class DetectionMeter:
             outcome=_match(found, sure, found_labels, true, there, crowd),
         )
 
+    def add(self, index: int, outputs: Outputs, truth: Boxes, placement: Placement) -> None:
+        """Take in the outputs for one image; see `Meter`."""
+        boxes, scores, class_ids = to_pixels(decode_detections(outputs), placement)
+        self.update(
+            index,
+            boxes_xyxy=boxes,
+            scores=scores,
+            labels=class_ids,
+            true_xyxy=truth.xyxy,
+            true_labels=truth.labels,
+            true_crowd=truth.crowd,
+            true_areas=truth.areas,
+        )
+
+    def draw(self, indices: Sequence[int], images: Sequence[Image.Image], truths: Sequence[Boxes]) -> Image.Image:
+        """Draw predictions and truths of some of the images seen on one sheet."""
+        seen = [self.images[index] for index in indices]
+        return detection_sheet(images, seen, self.classes, self.best_threshold())
+
     def merge(self, other: Self) -> None:
         """Take over what another process has seen; images seen by both count once."""
         self.images = other.images | self.images
@@ -357,7 +380,7 @@ def detection_sheet(
     Few classes stand in a legend, many at their boxes. The captions count what was found, missed and wrong: green where
     all is right, else red.
     """
-    palette, legend = class_colors(len(classes)), len(classes) <= _MOST_IN_LEGEND
+    palette, legend = class_colors(len(classes)), len(classes) <= MOST_IN_LEGEND
     cells, captions, colors = [], [], []
     seen: set[int] = set()
     for image, one in zip(images, observed, strict=True):

@@ -1,4 +1,4 @@
-"""What the evaluation of every task offers, so that training and commands need not know which task it is."""
+"""`Report`: the figures of an evaluation, whatever the task, and what the reports of all tasks share."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import csv
 import io
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +31,10 @@ class Report(Protocol):
         """The figure that decides which weights are best; higher is better."""
 
     @property
+    def score_threshold(self) -> float | None:
+        """The lowest score of detections to show; None where there are none."""
+
+    @property
     def summary(self) -> dict[str, float]:
         """The figures worth a line, by name, rounded to six places."""
 
@@ -45,26 +49,6 @@ class Report(Protocol):
 
     def save_plots(self, folder: Path) -> None:
         """Write images and tables into a folder, each whole or not at all."""
-
-
-class Meter(Protocol):
-    """Gathers what a report is computed from, image by image; it can be pickled to another process.
-
-    How the images are divided over processes, and in which order they come, changes nothing in the report.
-    """
-
-    @property
-    def indices(self) -> list[int]:
-        """The images seen, ascending."""
-
-    def merge(self, other: Self) -> None:
-        """Take over what another process has seen; images seen by both count once."""
-
-    def worst(self, count: int = 24) -> list[int]:
-        """The images the model was most wrong about, the worst first; none that it got right."""
-
-    def report(self) -> Report:
-        """Every figure, from all images seen so far."""
 
 
 def save_csv(path: Path, rows: Iterable[Sequence[object]]) -> None:

@@ -1,16 +1,31 @@
-"""Loss of segmentation.
+"""Segmentation: its data, loss and evaluation.
 
 B images in a batch, K classes, H and W an image's height and width.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
 from mobilevit.class_names import IGNORE
-from mobilevit.models.deeplabv3 import SegmentationOutput
+from mobilevit.errors import MobileViTError
+from mobilevit.imaging.drawing import draw_label_map
+from mobilevit.imaging.preprocessing import Preprocessing
+from mobilevit.models.deeplabv3 import DeepLabv3Config, SegmentationOutput
+from mobilevit.results.segmentation import SegmentationResult
+from mobilevit.tasks.segmentation_report import SegmentationMeter
+from mobilevit.tasks.targets import Mask
+from mobilevit.tasks.task import Objective, Task, TrainingSettings
+from mobilevit.tasks.transforms import SegmentationTransform
 
 
 def segmentation_loss(
@@ -30,6 +45,96 @@ def segmentation_loss(
     return torch.where(counted, loss, output.logits.float().sum() * 0)
 
 
-def most_at_once(num_classes: int, size: tuple[int, int]) -> int:
-    """Images whose logits, (num_classes, *size) each, take a quarter of a gigabyte together; at least one."""
-    return max(1, 2**26 // (num_classes * size[0] * size[1]))
+class SegmentationTask(Task[Mask, NDArray[np.uint8]]):
+    """Predict the class of every pixel; targets are masks."""
+
+    name = "segmentation"
+    result_type = SegmentationResult
+    score_name = "miou"
+    score_title = "mean IoU"
+    limits = "Every pixel is given one of its classes, whatever is there."
+    usage = "result.describe()"
+    counted = "pixels (images)"
+    needs_all_classes = False
+
+    def check_classes(self, origin: str, classes: Sequence[str], _: Sequence[Mask]) -> None:
+        """Refuse fewer than two classes, and more than a byte can number."""
+        if len(classes) < 2:
+            raise MobileViTError(f"{origin}: only one class ({classes[0]}); segmentation needs two or more")
+        if len(classes) > IGNORE:
+            raise MobileViTError(f"{origin}: {len(classes)} classes; masks of bytes have room for {IGNORE}")
+
+    def count(self, _targets: Sequence[Mask], _num_classes: int) -> None:
+        """Return None: masks are not opened to count pixels."""
+        return
+
+    def stratum(self, _target: Mask, _counts: Sequence[int]) -> None:
+        """Return None: images are divided whatever they show."""
+        return
+
+    def describe_target(self, target: Mask, classes: Sequence[str]) -> str:
+        """Name the mask and what its values stand for."""
+        return f"{target.path.name} {classes} {target.class_of.hex()}"
+
+    def relabel(self, target: Mask, new: NDArray[np.int64]) -> Mask:
+        """Renumber the classes that the values stand for."""
+        return replace(target, class_of=bytes(v if v == IGNORE else int(new[v]) for v in target.class_of))
+
+    def draw_target(
+        self, target: Mask, image: Image.Image, scale: float, classes: Sequence[str]
+    ) -> tuple[Image.Image, set[int]]:
+        """Tint pixels in the colors of their classes."""
+        label_map = np.asarray(Image.fromarray(target.read()).resize(image.size, Image.Resampling.NEAREST))
+        labels = set(np.unique(label_map).tolist()) - {IGNORE}
+        return draw_label_map(image, label_map, classes, legend=False), labels
+
+    def has_legend(self, num_classes: int) -> bool:
+        """Say yes."""
+        return True
+
+    def objective(
+        self,
+        settings: TrainingSettings,
+        preprocessing: Preprocessing,
+        *,
+        num_classes: int,
+        targets: Sequence[Mask],
+        device: torch.device,
+    ) -> Objective:
+        """Random sizes and crops, and cross-entropy of pixels."""
+        own = settings.segmentation
+        return Objective(
+            transform=SegmentationTransform(
+                preprocessing=preprocessing,
+                crop_size=settings.training_size,
+                scale_range=own.scale_range,
+                flip=settings.flip,
+                rotation=own.rotation,
+                photometric_distortion=settings.photometric_distortion,
+            ),
+            collate=_stack,
+            loss=partial(segmentation_loss, aux_weight=own.aux_weight),
+        )
+
+    def head(self, settings: TrainingSettings) -> DeepLabv3Config | None:
+        """Width and auxiliary head as the settings say; None if they say nothing."""
+        own = settings.segmentation
+        if own.aspp_channels is None and not own.aux_head:
+            return None
+        head = DeepLabv3Config.for_output_stride(own.output_stride or 16)
+        return replace(head, aspp_channels=own.aspp_channels or head.aspp_channels, aux_head=own.aux_head)
+
+    def read_truth(self, target: Mask, size: tuple[int, int]) -> NDArray[np.uint8]:
+        """Read the label map. Shape: (H, W)."""
+        return target.read(size)
+
+    def new_meter(self, classes: Sequence[str], *, keep: Collection[int] = ()) -> SegmentationMeter:
+        """Make a meter of intersection over union."""
+        return SegmentationMeter(classes, keep=keep)
+
+
+def _stack(label_maps: Sequence[Tensor]) -> Tensor:
+    return torch.stack(tuple(label_maps))
+
+
+SEGMENTATION = SegmentationTask()

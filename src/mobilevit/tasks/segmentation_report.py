@@ -18,7 +18,10 @@ from PIL import Image
 from mobilevit.class_names import IGNORE
 from mobilevit.errors import MobileViTError
 from mobilevit.imaging.drawing import DARK, class_colors, contact_sheet, draw_label_map, fit, legend_of, with_legend
+from mobilevit.imaging.preprocessing import Placement
 from mobilevit.plotting import new_figure, save_figure
+from mobilevit.results.base import Outputs
+from mobilevit.results.segmentation import decode_label_map
 from mobilevit.tasks.report import as_text, plot_text, rounded, save_confusion_matrix, save_csv
 
 KEPT_WORST = 24
@@ -59,6 +62,7 @@ class SegmentationReport:
     """Pixels, (K, K): rows are the true classes, columns the predicted ones."""
 
     score_name = "miou"
+    score_threshold = None
 
     @property
     def score(self) -> float:
@@ -159,6 +163,22 @@ class SegmentationMeter:
         )
         self.label_maps[index] = label_map.astype(np.uint8)
         self._drop_label_maps()
+
+    def add(self, index: int, outputs: Outputs, truth: NDArray[np.uint8], placement: Placement) -> None:
+        """Take in the outputs for one image; see `Meter`."""
+        self.update(index, decode_label_map(outputs, placement), truth)
+
+    def draw(
+        self, indices: Sequence[int], images: Sequence[Image.Image], truths: Sequence[NDArray[np.uint8]]
+    ) -> Image.Image:
+        """Draw predictions and truths of some of the images whose label maps are kept on one sheet."""
+        shown = [place for place, index in enumerate(indices) if index in self.label_maps]
+        return segmentation_sheet(
+            [images[place] for place in shown],
+            [self.label_maps[indices[place]] for place in shown],
+            [truths[place] for place in shown],
+            self.classes,
+        )
 
     def merge(self, other: Self) -> None:
         """Take over what another process has seen; images seen by both count once."""

@@ -1,4 +1,4 @@
-"""Training settings that only one task has; a field's docstring is also its --help.
+"""Training settings that only one task has, and each task's defaults; a field's docstring is also its --help.
 
 Without torch, as the command line needs these before it knows whether there is anything to train.
 """
@@ -6,7 +6,12 @@ Without torch, as the command line needs these before it knows whether there is 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from mobilevit.card import TaskName
+
+ResizeMode = Literal["auto", "crop", "stretch", "pad"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,3 +62,52 @@ class SegmentationSettings:
     """Train a second classifier on the map before the last; it is dropped after training."""
     aux_weight: float = 0.4
     """Weight of the auxiliary head's loss."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskDefaults:
+    """Defaults of one task, and the settings that it has and some other task does not."""
+
+    image_size: int
+    """Side of the input in pixels."""
+    resize_mode: ResizeMode
+    can_crop: bool
+    """Whether an input that leaves out the border will do."""
+    learning_rate: float
+    """The paper's peak learning rate, at `batch_size` images in an update."""
+    batch_size: int
+    head_lr_factor: float
+    """Learning rate of a new head on a trained backbone, relative to the backbone's."""
+    settings: frozenset[str]
+    """Names of settings, and of groups of settings, in `TrainConfig`."""
+
+
+DEFAULTS: dict[TaskName, TaskDefaults] = {
+    "classification": TaskDefaults(
+        image_size=256,
+        resize_mode="crop",
+        can_crop=True,
+        learning_rate=2e-3,
+        batch_size=1024,
+        head_lr_factor=1.0,
+        settings=frozenset({"classification", "sizes", "distillation"}),
+    ),
+    "detection": TaskDefaults(
+        image_size=320,
+        resize_mode="stretch",
+        can_crop=True,
+        learning_rate=9e-4,
+        batch_size=128,
+        head_lr_factor=1.0,
+        settings=frozenset({"detection", "photometric_distortion"}),
+    ),
+    "segmentation": TaskDefaults(
+        image_size=512,
+        resize_mode="pad",
+        can_crop=False,
+        learning_rate=9e-4,
+        batch_size=128,
+        head_lr_factor=10.0,
+        settings=frozenset({"segmentation", "photometric_distortion"}),
+    ),
+}

@@ -7,26 +7,23 @@ import json
 import math
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from mobilevit.errors import MobileViTError
-from mobilevit.tasks.settings import ClassificationSettings, DetectionSettings, SegmentationSettings
+from mobilevit.tasks.settings import (
+    DEFAULTS,
+    ClassificationSettings,
+    DetectionSettings,
+    ResizeMode,
+    SegmentationSettings,
+)
 
 if TYPE_CHECKING:
     from mobilevit.card import TaskName
     from mobilevit.data.samplers import SizedBatch
-
-ResizeMode = Literal["auto", "crop", "stretch", "pad"]
-
-_INPUTS: dict[TaskName, tuple[int, ResizeMode]] = {
-    "classification": (256, "crop"),
-    "detection": (320, "stretch"),
-    "segmentation": (512, "pad"),
-}
-"""Default side of the input in pixels, and default resize mode."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,8 +175,9 @@ class TrainConfig:
         """
         if self.learning_rate is not None:
             return self.learning_rate
-        peak, batch = (2e-3, 1024) if self.task in ("auto", "classification") else (9e-4, 128)
-        return peak * math.sqrt(self.batch_size * self.optimizer.grad_accum_steps / batch)
+        published = DEFAULTS["classification" if self.task == "auto" else self.task]
+        images = self.batch_size * self.optimizer.grad_accum_steps
+        return published.learning_rate * math.sqrt(images / published.batch_size)
 
     @property
     def input_size(self) -> tuple[int, int]:
@@ -214,10 +212,10 @@ class TrainConfig:
             MobileViTError: something is set that this task does not have.
         """
         self._refuse_other_tasks(task)
-        size, mode = _INPUTS[task]
+        defaults = DEFAULTS[task]
         head_lr_factor = self.optimizer.head_lr_factor
         if head_lr_factor is None:
-            head_lr_factor = 10.0 if task == "segmentation" and self.weights is not None else 1.0
+            head_lr_factor = 1.0 if self.weights is None else defaults.head_lr_factor
         learning_rate = self.learning_rate
         if learning_rate is None and num_processes > 1:
             learning_rate = dataclasses.replace(self, task=task).peak_learning_rate * math.sqrt(num_processes)
@@ -225,26 +223,17 @@ class TrainConfig:
             self,
             task=task,
             learning_rate=learning_rate,
-            image_size=_height_width(size if self.image_size is None else self.image_size),
-            resize_mode=mode if self.resize_mode == "auto" else self.resize_mode,
+            image_size=_height_width(defaults.image_size if self.image_size is None else self.image_size),
+            resize_mode=defaults.resize_mode if self.resize_mode == "auto" else self.resize_mode,
             optimizer=dataclasses.replace(self.optimizer, head_lr_factor=head_lr_factor),
         )
 
     def _refuse_other_tasks(self, task: TaskName) -> None:
-        only_for = {
-            "classification": (self.classification, self.sizes, self.distillation),
-            "detection": (self.detection,),
-            "segmentation": (self.segmentation,),
-        }
-        for other, groups in only_for.items():
-            for group in groups:
-                if task != other and group != type(group)():
-                    name, _ = next(_changes(group))
-                    raise MobileViTError(f"`{name}` is for {other}; this is {task}, so leave it out")
-        if task == "classification" and not self.photometric_distortion:
-            raise MobileViTError(
-                "`photometric_distortion` is for detection and segmentation; this is classification, so leave it out"
-            )
+        for name in sorted({name for defaults in DEFAULTS.values() for name in defaults.settings}):
+            changed = dict(_changes(self, [name]))
+            if changed and name not in DEFAULTS[task].settings:
+                others = " and ".join(other for other, defaults in DEFAULTS.items() if name in defaults.settings)
+                raise MobileViTError(f"`{next(iter(changed))}` is for {others}; this is {task}, so leave it out")
 
     def validate(self) -> None:
         """Check every value that can be checked without looking at data or devices.
@@ -258,7 +247,7 @@ class TrainConfig:
                 _require(values, name, allowed, all(holds(number) for number in _numbers(values[name])))
         low, high = self.segmentation.scale_range
         _require(values, "scale_range", "two numbers above 0, in order", 0 < low <= high)
-        is_possible = self.task != "segmentation" or self.resize_mode != "crop"
+        is_possible = self.resize_mode != "crop" or self.task == "auto" or DEFAULTS[self.task].can_crop
         _require(values, "resize_mode", "stretch or pad for masks", is_possible)
         defaults = {**dict(_leaves(DistillationSettings())), **dict(_leaves(SizeSettings()))}
         for names, needed, is_given in (
@@ -353,10 +342,12 @@ def _leaves(group: object) -> Iterator[tuple[str, object]]:
             yield one.name, value
 
 
-def _changes(group: object) -> Iterator[tuple[str, object]]:
-    """Of `_leaves`, those that differ from their defaults."""
+def _changes(group: object, names: Container[str] | None = None) -> Iterator[tuple[str, object]]:
+    """Of `_leaves`, those that differ from their defaults; perhaps only of some fields of `group`."""
     assert dataclasses.is_dataclass(group)
     for one in dataclasses.fields(group):
+        if names is not None and one.name not in names:
+            continue
         value = getattr(group, one.name)
         if dataclasses.is_dataclass(value):
             yield from _changes(value)

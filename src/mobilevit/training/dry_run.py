@@ -208,7 +208,7 @@ def _validation_seconds(run: Run) -> float:
     """Estimate the time of one validation by all processes, from two batches read by this one."""
     learner, val_set = run.learner, run.val_set
     loader = evaluation_loader(
-        val_set, learner.preprocessing, batch_size=2 * run.config.batch_size, num_workers=0, device=run.device
+        val_set, learner.card, batch_size=2 * run.config.batch_size, num_workers=0, device=run.device
     )
     session = TorchSession(learner.evaluated, learner.card, device=learner.device, amp_dtype=learner.amp_dtype)
     spent, images, before = 0.0, 0, time.monotonic()

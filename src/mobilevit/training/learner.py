@@ -15,18 +15,17 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mobilevit import factory
 from mobilevit.card import ModelCard, card_of
-from mobilevit.data.imageset import ImageSet
+from mobilevit.data.imageset import AnyImages
 from mobilevit.data.loaders import Batch
 from mobilevit.errors import MobileViTError
 from mobilevit.imaging.preprocessing import Preprocessing
 from mobilevit.models import Model
-from mobilevit.models.deeplabv3 import DeepLabv3Config
 from mobilevit.models.inputs import normalize
+from mobilevit.tasks.task import Objective
 from mobilevit.training import distributed
 from mobilevit.training.config import TrainConfig
 from mobilevit.training.distillation import distillation_loss, open_teacher
 from mobilevit.training.distributed import World
-from mobilevit.training.objectives import Objective, make_objective
 from mobilevit.training.optim import WeightAverage, is_head, make_optimizer
 
 Network = Callable[[int], nn.Module]
@@ -157,7 +156,7 @@ class Learner:
 
 def make_learner(
     config: TrainConfig,
-    data: ImageSet[Any],
+    data: AnyImages,
     *,
     world: World,
     device: torch.device,
@@ -180,7 +179,7 @@ def make_learner(
         preprocessing = Preprocessing(
             size=config.input_size, resize_mode=config.resize_mode, crop_fraction=config.crop_fraction
         )
-        card = ModelCard(name=config.model, task=data.task, classes=data.classes, preprocessing=preprocessing)
+        card = ModelCard(name=config.model, task=data.task.name, classes=data.classes, preprocessing=preprocessing)
     model, preprocessing = model.to(device), card.preprocessing
     if config.freeze_backbone:
         for name, parameter in model.named_parameters():
@@ -200,7 +199,9 @@ def make_learner(
         device=device,
         model=model,
         card=card,
-        objective=make_objective(config, data, preprocessing, device),
+        objective=data.task.objective(
+            config, preprocessing, num_classes=len(data.classes), targets=data.targets, device=device
+        ),
         optimizer=make_optimizer(model, config.optimizer, device),
         average=WeightAverage(model, copy.deepcopy(model), config.optimizer.ema_momentum)
         if config.optimizer.ema
@@ -256,17 +257,17 @@ def _amp_dtype(amp: str, device: torch.device) -> torch.dtype | None:
     return {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
 
 
-def build_model(config: TrainConfig, data: ImageSet[Any]) -> Model:
+def build_model(config: TrainConfig, data: AnyImages) -> Model:
     """Build the model of the settings, with a card for this run."""
     weights = f"{config.model}.cvnets_in1k" if config.weights == "pretrained" else config.weights
     model = factory.create_model(
         config.model,
-        task=data.task,
+        task=data.task.name,
         classes=data.classes,
         weights=weights,
         patch_size=config.patch_size,
         output_stride=config.segmentation.output_stride,
-        head=_head(config),
+        head=data.task.head(config),
     )
     card = card_of(model)
     assert config.resize_mode != "auto"
@@ -279,13 +280,3 @@ def build_model(config: TrainConfig, data: ImageSet[Any]) -> Model:
     )
     model.card = dataclasses.replace(card, preprocessing=preprocessing, metrics={})
     return model
-
-
-def _head(config: TrainConfig) -> DeepLabv3Config | None:
-    """What the settings say of a segmentation head; None leaves it to the weights, or the paper."""
-    settings = config.segmentation
-    if config.task != "segmentation" or (settings.aspp_channels is None and not settings.aux_head):
-        return None
-    head = DeepLabv3Config.for_output_stride(settings.output_stride or 16)
-    width = settings.aspp_channels or head.aspp_channels
-    return dataclasses.replace(head, aspp_channels=width, aux_head=settings.aux_head)

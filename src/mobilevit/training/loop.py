@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mobilevit.card import TaskName
 from mobilevit.data.datasets import load_train_val
-from mobilevit.data.imageset import ImageSet
+from mobilevit.data.imageset import AnyImages
 from mobilevit.data.loaders import BatchLoader, ahead_on
 from mobilevit.data.samplers import Segment
 from mobilevit.devices import peak_memory_mb
@@ -139,8 +139,8 @@ class Run:
     world: World
     device: torch.device
     folder: RunFolder
-    train_set: ImageSet[Any]
-    val_set: ImageSet[Any]
+    train_set: AnyImages
+    val_set: AnyImages
     fingerprint: str
     """Tells the images to train on from others."""
     learner: Learner
@@ -177,7 +177,7 @@ def prepare(config: TrainConfig, world: World, device: torch.device, *, network:
         val_fraction=config.val_fraction,
         seed=config.seed,
     )
-    config = config.resolve(train_set.task, world.size)
+    config = config.resolve(train_set.task.name, world.size)
     config.validate()
     fingerprint = train_set.fingerprint()
     settings = {f"`{name}`": value for name, value in config.flat().items()}
@@ -206,7 +206,7 @@ def prepare(config: TrainConfig, world: World, device: torch.device, *, network:
     )
     val_loader = evaluation_loader(
         val_set,
-        learner.card.preprocessing,
+        learner.card,
         batch_size=2 * config.batch_size,
         num_workers=num_workers,
         device=device,
@@ -382,7 +382,7 @@ def _evaluate_epoch(run: Run, learning_rate: float) -> None:
     run.position = Position(epoch=epoch + 1, best_score=position.best_score, best_epoch=position.best_epoch)
     _save(run)
     if epoch % 10 == 9 and run.world.is_first:
-        run.folder.draw_curves()
+        run.folder.draw_curves(run.train_set.task)
 
 
 def _provenance(run: Run) -> dict[str, str]:
@@ -459,12 +459,14 @@ def _finish(run: Run) -> TrainResult:
     evaluation = measure(session, run.val_loader)
     if run.world.is_first:
         folder.close()
-        folder.draw_curves()
+        folder.draw_curves(run.train_set.task)
         write_evaluation(evaluation, run.val_set, folder.path)
         report_unreadable(evaluation.errors, "validation", len(run.val_set))
-        folder.write_model_card(best, run.config, {"train": len(run.train_set), "val": len(run.val_set)})
+        folder.write_model_card(
+            best, run.config, run.train_set.task, {"train": len(run.train_set), "val": len(run.val_set)}
+        )
     return TrainResult(
-        task=run.train_set.task,
+        task=run.train_set.task.name,
         report=evaluation.report,
         best=folder.best,
         epochs=run.position.epoch,

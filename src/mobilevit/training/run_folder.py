@@ -15,13 +15,13 @@ from safetensors.torch import save as serialize
 from torch import nn
 
 from mobilevit import __version__, factory
-from mobilevit.card import TaskName, card_of
+from mobilevit.card import card_of
 from mobilevit.errors import Interrupted, MissingPackageError, MobileViTError
 from mobilevit.files import write_bytes, write_json, write_text
 from mobilevit.models import Model
 from mobilevit.plotting import new_figure, save_figure
-from mobilevit.tasks.detection_report import DetectionReport
 from mobilevit.tasks.report import Report
+from mobilevit.tasks.task import AnyTask
 from mobilevit.training.config import TrainConfig
 from mobilevit.weights import checkpoint
 
@@ -30,17 +30,6 @@ if TYPE_CHECKING:
 
 # Settings that may differ when a run goes on, because the weights do not depend on them.
 _FREE_ON_RESUME = {"out", "data", "val_data", "device", "num_workers", "checkpoint_minutes", "early_stopping"}
-
-
-# The figure that curves show, by its name in `metrics.jsonl`.
-_SCORES = {"top1": "top-1", "ap": "AP", "miou": "mean IoU"}
-
-
-_LIMITS: dict[TaskName, str] = {
-    "classification": "It answers with one of its classes whatever it is shown.",
-    "detection": "Objects of other classes are passed over, or taken for one of its own.",
-    "segmentation": "Every pixel is given one of its classes, whatever is there.",
-}
 
 
 class TrainingInterrupted(Interrupted):
@@ -159,8 +148,13 @@ class RunFolder:
     def save_best(self, model: nn.Module, report: Report, provenance: dict[str, str]) -> None:
         """Write the best weights so far: self-describing for this package's models, plain for a stranger's."""
         if isinstance(model, Model):
-            threshold = report.score_threshold if isinstance(report, DetectionReport) else None
-            checkpoint.save(model, self.best, metrics=report.summary, provenance=provenance, score_threshold=threshold)
+            checkpoint.save(
+                model,
+                self.best,
+                metrics=report.summary,
+                provenance=provenance,
+                score_threshold=report.score_threshold,
+            )
             return
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
         write_bytes(self.best, serialize(tensors, {"format": "pt"}))
@@ -172,7 +166,7 @@ class RunFolder:
         model.load_state_dict(load_file(self.best))
         return model.eval()
 
-    def draw_curves(self) -> None:
+    def draw_curves(self, task: AnyTask) -> None:
         """Write `curves.png`: loss, score and learning rate by epoch."""
         rows = self.rows()
         if not rows:
@@ -188,10 +182,12 @@ class RunFolder:
             loss.plot(epochs, [row["loss"] for row in rows], marker=marker, ls="-", color="#d55e00", label="validation")
         loss.set(title="loss", xlabel="epoch")
         loss.legend()
-        name, title = next((key, title) for key, title in _SCORES.items() if key in rows[0])
+        name = task.score_name
         score.plot(epochs, [row[name] for row in rows], marker=marker, ls="-", color="#d55e00")
         best = max(rows, key=lambda row: row[name])
-        score.set(title=f"validation {title}: best {best[name]:.1%} in epoch {best['epoch'] + 1}", xlabel="epoch")
+        score.set(
+            title=f"validation {task.score_title}: best {best[name]:.1%} in epoch {best['epoch'] + 1}", xlabel="epoch"
+        )
         score.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         rate.plot(epochs, [row["learning_rate"] for row in rows], marker=marker, ls="-", color="#009e73")
         rate.set(title="learning rate at the epoch's end", xlabel="epoch")
@@ -200,7 +196,7 @@ class RunFolder:
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         save_figure(figure, self.path / "curves.png")
 
-    def write_model_card(self, model: nn.Module, config: TrainConfig, sizes: dict[str, int]) -> None:
+    def write_model_card(self, model: nn.Module, config: TrainConfig, task: AnyTask, sizes: dict[str, int]) -> None:
         """Write `README.md`: what the model is, what it was trained on, how good it is, how to use it."""
         if not isinstance(model, Model):
             return
@@ -234,7 +230,7 @@ mobilevit predict {best} image.jpg
 import mobilevit
 
 result = mobilevit.Predictor("{best}")("image.jpg")
-print({"result.top(3)" if card.task == "classification" else "result.describe()"})
+print({task.usage})
 result.draw("out.jpg")
 ```
 
@@ -242,7 +238,7 @@ Input: {card.preprocessing.size[0]} x {card.preprocessing.size[1]} pixels; the f
 
 ## Limits
 
-The figures hold for images like the ones it was trained on. {_LIMITS[card.task]}
+The figures hold for images like the ones it was trained on. {task.limits}
 
 ## Where it comes from
 

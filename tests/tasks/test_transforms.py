@@ -12,9 +12,12 @@ from PIL import Image
 from torch import Tensor
 
 from mobilevit.class_names import IGNORE
-from mobilevit.data.imageset import Boxes, Mask
 from mobilevit.data.shapes import render_scene
-from mobilevit.data.transforms import (
+from mobilevit.errors import ImageError
+from mobilevit.imaging.decode import open_image
+from mobilevit.imaging.preprocessing import Preprocessing
+from mobilevit.tasks.targets import Boxes, Mask
+from mobilevit.tasks.transforms import (
     ClassificationTransform,
     DetectionTransform,
     SegmentationTransform,
@@ -22,11 +25,7 @@ from mobilevit.data.transforms import (
     decoded_pixels,
     mix_transform,
     random_crop,
-    read_mask,
 )
-from mobilevit.errors import ImageError
-from mobilevit.imaging.decode import open_image
-from mobilevit.imaging.preprocessing import Preprocessing
 
 # -- decoding ------------------------------------------------------------------------------------------
 
@@ -518,12 +517,12 @@ def test_a_mask_of_another_size_than_its_image(tmp_path: Path) -> None:
     image = Image.new("RGB", (30, 40))
     reason = r"a.png: 40 x 30 pixels, its image has 30 x 40; they must agree"
     with pytest.raises(ImageError, match=reason):
-        read_mask(image, target)
+        target.read((image.height, image.width))
     with pytest.raises(ImageError, match=reason):
         SegmentationTransform(preprocessing=sized(), crop_size=(32, 32))(image, target)
     with pytest.raises(ImageError, match=r"b.png: no such mask"):
-        read_mask(image, Mask(path=tmp_path / "b.png", class_of=target.class_of))
-    assert read_mask(Image.new("RGB", (40, 30)), target).tolist() == [[1] * 40] * 30
+        Mask(path=tmp_path / "b.png", class_of=target.class_of).read((image.height, image.width))
+    assert target.read((30, 40)).tolist() == [[1] * 40] * 30
 
 
 # -- all of them ------------------------------------------------------------------------------------------------------

@@ -14,7 +14,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 from torchvision import tv_tensors
@@ -23,10 +22,9 @@ from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as F
 
 from mobilevit.class_names import IGNORE
-from mobilevit.data.imageset import Boxes, Mask
-from mobilevit.errors import ImageError
 from mobilevit.imaging.decode import EncodedImage, Source, open_image, read_image
 from mobilevit.imaging.preprocessing import RESAMPLING, Preprocessing
+from mobilevit.tasks.targets import Boxes, Mask
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,7 +195,7 @@ class SegmentationTransform:
 
     def __call__(self, source: Source | EncodedImage, target: Mask) -> tuple[Tensor, Tensor]:
         image = read_image(source)
-        mask = torch.from_numpy(read_mask(image, target))[None]
+        mask = torch.from_numpy(target.read((image.height, image.width)))[None]
         scale = _uniform(*self.scale_range)
         rows, columns = self.preprocessing.placement((image.height, image.width)).filled
         size = [max(1, round(rows * scale)), max(1, round(columns * scale))]
@@ -229,21 +227,6 @@ class SegmentationTransform:
             if counts.max() <= self.most_of_one_class * counts.sum():
                 break
         return top, left
-
-
-def read_mask(image: Image.Image, target: Mask) -> NDArray[np.uint8]:
-    """Read the label map of an image. Shape: uint8 (H, W), of the image's size.
-
-    Raises:
-        ImageError: it cannot be read, or has another size.
-    """
-    label_map = target.read()
-    if label_map.shape != (image.height, image.width):
-        rows, columns = label_map.shape
-        raise ImageError(
-            f"{target.path}: {columns} x {rows} pixels, its image has {image.width} x {image.height}; they must agree"
-        )
-    return label_map
 
 
 _GRAY = (124, 116, 104)

@@ -1,0 +1,230 @@
+"""`Task`: the interface through which generic code handles data, training and evaluation of any task."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Generic, Protocol, Self, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from mobilevit.card import TaskName
+from mobilevit.imaging.preprocessing import Placement, Preprocessing
+from mobilevit.models.deeplabv3 import DeepLabv3Config
+from mobilevit.results.base import Outputs, Result
+from mobilevit.tasks.report import Report
+from mobilevit.tasks.settings import ClassificationSettings, DetectionSettings, SegmentationSettings
+
+Target = TypeVar("Target")
+"""What data say of an image: the index of its class, its `Boxes` or its `Mask`."""
+Truth = TypeVar("Truth")
+"""A target as evaluation compares predictions with it."""
+Truth_contra = TypeVar("Truth_contra", contravariant=True)
+
+Transform = Callable[..., tuple[Tensor, Any]]
+"""From what `open_image` returns, its target and, if steps differ in size, (H, W), to uint8 (3, H, W) and the target
+that the batch holds."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """How a model is trained for a task."""
+
+    transform: Transform
+    """Random changes of a training image and its target."""
+    collate: Callable[[Sequence[Any]], Any]
+    """Make one thing of the changed targets of a batch: a tensor, or a named tuple of tensors."""
+    loss: Callable[[Any, Any], Tensor]
+    """(output of the model, collated targets) -> scalar in float32, the mean over the images."""
+    mix: Callable[[Tensor, Any], tuple[Tensor, Any]] | None = None
+    """Random changes of a whole batch, normalized, and its targets, on the device."""
+
+
+class TrainingSettings(Protocol):
+    """The settings of training that depend on the task; `TrainConfig` has them."""
+
+    @property
+    def flip(self) -> bool:
+        """Mirror half of the images."""
+
+    @property
+    def photometric_distortion(self) -> bool:
+        """Vary colors."""
+
+    @property
+    def training_size(self) -> tuple[int, int]:
+        """(height, width) of training images."""
+
+    @property
+    def classification(self) -> ClassificationSettings:
+        """Settings of classification."""
+
+    @property
+    def detection(self) -> DetectionSettings:
+        """Settings of detection."""
+
+    @property
+    def segmentation(self) -> SegmentationSettings:
+        """Settings of segmentation."""
+
+
+class Meter(Protocol[Truth_contra]):
+    """Gathers what a report is computed from, image by image; it can be pickled to another process.
+
+    Neither the order of the images nor their division over processes changes the report.
+    """
+
+    @property
+    def indices(self) -> list[int]:
+        """The images seen, ascending."""
+
+    def add(self, index: int, outputs: Outputs, truth: Truth_contra, placement: Placement) -> None:
+        """Take in the outputs for one image.
+
+        Args:
+            index: number of the image in the data.
+            outputs: of the model, for this image.
+            truth: the image's.
+            placement: of the image in the model's input.
+        """
+
+    def merge(self, other: Self) -> None:
+        """Take over what another process has seen; images seen by both count once."""
+
+    def worst(self, count: int = 24) -> list[int]:
+        """List the images that the model was most wrong about, worst first, without those that it got right."""
+
+    def report(self) -> Report:
+        """Compute the figures from all images seen so far."""
+
+    def draw(
+        self, indices: Sequence[int], images: Sequence[Image.Image], truths: Sequence[Truth_contra]
+    ) -> Image.Image:
+        """Draw predictions and truths of some of the images seen on one sheet."""
+
+
+class Task(ABC, Generic[Target, Truth]):
+    """A task: how its data are read, a model is trained and evaluated, and results are described."""
+
+    name: ClassVar[TaskName]
+    result_type: ClassVar[type[Result]]
+    score_name: ClassVar[str]
+    """The figure that decides which weights are best, as records name it, """
+    score_title: ClassVar[str]
+    """and as people write it."""
+    limits: ClassVar[str]
+    """A sentence of the model card on what the model cannot do."""
+    usage: ClassVar[str]
+    """An expression in Python that shows a `result`."""
+    counted: ClassVar[str]
+    """What stands for each class in the table of `mobilevit data check`."""
+    needs_all_classes: ClassVar[bool]
+    """Whether training needs images of every class, and validation, too."""
+
+    # -- data ---------------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def check_classes(self, origin: str, classes: Sequence[str], targets: Sequence[Target]) -> None:
+        """Refuse data that nothing can be learned from.
+
+        Raises:
+            MobileViTError: no image or object of some class, or too few or too many classes.
+        """
+
+    @abstractmethod
+    def count(self, targets: Sequence[Target], num_classes: int) -> list[int] | None:
+        """Count the images or objects of each class; None if that takes opening files."""
+
+    @abstractmethod
+    def stratum(self, target: Target, counts: Sequence[int]) -> int | None:
+        """Choose the class by which an image is divided into train and val; None if there is none.
+
+        Args:
+            target: the image's.
+            counts: for each class, of all images.
+        """
+
+    @abstractmethod
+    def describe_target(self, target: Target, classes: Sequence[str]) -> str:
+        """Write a target as text, equal for equal targets, for fingerprints."""
+
+    @abstractmethod
+    def relabel(self, target: Target, new: NDArray[np.int64]) -> Target:
+        """Renumber the classes of a target; `new` has the new index of each, or -1."""
+
+    @abstractmethod
+    def draw_target(
+        self, target: Target, image: Image.Image, scale: float, classes: Sequence[str]
+    ) -> tuple[Image.Image, set[int]]:
+        """Draw a target on its image, and return the classes it shows.
+
+        Args:
+            target: the image's.
+            image: resized by `scale`.
+            scale: from pixels of the original image.
+            classes: their names.
+
+        Raises:
+            ImageError: the target is in a file that cannot be read.
+        """
+
+    def caption(self, target: Target, classes: Sequence[str]) -> list[str]:
+        """Lines to write below an image, for what is not drawn on it."""
+        return []
+
+    @abstractmethod
+    def has_legend(self, num_classes: int) -> bool:
+        """Whether the colors of drawn targets need a legend."""
+
+    # -- training -----------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def objective(
+        self,
+        settings: TrainingSettings,
+        preprocessing: Preprocessing,
+        *,
+        num_classes: int,
+        targets: Sequence[Target],
+        device: torch.device,
+    ) -> Objective:
+        """Choose random changes and loss by the settings.
+
+        Args:
+            settings: of the run.
+            preprocessing: of the model.
+            num_classes: of the data.
+            targets: of all training images.
+            device: computes the loss.
+        """
+
+    def head(self, settings: TrainingSettings) -> DeepLabv3Config | None:
+        """The head that the settings ask for; None leaves it to the weights, or the default."""
+        return None
+
+    # -- evaluation ---------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def read_truth(self, target: Target, size: tuple[int, int]) -> Truth:
+        """Read what predictions for an image of (height, width) pixels are compared with.
+
+        Raises:
+            ImageError: it is in a file that cannot be read, or that does not fit the image.
+        """
+
+    @abstractmethod
+    def new_meter(self, classes: Sequence[str], *, keep: Collection[int] = ()) -> Meter[Truth]:
+        """Make a meter.
+
+        Args:
+            classes: their names.
+            keep: numbers of images that will be drawn.
+        """
+
+
+AnyTask = Task[Any, Any]
