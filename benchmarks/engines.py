@@ -35,9 +35,8 @@ import mobilevit
 import record
 from mobilevit.benchmarking import peers
 from mobilevit.card import card_of
-from mobilevit.exporting.graph import ExportGraph
+from mobilevit.exporting.graph import Plan, export_graph
 from mobilevit.exporting.onnx import to_proto
-from mobilevit.exporting.plan import Plan
 from mobilevit.runtime.artifact import Artifact
 
 Array = NDArray[Any]
@@ -222,7 +221,7 @@ def onnx_file(name: str, who: str, batch: int, *, stepwise: bool = True) -> byte
     """Ours as the package exports it, timm's as PyTorch does."""
     if who == "mobilevit":
         model = ours(name)
-        graph = ExportGraph(model, image_size=(256, 256)).eval()
+        graph = export_graph(model, image_size=(256, 256))
         artifact = Artifact(
             format="onnx",
             precision="fp32",

@@ -24,13 +24,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 import mobilevit
 import record
 from mobilevit.card import card_of
 from mobilevit.data.shapes import render_scene
-from mobilevit.exporting.export import FORMATS, export
+from mobilevit.exporting.export import export
+from mobilevit.exporting.options import FORMATS
 from mobilevit.runtime.session import ArtifactSession
 from mobilevit.torch_session import TorchSession
 
@@ -98,11 +100,11 @@ def times(folder: Path, name: str, threads: int, rounds: int) -> dict[str, Any]:
     """Of all files of a folder and of PyTorch, in this process."""
     torch.set_num_threads(threads)
     model = mobilevit.create_model(name)
-    pixels = torch.randint(0, 256, (1, 3, 256, 256), dtype=torch.uint8)
-    theirs = TorchSession(model, card_of(model).preprocessing, device=torch.device("cpu"))
-    sides: dict[str, Callable[[], object]] = {"PyTorch": partial(theirs, pixels)}
+    pixels = np.random.default_rng(0).integers(0, 256, (1, 256, 256, 3), np.uint8)
+    theirs = TorchSession(model, card_of(model), device=torch.device("cpu"))
+    sides: dict[str, Callable[[], object]] = {"PyTorch": partial(theirs.run, pixels)}
     for path in artifacts(folder):
-        sides[path.stem] = partial(ArtifactSession(path, threads=threads), pixels)
+        sides[path.stem] = partial(ArtifactSession(path, threads=threads).run, pixels)
     found: dict[str, list[float]] = {side: [] for side in sides}
     for number in range(rounds + 2):
         for side, run in sides.items():

@@ -22,17 +22,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 import record
 from mobilevit import create_model, factory
 from mobilevit.card import ModelCard, card_of
 from mobilevit.data.shapes import render_scene
-from mobilevit.evaluation import evaluation_loader, find_part
-from mobilevit.evaluation import measure as measure_session
-from mobilevit.exporting.export import FORMATS, ExportError, export
-from mobilevit.exporting.graph import ExportGraph
+from mobilevit.evaluation import find_part
+from mobilevit.exporting.export import ExportError, export
+from mobilevit.exporting.graph import export_graph
 from mobilevit.exporting.images import parity_pixels
+from mobilevit.exporting.options import FORMATS
 from mobilevit.exporting.parity import check
 from mobilevit.exporting.sensitivity import sensitivity
 from mobilevit.runtime.session import ArtifactSession, Session
@@ -81,25 +83,14 @@ def measure(checkpoint: Path, folder: Path, arguments: argparse.Namespace) -> tu
     """Accuracy of a checkpoint in every format and precision."""
     model = factory.load(checkpoint)
     card = card_of(model)
-    steps = ExportGraph(model, image_size=None).size_multiple
+    steps = export_graph(model, image_size=None).size_multiple
     height, width = (max(step, side // step * step) for side, step in zip(card.preprocessing.size, steps, strict=True))
     card = dataclasses.replace(card, preprocessing=dataclasses.replace(card.preprocessing, size=(height, width)))
     training, _ = find_part(folder, "train", card)
     held_out, which = find_part(folder, "auto", card)
     step = max(1.0, len(training) / arguments.calibration)
     calibration = [training.open(int(n * step)) for n in range(min(arguments.calibration, len(training)))]
-    loader = evaluation_loader(held_out, card, batch_size=16, num_workers=0, device=torch.device("cpu"))
     before: dict[str, float] = {}
-
-    def accuracy(session: Session, card: ModelCard, label: str) -> Mapping[str, float]:
-        if isinstance(session, TorchSession) and before:
-            return before
-        summary = measure_session(session, loader, label=label).report.summary
-        found = {name: summary[name] for name in FIGURES[card.task]}
-        if isinstance(session, TorchSession):
-            before.update(found)
-        return found
-
     most = MOST_COMPARED // (10 if card.task == "segmentation" else 1)
     every = max(1, len(held_out) // most)
     pixels = _resized([held_out.open(n) for n in range(0, len(held_out), every)], card)
@@ -117,7 +108,7 @@ def measure(checkpoint: Path, folder: Path, arguments: argparse.Namespace) -> tu
                         image_size=(height, width),
                         calibration=calibration if precision == "int8" else None,
                         images=calibration[:: max(1, len(calibration) // 16)],
-                        evaluate=accuracy,
+                        data=folder,
                     )
                 except ExportError as error:
                     formats[name] = {"failed": str(error).replace(out, "FOLDER")}
@@ -127,18 +118,19 @@ def measure(checkpoint: Path, folder: Path, arguments: argparse.Namespace) -> tu
                     print(f"{name}: left out; {error}", flush=True)
                     break
                 else:
-                    graph = ExportGraph(model, image_size=(height, width)).eval()
+                    graph = export_graph(model, image_size=(height, width))
                     parity = check(graph, ArtifactSession(report.path, threads=1), pixels, "held out")
+                    before = {figure: report.torch_metrics[figure] for figure in FIGURES[card.task]}
                     formats[name] = {
-                        **report.metrics,
+                        **{figure: report.metrics[figure] for figure in before},
                         "loss": {k: round(before[k] - report.metrics[k], 6) for k in before},
                         "agreement": round(parity.agreement, 5),
                         "megabytes": round(report.num_bytes / 1e6, 3),
                     }
             print(card.task, name, formats[name], flush=True)
     rows = sensitivity(
-        ExportGraph(model, image_size=(height, width)).eval(),
-        [card.preprocessing.normalize(image[None]) for image in _resized(calibration, card)],
+        export_graph(model, image_size=(height, width)),
+        [torch.from_numpy(card.preprocessing.normalize(image[None])) for image in _resized(calibration, card)],
     )
     return card.task, {
         "checkpoint": checkpoint.parent.name,
@@ -152,10 +144,10 @@ def measure(checkpoint: Path, folder: Path, arguments: argparse.Namespace) -> tu
     }
 
 
-def _resized(images: list[Any], card: ModelCard) -> torch.Tensor:
+def _resized(images: list[Any], card: ModelCard) -> NDArray[np.uint8]:
     """All of them, a few at a time, as the function draws from more."""
     parts = [parity_pixels(images[start : start + 32], card.preprocessing)[0] for start in range(0, len(images), 32)]
-    return torch.cat(parts)
+    return np.concatenate(parts)
 
 
 # -- latency ----------------------------------------------------------------------------------------------------------
@@ -168,7 +160,7 @@ def latencies(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     card = card_of(model)
     scenes = [render_scene(number, size=256).image for number in range(32)]
     pixels = parity_pixels(scenes[:1], card.preprocessing)[0]
-    sessions: dict[str, Session] = {"PyTorch": TorchSession(model, card.preprocessing, device=torch.device("cpu"))}
+    sessions: dict[str, Session] = {"PyTorch": TorchSession(model, card, device=torch.device("cpu"))}
     megabytes = {}
     with tempfile.TemporaryDirectory() as out:
         for format_ in arguments.formats:
@@ -188,7 +180,7 @@ def latencies(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
         for number in range(arguments.rounds + 3):
             for side, session in sessions.items():
                 start = time.process_time()
-                session(pixels)
+                session.run(pixels)
                 if number >= 3:
                     times[side].append((time.process_time() - start) * 1e3)
     milliseconds = {side: round(statistics.median(found), 2) for side, found in times.items()}

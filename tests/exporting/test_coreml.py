@@ -11,7 +11,8 @@ import pytest
 from test_export import SIZE, TASKS, make
 
 from mobilevit.exporting import export as exporting
-from mobilevit.exporting.export import FORMATS, export
+from mobilevit.exporting.export import export
+from mobilevit.exporting.options import FORMATS
 from mobilevit.runtime.artifact import read_sidecar
 
 coremltools = pytest.importorskip("coremltools", reason="coremltools is not installed")
@@ -36,7 +37,7 @@ def test_packages_say_what_they_are(task: Any, tmp_path: Path, monkeypatch: pyte
     told: list[str] = []
     monkeypatch.setattr(exporting.log, "warning", lambda text, *values: told.append(text % values))
     report = export(make(task), tmp_path, format="coreml", precision="fp16", bake_preprocessing=task == "segmentation")
-    if not FORMATS["coreml"].runs_here():
+    if not FORMATS["coreml"].runs_here:
         assert report.verified.startswith("coreml does not run on this system")
         assert len(told) == 1
     spec = spec_of(report.path)

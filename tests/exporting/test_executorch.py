@@ -16,8 +16,7 @@ from mobilevit.card import card_of
 from mobilevit.data import shapes as drawn
 from mobilevit.exporting.executorch import lower
 from mobilevit.exporting.export import export
-from mobilevit.exporting.graph import ExportGraph
-from mobilevit.exporting.plan import Plan
+from mobilevit.exporting.graph import Plan, export_graph
 from mobilevit.imaging.decode import find_images
 from mobilevit.runtime.artifact import Artifact
 
@@ -48,7 +47,7 @@ def test_it_answers_as_the_model(task: Any, images: Path, tmp_path: Path) -> Non
 
 def test_hardly_anything_is_left_outside_of_xnnpack() -> None:
     model = make("classification")
-    graph = ExportGraph(model, image_size=SIZE).eval()
+    graph = export_graph(model, image_size=SIZE)
     artifact = Artifact(
         format="executorch", precision="fp32", card=card_of(model), batch_size=1, image_size=SIZE, baked=False,
         outputs=graph.output_names,

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -14,8 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from mobilevit import create_model
+from mobilevit.card import ModelCard
+from mobilevit.errors import MissingPackageError
 from mobilevit.exporting import litert
-from mobilevit.exporting.graph import ExportGraph
+from mobilevit.exporting.export import export
+from mobilevit.exporting.graph import ExportGraph, Plan, export_graph
+from mobilevit.exporting.quantization import float_modules, is_below
+from mobilevit.runtime.artifact import Artifact, Precision
 from mobilevit.runtime.litert_engine import LitertSession
 
 needs_converter = pytest.mark.skipif(
@@ -25,14 +29,14 @@ needs_converter = pytest.mark.skipif(
 SIZE = (64, 64)
 
 
-def _graph(task: str, **settings: Any) -> ExportGraph:
+def _graph(task: str, **settings: bool) -> ExportGraph:
     """A tiny model with weights that are not those of a fresh one, where biases are zero and masks are even."""
     model = create_model("mobilevit_xxs", task=task, num_classes=3)
     generator = torch.Generator().manual_seed(1)
     for parameter in model.parameters():
         if parameter.ndim == 1 or float(parameter.detach().abs().max()) < 0.1:
             parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
-    return ExportGraph(model.eval(), image_size=SIZE, **settings).eval()
+    return export_graph(model.eval(), image_size=SIZE, **settings)
 
 
 def _images(graph: ExportGraph, number: int) -> list[Tensor]:
@@ -41,16 +45,30 @@ def _images(graph: ExportGraph, number: int) -> list[Tensor]:
     return [torch.rand(1, 3, *SIZE) for _ in range(number)]
 
 
-def _written(graph: ExportGraph, path: Path, precision: str, **settings: Any) -> Path:
+def _plan(graph: ExportGraph, precision: Precision, keep_float: tuple[str, ...] = ()) -> Plan:
+    artifact = Artifact(
+        format="litert",
+        precision=precision,
+        card=ModelCard(name="mobilevit_xxs", task="classification", classes=("a", "b", "c")),
+        batch_size=1,
+        image_size=SIZE,
+        baked=graph.baked,
+        outputs=graph.output_names,
+    )
     images = _images(graph, 4)
-    litert.convert_graph(graph, images[0], path, precision=precision, calibration=images, **settings)
+    in_float = float_modules(graph, keep_float)
+    return Plan(graph=graph, artifact=artifact, example=images[0], calibration=images, in_float=in_float)
+
+
+def _written(graph: ExportGraph, path: Path, precision: Precision, keep_float: tuple[str, ...] = ()) -> Path:
+    litert.convert(_plan(graph, precision, keep_float), path)
     return path
 
 
 @needs_converter
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
 @pytest.mark.parametrize("task", ["classification", "detection", "segmentation"])
-def test_file_gives_the_graphs_outputs_in_its_order(task: str, precision: str, tmp_path: Path) -> None:
+def test_file_gives_the_graphs_outputs_in_its_order(task: str, precision: Precision, tmp_path: Path) -> None:
     graph = _graph(task)
     session = LitertSession(_written(graph, tmp_path / "model.tflite", precision), threads=1)
     (images,) = _images(graph, 1)
@@ -80,13 +98,14 @@ def test_smaller_precisions_are_smaller_files(tmp_path: Path) -> None:
 
 
 @needs_converter
-def test_every_layer_is_found_and_the_first_stay_float(tmp_path: Path) -> None:
+def test_int8_is_where_it_should_be_and_only_there(tmp_path: Path) -> None:
     graph = _graph("classification")
     modes = _modes(_written(graph, tmp_path / "model.tflite", "int8"))
-    convolutions = sum(isinstance(module, nn.Conv2d) for module in graph.modules())
-    linear = sum(isinstance(module, nn.Linear) for module in graph.modules())
-    kept = 1 + 3 + 3  # of the stem, and of one block each in layer1 and layer2
-    assert (modes["int8"], modes["dynamic"]) == (convolutions - kept, linear)
+    in_float = float_modules(graph)
+    layers = {name: type(m) for name, m in graph.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
+    in_int8 = [kind for name, kind in layers.items() if not is_below(name, in_float)]
+    assert modes == {"int8": in_int8.count(nn.Conv2d), "dynamic": in_int8.count(nn.Linear)}
+    assert 0 < modes["int8"] < sum(kind is nn.Conv2d for kind in layers.values())
     kept_too = _modes(_written(graph, tmp_path / "kept.tflite", "int8", keep_float=("model.layer5.1",)))
     inside = list(graph.model.get_submodule("layer5.1").modules())
     assert modes["int8"] - kept_too["int8"] == sum(isinstance(module, nn.Conv2d) for module in inside)
@@ -119,28 +138,11 @@ def test_weights_that_are_not_contiguous_are_not_exchanged(tmp_path: Path) -> No
 
     graph = Sum().eval().to(memory_format=torch.channels_last)
     images = torch.rand(1, 64, 12, 12)
-    litert.convert_graph(graph, images, tmp_path / "sum.tflite", precision="fp32", calibration=None)
+    plan = dataclasses.replace(_plan(_graph("classification"), "fp32"), graph=graph, example=images)
+    litert.convert(plan, tmp_path / "sum.tflite")
     (found,) = LitertSession(tmp_path / "sum.tflite", threads=1).run(images.numpy())
     with torch.no_grad():
         np.testing.assert_allclose(found, graph(images)[0].numpy(), atol=1e-4)
-
-
-@needs_converter
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda arguments: arguments | {"precision": "bf16"}, "choose fp32, fp16 or int8"),
-        (lambda arguments: arguments | {"precision": "int8", "calibration": []}, "there are none"),
-        (lambda arguments: arguments | {"keep_float": ["layer9"]}, "no module 'layer9'"),
-    ],
-)
-def test_wrong_wishes_are_refused(
-    change: Callable[[dict[str, Any]], dict[str, Any]], message: str, tmp_path: Path
-) -> None:
-    graph = _graph("classification")
-    arguments = change({"precision": "fp32", "calibration": None})
-    with pytest.raises(ValueError, match=message):
-        litert.convert_graph(graph, torch.zeros(1, 3, *SIZE), tmp_path / "model.tflite", **arguments)
 
 
 @needs_converter
@@ -153,23 +155,19 @@ def test_session_refuses_other_shapes_and_files(tmp_path: Path) -> None:
         LitertSession(tmp_path / "other.tflite", threads=1)
 
 
+@needs_converter
+def test_exports_are_compared_with_the_model(tmp_path: Path) -> None:
+    model = create_model("mobilevit_xxs", num_classes=3)
+    report = export(model, tmp_path, format="litert", image_size=SIZE)
+    assert report.verified == "yes"
+    assert report.path.name == "mobilevit_xxs.tflite"
+
+
 def test_missing_packages_are_named_with_a_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("litert_torch", "ai_edge_litert.interpreter", "tflite_runtime.interpreter", "tensorflow.lite"):
         monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(ValueError, match=r"run scripts/litert_environment\.sh") as converter:
-        litert.convert_graph(nn.Identity(), torch.zeros(1), tmp_path / "m.tflite", precision="fp32", calibration=None)
-    with pytest.raises(ValueError, match="pip install ai-edge-litert") as runtime:
+    with pytest.raises(MissingPackageError, match=r"litert_torch is .*run scripts/litert_environment\.sh") as error:
+        export(create_model("mobilevit_xxs", num_classes=3), tmp_path, format="litert", image_size=SIZE)
+    with pytest.raises(MissingPackageError, match=r"pip install 'mobilevit\[litert\]'") as runtime:
         LitertSession(tmp_path / "m.tflite", threads=1)
-    assert all("\n" not in str(error.value) for error in (converter, runtime))
-
-
-def test_histogram_cuts_rare_values_only() -> None:
-    histogram = litert._Histogram()
-    values = np.linspace(-1, 3, 100_000, dtype=np.float32)
-    for part in np.split(values, 10):
-        histogram.add(part)
-    histogram.add(np.array([500.0], np.float32))
-    assert histogram.bounds(0) == (-1.0, 500.0)
-    low, high = histogram.bounds(1e-4)
-    assert low == pytest.approx(-1, abs=0.25)
-    assert high == pytest.approx(3, abs=0.25)
+    assert all("\n" not in str(error.value) for error in (error, runtime))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -13,6 +14,10 @@ import torch
 import mobilevit
 from mobilevit.cli import main
 from mobilevit.data.shapes import render_scene
+from mobilevit.exporting import onnx
+from mobilevit.exporting.export import ExportError
+from mobilevit.exporting.graph import Plan
+from mobilevit.exporting.options import FORMATS
 from mobilevit.exporting.web import _AT_ONCE, _FOR_GPU, RUNTIME_VARIABLE, RUNTIME_VERSION, find_runtime
 from mobilevit.imaging.preprocessing import Preprocessing
 from mobilevit.runtime.predictor import Predictor
@@ -63,7 +68,7 @@ def test_the_folder(runtime: Path, checkpoint: Path, tmp_path: Path, capsys: pyt
     image = render_scene(1, size=100).image
     expected = Predictor(checkpoint)(image)
     pixels = described["preprocessing"]
-    resized = Preprocessing.from_dict(pixels).resize(image).permute(1, 2, 0)[None].numpy()
+    resized = Preprocessing.from_dict(pixels).resize(image)[None]
     session = onnxruntime.InferenceSession(folder / "model.onnx")
     (logits,) = session.run(None, {session.get_inputs()[0].name: np.ascontiguousarray(resized)})
     shares = torch.from_numpy(logits[0]).softmax(0).numpy()
@@ -82,6 +87,23 @@ def test_again_replaces_all_and_a_new_version_is_told(runtime: Path, checkpoint:
     mobilevit.export(checkpoint, tmp_path / "out", format="web", verify=False)
     assert not (report.path / "left.txt").exists()
     assert report.num_bytes > (report.path / "model.onnx").stat().st_size
+
+
+def test_no_page_is_made_of_a_wrong_artifact(
+    runtime: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def spoil(plan: Plan, path: Path) -> None:
+        with torch.no_grad():
+            plan.graph.model.classifier.bias[2] += 0.01
+            onnx.convert(plan, path)
+            plan.graph.model.classifier.bias[2] -= 0.01
+
+    monkeypatch.setitem(FORMATS, "onnx", dataclasses.replace(FORMATS["onnx"], convert=spoil))
+    out = tmp_path / "out"
+    with pytest.raises(ExportError, match=r"model\.onnx: not written; its answers differ by up to 1\.0e-02"):
+        mobilevit.export(checkpoint, out, format="web")
+    assert [path.name for path in out.iterdir()] == ["report.json"]
+    assert json.loads((out / "report.json").read_text())["model.onnx"]["parity"]["good"] is False
 
 
 def test_mistakes(

@@ -223,7 +223,7 @@ def _with_accuracy(measurements: Sequence[Measurement], data: str) -> list[Measu
 
 def _session(contender: Contender) -> Session:
     if contender.artifact is not None:
-        return ArtifactSession(contender.artifact, threads=contender.threads)
+        return ArtifactSession(contender.artifact, threads=contender.threads, trust_pt2=True)
     assert contender.network.checkpoint is not None
     model = factory.load(contender.network.checkpoint)
     preprocessing = dataclasses.replace(card_of(model).preprocessing, size=contender.network.image_size)

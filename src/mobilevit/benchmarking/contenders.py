@@ -13,7 +13,7 @@ from typing import Literal, get_args
 from mobilevit.benchmarking.config import BenchmarkConfig, Precision
 from mobilevit.card import ModelCard
 from mobilevit.errors import MobileViTError, did_you_mean
-from mobilevit.exporting.export import FORMATS
+from mobilevit.exporting.options import FORMATS
 from mobilevit.machine import available_cores
 from mobilevit.runtime.artifact import Format
 

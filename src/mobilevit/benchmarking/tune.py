@@ -32,7 +32,6 @@ from mobilevit.errors import MobileViTError, one_line
 from mobilevit.evaluation import find_part
 from mobilevit.exporting.export import ExportReport, export
 from mobilevit.files import write_json
-from mobilevit.labeled import measure_on
 from mobilevit.machine import Machine, available_cores, this_machine, versions
 from mobilevit.models import Model
 from mobilevit.progress import Progress
@@ -183,7 +182,6 @@ def _export_all(
         and has_precision(engine, precision, "cpu")
         and (precision != "int8" or config.calibration is not None)
     ]
-    evaluate = None if config.data is None else measure_on(config.data, card_of(model))
     with Progress("export and compare", len(tried), "files") as progress:
         for contender in tried:
             title = f"{contender.engine} {contender.precision}"
@@ -196,7 +194,7 @@ def _export_all(
                     calibration=config.calibration if contender.precision == "int8" else None,
                     batch_size=contender.of_file.batch_size,
                     images=config.images or config.calibration,
-                    evaluate=evaluate,
+                    data=config.data,
                     name=name,
                 )
                 losses[title] = _loss(report)

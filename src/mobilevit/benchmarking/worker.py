@@ -29,11 +29,10 @@ from mobilevit.benchmarking.contenders import Contender, Network
 from mobilevit.card import ModelCard, card_of, default_classes
 from mobilevit.errors import MobileViTError, one_line
 from mobilevit.exporting.export import export
-from mobilevit.exporting.graph import ExportGraph
+from mobilevit.exporting.graph import export_graph
 from mobilevit.exporting.images import parity_pixels
 from mobilevit.imaging.preprocessing import Preprocessing
 from mobilevit.machine import peak_memory
-from mobilevit.models.inputs import normalize
 from mobilevit.runtime.artifact import artifact_files, read_sidecar
 from mobilevit.runtime.engine import open_engine
 from mobilevit.weights.convert import convert_state_dict
@@ -193,7 +192,7 @@ class Runner:
     def _images(self, preprocessing: Preprocessing) -> Tensor:
         """Prepare photographs. Shape: (B, 3, H, W), float32."""
         pixels, _ = parity_pixels(None, preprocessing)
-        images = normalize(pixels[torch.arange(self._contender.batch_size) % len(pixels)], preprocessing)
+        images = torch.from_numpy(preprocessing.normalize(pixels[np.arange(self._contender.batch_size) % len(pixels)]))
         # Weights converted for these two expect BGR.
         return images.flip(1) if self._contender.network.origin in ("transformers", "cvnets") else images
 
@@ -204,7 +203,7 @@ class Runner:
         model, preprocessing = build(network)
         layout = torch.contiguous_format
         if network.origin == "mobilevit":
-            model = ExportGraph(model, image_size=None).eval()  # with the outputs of exported files
+            model = export_graph(model, image_size=None)  # with the outputs of exported files
             layout = torch.channels_last
         elif network.channels_last:
             layout = torch.channels_last
@@ -226,7 +225,8 @@ class Runner:
 
     def _in_engine(self, path: Path) -> tuple[Callable[[], object], int]:
         artifact = read_sidecar(path)
-        engine = open_engine(path, artifact, threads=self._contender.threads, device=self._contender.device)
+        threads, device = self._contender.threads, self._contender.device
+        engine = open_engine(path, artifact, threads=threads, device=device, trust_pt2=True)  # it was exported here
         images = np.ascontiguousarray(self._images(artifact.card.preprocessing).numpy())
         return lambda: engine.run(images), sum(part.stat().st_size for part in artifact_files(path))
 

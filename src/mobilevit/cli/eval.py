@@ -34,6 +34,8 @@ class Eval:
     """To compute with on the CPU; all cores if not given."""
     engine: Literal["torch", "compile", "auto"] = "torch"
     """What runs a checkpoint; auto: what `mobilevit tune` found."""
+    trust_pt2: bool = False
+    """Load a .pt2 file, although that can run code that came with it."""
     num_workers: int | None = None
     """Processes that read images."""
     json: bool = False
@@ -50,7 +52,13 @@ class Eval:
         )
         from mobilevit.runtime.session import open_session
 
-        session = open_session(self.checkpoint, device=self.device, threads=self.threads, engine=self.engine)
+        session = open_session(
+            self.checkpoint,
+            device=self.device,
+            threads=self.threads,
+            engine=self.engine,
+            trust_pt2=self.trust_pt2,
+        )
         data, which = find_part(self.data, self.split, session.card)
         log.info("%s on %s: %s, %d images", self.checkpoint, self.data, which, len(data))
         report_problems(data)

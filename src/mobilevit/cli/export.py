@@ -11,7 +11,6 @@ from tyro.conf import Positional
 from mobilevit.cli.options import height_and_width
 from mobilevit.cli.printing import print_json
 from mobilevit.errors import MobileViTError
-from mobilevit.labeled import measure_on
 
 if TYPE_CHECKING:
     from mobilevit.exporting.export import ExportReport
@@ -60,16 +59,14 @@ class Export:
     def run(self) -> int:
         """Export to each format; say how each compares."""
         from mobilevit import factory
-        from mobilevit.card import card_of
         from mobilevit.exporting.export import export
 
         image_size = height_and_width(self.image_size)
         if not self.format:
             raise MobileViTError(
-                "--format names no format; choose onnx, openvino, executorch, litert, coreml, pt2 or web"
+                "`format` names no format; choose onnx, openvino, executorch, litert, coreml, pt2 or web"
             )
         model = factory.load(self.checkpoint)
-        measure = None if self.data is None else measure_on(self.data, card_of(model))
         reports = [
             export(
                 model,
@@ -87,7 +84,7 @@ class Export:
                 nms=self.nms,
                 images=self.images,
                 verify=self.verify,
-                evaluate=measure,
+                data=self.data,
                 name=self.checkpoint.stem,
             )
             for name in self.format

@@ -55,6 +55,8 @@ class Predict:
     engine: Literal["torch", "compile", "auto", "ray"] = "torch"
     """Engine of a checkpoint; auto: the fastest that `mobilevit tune` found. ray, with --out: many processes of Ray
     Data, on this machine or a cluster, with PyTorch or the engine of an exported file."""
+    trust_pt2: bool = False
+    """Load a .pt2 file, although that can run code that came with it."""
     json: bool = False
     """Print one line of JSON per image; with --out, a summary."""
     out: Path | None = None
@@ -122,6 +124,7 @@ class Predict:
             batch_size=self.batch_size,
             threads=self.threads,
             engine=self.engine,
+            trust_pt2=self.trust_pt2,
         )
         given = [name for name in ("coco", "min_score", "masks") if getattr(self, name) is not None]
         check_options(predictor.card.task, given)
@@ -178,6 +181,7 @@ class Predict:
             device=self.device,
             threads=self.threads,
             engine=self.engine,
+            trust_pt2=self.trust_pt2,
             workers=self.workers,
             ray_address=self.ray_address,
             overwrite=self.overwrite,

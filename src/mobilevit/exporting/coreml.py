@@ -1,30 +1,25 @@
-"""Core ML, for iPhone, iPad and Mac. Packages are written on any system and run on Apple's only."""
+"""Core ML, for iPhone, iPad and Mac. Packages are written on any system but run only on Apple's."""
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
-import logging
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
 from mobilevit import __version__
-from mobilevit.errors import MobileViTError
-from mobilevit.exporting.graph import ExportGraph
-from mobilevit.exporting.plan import Plan
+from mobilevit.exporting.graph import ExportGraph, Plan
+
+if TYPE_CHECKING:
+    from coremltools.models import MLModel
 
 PALETTE_BITS = 6
 """Weights are indices into tables of 64 values, one table a layer."""
 
 
 class _FromPixels(nn.Module):
-    """The graph for values of 0..255 as Core ML hands images over. Shape: (B, 3, H, W) -> outputs of the graph."""
+    """The graph for images as Core ML passes them: values of 0..255. Shape: (B, 3, H, W) -> the graph's outputs."""
 
     def __init__(self, graph: ExportGraph) -> None:
         super().__init__()
@@ -38,44 +33,39 @@ def convert(plan: Plan, path: Path) -> None:
     """Write `path`, a package for iOS 16, macOS 13 and newer, with the artifact's description in its metadata.
 
     With preprocessing inside, the input is an image, which Vision and Xcode's preview understand; otherwise an array.
-
-    Raises:
-        ValueError: coremltools is not installed.
     """
-    with _quiet():
-        coremltools = _import()
-        shape = tuple(plan.example.shape)
-        if plan.artifact.baked:
-            batch, height, width, _ = shape
-            example = plan.example.permute(0, 3, 1, 2).float().contiguous()
-            program = Plan(graph=plan.graph, artifact=plan.artifact, example=example).program(_FromPixels(plan.graph))
-            source = coremltools.ImageType(
-                name=plan.graph.input_name, shape=(batch, 3, height, width), color_layout=coremltools.colorlayout.RGB
-            )
-        else:
-            program = plan.program()
-            source = coremltools.TensorType(name=plan.graph.input_name, shape=shape)
-        model = coremltools.convert(
-            program.run_decompositions({}),
-            inputs=[source],
-            outputs=[coremltools.TensorType(name=name) for name in plan.graph.output_names],
-            convert_to="mlprogram",
-            minimum_deployment_target=coremltools.target.iOS16,
-            compute_precision=getattr(
-                coremltools.precision, "FLOAT32" if plan.artifact.precision == "fp32" else "FLOAT16"
-            ),
-            skip_model_load=True,
+    import coremltools
+    from coremltools.optimize.coreml import OpPalettizerConfig, OptimizationConfig, palettize_weights
+
+    shape = tuple(plan.example.shape)
+    if plan.artifact.baked:
+        batch, height, width, _ = shape
+        example = plan.example.permute(0, 3, 1, 2).float().contiguous()
+        program = Plan(graph=plan.graph, artifact=plan.artifact, example=example).program(_FromPixels(plan.graph))
+        source = coremltools.ImageType(
+            name=plan.graph.input_name, shape=(batch, 3, height, width), color_layout=coremltools.colorlayout.RGB
         )
-        if plan.artifact.precision == "palettized":
-            optimize = coremltools.optimize.coreml
-            how = optimize.OpPalettizerConfig(mode="kmeans", nbits=PALETTE_BITS)
-            model = optimize.palettize_weights(model, optimize.OptimizationConfig(global_config=how))
-        _describe(model, plan)
-        model.save(str(path))
+    else:
+        program = plan.program()
+        source = coremltools.TensorType(name=plan.graph.input_name, shape=shape)
+    model = coremltools.convert(
+        program.run_decompositions({}),
+        inputs=[source],
+        outputs=[coremltools.TensorType(name=name) for name in plan.graph.output_names],
+        convert_to="mlprogram",
+        minimum_deployment_target=coremltools.target.iOS16,
+        compute_precision=getattr(coremltools.precision, "FLOAT32" if plan.artifact.precision == "fp32" else "FLOAT16"),
+        skip_model_load=True,
+    )
+    if plan.artifact.precision == "palettized":
+        how = OpPalettizerConfig(mode="kmeans", nbits=PALETTE_BITS)
+        model = palettize_weights(model, OptimizationConfig(global_config=how))
+    _describe(model, plan)
+    model.save(str(path))
 
 
-def _describe(model: Any, plan: Plan) -> None:
-    """What Xcode shows, and what a program reads."""
+def _describe(model: MLModel, plan: Plan) -> None:
+    """Write the texts that Xcode shows, and the metadata that programs read."""
     card = plan.artifact.card
     model.short_description = f"{card.name}, {card.task}, {len(card.classes)} classes"
     model.author = card.provenance.get("author", "")
@@ -99,26 +89,3 @@ _OUTPUTS = {
     "boxes_xyxy": "Left, top, right, bottom of the box at each anchor, in 0..1 of the input",
     "scores": "Probability of each class at each anchor",
 }
-
-
-def _import() -> ModuleType:
-    try:
-        import coremltools
-        import coremltools.optimize.coreml
-    except ImportError:
-        raise MobileViTError("coremltools is not installed; pip install 'mobilevit[coreml]'") from None
-    module: ModuleType = coremltools
-    return module
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without progress bars, and without warnings that this system cannot run what it writes."""
-    level = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(level)

@@ -1,32 +1,30 @@
 """ExecuTorch: phones and boards, computing on their processors through XNNPACK.
 
-XNNPACK has no LayerNorm, no attention and no broadcasting of maps. What it does not have, ExecuTorch computes by
-plain loops, and copies everything to and fro; so the graph is first rewritten to compute the same by what it has. XXS
-at 256 x 256 then takes 13 ms on one core instead of 53, and a single call does it all.
+XNNPACK has no LayerNorm, no attention and no broadcasting of maps. ExecuTorch computes these by plain loops, and copies
+everything to and fro; so the graph is first rewritten into operators that XNNPACK has. XXS at 256 x 256 then takes
+13 ms on one core instead of 53, and a single call does it all.
 """
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import importlib
-import logging
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torch.nn import functional as F
 
-from mobilevit.errors import MobileViTError
-from mobilevit.exporting.graph import ExportGraph
-from mobilevit.exporting.plan import Plan
-from mobilevit.exporting.quantization import float_modules, is_below
-from mobilevit.models.deeplabv3 import ASPP, DeepLabv3
-from mobilevit.models.mobilevit import Attention, ConvNormAct, MobileViTBlock
+from mobilevit.exporting.graph import ExportGraph, Plan, SegmentationGraph
+from mobilevit.exporting.quantization import is_below
+from mobilevit.exporting.rewrites import SplitASPP, set_weights
+from mobilevit.models.deeplabv3 import DeepLabv3
+from mobilevit.models.mobilevit import Attention, ConvNormAct, MobileViTBlock, TransformerLayer
+
+if TYPE_CHECKING:
+    from executorch.exir import EdgeProgramManager
 
 DESCRIPTION = "mobilevit"
 """Name of the method that returns what the file says of itself."""
@@ -35,28 +33,24 @@ _aten: Any = torch.ops.aten
 
 
 def convert(plan: Plan, path: Path) -> None:
-    """Write `path`, one file with its weights, and the artifact's description as a method.
-
-    Raises:
-        ValueError: executorch is not installed, or `plan.keep_float` names what is not in the graph.
-    """
-    with _quiet():
-        path.write_bytes(lower(plan).to_executorch().buffer)
+    """Write `path`, one file with its weights and with the artifact's description as a method."""
+    path.write_bytes(lower(plan).to_executorch().buffer)
 
 
-def lower(plan: Plan) -> Any:
-    """The graph for ExecuTorch, an `EdgeProgramManager`, with what XNNPACK takes of it handed over."""
-    exir = _import("executorch.exir")
-    partitioner = _import("executorch.backends.xnnpack.partition.xnnpack_partitioner")
+def lower(plan: Plan) -> EdgeProgramManager:
+    """Convert the graph for ExecuTorch, and hand all of it that XNNPACK takes over to that."""
+    from executorch import exir
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+
     module = plan.program(suited(plan.graph)).module(check_guards=False)
-    simplify(module)
+    _simplify(module)
     if plan.artifact.precision == "int8":
         module = _quantize(module, plan)
     with torch.no_grad():
         program = torch.export.export(module, (plan.example,), strict=False)
     return exir.to_edge_transform_and_lower(
         program,
-        partitioner=[partitioner.XnnpackPartitioner()],
+        partitioner=[XnnpackPartitioner()],
         compile_config=exir.EdgeCompileConfig(_check_ir_validity=False),
         constant_methods={DESCRIPTION: plan.artifact.to_json()},
     )
@@ -69,25 +63,25 @@ class SuitedGraph(nn.Module):
         super().__init__()
         self.whole = graph
         self.columns: Tensor | None
-        self.register_buffer("columns", None if graph.columns is None else graph.columns.T.contiguous())  # (W, w)
+        columns = graph.columns if isinstance(graph, SegmentationGraph) else None
+        self.register_buffer("columns", None if columns is None else columns.T.contiguous())  # (W, w)
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         graph, x = self.whole, images
         if graph.baked:
             # First into float, which XNNPACK can transpose.
             x = x.float().permute(0, 3, 1, 2) * graph.scale + graph.shift
-        if graph.task != "segmentation":
+        if not isinstance(graph, SegmentationGraph):
             return graph.answer(x)
         # As linear layers, whose second factor is constant, and rows before columns: then only small maps are turned.
         rows, columns = graph.rows, self.columns
         assert rows is not None, "files for ExecuTorch have one size"
         assert columns is not None
-        coarse = cast(DeepLabv3, graph.model).coarse_logits(x)  # (B, K, h, w)
+        coarse = graph.model.coarse_logits(x)  # (B, K, h, w)
         batch, classes, height, width = coarse.shape
         lines = coarse.transpose(2, 3).reshape(batch * classes * width, height)
         lines = F.linear(lines, rows).view(batch, classes, width, -1).transpose(2, 3).reshape(-1, width)
-        logits = F.linear(lines, columns).view(batch, classes, len(rows), -1)  # (B, K, H, W)
-        return (logits.argmax(dim=1).to(torch.uint8) if graph.label_map else logits,)
+        return graph.finish(F.linear(lines, columns).view(batch, classes, len(rows), -1))  # from (B, K, H, W)
 
 
 class RootMeanSquareNorm(nn.Module):
@@ -111,7 +105,7 @@ class RootMeanSquareNorm(nn.Module):
 class SplitAttention(nn.Module):
     """Attention in single steps, with queries, keys and values from three linear layers.
 
-    The steps that PyTorch would take it apart into also scale both factors, and cut the fused projection in copies.
+    PyTorch's own decomposition would also scale both factors, and copy the parts of the fused projection.
     Shape: (batch, N, D) -> (batch, N, D).
     """
 
@@ -122,7 +116,8 @@ class SplitAttention(nn.Module):
         self.qkv = nn.ModuleDict()
         weights, biases = attention.qkv.weight.chunk(3), attention.qkv.bias.chunk(3)
         for name, weight, bias in zip("qkv", weights, biases, strict=True):
-            self.qkv[name] = _with(nn.Linear(weight.shape[1], weight.shape[0]), weight, bias)
+            self.qkv[name] = linear = nn.Linear(weight.shape[1], weight.shape[0])
+            set_weights(linear, weight, bias)
         self.out = attention.out
 
     def forward(self, x: Tensor) -> Tensor:
@@ -138,36 +133,12 @@ class SplitAttention(nn.Module):
         return x
 
 
-class SplitASPP(nn.Module):
-    """ASPP whose last convolution is divided in two, so that the pooled branch need not be copied to every pixel.
-
-    Shape: (B, C, h, w) -> (B, aspp_channels, h, w).
-    """
-
-    def __init__(self, aspp: ASPP) -> None:
-        super().__init__()
-        self.near, self.atrous, self.pool = aspp.near, aspp.atrous, aspp.pool
-        conv, width = aspp.project.conv, aspp.pool.conv.out_channels
-        assert conv.bias is not None, "fuse the model first"
-        self.project = _with(
-            nn.Conv2d(conv.in_channels - width, conv.out_channels, 1), conv.weight[:, :-width], conv.bias
-        )
-        self.project_whole = _with(nn.Conv2d(width, conv.out_channels, 1, bias=False), conv.weight[:, -width:], None)
-        self.act = nn.ReLU()
-
-    def forward(self, x: Tensor) -> Tensor:
-        branches = [self.near(x), *(branch(x) for branch in self.atrous)]
-        whole = self.project_whole(self.pool(x.mean((2, 3), keepdim=True)))  # (B, aspp_channels, 1, 1)
-        x = self.act(self.project(torch.cat(branches, dim=1)) + whole)
-        return x
-
-
 @torch.no_grad()
 def suited(graph: ExportGraph) -> SuitedGraph:
-    """A copy that computes the same by what XNNPACK has; modules keep their names.
+    """Copy a graph so that it computes the same by operators of XNNPACK; modules keep their names.
 
-    What a transformer passes on from layer to layer is only ever read by LayerNorm, which takes the mean off. So
-    whatever writes to it may leave out the mean at once, in its weights, and LayerNorm need not compute it.
+    The tokens that a transformer passes from layer to layer are only read by LayerNorm, which subtracts their mean. So
+    the layers that write them can leave out the mean, in their weights, and LayerNorm need not compute it.
     """
     graph = copy.deepcopy(graph).to(memory_format=torch.contiguous_format)  # other weights are refused
     for module in list(graph.modules()):
@@ -176,12 +147,12 @@ def suited(graph: ExportGraph) -> SuitedGraph:
         elif isinstance(module, MobileViTBlock):
             _leave_out_mean(module.project_in.conv)
             module.norm = RootMeanSquareNorm(module.norm)  # type: ignore[assignment]
-            for layer in cast(Any, module.transformer):
+            for layer in cast(Sequence[TransformerLayer], module.transformer):
                 _leave_out_mean(layer.attention.out)
                 _leave_out_mean(layer.ffn_out)
-                layer.attention_norm = RootMeanSquareNorm(layer.attention_norm)
-                layer.ffn_norm = RootMeanSquareNorm(layer.ffn_norm)
-                layer.attention = SplitAttention(layer.attention)
+                layer.attention_norm = RootMeanSquareNorm(layer.attention_norm)  # type: ignore[assignment]
+                layer.ffn_norm = RootMeanSquareNorm(layer.ffn_norm)  # type: ignore[assignment]
+                layer.attention = SplitAttention(layer.attention)  # type: ignore[assignment]
                 layer.ffn_act.inplace = False
         elif isinstance(module, DeepLabv3):
             module.aspp = SplitASPP(module.aspp)  # type: ignore[assignment]
@@ -190,24 +161,17 @@ def suited(graph: ExportGraph) -> SuitedGraph:
 
 def _leave_out_mean(layer: nn.Linear | nn.Conv2d) -> None:
     weight, bias = layer.weight.double(), layer.bias
-    _with(layer, weight - weight.mean(dim=0), None if bias is None else bias.double() - bias.double().mean())
+    set_weights(layer, weight - weight.mean(dim=0), None if bias is None else bias.double() - bias.double().mean())
 
 
-def _with(layer: Any, weight: Tensor, bias: Tensor | None) -> Any:
-    """The layer, with these numbers."""
-    layer.weight = nn.Parameter(weight.detach().float().contiguous().clone(), requires_grad=False)
-    layer.bias = None if bias is None else nn.Parameter(bias.detach().float().clone(), requires_grad=False)
-    return layer
-
-
-def simplify(module: GraphModule) -> None:
-    """Take out what does nothing, but would be computed outside XNNPACK: in place."""
+def _simplify(module: GraphModule) -> None:
+    """Remove operators that do nothing but would be computed outside XNNPACK, in place."""
     graph = module.graph
     for node in list(graph.nodes):
         if node.target is _aten.contiguous.default or _changes_no_type(node):
             node.replace_all_uses_with(node.args[0])
         elif node.target is _aten.mean.dim and len(node.args) == 2:
-            # It averages maps to maps of one pixel.
+            # XNNPACK averages maps to maps of one pixel.
             with graph.inserting_after(node):
                 flat = graph.call_function(_aten.view.default, (node, list(node.meta["val"].shape)))
             flat.meta = dict(node.meta)
@@ -227,29 +191,28 @@ def _changes_no_type(node: Node) -> bool:
 
 
 def _quantize(module: GraphModule, plan: Plan) -> GraphModule:
-    """Convolutions and linear layers in int8, per channel, all else in float32.
+    """Quantize convolutions, linear layers and concatenations between convolutions, weights per channel."""
+    from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import (
+        XNNPACKQuantizer,
+        get_symmetric_quantization_config,
+    )
+    from torchao.quantization.pt2e import quantize_pt2e
 
-    Joins of maps between convolutions are int8, too. The stem and the inverted residuals stay in float, as in the
-    other engines.
-    """
-    pt2e = _import("torchao.quantization.pt2e.quantize_pt2e")
-    xnnpack = _import("executorch.backends.xnnpack.quantizer.xnnpack_quantizer")
-    floats = float_modules(plan)
-    config = xnnpack.get_symmetric_quantization_config(is_per_channel=True)
-    quantizer = xnnpack.XNNPACKQuantizer()
+    config = get_symmetric_quantization_config(is_per_channel=True)
+    quantizer = XNNPACKQuantizer()
     quantizer.set_operator_type(_aten.conv2d.default, config)
     quantizer.set_operator_type(_aten.linear.default, config)
     quantizer.set_operator_type(_aten.cat.default, config)
-    quantizer.set_filter_function(lambda node: _is_quantized(node, floats))
-    prepared = pt2e.prepare_pt2e(module, quantizer)
+    quantizer.set_filter_function(lambda node: _is_quantized(node, plan.in_float))
+    prepared = quantize_pt2e.prepare_pt2e(module, quantizer)
     with torch.no_grad():
         for batch in plan.batches():
             prepared(batch)
-    return cast(GraphModule, pt2e.convert_pt2e(prepared))
+    return cast(GraphModule, quantize_pt2e.convert_pt2e(prepared))
 
 
 def _module_of(node: Node) -> str:
-    """Name in the plan's graph of the module that a node comes from."""
+    """Name the module of the plan's graph that a node comes from."""
     stack = list(node.meta.get("nn_module_stack", {}).values())
     return str(stack[-1][0]).removeprefix("whole").removeprefix(".") if stack else ""
 
@@ -261,24 +224,3 @@ def _is_quantized(node: Node, floats: Sequence[str]) -> bool:
     if node.target is _aten.cat.default:
         return kind in ("SplitASPP", "MobileViTBlock")  # between convolutions; elsewhere it would only convert
     return kind not in ("RootMeanSquareNorm", "SuitedGraph", "") and not is_below(_module_of(node), floats)
-
-
-def _import(module: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise MobileViTError(f"{error.name} is not installed; pip install 'mobilevit[executorch]'") from None
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without warnings of what is deprecated within, and without the log handler that a module of it installs."""
-    level, handlers = logging.root.manager.disable, list(logging.root.handlers)
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(level)
-        logging.root.handlers[:] = handlers

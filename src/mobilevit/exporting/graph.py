@@ -1,4 +1,4 @@
-"""What is exported: a fused model between one input tensor and the outputs that a program on a device wants.
+"""The function that is exported: a fused model from one input tensor to the outputs that a program on a device needs.
 
 Letters used in shape comments:
 
@@ -7,60 +7,43 @@ Letters used in shape comments:
 
 from __future__ import annotations
 
-from typing import cast
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
 
-from mobilevit.card import card_of
+from mobilevit.card import TaskName, card_of
 from mobilevit.models.deeplabv3 import DeepLabv3
 from mobilevit.models.fuse import fuse
 from mobilevit.models.mobilevit import MobileViTBackbone
 from mobilevit.models.ssdlite import SSDLite
+from mobilevit.runtime.artifact import Artifact
 
 
 class ExportGraph(nn.Module):
     """A model as a function from one tensor to a tuple of tensors, named in `output_names`.
 
-    Classification gives "logits" (B, K); detection "boxes_xyxy" (B, A, 4), in 0..1 of the input, and "scores" (B, A, K)
-    without the background; segmentation "logits" (B, K, H, W) or "label_map" (B, H, W), uint8.
-
     Args:
-        model: of any task, with a card; it is fused here and stays as it is.
-        image_size: (height, width) of the input; None: it may change from run to run.
+        model: with a card; it is fused here and stays as it is.
         baked: take uint8 (B, H, W, 3) and scale inside, instead of scaled float32 (B, 3, H, W).
-        label_map: segmentation: give the best class of every pixel instead of logits.
     """
 
-    input_name = "images"
+    input_name: ClassVar[str] = "images"
+    output_names: tuple[str, ...] = ("logits",)
 
-    def __init__(
-        self, model: nn.Module, *, image_size: tuple[int, int] | None, baked: bool = False, label_map: bool = False
-    ) -> None:
+    def __init__(self, model: nn.Module, *, baked: bool) -> None:
         super().__init__()
-        card = card_of(model)
-        self.task = card.task
+        scaling = card_of(model).preprocessing
         self.model = fuse(model).cpu()
-        self.baked, self.label_map = baked, label_map
-        self.output_names: tuple[str, ...] = ("logits",)
-        if self.task == "detection":
-            self.output_names = ("boxes_xyxy", "scores")
-        elif label_map:
-            self.output_names = ("label_map",)
-        scaling = card.preprocessing
+        self.baked = baked
         mean, std = (torch.tensor(values)[:, None, None] for values in (scaling.mean, scaling.std))
         self.scale: Tensor
         self.shift: Tensor
-        self.rows: Tensor | None
-        self.columns: Tensor | None
         self.register_buffer("scale", 1 / (255 * std))  # (3, 1, 1)
         self.register_buffer("shift", -mean / std)
-        rows = columns = None
-        if isinstance(self.model, DeepLabv3) and image_size is not None:
-            rows, columns = (_enlarging(-(-side // self.model.output_stride), side) for side in image_size)
-            columns = columns.T.contiguous()
-        self.register_buffer("rows", rows)  # (H, h)
-        self.register_buffer("columns", columns)  # (w, W)
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         x = images
@@ -69,19 +52,8 @@ class ExportGraph(nn.Module):
         return self.answer(x)
 
     def answer(self, x: Tensor) -> tuple[Tensor, ...]:
-        """The outputs for scaled images. Shape: (B, 3, H, W) -> see the class."""
-        if self.task == "detection":
-            return tuple(cast(SSDLite, self.model)(x).named().values())
-        if self.task == "classification":
-            return (self.model(x),)
-        model = cast(DeepLabv3, self.model)
-        if self.rows is None or self.columns is None:
-            logits = model(x).logits
-        else:
-            # Bilinear enlargement is linear in rows and in columns. As two products it is exact on every device,
-            # where kernels for a resize differ in how they place corners, or are missing.
-            logits = self.rows @ (model.coarse_logits(x) @ self.columns)  # (B, K, H, W)
-        return (logits.argmax(dim=1).to(torch.uint8) if self.label_map else logits,)
+        """Compute the outputs for scaled images. Shape: (B, 3, H, W) -> see the classes below."""
+        raise NotImplementedError
 
     @property
     def size_multiple(self) -> tuple[int, int]:
@@ -90,14 +62,89 @@ class ExportGraph(nn.Module):
         return cast(MobileViTBackbone, backbone).size_multiple
 
     def example(self, batch_size: int, image_size: tuple[int, int]) -> Tensor:
-        """An input of the right shape and type; zeros."""
+        """Make an input of the right shape and type, of zeros."""
         if self.baked:
             return torch.zeros(batch_size, *image_size, 3, dtype=torch.uint8)
         return torch.zeros(batch_size, 3, *image_size)
 
 
+class ClassificationGraph(ExportGraph):
+    """Gives "logits" (B, K)."""
+
+    def answer(self, x: Tensor) -> tuple[Tensor, ...]:
+        return (self.model(x),)
+
+
+class DetectionGraph(ExportGraph):
+    """Gives "boxes_xyxy" (B, A, 4), in 0..1 of the input, and "scores" (B, A, K) without the background."""
+
+    output_names = ("boxes_xyxy", "scores")
+
+    def answer(self, x: Tensor) -> tuple[Tensor, ...]:
+        return tuple(cast(SSDLite, self.model)(x).named().values())
+
+
+class SegmentationGraph(ExportGraph):
+    """Gives "logits" (B, K, H, W), or "label_map" (B, H, W), uint8: the best class of every pixel.
+
+    Args:
+        model: see `ExportGraph`.
+        baked: see `ExportGraph`.
+        image_size: (height, width) of the input; None: it may change from run to run.
+        label_map: give the label map instead of logits.
+    """
+
+    model: DeepLabv3
+
+    def __init__(self, model: nn.Module, *, baked: bool, image_size: tuple[int, int] | None, label_map: bool) -> None:
+        super().__init__(model, baked=baked)
+        self.label_map = label_map
+        self.output_names = ("label_map",) if label_map else ("logits",)
+        self.rows: Tensor | None
+        self.columns: Tensor | None
+        rows = columns = None
+        if image_size is not None:
+            rows, columns = (_enlarging(-(-side // self.model.output_stride), side) for side in image_size)
+            columns = columns.T.contiguous()
+        self.register_buffer("rows", rows)  # (H, h)
+        self.register_buffer("columns", columns)  # (w, W)
+
+    def answer(self, x: Tensor) -> tuple[Tensor, ...]:
+        if self.rows is None or self.columns is None:
+            logits = self.model(x).logits
+        else:
+            # Bilinear enlargement is linear in rows and in columns. As two products it is exact on every device,
+            # where kernels for a resize differ in how they place corners, or are missing.
+            logits = self.rows @ (self.model.coarse_logits(x) @ self.columns)  # (B, K, H, W)
+        return self.finish(logits)
+
+    def finish(self, logits: Tensor) -> tuple[Tensor, ...]:
+        """Turn logits into the graph's output. Shape: (B, K, H, W) -> (B, K, H, W) or (B, H, W)."""
+        return (logits.argmax(dim=1).to(torch.uint8) if self.label_map else logits,)
+
+
+def export_graph(
+    model: nn.Module, *, image_size: tuple[int, int] | None, baked: bool = False, label_map: bool = False
+) -> ExportGraph:
+    """Wrap a model of any task, in evaluation mode and on the CPU.
+
+    Args:
+        model: with a card; it stays as it is.
+        image_size: (height, width) of the input; None: it may change from run to run.
+        baked: take uint8 (B, H, W, 3) and scale inside, instead of scaled float32 (B, 3, H, W).
+        label_map: segmentation: give the best class of every pixel instead of logits.
+    """
+    simple: dict[TaskName, type[ExportGraph]] = {"classification": ClassificationGraph, "detection": DetectionGraph}
+    if make := simple.get(card_of(model).task):
+        return make(model, baked=baked).eval()
+    return SegmentationGraph(model, baked=baked, image_size=image_size, label_map=label_map).eval()
+
+
 def _enlarging(coarse: int, fine: int) -> Tensor:
-    """The matrix that enlarges a line of `coarse` values to `fine`, bilinearly, ends on ends. Shape: (fine, coarse)."""
+    """Make the matrix that enlarges a line of `coarse` values to `fine`, bilinearly, ends on ends.
+
+    Shape: (fine, coarse).
+    """
     place = torch.arange(fine, dtype=torch.float64) * ((coarse - 1) / max(fine - 1, 1))
     below = place.floor().long().clamp(max=max(coarse - 2, 0))
     share = place - below
@@ -106,3 +153,46 @@ def _enlarging(coarse: int, fine: int) -> Tensor:
     matrix[rows, below] = 1 - share
     matrix[rows, (below + 1).clamp(max=coarse - 1)] += share
     return matrix.float()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """One export, as every format module is given it; its `convert(plan, path)` writes the file."""
+
+    graph: ExportGraph
+    """In evaluation mode, on the CPU."""
+    artifact: Artifact
+    """The description of the file; its precision, batch size and image size decide the conversion."""
+    example: Tensor
+    """An input to trace with, of the artifact's type and layout."""
+    calibration: Sequence[Tensor] = ()
+    """int8: inputs made of real images, of one image each, otherwise like `example`."""
+    in_float: tuple[str, ...] = ()
+    """int8: names of modules of the graph that compute in floating point, with all below them."""
+
+    def program(self, module: nn.Module | None = None) -> ExportedProgram:
+        """Trace the graph, or another module for the same input, by `torch.export`."""
+        with torch.no_grad():
+            return torch.export.export(
+                self.graph if module is None else module,
+                (self.example,),
+                dynamic_shapes=self._dynamic_shapes(),
+                strict=False,
+            )
+
+    def _dynamic_shapes(self) -> tuple[dict[int, Dim], ...] | None:
+        shapes: dict[int, Dim] = {}
+        if self.artifact.batch_size is None:
+            shapes[0] = Dim("batch", min=1, max=1024)
+        if self.artifact.image_size is None:
+            rows, columns = (1, 2) if self.artifact.baked else (2, 3)
+            height, width = self.graph.size_multiple
+            shapes[rows] = height * Dim("rows", min=1, max=2048 // height)
+            shapes[columns] = width * Dim("columns", min=1, max=2048 // width)
+        return (shapes,) if shapes else None
+
+    def batches(self) -> Iterator[Tensor]:
+        """Yield the calibration images at the artifact's own batch size; an incomplete last batch is left out."""
+        size = self.artifact.batch_size or 1
+        for start in range(0, len(self.calibration) - size + 1, size):
+            yield torch.cat(list(self.calibration[start : start + size]))

@@ -1,26 +1,27 @@
-"""ONNX, for ONNX Runtime on servers, desktops, phones and in browsers, and for whatever else reads it.
+"""ONNX, for ONNX Runtime on servers, desktops, phones and in browsers, and for other programs that read it.
 
-Nodes are named after the modules they come from, as in "model.layer3.1.fusion.conv/Conv"; what belongs to no module of
-the model, such as decoding boxes or enlarging logits, starts with "/".
+Nodes are named after the modules they come from, as in "model.layer3.1.fusion.conv/Conv"; the name of a node that
+belongs to no module, such as those that decode boxes or enlarge logits, starts with "/".
 """
 
 from __future__ import annotations
 
 import ast
 import tempfile
-import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from mobilevit.exporting.onnx_nms import append_nms
-from mobilevit.exporting.plan import Plan
-from mobilevit.exporting.quantization import float_modules, is_below
-from mobilevit.exporting.steps import in_steps
+from mobilevit.exporting.graph import Plan
+from mobilevit.exporting.quantization import is_below
+from mobilevit.exporting.rewrites import in_steps
+from mobilevit.results.detection import IOU_THRESHOLD, MAX_DETECTIONS, SCORE_THRESHOLD
 
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto
@@ -32,23 +33,19 @@ _QUANTIZED = ("Conv", "Gemm", "MatMul", "Sigmoid", "Mul", "Relu", "Concat")
 
 
 def convert(plan: Plan, path: Path) -> None:
-    """Write `path`, one file with its weights, and the artifact's description in its metadata.
+    """Write `path`, one file with its weights and with the artifact's description in its metadata.
 
-    fp16 takes and gives float32, as the other precisions do. int8 are QDQ nodes, calibrated on `plan.calibration`.
-
-    Raises:
-        ValueError: the packages are not installed, or `plan.keep_float` names what is not in the graph.
+    Inputs and outputs are float32 in fp16, too. int8 is expressed by QDQ nodes, calibrated on `plan.calibration`.
     """
     import onnx
 
-    floats = float_modules(plan)
     model = to_proto(plan)
     if plan.artifact.precision == "int8":
-        model = _quantize(model, floats, plan)
+        model = _quantize(model, plan)
     elif plan.artifact.precision == "fp16":
         model = _halve(model)
     if "selected" in plan.artifact.outputs:
-        append_nms(model)
+        _append_nms(model)
     del model.metadata_props[:]
     entry = model.metadata_props.add()
     entry.key, entry.value = "mobilevit", plan.artifact.to_json()
@@ -57,25 +54,20 @@ def convert(plan: Plan, path: Path) -> None:
 
 
 def to_proto(plan: Plan, *, stepwise: bool = True) -> ModelProto:
-    """The graph in float32, its nodes named after modules.
+    """Convert the graph in float32 and name its nodes after modules.
 
     Args:
         plan: gives graph and input.
         stepwise: write out attention, see `in_steps`.
-
-    Raises:
-        ValueError: onnx or onnxscript is not installed.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        exported = torch.onnx.export(
-            plan.program(in_steps(plan.graph) if stepwise else None),
-            input_names=[plan.graph.input_name],
-            output_names=list(plan.graph.output_names),
-            opset_version=OPSET,
-            dynamo=True,
-            verbose=False,
-        )
+    exported = torch.onnx.export(
+        plan.program(in_steps(plan.graph) if stepwise else None),
+        input_names=[plan.graph.input_name],
+        output_names=list(plan.graph.output_names),
+        opset_version=OPSET,
+        dynamo=True,
+        verbose=False,
+    )
     assert exported is not None
     model: ModelProto = exported.model_proto  # made anew whenever it is asked for
     _name_nodes(model)
@@ -83,9 +75,9 @@ def to_proto(plan: Plan, *, stepwise: bool = True) -> ModelProto:
 
 
 def _name_nodes(model: ModelProto) -> None:
-    """Call every node MODULE/OPERATOR, and drop what the exporter tells of it beyond that.
+    """Name every node MODULE/OPERATOR, and drop the exporter's other notes on it.
 
-    Stack traces, with folders of the machine that exported, are an eighth of an XXS file otherwise.
+    Stack traces, with folders of the machine that exported, would be an eighth of an XXS file.
     """
     producers = {output: node for node in model.graph.node for output in node.output}
     modules: dict[str, str] = {}
@@ -94,7 +86,7 @@ def _name_nodes(model: ModelProto) -> None:
         told = {entry.key: entry.value for entry in node.metadata_props}
         if "pkg.torch.onnx.name_scopes" in told:
             module = ast.literal_eval(told["pkg.torch.onnx.name_scopes"])[-2]  # the last is the node itself
-        else:  # made by an optimization; belongs to where its input is from
+        else:  # made by an optimization; belongs to the module of its input
             module = next((modules[producers[name].name] for name in node.input if name in producers), "")
         name = f"{module}/{node.op_type}"
         seen[name] += 1
@@ -113,33 +105,33 @@ class _Batches:
     def __init__(self, name: str, batches: Iterator[Tensor]) -> None:
         self._name, self._batches = name, batches
 
-    def get_next(self) -> dict[str, Any] | None:
+    def get_next(self) -> dict[str, NDArray[Any]] | None:
         batch = next(self._batches, None)
         return None if batch is None else {self._name: batch.numpy()}
 
 
-def _quantize(model: ModelProto, floats: Sequence[str], plan: Plan) -> ModelProto:
-    """Convolutions and linear layers in int8; how was chosen on flowers (top-1 0.726 before, 864 held out).
+def _quantize(model: ModelProto, plan: Plan) -> ModelProto:
+    """Quantize convolutions and linear layers.
 
-    Share of images that keep their class, or milliseconds of one image at 256 (XXS, one thread of a Zen 4):
+    The settings were chosen on flowers (top-1 0.726 before, 864 held out), by the share of images that keep their
+    class, and by milliseconds for one image at 256 (XXS, one thread of a Zen 4):
 
-        ranges         smallest and largest value of all images, as nothing is then cut off: top-1 0.727, 98.5 %;
+        ranges         smallest and largest value of all images, so that nothing is cut off: top-1 0.727, 98.5 %;
                        percentiles 99.999 and 99.99: top-1 0.713 and 0.719; entropy finds the same ranges as min/max
         activations    uint8: 3.2 ms at 128, where int8 takes 5.6; symmetric int8 has a bit less for SiLU's outputs,
                        95.6 instead of 96.4 % with all of the model in int8
         weights        7 of 8 bits, per channel: processors without VNNI add pairs of products in 16 bits, which 8 bits
                        overflow. Costs nothing: 99.1 % where 8 bits give 98.4 %, and equal mean IoU
-        SiLU           in int8 after a convolution in int8: 12.8 ms where float takes 14.3, as its ends are conversions
-        linear layers  int8 in, float out, as what follows (attention, LayerNorm, sums) is float: 10.3 instead of
-                       10.9 ms, and logits of 36 instead of 33 dB
+        SiLU           in int8 after a convolution in int8: 12.8 ms where float, with its conversions, takes 14.3
+        linear layers  int8 in, float out, as attention, LayerNorm and sums are float: 10.3 instead of 10.9 ms, and
+                       logits of 36 instead of 33 dB
         attention      products of activations in float: in int8 they are no faster
     """
     import onnx
     from onnxruntime.quantization import QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    with tempfile.TemporaryDirectory() as aside, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with tempfile.TemporaryDirectory() as aside:
         prepared, quantized = Path(aside) / "prepared.onnx", Path(aside) / "quantized.onnx"
         # Symbolic shapes, and linear layers as Gemm, which int8 computes faster than MatMul and Add.
         quant_pre_process(model, str(prepared), auto_merge=True)
@@ -148,7 +140,7 @@ def _quantize(model: ModelProto, floats: Sequence[str], plan: Plan) -> ModelProt
             str(quantized),
             _Batches(plan.graph.input_name, plan.batches()),
             op_types_to_quantize=list(_QUANTIZED),
-            nodes_to_quantize=_quantizable(onnx.load(prepared), floats),
+            nodes_to_quantize=_quantizable(onnx.load(prepared), plan.in_float),
             per_channel=True,
             reduce_range=True,
             activation_type=QuantType.QUInt8,
@@ -160,7 +152,7 @@ def _quantize(model: ModelProto, floats: Sequence[str], plan: Plan) -> ModelProt
 
 
 def _quantizable(model: ModelProto, floats: Sequence[str]) -> list[str]:
-    """Names of the nodes to compute in int8."""
+    """List the nodes to compute in int8."""
     weights = {tensor.name for tensor in model.graph.initializer}
     producers = {output: node for node in model.graph.node for output in node.output}
     consumers: dict[str, list[NodeProto]] = {}
@@ -190,21 +182,43 @@ def _quantizable(model: ModelProto, floats: Sequence[str]) -> list[str]:
 
 
 def _halve(model: ModelProto) -> ModelProto:
-    """The model in float16, but for what belongs to no module, and for means.
+    """Convert to float16, except for means and for nodes that belong to no module.
 
-    Boxes would move by an eighth of a pixel, and a mean over a large map is a sum beyond 65504 first. LayerNorm is
-    defined to compute in float32 (its stash_type), and softmax subtracts the largest value, so neither overflows.
+    In float16, boxes would move by an eighth of a pixel, and the sum behind the mean of a large map can exceed 65504.
+    LayerNorm is defined to compute in float32 (its stash_type), and softmax subtracts the largest value, so neither
+    overflows.
     """
     from onnxruntime.transformers.float16 import convert_float_to_float16
     from onnxruntime.transformers.onnx_model import OnnxModel
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of weights below the smallest float16, which become that
-        halved: ModelProto = convert_float_to_float16(
-            model,
-            keep_io_types=True,
-            op_block_list=["ReduceMean"],
-            node_block_list=[node.name for node in model.graph.node if node.name.startswith("/")],
-        )
-    OnnxModel(halved).topological_sort()  # the casts came last
+    halved: ModelProto = convert_float_to_float16(
+        model,
+        keep_io_types=True,
+        op_block_list=["ReduceMean"],
+        node_block_list=[node.name for node in model.graph.node if node.name.startswith("/")],
+    )
+    OnnxModel(halved).topological_sort()  # it has put the casts last
     return halved
+
+
+def _append_nms(model: ModelProto) -> None:
+    """Add an output "selected" (M, 3), int64: image, class and anchor of each box that suppression keeps.
+
+    Boxes and scores stay outputs, to be looked up by these. `NonMaxSuppression` wants pairs of corners, in either order
+    of axes, and scores class by class.
+    """
+    from onnx import TensorProto, helper, numpy_helper
+
+    graph = model.graph
+    limits: dict[str, NDArray[Any]] = {
+        "nms_most": np.array([MAX_DETECTIONS], np.int64),
+        "nms_iou": np.array([IOU_THRESHOLD], np.float32),
+        "nms_score": np.array([SCORE_THRESHOLD], np.float32),
+    }
+    graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in limits.items())
+    transposed = helper.make_node("Transpose", ["scores"], ["scores_by_class"], perm=[0, 2, 1], name="nms_transpose")
+    graph.node.append(transposed)
+    graph.node.append(
+        helper.make_node("NonMaxSuppression", ["boxes_xyxy", "scores_by_class", *limits], ["selected"], name="nms")
+    )
+    graph.output.append(helper.make_tensor_value_info("selected", TensorProto.INT64, ["num_selected", 3]))

@@ -1,4 +1,4 @@
-"""`torch.export` programs: the graph as PyTorch itself keeps it, without Python code and without TorchScript."""
+"""`torch.export` programs: the graph as PyTorch itself keeps it, without Python code or TorchScript."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from mobilevit.exporting.graph import ExportGraph
-from mobilevit.exporting.plan import Plan
+from mobilevit.exporting.graph import ExportGraph, Plan
 from mobilevit.models.deeplabv3 import DeepLabv3
 from mobilevit.models.mobilevit import MobileViT, MobileViTBackbone
 from mobilevit.models.ssdlite import DetectionHead
@@ -21,8 +20,7 @@ DESCRIPTION = "mobilevit.json"
 def convert(plan: Plan, path: Path) -> None:
     """Write `path`, with the artifact's description among its extra files."""
     program = plan.program(in_bfloat16(plan.graph) if plan.artifact.precision == "bf16" else None)
-    # Without the folders of this machine, which stand in every node's stack trace, and without an example image,
-    # which is a pickle.
+    # Every node's stack trace names folders of this machine, and the example image would be a pickle.
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)
     program.example_inputs = None
@@ -30,10 +28,10 @@ def convert(plan: Plan, path: Path) -> None:
 
 
 def in_bfloat16(graph: ExportGraph) -> ExportGraph:
-    """A copy that computes in bfloat16, for the same input and float32 outputs.
+    """Copy a graph so that it computes in bfloat16, for the same input and float32 outputs.
 
-    Attention and LayerNorm sum in float32 all the same, as PyTorch's kernels do. The last layer computes in float32:
-    of its outputs, those that matter differ little. So do what follows it, decoding boxes and enlarging logits.
+    PyTorch's kernels for attention and LayerNorm still sum in float32. The last layer computes in float32, because its
+    largest outputs often differ by little; so do the decoding of boxes and the enlarging of logits after it.
     """
     graph = copy.deepcopy(graph)
     graph.model.to(torch.bfloat16)

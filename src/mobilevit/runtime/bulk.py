@@ -70,6 +70,8 @@ class BulkJob:
     """Batches in progress at a time, one thread each; with Ray, processes with a model each. None: as many as cores."""
     ray_address: str | None = None
     """Address of a running Ray cluster; None: RAY_ADDRESS, or a cluster of this machine alone."""
+    trust_pt2: bool = False
+    """Load a .pt2 file, although that can run code that came with it."""
     part_rows: int = 10_000
     """Rows of a part; a part has fewer if they take more than a minute."""
     overwrite: bool = False
@@ -173,7 +175,14 @@ def files_of(model: Path) -> list[Path]:
 def open_predictor(job: BulkJob, model: Path, *, threads: int | None) -> Predictor:
     """Open the job's model, which Ray's workers have in another place."""
     engine: EngineChoice = "torch" if job.engine == "ray" else job.engine
-    return Predictor(model, device=job.device, batch_size=job.batch_size, threads=threads, engine=engine)
+    return Predictor(
+        model,
+        device=job.device,
+        batch_size=job.batch_size,
+        threads=threads,
+        engine=engine,
+        trust_pt2=job.trust_pt2,
+    )
 
 
 def predict_rows(

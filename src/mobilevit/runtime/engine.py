@@ -38,12 +38,18 @@ _ENGINES: dict[Format, str] = {
 }
 
 
-def open_engine(path: Path, artifact: Artifact, *, threads: int | None, device: str) -> Engine:
+def open_engine(path: Path, artifact: Artifact, *, threads: int | None, device: str, trust_pt2: bool = False) -> Engine:
     """Load an artifact into its engine.
 
     Raises:
-        MobileViTError: the engine is not installed, cannot read the file, or does not run on this system.
+        MobileViTError: the engine is not installed, cannot read the file, or does not run on this system; or the file
+            is a `torch.export` program, and nobody says that it can be trusted.
     """
+    if artifact.format == "pt2" and not trust_pt2:
+        raise MobileViTError(
+            f"{path}: refused, as loading a .pt2 file can run code that came with it; if you made it yourself or trust "
+            "who did, set `trust_pt2`"
+        )
     if threads is not None and threads < 1:
         raise MobileViTError(f"`threads` is {threads}; give 1 or more")
     module, _, name = _ENGINES[artifact.format].partition(".")

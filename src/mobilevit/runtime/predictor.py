@@ -47,6 +47,7 @@ class Predictor:
         threads: CPU threads; None: as many as cores.
         engine: for checkpoints: "torch"; "compile", which takes a minute at the first image and is then faster; or
             "auto", the fastest that `mobilevit tune` found here, or "torch" if it has not run.
+        trust_pt2: load a .pt2 file, although that can run code that came with it.
 
     Raises:
         MobileViTError: the file cannot be read, its engine is not installed, or there is no such device.
@@ -60,10 +61,11 @@ class Predictor:
         batch_size: int | None = None,
         threads: int | None = None,
         engine: EngineChoice = "torch",
+        trust_pt2: bool = False,
     ) -> None:
         if batch_size is not None and batch_size < 1:
             raise MobileViTError(f"`batch_size` is {batch_size}; give 1 or more")
-        self._session = open_session(model, device=device, threads=threads, engine=engine)
+        self._session = open_session(model, device=device, threads=threads, engine=engine, trust_pt2=trust_pt2)
         self.card = self._session.card
         self._result_type = RESULT_TYPES[self.card.task]
         self._result_type.check(self.card.preprocessing)

@@ -5,13 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from mobilevit.results.base import Array
-from mobilevit.runtime import pt2
 from mobilevit.runtime.artifact import Artifact
 from mobilevit.runtime.engine import chunks, join
 
 
 class Pt2Engine:
-    """`torch.export`, run by PyTorch; a file that could run code of its own when it is loaded is refused."""
+    """`torch.export`, run by PyTorch. Loading a file can run code that it brings, so `open_engine` asks first."""
 
     def __init__(self, path: Path, artifact: Artifact, threads: int, device: str) -> None:
         import torch
@@ -21,7 +20,7 @@ class Pt2Engine:
         self._torch, self._artifact = torch, artifact
         self._device = pick_device("cpu" if device == "auto" else device)
         torch.set_num_threads(threads)
-        program = torch.export.load(pt2.read(path))
+        program = torch.export.load(path)
         if self._device.type != "cpu":
             from torch.export.passes import move_to_device_pass
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from mobilevit.explaining.explain import Explanation
+
+log = logging.getLogger("mobilevit")
 
 EngineChoice = Literal["torch", "compile", "auto"]
 """Engine of a checkpoint: PyTorch, compiled PyTorch, or the fastest that `mobilevit tune` found on this machine."""
@@ -61,16 +64,24 @@ class ArtifactSession:
         path: the artifact; its sidecar is beside it.
         threads: CPU threads; None: as many as cores.
         device: "auto" or "cpu", or another that the engine knows, such as "cuda".
+        trust_pt2: load a .pt2 file, although that can run code that came with it.
 
     Raises:
         MobileViTError: file or sidecar missing, edited, or newer than this package; the engine is not installed or has
             no such device.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, threads: int | None = None, device: str = "auto") -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        threads: int | None = None,
+        device: str = "auto",
+        trust_pt2: bool = False,
+    ) -> None:
         path = Path(path)
         self.artifact = artifacts.read_sidecar(path)
-        self._engine = open_engine(path, self.artifact, threads=threads, device=device)
+        self._engine = open_engine(path, self.artifact, threads=threads, device=device, trust_pt2=trust_pt2)
 
     @property
     def card(self) -> ModelCard:
@@ -128,6 +139,7 @@ def open_session(
     device: str = "auto",
     threads: int | None = None,
     engine: EngineChoice = "torch",
+    trust_pt2: bool = False,
 ) -> Session:
     """Open a checkpoint, an artifact or a model; see `Predictor` for arguments and errors."""
     if threads is not None and threads < 1:
@@ -138,11 +150,13 @@ def open_session(
     if artifacts.is_artifact(path):
         if engine != "torch":
             raise MobileViTError(f"{path}: an exported file runs in its own engine; leave `engine` out")
-        return ArtifactSession(path, threads=threads, device=device)
+        return ArtifactSession(path, threads=threads, device=device, trust_pt2=trust_pt2)
     tuned = find_tuned(path) if engine == "auto" and device in ("auto", "cpu") else None
     if tuned is not None:
         artifact, its_threads = tuned
-        return ArtifactSession(artifact, threads=threads or its_threads)
+        if trust_pt2 or artifact.suffix != ".pt2":
+            return ArtifactSession(artifact, threads=threads or its_threads, trust_pt2=trust_pt2)
+        log.warning("%s: not used, as loading a .pt2 file can run code that came with it; see trust_pt2", artifact)
     return _torch_floor(str(path)).open_torch_session(path, device=device, threads=threads, engine=engine)
 
 

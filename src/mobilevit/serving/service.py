@@ -225,6 +225,7 @@ def open_predictors(config: ServeConfig, models: Sequence[ServedModel]) -> dict[
             batch_size=config.max_batch,
             threads=_threads_of_worker(config),
             engine="torch" if is_artifact(model.path) else config.engine,
+            trust_pt2=config.trust_pt2,
         )
         predictor.warm_up()
         seconds = time.perf_counter() - start

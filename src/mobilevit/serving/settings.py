@@ -34,6 +34,8 @@ class ServeConfig:
     engine: Literal["torch", "compile", "auto"] = "auto"
     """Engine of a checkpoint; auto: the fastest that `mobilevit tune` found, or PyTorch. Exported files have their
     own."""
+    trust_pt2: bool = False
+    """Load a .pt2 file, although that can run code that came with it."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1 or mps."""
     workers: int = 1

@@ -1,0 +1,161 @@
+"""The formats of exported files, and the options of an export."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, get_args
+
+from mobilevit.card import ModelCard
+from mobilevit.errors import MobileViTError
+from mobilevit.exporting import coreml, executorch, litert, onnx, openvino, pt2
+from mobilevit.exporting.graph import DetectionGraph, ExportGraph, Plan, SegmentationGraph
+from mobilevit.exporting.images import Images
+from mobilevit.runtime.artifact import Format, Precision
+
+Dynamic = Literal["batch", "size"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FormatTraits:
+    """One format: how its files are written, and what they can do."""
+
+    convert: Callable[[Plan, Path], None]
+    """Writes the file of a plan."""
+    precisions: tuple[Precision, ...]
+    dynamic: bool = False
+    """Whether batch and size can be left open."""
+    system: str = ""
+    """The only system that runs such files, as `platform.system` names it; "" for any."""
+    settings: Mapping[Precision, dict[str, str]] = field(default_factory=dict)
+    """Settings of the runtime that an artifact asks for."""
+    remedy: str
+    """How to install the converter."""
+
+    @property
+    def runs_here(self) -> bool:
+        """Whether this system runs such files."""
+        return self.system in ("", platform.system())
+
+
+FORMATS: dict[Format, FormatTraits] = {
+    "onnx": FormatTraits(
+        convert=onnx.convert,
+        precisions=("fp32", "fp16", "int8"),
+        dynamic=True,
+        remedy="pip install 'mobilevit[onnx]'",
+    ),
+    "openvino": FormatTraits(
+        convert=openvino.convert,
+        precisions=("fp32", "fp16", "bf16", "int8"),
+        dynamic=True,
+        # Without a hint, OpenVINO computes in bfloat16 where the processor can, whatever the file holds. In int8, the
+        # hint is for the layers that stay in floating point: XXS takes 8.8 ms instead of 13 in float32.
+        settings={
+            "fp32": {"INFERENCE_PRECISION_HINT": "f32"},
+            "fp16": {"INFERENCE_PRECISION_HINT": "f32"},
+            "bf16": {"INFERENCE_PRECISION_HINT": "bf16"},
+            "int8": {"INFERENCE_PRECISION_HINT": "bf16"},
+        },
+        remedy="pip install 'mobilevit[openvino]'",
+    ),
+    "executorch": FormatTraits(
+        convert=executorch.convert, precisions=("fp32", "int8"), remedy="pip install 'mobilevit[executorch]'"
+    ),
+    "litert": FormatTraits(
+        convert=litert.convert,
+        precisions=("fp32", "fp16", "int8"),
+        remedy="it needs another PyTorch, so run scripts/litert_environment.sh once, then .venv-litert/bin/mobilevit "
+        "export CHECKPOINT --format litert",
+    ),
+    "coreml": FormatTraits(
+        convert=coreml.convert,
+        precisions=("fp32", "fp16", "palettized"),
+        system="Darwin",
+        remedy="pip install 'mobilevit[coreml]'",
+    ),
+    "pt2": FormatTraits(convert=pt2.convert, precisions=("fp32", "bf16"), dynamic=True, remedy="install PyTorch"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions:
+    """The options of one file, as `export` documents them; `format` and `precision` are known to go together."""
+
+    format: Format
+    precision: Precision
+    calibration: Images | None
+    keep_float: tuple[str, ...]
+    sensitivity: bool
+    image_size: tuple[int, int] | None
+    batch_size: int
+    dynamic: tuple[Dynamic, ...]
+    bake_preprocessing: bool
+    label_map: bool
+    nms: bool
+    images: Images | None
+    verify: bool
+    data: str | None
+
+
+def known_format(format: str, precision: str) -> tuple[Format, Precision]:  # noqa: A002
+    """Return both, typed.
+
+    Raises:
+        MobileViTError: there is no such format, or the format lacks this precision.
+    """
+    if format not in FORMATS:
+        raise MobileViTError(f"`format` is {format!r}; it can be {', '.join(FORMATS)} or web")
+    precisions = FORMATS[format].precisions
+    if precision not in precisions:
+        others = [name for name, traits in FORMATS.items() if precision in traits.precisions]
+        hint = f"; {precision} exists for {', '.join(others)}" if others else ""
+        raise MobileViTError(f"{format} has no precision {precision!r}: choose {', '.join(precisions)}{hint}")
+    return format, precision
+
+
+def check_options(options: ExportOptions, card: ModelCard, graph: ExportGraph) -> None:
+    """Refuse options that do not suit each other or the model.
+
+    Raises:
+        MobileViTError: in one line, with a remedy.
+    """
+    if not card.classes:
+        raise MobileViTError(
+            "this checkpoint names no classes, so its answers would mean nothing; save it with classes"
+        )
+    for wish in options.dynamic:
+        if wish not in get_args(Dynamic):
+            raise MobileViTError(f"`dynamic` is {wish!r}; it can be 'batch', 'size' or both")
+    if options.dynamic and not FORMATS[options.format].dynamic:
+        raise MobileViTError(
+            f"{options.format} files have one batch and one size; leave `dynamic` out, or choose onnx or openvino"
+        )
+    if "size" in options.dynamic and isinstance(graph, DetectionGraph):
+        raise MobileViTError(
+            "a detector's anchors belong to one input size; leave `dynamic` size out and set `image_size`"
+        )
+    if options.precision == "int8" and options.calibration is None:
+        raise MobileViTError(
+            "int8 must be calibrated on images like those that the model will see; give `calibration` a folder of them"
+        )
+    if options.sensitivity and options.precision != "int8":
+        raise MobileViTError(
+            "`sensitivity` measures what int8 costs each layer; set `precision` int8 and `calibration`, too"
+        )
+    if options.label_map and not isinstance(graph, SegmentationGraph):
+        raise MobileViTError(f"`label_map` is for segmentation; this checkpoint does {card.task}")
+    if options.nms and not (isinstance(graph, DetectionGraph) and options.format == "onnx"):
+        raise MobileViTError(
+            "`nms` is for detection in onnx; elsewhere the predictor suppresses overlapping boxes itself"
+        )
+    size, steps = options.image_size or card.preprocessing.size, graph.size_multiple
+    if any(side % step for side, step in zip(size, steps, strict=True)):
+        near = [max(step, round(side / step) * step) for side, step in zip(size, steps, strict=True)]
+        raise MobileViTError(
+            f"input size {size[0]} x {size[1]}: its patches do not divide the maps of this model, which exports need "
+            f"(no resizing inside); sides are multiples of {steps[0]} and {steps[1]}, the nearest are "
+            f"`image_size` {near[0]} {near[1]}"
+        )
