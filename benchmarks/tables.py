@@ -809,10 +809,10 @@ AT_SCALE = (
         title="Measured: on a GPU, inference",
         names=("gpu_inference",),
         summary=(
-            "Random weights, the same in all; 256 x 256 pixels. A graph is a CUDA graph; padded is fused, with "
+            "The same random weights on all sides, 256 x 256 pixels. A graph is a CUDA graph; padded is fused, with "
             "attention heads widened to multiples of 8. Bytes count weights and everything that operations read and "
-            "write: each operation by itself, or convolutions, matrix products and attention alone, as if all else "
-            "were part of them. Errors are relative to our own float32."
+            "write: for every operation separately, or only for convolutions, matrix products and attention, as if "
+            "everything else were fused into them. Errors are relative to our float32."
         ),
         body=gpu_inference_tables,
     ),
@@ -820,8 +820,9 @@ AT_SCALE = (
         title="Measured: on a GPU, training",
         names=("gpu_training",),
         summary=(
-            "Whole steps in bf16 by autocast: forward, loss, backward, AdamW, weight average; only the network "
-            "differs. The second table is the compiled model with images read from a parquet file of 500-pixel JPEGs."
+            "Complete steps in bf16 by autocast: forward, loss, backward, AdamW, weight average; only the network "
+            "differs. The second table is for the compiled model, with images read from a parquet file of 500-pixel "
+            "JPEGs."
         ),
         body=gpu_training_tables,
     ),
@@ -829,11 +830,10 @@ AT_SCALE = (
         title="Measured: on a GPU, from scratch",
         names=GPU_RUNS,
         summary=(
-            "Imagenette at 128 pixels, next to the best of its public leaderboard for as many epochs, by networks of "
-            "some 25 million parameters. Figures are near, not equal, to the leaderboard's: the images of the copy "
-            "used here had been stretched to a square before they were scaled down, where the leaderboard keeps the "
-            "aspect ratio. The best epoch is chosen on the validation images, so the last epoch's figure is the "
-            "fairer one."
+            "Imagenette at 128 pixels, and the best result of its public leaderboard for as many epochs, by networks "
+            "of some 25 million parameters. The two are only roughly comparable: the images of the copy used here were "
+            "stretched to a square before scaling, while the leaderboard keeps the aspect ratio. The best epoch is "
+            "chosen on the validation images, so the last epoch's figure is the fairer one."
         ),
         body=gpu_runs_table,
     ),
