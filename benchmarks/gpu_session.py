@@ -1,8 +1,8 @@
 """All that a GPU must prove and show, in order of worth: one command for a machine that is there for some minutes.
 
     python benchmarks/gpu_session.py --rehearse        # on the CPU, tiny, on drawn images: two minutes
-    python benchmarks/gpu_session.py --budget 560      # on the GPU: tests, inference, training
-    python benchmarks/gpu_session.py --budget 300 --imagenette FOLDER --stages imagenette
+    python benchmarks/gpu_session.py --budget 480      # on the GPU: tests, inference, training
+    python benchmarks/gpu_session.py --budget 270 --imagenette FOLDER --stages imagenette
     python benchmarks/gpu_session.py --budget 600 --cifar10 FOLDER --stages cifar10
 
 Each stage runs in processes of its own and within a time of its own, prints its tables and writes its result file as
@@ -31,7 +31,7 @@ from xml.etree import ElementTree
 import record
 
 ROOT = Path(__file__).resolve().parent.parent
-WARMER_SECONDS = 40.0
+WARMER_SECONDS = 25.0
 """How long the first timed stage waits for what is still being compiled."""
 
 LEAST_SECONDS = 20.0
@@ -259,9 +259,9 @@ def classified(job: Job, name: str) -> tuple[object, ...]:
 
 
 STAGES: dict[str, Stage] = {
-    "tests": Stage(seconds=130, commands=tests),
-    "inference": Stage(seconds=210, commands=inference, to_compile=compile_inference),
-    "training": Stage(seconds=170, commands=training, to_compile=compile_training),
+    "tests": Stage(seconds=110, commands=tests),
+    "inference": Stage(seconds=185, commands=inference, to_compile=compile_inference),
+    "training": Stage(seconds=150, commands=training, to_compile=compile_training),
     "imagenette": Stage(seconds=560, commands=imagenette),
     "cifar10": Stage(seconds=600, commands=cifar10),
 }
