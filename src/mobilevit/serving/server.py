@@ -110,14 +110,28 @@ class _Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         log.info("stopping; %d connections open", len(self.server_state.connections))
         self._app.draining = True
+        waiting = [client for sock in sockets or [] for client in _accept_all(sock)]
         for server in self.servers:
             server.close()
         for sock in sockets or []:
             sock.close()
+        for client in waiting:
+            await asyncio.get_running_loop().connect_accepted_socket(self._protocol, client)
         deadline = time.monotonic() + _IDLE_GRACE_S
         while self.server_state.connections and time.monotonic() < deadline:
             await asyncio.sleep(0.02)
         await super().shutdown(sockets=sockets)
+
+    def _protocol(self) -> asyncio.Protocol:
+        make: Callable[..., asyncio.Protocol] = self.config.http_protocol_class
+        return make(config=self.config, server_state=self.server_state, app_state=self.lifespan.state)
+
+
+def _accept_all(sock: socket.socket) -> Iterator[socket.socket]:
+    """Accept the connections that wait in the system's queue; closing the socket would reset them."""
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            yield sock.accept()[0]
 
 
 def _run_one(
