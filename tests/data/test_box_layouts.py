@@ -1,8 +1,8 @@
 from pathlib import Path
 
 import pytest
-from box_files import problems, write_image
 
+from box_files import problems, write_image
 from mobilevit.data.box_layouts import detection_splits, has_boxes
 from mobilevit.data.boxes import image_size
 from mobilevit.data.datasets import find_splits

@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from box_files import boxes, problems, read, write_image
 
+from box_files import boxes, problems, read, write_image
 from mobilevit.data.box_layouts import detection_splits, has_boxes
 from mobilevit.imaging.decode import read_image
 

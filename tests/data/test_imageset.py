@@ -8,12 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from box_files import boxes_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numbered_images import numbers, write_folder, write_image
 from PIL import Image
 
+from box_files import boxes_of
 from mobilevit.class_names import IGNORE
 from mobilevit.data.datasets import find_splits
 from mobilevit.data.imageset import ImageSet, split

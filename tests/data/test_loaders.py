@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from box_files import boxes_of
 from PIL import Image
 
+from box_files import boxes_of
 from mobilevit.data.imageset import ImageSet
 from mobilevit.data.loaders import Batch, BatchLoader, _arrived
 from mobilevit.data.samplers import level_batches

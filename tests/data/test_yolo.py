@@ -3,8 +3,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from box_files import boxes, problems, read, write_image
 
+from box_files import boxes, problems, read, write_image
 from mobilevit.data.box_layouts import detection_splits, has_boxes
 
 

@@ -6,6 +6,7 @@ import contextlib
 import http.client
 import os
 import signal
+import socket
 import threading
 import time
 from collections import Counter
@@ -14,6 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from mobilevit.serving.server import _accept_all, listen
 from running_server import Server, image, until
 
 
@@ -99,3 +101,14 @@ def test_workers_do_not_outlive_their_parent(checkpoints: dict[str, Path]) -> No
     server.process.kill()
     _, alive = psutil.wait_procs(children, timeout=15)
     assert alive == []
+
+
+def test_connections_in_the_systems_queue_are_accepted() -> None:
+    """Closing the socket would reset them, as they are established for their clients."""
+    with listen("127.0.0.1", 0) as sock, contextlib.ExitStack() as held:
+        sock.listen()
+        sock.setblocking(False)
+        clients = [held.enter_context(socket.create_connection(sock.getsockname())) for _ in range(3)]
+        accepted = [held.enter_context(connection) for connection in _accept_all(sock)]
+        assert [one.getpeername() for one in accepted] == [client.getsockname() for client in clients]
+        assert list(_accept_all(sock)) == []

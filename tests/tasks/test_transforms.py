@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from box_files import boxes_of
 from PIL import Image
 from torch import Tensor
 
+from box_files import boxes_of
 from mobilevit.class_names import IGNORE
 from mobilevit.data.shapes import render_scene
 from mobilevit.errors import ImageError
