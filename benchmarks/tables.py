@@ -13,6 +13,7 @@ import argparse
 import json
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,7 +42,7 @@ MEASUREMENTS = (
     *FROM_SCRATCH.values(), "postprocessing", *DEMOS, "resume", "startup",
     "data_pipeline", "processes", "experiments", "experiments_time", "experiments_samplers",
     "imagenet_costs", "training_speed_bf16", "gpu_tests", "gpu_inference", "gpu_training", *GPU_RUNS,
-    "browser", "serving", "bulk",
+    "browser", "serving", "bulk", "before_after",
 )  # fmt: skip
 
 
@@ -112,6 +113,10 @@ class Words:
         "{corrupt} corrupt files."
     )
     identical: tuple[str, str] = ("bit-identical to an uninterrupted run", "**not** identical")
+    device: str = (
+        "On a device, with {installed} MB of packages: `mobilevit predict best.onnx one.jpg` takes {seconds} s and "
+        "{memory} MB, and took {seconds_before} s and {memory_before} MB in version 0.1 ({processor})."
+    )
     startup: str = "`import mobilevit` takes {above:.2f} s beyond `import torch`; `mobilevit --help` {help:.2f} s."
 
 
@@ -134,6 +139,10 @@ CHINESE = Words(
     ),
     resume="训练中随机时刻 SIGKILL {kills} 次并逐次恢复：权重{identical}，损坏文件 {corrupt} 个。",
     identical=("与未中断的训练逐位一致", "**不**一致"),
+    device=(
+        "在设备上（软件包共 {installed} MB）：`mobilevit predict best.onnx one.jpg` 用时 {seconds} 秒、"
+        "内存 {memory} MB；0.1 版为 {seconds_before} 秒、{memory_before} MB（{processor}）。"
+    ),
     startup="`import mobilevit` 比 `import torch` 多用 {above:.2f} 秒；`mobilevit --help` 用时 {help:.2f} 秒。",
 )
 
@@ -182,11 +191,22 @@ def short_table(results: Results, words: Words) -> str:
         return words.nothing
     measured = results.get("inference") or next(r for r in results.values() if "packages" in r)
     said = {"date": measured["date"], **measured["hardware"], **measured["packages"]}
-    processors = dict.fromkeys(short_processor(r["hardware"]["processor"]) for r in results.values() if "hardware" in r)
+    tabled = ("inference", "engines", "training_speed", *FLOWERS.values(), *FROM_SCRATCH.values())
+    processors = dict.fromkeys(short_processor(results[name]) for name in tabled if name in results)
     notes = [words.where.format(**{**said, "processor": " / ".join(processors)})]
     if resume := results.get("resume"):
         identical = words.identical[0 if resume["identical"] else 1]
         notes.append(words.resume.format(kills=resume["kills"], identical=identical, corrupt=resume["corrupt_files"]))
+    if compared := results.get("before_after"):
+        cold = compared["cold"]
+        told = {
+            "installed": number(compared["installed"]["onnx_mb"]),
+            "seconds": number(cold["device"]["seconds"]),
+            "memory": number(cold["device"]["peak_mb"]),
+            "seconds_before": number(cold["before"]["seconds"]),
+            "memory_before": number(cold["before"]["peak_mb"]),
+        }
+        notes.append(words.device.format(**told, processor=short_processor(compared)))
     if startup := results.get("startup"):
         above, help_s = max(startup["import_mobilevit_above_torch_s"], 0), startup["help_s"]
         notes.append(words.startup.format(above=above, help=help_s))
@@ -460,7 +480,24 @@ def startup_table(results: Results) -> str:
     return table(("", "seconds, median"), rows)
 
 
+def device_table(results: Results) -> str:
+    found = results["before_after"]
+    before, device = found["cold"]["before"], found["cold"]["device"]
+    rows = [
+        ["seconds", number(before["seconds"]), number(device["seconds"])],
+        ["peak memory, MB", number(before["peak_mb"]), number(device["peak_mb"])],
+        ["installed packages, MB", "", number(found["installed"]["onnx_mb"])],
+    ]
+    return table(("", "version 0.1", "this version, without PyTorch"), rows)
+
+
 SECTIONS = (
+    Section(
+        title="On a device",
+        names=("before_after",),
+        summary="`mobilevit predict best.onnx one.jpg` in a fresh process; this version with `mobilevit[onnx]` only.",
+        body=device_table,
+    ),
     Section(
         title="Inference",
         names=("inference",),
@@ -1015,19 +1052,27 @@ def commands(results: Results, names: list[str]) -> str:
 
 
 def machine(results: Results, names: list[str]) -> str:
-    """Processors and library versions of some result files; a version that differs in some of them names these."""
+    """Processors and library versions of some result files; those that differ from the usual name their files."""
     found = {name: results[name] for name in names}
-    processors = dict.fromkeys(", ".join([r["hardware"]["processor"], *r["hardware"]["gpus"]]) for r in found.values())
-    files: dict[str, dict[str, list[str]]] = {}
-    for name, result in found.items():
-        for package, version in result["packages"].items():
-            files.setdefault(package, {}).setdefault(version, []).append(name)
-    versions = []
-    for package, of_version in files.items():
-        usual, *others = sorted(of_version, key=lambda version: -len(of_version[version]))
-        rare = "".join(f" ({other} for {', '.join(of_version[other])})" for other in others)
-        versions.append(f"{package} {usual}{rare}")
-    return f"Machine: {'; '.join(processors)}. Versions: {', '.join(versions)}."
+    processors = {
+        name: ", ".join([result["hardware"]["processor"], *result["hardware"]["gpus"]])
+        for name, result in found.items()
+    }
+    packages = dict.fromkeys(package for result in found.values() for package in result["packages"])
+    versions = [
+        f"{package} {_usual({name: r['packages'][package] for name, r in found.items() if package in r['packages']})}"
+        for package in packages
+    ]
+    return f"Machine: {_usual(processors)}. Versions: {', '.join(versions)}."
+
+
+def _usual(values: dict[str, str]) -> str:
+    """The value of most files, then each other one and its files."""
+    counts = Counter(values.values()).most_common()
+    others = [
+        f" ({value} for {', '.join(name for name in values if values[name] == value)})" for value, _ in counts[1:]
+    ]
+    return counts[0][0] + "".join(others)
 
 
 def public(command: str) -> str:
@@ -1057,9 +1102,9 @@ def percent(share: float, digits: int = 1) -> str:
     return f"{100 * share:.{digits}f} %"
 
 
-def short_processor(text: str) -> str:
-    """Cut off the list of instruction sets."""
-    return ", ".join(text.split(", ")[:2])
+def short_processor(result: dict[str, Any]) -> str:
+    """The processor of a result, without its instruction sets."""
+    return ", ".join(result["hardware"]["processor"].split(", ")[:2])
 
 
 PAGES: dict[str, Callable[[Results], str]] = {
