@@ -30,7 +30,7 @@ class ModelCard:
     score_threshold: float | None = None
     """Detection: the lowest score that is shown; where precision and recall balanced best."""
     provenance: dict[str, str] = field(default_factory=dict)
-    """Where the weights come from: data, starting weights, license, versions."""
+    """Origin of the weights: data, starting weights, license, versions."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; `from_dict` reads them back."""

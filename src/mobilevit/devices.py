@@ -1,4 +1,4 @@
-"""Which device to run on."""
+"""Devices: picking one, their names and memory."""
 
 from __future__ import annotations
 

@@ -174,7 +174,7 @@ def _fill(model: Model, source: Weights, classes: tuple[str, ...] | None) -> Mod
 
 
 _ORIGIN = ("weights", "family", "source", "license")
-"""What a model takes over from the provenance of the weights it starts from."""
+"""Entries that a model takes over from the provenance of its starting weights."""
 
 
 def _kept_classes(theirs: Sequence[str], ours: Sequence[str] | None, num_classes: int) -> dict[int, int]:

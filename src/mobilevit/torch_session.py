@@ -20,6 +20,7 @@ from mobilevit.imaging.decode import Source
 from mobilevit.models.fuse import fuse
 from mobilevit.models.inputs import normalize
 from mobilevit.runtime.session import EngineChoice
+from mobilevit.weights.reading import read_file
 
 
 class TorchSession:
@@ -88,5 +89,5 @@ def open_torch_session(
 
 
 def read_card(path: Path) -> ModelCard:
-    """Read the card of a checkpoint."""
-    return card_of(factory.load(path))
+    """Read the card of a checkpoint, without building its model."""
+    return read_file(path).card

@@ -24,6 +24,7 @@ from mobilevit.imaging import decode
 from mobilevit.imaging.decode import MAX_PIXELS, find_images, open_image, read_image
 from mobilevit.imaging.preprocessing import Preprocessing
 from mobilevit.models.inputs import normalize
+from sample_images import encoded, noise_jpeg, smooth
 from unprivileged import locked_folder
 
 RED, GREEN, BLUE, YELLOW = (220, 20, 40), (30, 180, 60), (10, 40, 200), (230, 210, 30)
@@ -36,18 +37,6 @@ def quadrants(width: int, height: int) -> Image.Image:
     for color, corner in ((RED, (0, 0)), (GREEN, (w, 0)), (BLUE, (0, h)), (YELLOW, (w, h))):
         image.paste(color, (*corner, width, height))
     return image
-
-
-def smooth(width: int, height: int) -> Image.Image:
-    y, x = np.mgrid[:height, :width]
-    waves = [127 + 120 * np.sin(2 * math.pi * (a * x / width + b * y / height)) for a, b in ((1, 2), (2, -1), (0, 1))]
-    return Image.fromarray(np.stack(waves, axis=-1).astype(np.uint8))
-
-
-def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
-    file = io.BytesIO()
-    image.save(file, kind, **options)
-    return file.getvalue()
 
 
 def difference(a: Image.Image, b: Image.Image) -> int:
@@ -237,11 +226,6 @@ def test_broken_exif_does_not_cost_the_image(exif: bytes) -> None:
 
 
 # -- read_image: what cannot be read ----------------------------------------------------------------------------------
-
-
-def noise_jpeg() -> bytes:
-    noise = np.random.default_rng(0).integers(0, 256, (100, 100, 3), np.uint8)
-    return encoded(Image.fromarray(noise), "JPEG")
 
 
 @pytest.mark.parametrize("orientation", [1, 6])

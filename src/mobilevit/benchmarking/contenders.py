@@ -21,7 +21,7 @@ Engine = Literal["eager", "compile", "onnx", "openvino", "executorch", "litert",
 """PyTorch as it is, PyTorch through `torch.compile`, or the engine of an exported format."""
 
 Origin = Literal["mobilevit", "timm", "transformers", "cvnets"]
-"""Whose code a network is."""
+"""Package that a network comes from."""
 
 ENGINES: tuple[Engine, ...] = get_args(Engine)
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)

@@ -30,7 +30,7 @@ class Measurement:
     gpu_memory: int | None
     """Most bytes of tensors on the GPU."""
     weight_bytes: int
-    """Of the exported file, or of the weights in memory."""
+    """Size of the exported file, or of the weights in memory."""
     deviation: float | None
     """Largest difference of an answer from float32 PyTorch's on photographs, as a share of the largest answer."""
     metrics: dict[str, float] = field(default_factory=dict)

@@ -60,7 +60,7 @@ class Tuned:
     losses: dict[str, float]
     """By engine and precision: the loss that `max_loss` limits, from 0 to 1."""
     machine: Machine
-    """Where this holds."""
+    """Machine that this was measured on."""
 
     @property
     def fastest(self) -> Measurement:

@@ -63,7 +63,7 @@ class Loaded:
     seconds: float
     """From loading to the first answer, compilation included."""
     weight_bytes: int
-    """Of the exported file, or of the weights in memory."""
+    """Size of the exported file, or of the weights in memory."""
     answers: list[Array]
     """Outputs for the first few images, to compare contenders by."""
     warm_up: Turn

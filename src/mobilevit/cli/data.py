@@ -25,7 +25,7 @@ class Data:
     """
 
     action: Positional[Literal["check", "shard"]]
-    """What to do."""
+    """Action to take."""
     path: Positional[str]
     """Labeled images, as for training."""
     task: Literal["auto", "classification", "detection", "segmentation"] = "auto"

@@ -12,7 +12,7 @@ class Demo:
     """Train, evaluate, save, reload and predict on built-in images: some minutes on two cores, no download."""
 
     task: Literal["classification", "detection", "segmentation"] = "classification"
-    """What the model is to learn."""
+    """Task to train for."""
     out: Path = Path("demo")
     """Folder for data, run and report.html; a former demo in it is replaced."""
     epochs: int | None = None

@@ -19,7 +19,7 @@ from mobilevit.errors import MissingPackageError, did_you_mean
 
 
 class Command(Protocol):
-    """What every command has besides its options."""
+    """A command: a dataclass of its options that can run."""
 
     def run(self) -> int:
         """Do it; return the exit status."""

@@ -33,7 +33,7 @@ class Eval:
     threads: int | None = None
     """To compute with on the CPU; all cores if not given."""
     engine: Literal["torch", "compile", "auto"] = "torch"
-    """What runs a checkpoint; auto: what `mobilevit tune` found."""
+    """Engine of a checkpoint; auto: the fastest that `mobilevit tune` found."""
     trust_pt2: bool = False
     """Load a .pt2 file, although that can run code that came with it."""
     num_workers: int | None = None

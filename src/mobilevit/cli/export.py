@@ -40,7 +40,7 @@ class Export:
     batch_size: int = 1
     """Images in a run."""
     dynamic: tuple[Literal["batch", "size"], ...] = ()
-    """What may change from run to run (onnx, openvino, pt2)."""
+    """Dimensions that may change from run to run (onnx, openvino, pt2)."""
     bake_preprocessing: bool = False
     """Take uint8 (B, H, W, 3), as images are; scaling happens inside."""
     label_map: bool = False

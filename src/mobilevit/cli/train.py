@@ -73,7 +73,7 @@ def train_defaults(arguments: list[str]) -> Train:
 
 
 def value_of(flag: str, arguments: list[str]) -> str | None:
-    """What follows a flag, before the command line as a whole is understood."""
+    """Return the value after a flag, before the command line as a whole is parsed."""
     for place, argument in enumerate(arguments):
         if argument == flag and place + 1 < len(arguments):
             return arguments[place + 1]

@@ -46,11 +46,11 @@ class BoxTable:
     root: Path
     """The folder that the names of the images are relative to."""
     origin: str
-    """Where the part comes from, for messages."""
+    """Origin of the part, for messages."""
     word: str
     """The unit of `Box.mark`, for messages: "line", "object", "annotation"."""
     known: str
-    """Where the classes are listed, for messages."""
+    """File that lists the classes, for messages."""
     images: list[Path] = field(default_factory=list)
     """Their paths."""
     files: list[str] = field(default_factory=list)

@@ -41,7 +41,7 @@ class ImageSet(Generic[Target]):
     task: Task[Target, Any]
     """Decides what the targets are."""
     origin: str
-    """Where the images come from, for messages."""
+    """Origin of the images, for messages."""
     names: Sequence[str]
     """A name for each image: a path relative to the origin, or a row."""
     targets: Sequence[Target]

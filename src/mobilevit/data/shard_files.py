@@ -1,4 +1,4 @@
-"""Where shards lie, and how to read them: local files as they are, remote ones through a cache folder.
+"""Reading of shards: local files as they are, remote ones through a cache folder.
 
 A remote shard is fetched whole, once on each machine; the least recently used ones make room.
 """

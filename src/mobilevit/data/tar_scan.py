@@ -39,7 +39,7 @@ class Records:
     labels: list[str]
     """As they are written: a number, or a name."""
     offsets: NDArray[np.int64]
-    """Where each image begins, in bytes."""
+    """Offset of each image in bytes."""
     sizes: NDArray[np.int64]
     """Length of each image in bytes."""
     problems: list[Problem] = field(default_factory=list)

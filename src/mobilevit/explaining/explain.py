@@ -40,7 +40,7 @@ class Explanation:
     class_activation: NDArray[np.float32]
     """(height, width) of the last map, 0 to 1: evidence for the class, by Grad-CAM (arXiv:1610.02391)."""
     placement: Placement = field(repr=False)
-    """Where the image lies in the model's input."""
+    """Location of the image in the model's input."""
     view: Image.Image = field(repr=False)
     """The part of the image that the model sees, with its margin, in the image's own shape and sharpness."""
     box_xyxy: tuple[float, float, float, float] | None = None

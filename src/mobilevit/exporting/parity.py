@@ -42,7 +42,7 @@ class Parity:
 
     images: int
     source: str
-    """Where the images come from."""
+    """Origin of the images, in words."""
     max_difference: float | None
     """Largest absolute difference of any output value; None where outputs are classes."""
     agreement: float

@@ -26,7 +26,7 @@ RESAMPLING = {
 
 @dataclass(frozen=True, kw_only=True)
 class Placement:
-    """Which part of an image the model's input shows, and where; maps boxes between the two."""
+    """The part of an image that the model's input shows, and its place there; maps boxes between the two."""
 
     image: tuple[int, int]
     """(height, width) of the image."""

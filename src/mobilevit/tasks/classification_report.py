@@ -59,7 +59,7 @@ class ClassificationReport:
 
     @property
     def score(self) -> float:
-        """What decides which weights are best."""
+        """The figure that decides which weights are best."""
         return self.top1
 
     @property
@@ -76,13 +76,13 @@ class ClassificationReport:
         }  # fmt: skip
 
     def headline(self) -> list[tuple[str, str]]:
-        """What to print first."""
+        """Return the main figures, as pairs of name and text."""
         top5 = [] if self.top5 is None else [("top-5", f"{self.top5:.2%}")]
         figures = [("loss", f"{self.loss:.4f}"), ("calibration error", f"{self.calibration_error:.4f}")]
         return [("top-1", f"{self.top1:.2%}"), *top5, *figures]
 
     def table(self) -> tuple[list[str], list[list[str]]]:
-        """What to print of each class."""
+        """Return the heading and the rows of the table of classes."""
         rows = [
             [c.name, f"{c.precision:.3f}", f"{c.recall:.3f}", f"{c.f1:.3f}", f"{c.support:,}"] for c in self.per_class
         ]

@@ -35,10 +35,10 @@ from mobilevit.tasks.report import as_text, plot_text, rounded, save_csv
 from mobilevit.tasks.targets import Boxes
 
 RIGHT, WRONG, NOT_COUNTED = 1, 0, -1
-"""What becomes of a detection: it found an object, it found none, or it lies in a crowd."""
+"""Outcome of a detection: it found an object, it found none, or it lies in a crowd."""
 
 RECALLS = np.linspace(0, 1, 101)
-"""Where the precision-recall curves are sampled, as COCO does."""
+"""Recalls at which precision is sampled, as in COCO."""
 
 _IOUS = np.linspace(0.5, 0.95, 10)
 _MATCH_IOU = 0.5
@@ -80,10 +80,10 @@ class DetectionReport:
     ap50: float
     ap75: float
     ap_small: float | None
-    """Of objects below 32 x 32 pixels; None where there are none, as in the next two."""
+    """AP of objects below 32 x 32 pixels; None where there are none, as in the next two."""
     ap_medium: float | None
     ap_large: float | None
-    """Of objects above 96 x 96 pixels."""
+    """AP of objects above 96 x 96 pixels."""
     ar100: float
     """Mean share of objects found by up to a hundred detections an image, over the same IoU thresholds."""
     score_threshold: float
@@ -100,7 +100,7 @@ class DetectionReport:
 
     @property
     def score(self) -> float:
-        """What decides which weights are best."""
+        """The figure that decides which weights are best."""
         return self.ap
 
     @property
@@ -120,7 +120,7 @@ class DetectionReport:
         return {**values, "per_class": per_class}
 
     def headline(self) -> list[tuple[str, str]]:
-        """What to print first."""
+        """Return the main figures, as pairs of name and text."""
         sizes = [("AP small", self.ap_small), ("AP medium", self.ap_medium), ("AP large", self.ap_large)]
         return [
             ("AP", f"{self.ap:.3f}"),
@@ -134,7 +134,7 @@ class DetectionReport:
         ]
 
     def table(self) -> tuple[list[str], list[list[str]]]:
-        """What to print of each class."""
+        """Return the heading and the rows of the table of classes."""
         rows = [
             [c.name, as_text(c.ap), as_text(c.ap50), as_text(c.precision), as_text(c.recall), f"{c.num_objects:,}"]
             for c in self.per_class
@@ -151,7 +151,7 @@ class DetectionReport:
 
 @dataclass(frozen=True, kw_only=True)
 class DetectionImage:
-    """What was found in one image, and what is there. Boxes are left, top, right, bottom in its pixels."""
+    """Detections and true objects of one image. Boxes are left, top, right, bottom in its pixels."""
 
     boxes_xyxy: NDArray[np.float32]
     """(N, 4)."""

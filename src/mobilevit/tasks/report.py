@@ -24,7 +24,7 @@ class Report(Protocol):
 
     @property
     def score_name(self) -> str:
-        """What `score` is called: "top1", "ap" or "miou"."""
+        """Name of `score`: "top1", "ap" or "miou"."""
 
     @property
     def score(self) -> float:
@@ -42,10 +42,10 @@ class Report(Protocol):
         """Plain values for JSON."""
 
     def headline(self) -> list[tuple[str, str]]:
-        """What to print first: names and figures as text."""
+        """Return the main figures, as pairs of name and text."""
 
     def table(self) -> tuple[list[str], list[list[str]]]:
-        """What to print of each class: the heading, and rows of text."""
+        """Return the heading and the rows of the table of classes, as text."""
 
     def save_plots(self, folder: Path) -> None:
         """Write images and tables into a folder, each whole or not at all."""

@@ -25,7 +25,7 @@ from mobilevit.results.segmentation import decode_label_map
 from mobilevit.tasks.report import as_text, plot_text, rounded, save_confusion_matrix, save_csv
 
 KEPT_WORST = 24
-"""Of so many images, those with the lowest mean IoU, a meter keeps the label maps."""
+"""Number of images with the lowest mean IoU whose label maps a meter keeps."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +66,7 @@ class SegmentationReport:
 
     @property
     def score(self) -> float:
-        """What decides which weights are best."""
+        """The figure that decides which weights are best."""
         return self.miou
 
     @property
@@ -83,7 +83,7 @@ class SegmentationReport:
         }  # fmt: skip
 
     def headline(self) -> list[tuple[str, str]]:
-        """What to print first."""
+        """Return the main figures, as pairs of name and text."""
         return [
             ("mean IoU", f"{self.miou:.2%}"),
             ("pixel accuracy", f"{self.pixel_accuracy:.2%}"),
@@ -91,7 +91,7 @@ class SegmentationReport:
         ]
 
     def table(self) -> tuple[list[str], list[list[str]]]:
-        """What to print of each class."""
+        """Return the heading and the rows of the table of classes."""
         rows = [
             [c.name, as_text(c.iou), as_text(c.accuracy), as_text(c.precision), f"{c.share:.2%}"]
             for c in self.per_class
@@ -110,13 +110,13 @@ class SegmentationReport:
 
 @dataclass(frozen=True, kw_only=True)
 class _Image:
-    """What a meter keeps of one image: the entries of its confusion matrix that are not zero."""
+    """The entries of one image's confusion matrix that are not zero."""
 
     cells: NDArray[np.int32]
     """true class * K + predicted class, ascending."""
     counts: NDArray[np.int64]
     miou: float
-    """Of this image alone; 1 where no pixel counts."""
+    """Mean IoU of this image alone; 1 where no pixel counts."""
     pixel_accuracy: float
 
 

@@ -21,7 +21,7 @@ from mobilevit.tasks.report import Report
 from mobilevit.tasks.settings import ClassificationSettings, DetectionSettings, SegmentationSettings
 
 Target = TypeVar("Target")
-"""What data say of an image: the index of its class, its `Boxes` or its `Mask`."""
+"""Label of an image: the index of its class, its `Boxes` or its `Mask`."""
 Truth = TypeVar("Truth")
 """A target as evaluation compares predictions with it."""
 Truth_contra = TypeVar("Truth_contra", contravariant=True)
@@ -122,7 +122,7 @@ class Task(ABC, Generic[Target, Truth]):
     usage: ClassVar[str]
     """An expression in Python that shows a `result`."""
     counted: ClassVar[str]
-    """What stands for each class in the table of `mobilevit data check`."""
+    """Unit of the counts in the table of `mobilevit data check`."""
     needs_all_classes: ClassVar[bool]
     """Whether training needs images of every class, and validation, too."""
 

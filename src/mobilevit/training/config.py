@@ -101,7 +101,7 @@ class TrainConfig:
     data: str | Path
     """Folder with one sub-folder per class, .csv, .parquet or shards, also by URL; VOC, COCO or YOLO boxes; masks."""
     task: Literal["auto", "classification", "detection", "segmentation"] = "auto"
-    """What to learn. auto: what the data are labeled for."""
+    """Task to train for. auto: the one that the data are labeled for."""
     out: str | Path = Path("runs/train")
     """Run folder: configuration, metrics, curves, checkpoints, model card."""
     val_data: str | Path | None = None
@@ -343,7 +343,7 @@ def _leaves(group: object) -> Iterator[tuple[str, object]]:
 
 
 def _changes(group: object, names: Container[str] | None = None) -> Iterator[tuple[str, object]]:
-    """Of `_leaves`, those that differ from their defaults; perhaps only of some fields of `group`."""
+    """Return the `_leaves` that differ from their defaults, perhaps only of some fields of `group`."""
     assert dataclasses.is_dataclass(group)
     for one in dataclasses.fields(group):
         if names is not None and one.name not in names:

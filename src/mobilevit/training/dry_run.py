@@ -28,7 +28,7 @@ from mobilevit.training.loop import Run, prepare
 WARM_UP_STEPS = 2
 SECONDS_TO_MEASURE = 60.0
 STEPS_TO_MEASURE = 5
-"""Of each size; fewer if the time is over."""
+"""Steps of each size; fewer if the time is over."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -46,9 +46,9 @@ class Learner:
     average: WeightAverage | None
     """Exponential moving average of the weights; None if it is off."""
     scaler: torch.amp.GradScaler
-    """Of the loss, for fp16; does nothing otherwise."""
+    """Scales the loss for fp16; does nothing otherwise."""
     amp_dtype: torch.dtype | None
-    """What autocast computes in; None: float32."""
+    """Type that autocast computes in; None: float32."""
     forward: nn.Module
     """The model, perhaps compiled, perhaps averaging gradients with other processes."""
     teacher: nn.Module | None

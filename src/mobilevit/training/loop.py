@@ -157,7 +157,7 @@ class Run:
 
     @property
     def label(self) -> str:
-        """What progress bars say."""
+        """Label of progress bars."""
         return f"epoch {self.position.epoch + 1}/{self.config.epochs}"
 
 
@@ -386,7 +386,7 @@ def _evaluate_epoch(run: Run, learning_rate: float) -> None:
 
 
 def _provenance(run: Run) -> dict[str, str]:
-    """What finds the held-out images again, and what else a reader wants to know of the weights."""
+    """Say how to find the held-out images again, and where the weights come from."""
     return {
         "data_fingerprint": run.fingerprint,
         "val_fraction": str(run.config.val_fraction),

@@ -17,15 +17,15 @@ class Recipe:
     """Training settings, and what a user wants to know before starting."""
 
     about: str
-    """What it is for, in a line."""
+    """Purpose, in one line."""
     command: str
-    """What to type."""
+    """Command to type."""
     hardware: str
-    """What it was made for."""
+    """Hardware that it was made for."""
     time: str
     """How long it takes there, if that was measured."""
     result: str
-    """What to expect, and who has measured it."""
+    """Expected accuracy, and who measured it."""
     settings: TrainConfig
     """All settings but `data`, which the user names."""
 

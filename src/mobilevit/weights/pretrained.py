@@ -43,7 +43,7 @@ class PretrainedWeights:
     task: TaskName
     """Task they were trained for; `create_model` takes their backbone for any other."""
     repositories: tuple[Repository, ...] = ()
-    """Where the same numbers are published, in order of preference."""
+    """Places where the same numbers are published, in order of preference."""
     address: str | None = None
     """Address of the file, where it is on no hub."""
     source: str
