@@ -31,8 +31,7 @@ import record
 from data_pipeline import write_images, write_parquet
 from mobilevit.benchmarking import peers
 from mobilevit.data.imageset import ImageSet
-from mobilevit.data.loaders import Batch, BatchLoader, ahead_on
-from mobilevit.evaluation import default_num_workers
+from mobilevit.data.loaders import Batch, BatchLoader, ahead_on, default_num_workers
 from mobilevit.tasks.classification import CLASSIFICATION
 from mobilevit.training.config import HardwareSettings, TrainConfig
 from mobilevit.training.distributed import World

@@ -15,14 +15,13 @@ from torch import Tensor, distributed, nn
 
 from mobilevit.card import ModelCard
 from mobilevit.data.datasets import part_to_evaluate
-from mobilevit.data.imageset import AnyImages, ImageSet
-from mobilevit.data.loaders import BatchLoader
+from mobilevit.data.imageset import AnyImages, ImageSet, report_problems
+from mobilevit.data.loaders import BatchLoader, default_num_workers
 from mobilevit.errors import MobileViTError
 from mobilevit.files import write_json
 from mobilevit.imaging.decode import EncodedImage, read_image
 from mobilevit.imaging.drawing import save_image
 from mobilevit.imaging.preprocessing import Preprocessing
-from mobilevit.machine import available_cores
 from mobilevit.progress import Progress
 from mobilevit.runtime.session import EngineChoice, Session, open_session
 from mobilevit.tasks.report import Report
@@ -124,17 +123,6 @@ def evaluate_session(
     return measure(session, loader, label=label)
 
 
-def default_num_workers(device: torch.device, *, sharing: int = 1) -> int:
-    """Choose how many processes read: one for every two cores where the CPU also computes, else up to eight.
-
-    Args:
-        device: computes meanwhile.
-        sharing: processes that share the cores; each has that many readers.
-    """
-    cores = available_cores() // sharing
-    return min(8, cores // 2 if device.type == "cpu" else cores)
-
-
 def evaluation_loader(
     data: ImageSet[Target], card: ModelCard, *, batch_size: int, num_workers: int, device: torch.device
 ) -> BatchLoader:
@@ -219,17 +207,6 @@ def write_evaluation(evaluation: Evaluation, data: AnyImages, folder: Path) -> N
 def _evenly_spaced(indices: Sequence[int]) -> list[int]:
     step = max(1, len(indices) // NUM_SAMPLES)
     return list(indices[::step])[:NUM_SAMPLES]
-
-
-def report_problems(data: AnyImages) -> None:
-    """Log how many problems the annotations have, and the first five."""
-    if not data.problems:
-        return
-    log.warning(
-        "%s: %d problems in the annotations (all of them: mobilevit data check):", data.origin, len(data.problems)
-    )
-    for problem in data.problems[:5]:
-        log.warning("  %s", problem)
 
 
 def report_unreadable(errors: Collection[str], kind: str, total: int) -> None:

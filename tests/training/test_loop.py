@@ -19,7 +19,7 @@ from torch import nn
 import mobilevit
 from mobilevit.card import card_of
 from mobilevit.cli import main
-from mobilevit.evaluation import default_num_workers
+from mobilevit.data.loaders import default_num_workers
 from mobilevit.training.config import TrainConfig
 from mobilevit.training.distributed import World
 from mobilevit.training.loop import _random_state, _set_random_state, prepare, train

@@ -43,13 +43,8 @@ class Eval:
 
     def run(self) -> int:
         """Evaluate, print, write images."""
-        from mobilevit.evaluation import (
-            evaluate_session,
-            find_part,
-            report_problems,
-            report_unreadable,
-            write_evaluation,
-        )
+        from mobilevit.data.imageset import report_problems
+        from mobilevit.evaluation import evaluate_session, find_part, report_unreadable, write_evaluation
         from mobilevit.runtime.session import open_session
 
         session = open_session(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,6 +15,8 @@ import numpy as np
 from mobilevit.errors import MobileViTError, some
 from mobilevit.imaging.decode import Source
 from mobilevit.tasks.task import Target, Task
+
+log = logging.getLogger("mobilevit")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,3 +156,14 @@ def _open_at(opener: Callable[[int], Source], indices: Sequence[int], number: in
 
 AnyImages = ImageSet[Any]
 """Images of whatever task."""
+
+
+def report_problems(data: AnyImages) -> None:
+    """Log how many problems the annotations have, and the first five."""
+    if not data.problems:
+        return
+    log.warning(
+        "%s: %d problems in the annotations (all of them: mobilevit data check):", data.origin, len(data.problems)
+    )
+    for problem in data.problems[:5]:
+        log.warning("  %s", problem)

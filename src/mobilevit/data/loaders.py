@@ -18,6 +18,7 @@ from mobilevit.data.imageset import ImageSet
 from mobilevit.data.samplers import EpochSampler, Key, OrderedSampler, Segment, SizedBatch, Step
 from mobilevit.errors import ImageError
 from mobilevit.imaging.decode import open_image
+from mobilevit.machine import available_cores
 from mobilevit.tasks.task import Transform
 
 
@@ -54,6 +55,17 @@ class Batch:
         elif isinstance(targets, tuple):  # a named one
             targets = type(targets)(*map(change, targets))
         return dataclasses.replace(self, images=change(self.images), targets=targets)
+
+
+def default_num_workers(device: torch.device, *, sharing: int = 1) -> int:
+    """Choose how many processes read: one for every two cores where the CPU also computes, else up to eight.
+
+    Args:
+        device: computes meanwhile.
+        sharing: processes that share the cores; each has that many readers.
+    """
+    cores = available_cores() // sharing
+    return min(8, cores // 2 if device.type == "cpu" else cores)
 
 
 def ahead_on(device: torch.device, batches: Iterable[Batch]) -> Iterator[Batch]:

@@ -18,19 +18,12 @@ from torch import Tensor
 
 from mobilevit.card import TaskName
 from mobilevit.data.datasets import load_train_val
-from mobilevit.data.imageset import AnyImages
-from mobilevit.data.loaders import BatchLoader, ahead_on
+from mobilevit.data.imageset import AnyImages, report_problems
+from mobilevit.data.loaders import BatchLoader, ahead_on, default_num_workers
 from mobilevit.data.samplers import Segment
 from mobilevit.devices import peak_memory_mb
 from mobilevit.errors import MobileViTError
-from mobilevit.evaluation import (
-    default_num_workers,
-    evaluation_loader,
-    measure,
-    report_problems,
-    report_unreadable,
-    write_evaluation,
-)
+from mobilevit.evaluation import evaluation_loader, measure, report_unreadable, write_evaluation
 from mobilevit.progress import Progress
 from mobilevit.tasks.report import Report
 from mobilevit.torch_session import TorchSession
