@@ -194,7 +194,7 @@ def parts(config: TrainConfig) -> tuple[Any, Any]:
 
 
 def steps_of_epoch(config: TrainConfig, count: int, epoch: int) -> list[Any]:
-    from mobilevit.data.samplers import EpochSampler, SizedBatch
+    from mobilevit.data.loaders import EpochSampler, SizedBatch
 
     sizes = config.resolve("classification").step_sizes()
     sampler = EpochSampler(count, sizes or (SizedBatch(size=None, batch_size=config.batch_size),), seed=config.seed)

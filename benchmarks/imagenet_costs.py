@@ -18,7 +18,7 @@ import torch
 
 import mobilevit
 import record
-from mobilevit.data.samplers import EpochSampler, SizedBatch
+from mobilevit.data.loaders import EpochSampler, SizedBatch
 from mobilevit.training.config import SizeSettings
 from mobilevit.training.dry_run import saved_bytes
 from mobilevit.training.recipes import find_recipe

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from mobilevit.data.box_layouts import detection_splits
+from mobilevit.data.datasets import detection_splits
 from mobilevit.data.imageset import ImageSet
 from mobilevit.tasks.targets import Boxes
 

@@ -3,9 +3,8 @@ from pathlib import Path
 import pytest
 
 from box_files import problems, write_image
-from mobilevit.data.box_layouts import detection_splits, has_boxes
 from mobilevit.data.boxes import image_size
-from mobilevit.data.datasets import find_splits
+from mobilevit.data.datasets import detection_splits, find_splits, has_boxes
 from mobilevit.imaging.decode import read_image
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from box_files import boxes, problems, read, write_image
-from mobilevit.data.box_layouts import detection_splits, has_boxes
+from mobilevit.data.datasets import detection_splits, has_boxes
 from mobilevit.imaging.decode import read_image
 
 

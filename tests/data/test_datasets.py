@@ -9,7 +9,7 @@ from numbered_images import numbers, write_folder, write_image
 from PIL import Image
 
 from mobilevit.card import TaskName
-from mobilevit.data.datasets import find_splits, load_train_val, recognize_task
+from mobilevit.data.datasets import find_splits, load_train_val
 from mobilevit.data.shapes import CLASSES, write_boxes, write_masks
 
 
@@ -80,8 +80,8 @@ def yolo_file(folder: Path) -> Path:
 
 
 def voc_masks(folder: Path) -> Path:
-    write_image(folder / "VOC2012/JPEGImages/a.jpg", 0)
-    write_image(folder / "VOC2012/SegmentationClass/a.png", 0)
+    write_pairs(folder / "VOC2012", "a", masks="SegmentationClass")
+    (folder / "VOC2012/images").rename(folder / "VOC2012/JPEGImages")
     return folder
 
 
@@ -100,14 +100,14 @@ def voc_masks(folder: Path) -> Path:
     ],
 )
 def test_the_task_is_recognized_by_the_layout(tmp_path: Path, write: Callable[[Path], Path], task: TaskName) -> None:
-    assert recognize_task(write(tmp_path)) == task
+    (data,) = find_splits(write(tmp_path)).values()
+    assert data.task.name == task
 
 
 def test_boxes_and_masks_alike_need_a_choice(tmp_path: Path) -> None:
     write_pairs(write_yolo(tmp_path / "x", {"a": "0 1", "b": "0"}))
-    for read in (recognize_task, find_splits):
-        with pytest.raises(ValueError, match="x: has both boxes and masks; choose with `task` detection or `task` seg"):
-            read(tmp_path / "x")
+    with pytest.raises(ValueError, match="x: has both boxes and masks; choose with `task` detection or `task` seg"):
+        find_splits(tmp_path / "x")
     for task in ("detection", "segmentation"):
         (data,) = find_splits(tmp_path / "x", task).values()
         assert (data.task.name, len(data)) == (task, 2)

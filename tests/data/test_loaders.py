@@ -12,8 +12,7 @@ from PIL import Image
 
 from box_files import boxes_of
 from mobilevit.data.imageset import ImageSet
-from mobilevit.data.loaders import Batch, BatchLoader, _arrived
-from mobilevit.data.samplers import level_batches
+from mobilevit.data.loaders import Batch, BatchLoader, _arrived, level_batches
 from mobilevit.imaging.decode import EncodedImage, open_image
 from mobilevit.imaging.preprocessing import Preprocessing
 from mobilevit.tasks.classification import CLASSIFICATION

@@ -9,8 +9,7 @@ import pytest
 from PIL import Image
 
 from mobilevit.class_names import IGNORE, VOC_CLASSES
-from mobilevit.data.box_layouts import has_boxes
-from mobilevit.data.datasets import find_splits
+from mobilevit.data.datasets import find_splits, has_boxes
 from mobilevit.data.imageset import ImageSet
 from mobilevit.data.mask_layouts import has_masks, segmentation_splits
 from mobilevit.imaging.decode import read_image

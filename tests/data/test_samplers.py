@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mobilevit.data.samplers import (
+from mobilevit.data.loaders import (
     SHARDS_AT_ONCE,
     EpochSampler,
     Key,

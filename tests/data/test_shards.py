@@ -29,7 +29,6 @@ from PIL import Image
 from mobilevit import remote
 from mobilevit.cli import main
 from mobilevit.data import shard_files, shard_writing, shards, tar_scan
-from mobilevit.data.class_layouts import classification_splits
 from mobilevit.data.datasets import find_splits, load_train_val
 from mobilevit.data.imageset import ImageSet
 from mobilevit.data.loaders import BatchLoader
@@ -771,7 +770,3 @@ def test_a_url_survives_settings(tmp_path: Path) -> None:
     assert config.data_name == "train-{000000..000009}.tar"
     (tmp_path / "config.json").write_text(config.to_json())
     assert TrainConfig.from_json(tmp_path / "config.json") == config
-
-
-def test_classification_splits_reads_shards_too(packed: Path) -> None:
-    assert len(classification_splits(packed)["all"]) == 18

@@ -1,4 +1,4 @@
-"""Images of one class each: a folder per class, a CSV file, parquet files, or shards (see `shards.py`)."""
+"""Images of one class each: a folder per class, a CSV file or parquet files."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from typing import Any
 
 from mobilevit.data.folders import PART_NAMES, as_splits, part_named, sub_folders
 from mobilevit.data.imageset import ImageSet, Problem
-from mobilevit.data.shards import holds_shards, shard_splits
 from mobilevit.errors import MissingPackageError, MobileViTError, some
 from mobilevit.imaging.decode import IMAGE_SUFFIXES, Source, find_images
 from mobilevit.tasks.classification import CLASSIFICATION
@@ -26,17 +25,11 @@ def classification_splits(path: Path) -> dict[str, ImageSet[int]]:
 
     Folders hold one sub-folder per class. CSV files have columns `path` (relative to the file) and `label`, parquet
     files `image` (encoded bytes, or a struct with them) and `label`; a column `split` divides either. The parts in a
-    folder are sub-folders, or files such as `train.csv`, `test.parquet` or `train-00000-of-00002.parquet`. Shards are
-    tar files in WebDataset's format.
-
-    Returns:
-        {"train": ..., "val": ..., "test": ...}, as far as the data are divided, else {"all": ...}.
+    folder are sub-folders, or files such as `train.csv`, `test.parquet` or `train-00000-of-00002.parquet`.
 
     Raises:
         MobileViTError: nothing there, or nothing usable.
     """
-    if holds_shards(path):
-        return shard_splits(path)
     if path.is_file():
         return _divide(*_read_rows([path]))
     parts = _find_parts(path)

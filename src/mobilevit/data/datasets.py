@@ -4,32 +4,46 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from mobilevit.card import TaskName
-from mobilevit.data.box_layouts import detection_splits, has_boxes
 from mobilevit.data.class_layouts import classification_splits
-from mobilevit.data.imageset import ImageSet, split
+from mobilevit.data.coco import find_coco, looks_like_coco, read_coco, read_coco_file
+from mobilevit.data.folders import part_named
+from mobilevit.data.imageset import AnyImages, ImageSet, split
 from mobilevit.data.mask_layouts import has_masks, segmentation_splits
 from mobilevit.data.shards import holds_shards, is_elsewhere_or_pattern, shard_splits
-from mobilevit.errors import MobileViTError
+from mobilevit.data.voc import find_voc, read_voc
+from mobilevit.data.yolo import find_yolo, find_yolo_yaml, looks_like_yolo_yaml, read_yolo, read_yolo_yaml
+from mobilevit.errors import MobileViTError, some
+from mobilevit.tasks.targets import Boxes
 
 log = logging.getLogger("mobilevit")
 
-_READERS: dict[TaskName, Callable[[Path], dict[str, ImageSet[Any]]]] = {
-    "classification": classification_splits,
-    "detection": detection_splits,
-    "segmentation": segmentation_splits,
-}
+_MARKS = re.compile(
+    r"annotations|labels|masks?|segmentationclass(aug)?|voc20.*|vocdevkit|classes\.txt|obj\.names"
+    r"|.*\.(json|ya?ml|xml|tar|tar\.gz|tgz)",
+    re.IGNORECASE,
+)
+"""Names of files and folders. Every layout but a folder per class, a CSV and a parquet file has one of them, at the top
+or in a part."""
+_BOX_LAYOUTS = (
+    "Pascal VOC (Annotations/*.xml, JPEGImages/), COCO (annotations/*.json, images/) or YOLO (data.yaml, or images/, "
+    "labels/*.txt and classes.txt)"
+)
 
 
-def find_splits(path: str | os.PathLike[str], task: TaskName | None = None) -> dict[str, ImageSet[Any]]:
+# -- layouts ----------------------------------------------------------------------------------------------------------
+
+
+def find_splits(path: str | os.PathLike[str], task: TaskName | None = None) -> dict[str, AnyImages]:
     """Recognize and read what lies at `path`: labels at once, images and masks when they are asked for.
 
-    The layouts of each task are those of `classification_splits`, `detection_splits` and `segmentation_splits`.
+    The layouts of each task are those of `classification_splits`, `detection_splits` and `segmentation_splits`, and for
+    classification those of `shard_splits`.
 
     Args:
         path: a folder or file; for shards, also a pattern or URL.
@@ -42,30 +56,105 @@ def find_splits(path: str | os.PathLike[str], task: TaskName | None = None) -> d
     Raises:
         MobileViTError: nothing there, nothing usable, or both boxes and masks and no `task` to choose by.
     """
-    if is_elsewhere_or_pattern(path):
-        if task not in (None, "classification"):
-            raise MobileViTError(f"{path}: shards are for classification; `task` {task} takes local folders")
-        return shard_splits(path)
-    path = Path(path)
-    if not path.exists():
+    if os.path.exists(path):  # noqa: PTH110, Path.exists fails on a long URL
+        return _recognize(Path(path), task)(Path(path))
+    if not is_elsewhere_or_pattern(path):
         raise MobileViTError(f"{path}: no such file or folder; `data` takes a folder per class, or boxes or masks")
-    return _READERS[task or recognize_task(path)](path)
+    if task not in (None, "classification"):
+        raise MobileViTError(f"{path}: shards are for classification; `task` {task} takes local folders")
+    return shard_splits(path)
 
 
-def recognize_task(path: Path) -> TaskName:
-    """Return the task that the files at `path` are labeled for.
+def _recognize(path: Path, task: TaskName | None) -> Callable[[Path], dict[str, AnyImages]]:
+    """Choose the function that reads what lies at `path`."""
+    is_marked = _is_marked(path)
+    if is_marked and task in (None, "classification") and holds_shards(path):
+        return shard_splits
+    if is_marked and task is None:
+        boxes, masks = has_boxes(path), has_masks(path)
+        if boxes and masks:
+            raise MobileViTError(
+                f"{path}: has both boxes and masks; choose with `task` detection or `task` segmentation"
+            )
+        task = "detection" if boxes else "segmentation" if masks else None
+    return _READERS[task or "classification"]
+
+
+def _is_marked(path: Path) -> bool:
+    if not path.is_dir():
+        return _MARKS.fullmatch(path.name) is not None
+    return any(
+        _MARKS.fullmatch(entry.name) or (part_named(entry.name) and entry.is_dir() and _is_marked(entry))
+        for entry in path.iterdir()
+    )
+
+
+def has_boxes(path: Path) -> bool:
+    """Whether boxes lie at `path` in one of the layouts of `detection_splits`; only a few names are looked at."""
+    if path.is_file():
+        return (path.suffix.lower() == ".json" and looks_like_coco(path)) or looks_like_yolo_yaml(path)
+    return path.is_dir() and bool(find_coco(path) or find_yolo_yaml(path) or find_voc(path) or find_yolo(path))
+
+
+def detection_splits(path: Path) -> dict[str, ImageSet[Boxes]]:
+    """Recognize and read boxes in one of three layouts, given as a folder, a COCO `.json` or a YOLO `.yaml`.
+
+    - Pascal VOC: a folder of `.xml` files (`Annotations`) and one of images (`JPEGImages`, `images`), or both in
+      one folder; divided by `ImageSets/Main/{train,val,test}.txt` or by sub-folders. Coordinates are taken as they
+      are: the original VOC counts pixels from 1, most tools that write its format from 0. Classes are sorted by
+      name. Objects marked `difficult` become crowd.
+    - COCO: `annotations/instances_{train,val}*.json` or a `.json` file in each of `train`, `valid`, `test`. Classes
+      are the categories in order of their id.
+    - YOLO: a `.yaml` with `names`, `train` and `val`, or `images/`, `labels/` and `classes.txt`. Polygons become the
+      boxes around them.
+
+    Whatever is wrong with single annotations is in the `problems` of the sets, with what was done about it.
 
     Raises:
-        MobileViTError: both boxes and masks.
+        MobileViTError: none of these layouts, no image, no usable box, or a part that names nothing that exists.
     """
-    if holds_shards(path):
-        return "classification"
-    boxes, masks = has_boxes(path), has_masks(path)
-    if boxes and masks:
-        raise MobileViTError(f"{path}: has both boxes and masks; choose with `task` detection or `task` segmentation")
-    if boxes:
-        return "detection"
-    return "segmentation" if masks else "classification"
+    splits = _boxes_of_file(path) if path.is_file() else _boxes_of_folder(path)
+    if not any(boxes.labels.size for data in splits.values() for boxes in data.targets):
+        first = next((f"; first trouble: {problem}" for data in splits.values() for problem in data.problems), "")
+        raise MobileViTError(f"{path}: {sum(map(len, splits.values()))} images, but not one usable box{first}")
+    return splits
+
+
+def _boxes_of_file(path: Path) -> dict[str, ImageSet[Boxes]]:
+    if path.suffix.lower() == ".json":
+        return read_coco_file(path)
+    if path.suffix.lower() in (".yaml", ".yml"):
+        return read_yolo_yaml(path)
+    raise MobileViTError(f"{path}: not a file with boxes; give a folder, a COCO .json or a YOLO .yaml")
+
+
+def _boxes_of_folder(path: Path) -> dict[str, ImageSet[Boxes]]:
+    """Try the formats in this order, as a folder in one of them often holds traces of those after it."""
+    if files := find_coco(path):
+        return read_coco(path, files)
+    if files := find_yolo_yaml(path):
+        return read_yolo_yaml(_only(path, files))
+    if folders := find_voc(path):
+        return read_voc(_only(path, folders))
+    if parts := find_yolo(path):
+        return read_yolo(path, parts)
+    raise MobileViTError(f"{path}: no boxes found; the layouts are {_BOX_LAYOUTS}")
+
+
+def _only(path: Path, found: list[Path]) -> Path:
+    if len(found) > 1:
+        raise MobileViTError(f"{path}: holds {some([str(p) for p in found])}; give the path of one of them")
+    return found[0]
+
+
+_READERS: dict[TaskName, Callable[[Path], dict[str, AnyImages]]] = {
+    "classification": classification_splits,
+    "detection": detection_splits,
+    "segmentation": segmentation_splits,
+}
+
+
+# -- parts ------------------------------------------------------------------------------------------------------------
 
 
 def load_train_val(
@@ -75,7 +164,7 @@ def load_train_val(
     val_path: str | os.PathLike[str] | None,
     val_fraction: float,
     seed: int,
-) -> tuple[ImageSet[Any], ImageSet[Any]]:
+) -> tuple[AnyImages, AnyImages]:
     """Read the images to train on and those to choose the best epoch by.
 
     Without a val part, a stratified and seeded share of the train part is held out. A test part is used for neither.
@@ -112,7 +201,7 @@ def load_train_val(
 
 def part_to_evaluate(
     path: str | os.PathLike[str], part: str, *, task: TaskName, provenance: Mapping[str, str]
-) -> tuple[ImageSet[Any], str]:
+) -> tuple[AnyImages, str]:
     """Read the images to measure a model on, and say in words which they are.
 
     Args:
@@ -126,7 +215,7 @@ def part_to_evaluate(
         MobileViTError: no such data, or no such part.
     """
     splits = find_splits(path, task)
-    found: dict[str, tuple[ImageSet[Any], str]] = {}
+    found: dict[str, tuple[AnyImages, str]] = {}
     if "val" not in splits and (whole := _undivided(splits)) is not None:
         found = _as_divided_in_training(whole, provenance)
     for name, data in splits.items():
@@ -141,14 +230,12 @@ def part_to_evaluate(
     raise MobileViTError(f"{path}: not divided, and not what this checkpoint was trained on; choose `split` all")
 
 
-def _undivided(splits: Mapping[str, ImageSet[Any]]) -> ImageSet[Any] | None:
+def _undivided(splits: Mapping[str, AnyImages]) -> AnyImages | None:
     """Return the part to train on."""
     return splits.get("train", splits.get("all"))
 
 
-def _as_divided_in_training(
-    whole: ImageSet[Any], provenance: Mapping[str, str]
-) -> dict[str, tuple[ImageSet[Any], str]]:
+def _as_divided_in_training(whole: AnyImages, provenance: Mapping[str, str]) -> dict[str, tuple[AnyImages, str]]:
     """Hold out the images that training held out; {} if this is not what the model was trained on."""
     if "data_fingerprint" in provenance:
         fraction, seed = float(provenance["val_fraction"]), int(provenance["seed"])

@@ -1,4 +1,9 @@
-"""Make batches of an `ImageSet`, in an order that depends on nothing but seed, epoch and position."""
+"""Make batches of an `ImageSet`, in an order that depends on nothing but seed, epoch and position.
+
+So all processes agree without messages, and a resumed run reads what an uninterrupted one would have read. An epoch is
+one shuffled sequence of all images, cut into as many equal parts as there are processes; step by step, each reads its
+own part from front to back. Steps may differ in image size and so in how many images they take.
+"""
 
 from __future__ import annotations
 
@@ -12,14 +17,187 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
-from mobilevit.data.imageset import ImageSet
-from mobilevit.data.samplers import EpochSampler, Key, OrderedSampler, Segment, SizedBatch, Step
-from mobilevit.errors import ImageError
+from mobilevit.data.imageset import AnyImages
+from mobilevit.errors import ImageError, MobileViTError
 from mobilevit.imaging.decode import open_image
 from mobilevit.machine import available_cores
 from mobilevit.tasks.task import Transform
+
+Size = tuple[int, int]
+"""(height, width)"""
+Key = tuple[int, int, Size | None]
+"""Number of an image, the seed of its augmentation, and its size; None for the transform's own size."""
+Segment = tuple[int, int]
+"""A part of an epoch that ended because the number of processes changed: their number, and images done."""
+
+MULTI_SCALE_SIDES = (160, 192, 256, 288, 320)
+"""Sides of square images for a base of 256 (arXiv:2110.02178, section 3.2)."""
+
+SHARDS_AT_ONCE = 16
+"""Files whose images are mixed: few enough to keep open, and enough to separate the images of one file."""
+
+
+# -- the order --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class SizedBatch:
+    """A size that steps may have, and the images of that size that one process takes."""
+
+    size: Size | None
+    batch_size: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One step of all processes: where in the epoch's sequence, or in its rest, it starts and stops."""
+
+    size: Size | None
+    start: int
+    stop: int
+
+
+def multi_scale_sizes(base: Size) -> tuple[Size, ...]:
+    """Scale the paper's five sizes from its base, 256, to another: multiples of 32, each once."""
+    sizes = [tuple(max(32, round(side * other / 256 / 32) * 32) for side in base) for other in MULTI_SCALE_SIDES]
+    return tuple(dict.fromkeys((height, width) for height, width in sizes))
+
+
+def level_batches(
+    base: Size, batch_size: int, sizes: Sequence[Size], *, never_below: bool = False, most: int | None = None
+) -> tuple[SizedBatch, ...]:
+    """Choose batches of about equal cost: height x width x images is that of the base (arXiv:2110.02178, equation 3).
+
+    Args:
+        base: (height, width) at which `batch_size` images are a batch.
+        batch_size: images of one process.
+        sizes: to be drawn from, each as often as the others.
+        never_below: take as many images above the base as at it, which the paper does not, but the code published
+            with it (v0.1); costs memory.
+        most: images in a batch, whatever their size.
+    """
+    least = max(2, batch_size) if never_below else 2  # 2, for the statistics of BatchNorm
+    counts = [max(least, int(batch_size * base[0] * base[1] / (height * width))) for height, width in sizes]
+    return tuple(SizedBatch(size=size, batch_size=min(n, most or n)) for size, n in zip(sizes, counts, strict=True))
+
+
+def _plan_steps(count: int, batches: Sequence[SizedBatch], world_size: int, generator: torch.Generator) -> list[Step]:
+    """Plan the steps through `count` images, each once; a size is drawn for each step, the same for all processes.
+
+    A rest of fewer than two images for every process joins the step before.
+    """
+    steps = []
+    start = 0
+    while start < count:
+        drawn = int(torch.randint(len(batches), (), generator=generator)) if len(batches) > 1 else 0
+        stop = start + batches[drawn].batch_size * world_size
+        if count - stop < 2 * world_size:
+            stop = count
+        steps.append(Step(size=batches[drawn].size, start=start, stop=stop))
+        start = stop
+    return steps
+
+
+def _shuffled(count: int, shards: Sequence[range] | None, generator: torch.Generator) -> Tensor:
+    """Shuffle the numbers below `count`; with `shards`, a few of them at a time. Shape: (count,)."""
+    if shards is None:
+        return torch.randperm(count, generator=generator)
+    order = torch.randperm(len(shards), generator=generator).tolist()
+    parts = []
+    for first in range(0, len(order), SHARDS_AT_ONCE):
+        at_once = [shards[n] for n in order[first : first + SHARDS_AT_ONCE]]
+        group = torch.cat([torch.arange(shard.start, shard.stop) for shard in at_once])
+        parts.append(group[torch.randperm(len(group), generator=generator)])
+    return torch.cat(parts)
+
+
+def _part_of(sequence: Tensor, rank: int, world_size: int, start: int, stop: int) -> Tensor:
+    """Return what one process reads of a sequence while all together go from `start` to `stop`: equal shares.
+
+    If images do not divide evenly, the first processes have one more.
+    """
+    count = len(sequence)
+    first = rank * (count // world_size) + min(rank, count % world_size)
+
+    def place(done: int) -> int:
+        return first + (done + world_size - 1 - rank) // world_size
+
+    return sequence[place(start) : place(stop)]
+
+
+class EpochSampler(Sampler[list[Key]]):
+    """The batches of one process, epoch by epoch: every image once, whatever the number of processes.
+
+    Args:
+        count: images in the data.
+        batches: the sizes there are.
+        seed: decides order, sizes and the seeds of augmentation.
+        shards: see `ImageSet.shards`.
+        rank: this process.
+        world_size: processes in all.
+
+    Raises:
+        MobileViTError: too few images for so many processes.
+    """
+
+    def __init__(
+        self,
+        count: int,
+        batches: Sequence[SizedBatch],
+        *,
+        seed: int,
+        shards: Sequence[range] | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        if world_size > 1 and count < 2 * world_size:
+            raise MobileViTError(
+                f"{count} images are too few for {world_size} processes, each of which needs 2 or more; use fewer"
+            )
+        self.count, self.batches, self.seed, self.shards = count, batches, seed, shards
+        self.rank, self.world_size = rank, world_size
+        self.start(0)
+
+    def start(self, epoch: int, segments: Sequence[Segment] = (), first_step: int = 0) -> list[Step]:
+        """Make iteration begin there; returns the steps of the epoch, or of its rest after `segments`."""
+        generator = torch.Generator().manual_seed((self.seed << 20) + epoch)
+        sequence = _shuffled(self.count, self.shards, generator)
+        self._seeds = torch.randint(2**62, (self.count,), generator=generator)  # by image
+        for world_size, done in segments:
+            sequence = torch.cat([_part_of(sequence, i, world_size, done, len(sequence)) for i in range(world_size)])
+        self._sequence, self._first_step = sequence, first_step
+        self._steps = _plan_steps(len(sequence), self.batches, self.world_size, generator)
+        return self._steps
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        sequence, seeds = self._sequence, self._seeds
+        for step in self._steps[self._first_step :]:
+            numbers = _part_of(sequence, self.rank, self.world_size, step.start, step.stop)
+            yield [(n, s, step.size) for n, s in zip(numbers.tolist(), seeds[numbers].tolist(), strict=True)]
+
+    def __len__(self) -> int:
+        return max(0, len(self._steps) - self._first_step)
+
+
+class OrderedSampler(Sampler[list[Key]]):
+    """Every `world_size`th image, beginning with the `rank`th, in their order."""
+
+    def __init__(self, count: int, batch_size: int, *, rank: int = 0, world_size: int = 1) -> None:
+        self.numbers = range(rank, count, world_size)
+        self.count = len(self.numbers)
+        self.batch_size = max(1, min(batch_size, self.count))
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        for start in range(0, self.count, self.batch_size):
+            yield [(number, 0, None) for number in self.numbers[start : start + self.batch_size]]
+
+    def __len__(self) -> int:
+        return -(-self.count // self.batch_size)
+
+
+# -- batches ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,17 +235,6 @@ class Batch:
         return dataclasses.replace(self, images=change(self.images), targets=targets)
 
 
-def default_num_workers(device: torch.device, *, sharing: int = 1) -> int:
-    """Choose how many processes read: one for every two cores where the CPU also computes, else up to eight.
-
-    Args:
-        device: computes meanwhile.
-        sharing: processes that share the cores; each has that many readers.
-    """
-    cores = available_cores() // sharing
-    return min(8, cores // 2 if device.type == "cpu" else cores)
-
-
 def ahead_on(device: torch.device, batches: Iterable[Batch]) -> Iterator[Batch]:
     """Yield batches on a device; a GPU is given each while it computes the one before."""
     if device.type != "cuda":
@@ -97,14 +264,17 @@ def _arrived(batch: Batch, copied: torch.cuda.Event, device: torch.device) -> Ba
     return batch.map(keep)
 
 
-_Item = tuple[int, Tensor | str, Any]
+# -- the loader -------------------------------------------------------------------------------------------------------
+
+_Item = tuple[int, Tensor | str, object]
 """Number of an image; its pixels, or why there are none; target."""
+_Collate = Callable[[list[Any]], object]
 
 
 class _Images(Dataset[_Item]):
     """Images with their targets; each is asked for with its seed, so that worker processes have no random state."""
 
-    def __init__(self, data: ImageSet[Any], transform: Transform) -> None:
+    def __init__(self, data: AnyImages, transform: Transform) -> None:
         self.data, self.transform = data, transform
 
     def __getitem__(self, key: Key) -> _Item:
@@ -137,10 +307,10 @@ class BatchLoader:
 
     def __init__(
         self,
-        data: ImageSet[Any],
+        data: AnyImages,
         transform: Transform,
         *,
-        collate: Callable[[Sequence[Any]], Any] = torch.tensor,
+        collate: _Collate = torch.tensor,
         batch_size: int,
         num_workers: int,
         shuffle_seed: int | None = None,
@@ -181,7 +351,7 @@ class BatchLoader:
     @property
     def num_images(self) -> int:
         """Number of images in an epoch: of all processes if the order is shuffled, else of this one."""
-        return len(self._sampler.numbers) if isinstance(self._sampler, OrderedSampler) else self._sampler.count
+        return self._sampler.count
 
     def epoch(self) -> Iterator[Batch]:
         """Yield all images in their order, or, shuffled, those of the epoch that was started last."""
@@ -197,7 +367,18 @@ class BatchLoader:
         return self._sampler.start(epoch, segments, first_step)
 
 
-def _collate(collate: Callable[[Sequence[Any]], Any], items: Sequence[_Item]) -> Batch:
+def default_num_workers(device: torch.device, *, sharing: int = 1) -> int:
+    """Choose how many processes read: one for every two cores where the CPU also computes, else up to eight.
+
+    Args:
+        device: computes meanwhile.
+        sharing: processes that share the cores; each has that many readers.
+    """
+    cores = available_cores() // sharing
+    return min(8, cores // 2 if device.type == "cpu" else cores)
+
+
+def _collate(collate: _Collate, items: Sequence[_Item]) -> Batch:
     good = [(index, image, target) for index, image, target in items if not isinstance(image, str)]
     images = _stacked([image for _, image, _ in good]) if good else torch.empty(0, 1, 1, 3, dtype=torch.uint8)
     return Batch(

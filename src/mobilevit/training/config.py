@@ -23,7 +23,7 @@ from mobilevit.tasks.settings import (
 
 if TYPE_CHECKING:
     from mobilevit.card import TaskName
-    from mobilevit.data.samplers import SizedBatch
+    from mobilevit.data.loaders import SizedBatch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,7 +195,7 @@ class TrainConfig:
         """Sizes that `multi_scale` draws from, with their batches, once the task is known; none if it is off."""
         if self.sizes.multi_scale == "off":
             return ()
-        from mobilevit.data.samplers import level_batches, multi_scale_sizes
+        from mobilevit.data.loaders import level_batches, multi_scale_sizes
 
         return level_batches(
             self.input_size,

@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mobilevit.data.loaders import Batch, ahead_on
-from mobilevit.data.samplers import Size, Step
+from mobilevit.data.loaders import Batch, Size, Step, ahead_on
 from mobilevit.devices import peak_memory_mb
 from mobilevit.evaluation import evaluation_loader
 from mobilevit.models.inputs import normalize

@@ -19,8 +19,7 @@ from torch import Tensor
 from mobilevit.card import TaskName
 from mobilevit.data.datasets import load_train_val
 from mobilevit.data.imageset import AnyImages, report_problems
-from mobilevit.data.loaders import BatchLoader, ahead_on, default_num_workers
-from mobilevit.data.samplers import Segment
+from mobilevit.data.loaders import BatchLoader, Segment, ahead_on, default_num_workers
 from mobilevit.devices import peak_memory_mb
 from mobilevit.errors import MobileViTError
 from mobilevit.evaluation import evaluation_loader, measure, report_unreadable, write_evaluation
