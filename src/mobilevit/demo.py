@@ -204,7 +204,7 @@ _FIGURES = (
     ("Images it never saw", "unseen.png", "Drawn with another seed, with what the model says of them."),
     ("Training", "run/curves.png", "Validation uses the moving average of the weights."),
     ("What is taken for what", "run/confusion_matrix.png", "Rows are the truth, columns what the model says."),
-    ("Precision and recall", "run/pr_curves.png", "At an overlap of 0.5; the dot is the score shown by default."),
+    ("Precision and recall", "run/pr_curves.png", "At an overlap of 0.5; the star is the score shown by default."),
     ("Intersection over union", "run/per_class_iou.png", ""),
     ("Validation images", "run/samples.png", ""),
     ("Its worst mistakes", "run/worst_mistakes.png", ""),

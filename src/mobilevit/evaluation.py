@@ -24,8 +24,8 @@ from mobilevit.imaging.drawing import save_image
 from mobilevit.imaging.preprocessing import Preprocessing
 from mobilevit.progress import Progress
 from mobilevit.runtime.session import EngineChoice, Session, open_session
-from mobilevit.tasks.report import Report
-from mobilevit.tasks.task import Meter, Target, Task, Truth
+from mobilevit.tasks.report import Meter, Report, Truth
+from mobilevit.tasks.task import Target, Task
 
 log = logging.getLogger("mobilevit")
 

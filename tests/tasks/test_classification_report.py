@@ -8,12 +8,8 @@ import torch
 from PIL import Image
 
 from mobilevit.imaging.drawing import GREEN, RED
-from mobilevit.tasks.classification_report import (
-    ClassificationMeter,
-    classification_report,
-    prediction_sheet,
-    worst_mistakes,
-)
+from mobilevit.imaging.preprocessing import Preprocessing
+from mobilevit.tasks.classification_report import ClassificationMeter, classification_report
 
 pytest.importorskip("torchmetrics.functional.classification")  # here, so that no test's time is that of its import
 
@@ -104,12 +100,6 @@ def test_a_perfect_model() -> None:
     assert [(c.precision, c.recall, c.f1, c.support) for c in report.per_class] == [(1.0, 1.0, 1.0, 1)] * 4
 
 
-def test_report_of_half_precision_logits() -> None:
-    logits, labels = torch.randn(50, 7).bfloat16(), torch.randint(7, (50,))
-    half, full = (classification_report(x, labels, list("abcdefg")) for x in (logits, logits.float()))
-    assert half.to_dict() == full.to_dict()
-
-
 def test_report_as_json() -> None:
     report = classification_report(torch.randn(40, 6), torch.randint(6, (40,)), list("abcdef"))
     values = json.loads(json.dumps(report.to_dict()))
@@ -129,69 +119,62 @@ def test_report_as_json() -> None:
     assert list(without.summary) == ["top1", "loss", "calibration_error"]
 
 
-def test_worst_mistakes() -> None:
-    probabilities = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.3, 0.7], [0.01, 0.99], [0.45, 0.55], [0.6, 0.4]])
-    labels = torch.tensor([1, 0, 0, 0, 0, 1])  # image 1 is right
-    assert worst_mistakes(probabilities.log(), labels) == [3, 0, 2, 5, 4]
-    assert worst_mistakes(probabilities.log(), labels, count=2) == [3, 0]
-    assert worst_mistakes(probabilities.log(), probabilities.argmax(dim=1)) == []
-
-
 # -- meter ------------------------------------------------------------------------------------------------------------
+
+
+PLACEMENT = Preprocessing().placement((300, 400))
+
+
+def meter_of(logits: torch.Tensor, labels: list[int], classes: str, indices: list[int]) -> ClassificationMeter:
+    meter = ClassificationMeter(classes)
+    for index in indices:
+        meter.add(index, {"logits": logits[index].numpy()}, labels[index], PLACEMENT)
+    return meter
 
 
 def test_meter_counts_each_image_once() -> None:
     meter = ClassificationMeter(["a", "b"])
-    assert (meter.indices, meter.logits.shape, meter.labels.shape) == ([], (0, 2), (0,))
-    meter.update([7, 2], torch.tensor([[3.0, 0.0], [0.0, 1.0]]), torch.tensor([1, 0]))
-    meter.update([2, 4], torch.tensor([[5.0, 0.0], [2.0, 1.0]]), torch.tensor([0, 0]))
+    assert meter.indices == []
+    for index, logits, label in ((7, [3.0, 0.0], 1), (2, [0.0, 1.0], 0), (2, [5.0, 0.0], 0), (4, [2.0, 1.0], 0)):
+        meter.add(index, {"logits": np.array(logits, np.float32)}, label, PLACEMENT)
     assert meter.indices == [2, 4, 7]
-    assert meter.logits.tolist() == [[5, 0], [2, 1], [3, 0]]  # of image 2, what came last
-    assert meter.labels.tolist() == [0, 0, 1]
-    assert meter.report().confusion.tolist() == [[2, 0], [1, 0]]
+    assert meter.report().confusion.tolist() == [[2, 0], [1, 0]]  # of image 2, what came last
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
-def test_a_meter_keeps_its_own_logits(dtype: torch.dtype) -> None:
-    logits = torch.randn(3, 4).to(dtype)
-    expected = logits.float().tolist()
-    meter = ClassificationMeter(list("abcd"))
-    meter.update([0, 1, 2], logits, torch.tensor([3, 2, 1]))
-    logits.zero_()
-    assert meter.logits.dtype == torch.float32
-    assert meter.logits.tolist() == expected
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_a_meter_keeps_its_own_logits(dtype: type[np.generic]) -> None:
+    logits = np.array([1.0, 3.0], dtype)
+    meter = ClassificationMeter("ab")
+    meter.add(0, {"logits": logits}, 1, PLACEMENT)
+    logits[:] = (9, 0)
+    assert meter.report().top1 == 1
+    assert meter.images[0][0].dtype == np.float32
 
 
 def test_the_report_does_not_depend_on_how_images_are_divided() -> None:
-    logits, labels, classes = torch.randn(40, 7), torch.randint(7, (40,)), list("abcdefg")
+    logits, labels, classes = torch.randn(40, 7), torch.randint(7, (40,)), "abcdefg"
     expected = classification_report(logits, labels, classes).to_dict()
-
-    def meter(indices: list[int]) -> ClassificationMeter:
-        gathered = ClassificationMeter(classes)
-        for start in range(0, len(indices), 8):
-            rows = indices[start : start + 8]
-            gathered.update(rows, logits[rows], labels[rows])
-        return gathered
-
     shuffled = torch.randperm(40).tolist()
-    whole = meter(shuffled)
+    whole = meter_of(logits, labels.tolist(), classes, shuffled)
     assert whole.report().to_dict() == expected
     parts = [shuffled[:15], shuffled[12:30], shuffled[30:], []]  # three images are seen by two
+    meters = [meter_of(logits, labels.tolist(), classes, part) for part in parts]
     for order in ([0, 1, 2, 3], [3, 2, 0, 1], [1, 3, 2, 0]):
-        first, *others = (pickle.loads(pickle.dumps(meter(parts[part]))) for part in order)
+        first, *others = (pickle.loads(pickle.dumps(meters[part])) for part in order)
         for other in others:
             first.merge(other)
         assert first.indices == list(range(40))
         assert first.report().to_dict() == expected
-        assert first.worst(9) == whole.worst(9) == worst_mistakes(logits, labels, 9)
+        assert first.worst(9) == whole.worst(9)
 
 
-def test_worst_are_places_in_the_data() -> None:
-    probabilities = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.3, 0.7], [0.01, 0.99]])
-    meter = ClassificationMeter(["a", "b"])
-    meter.update([30, 10, 20, 5], probabilities.log(), torch.tensor([1, 0, 0, 0]))
-    assert meter.worst() == [5, 30, 20]
-    assert meter.worst(1) == [5]
+def test_worst_are_the_surest_mistakes() -> None:
+    probabilities = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.3, 0.7], [0.01, 0.99], [0.45, 0.55], [0.6, 0.4]])
+    labels = [1, 0, 0, 0, 0, 1]  # image 1 is right
+    meter = meter_of(probabilities.log(), labels, "ab", [4, 2, 5, 0, 1, 3])
+    assert meter.worst() == [3, 0, 2, 5, 4]
+    assert meter.worst(2) == [3, 0]
+    assert meter_of(probabilities.log(), probabilities.argmax(dim=1).tolist(), "ab", [0, 1, 2]).worst() == []
 
 
 def test_texts() -> None:
@@ -227,15 +210,15 @@ def test_save_plots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int,
 
 def test_prediction_sheet_is_green_where_right_and_red_where_wrong() -> None:
     images = [Image.new("RGB", (40, 40), (200, 200, 255))] * 2
-    logits = torch.tensor([[4.0, 0.0], [4.0, 0.0]])
+    meter = meter_of(torch.tensor([[4.0, 0.0], [4.0, 0.0]]), [0, 0], "ab", [0, 1])
+    sheet = meter.draw([0, 1], images, [0, 1])
+    assert sheet.width == 2 * 176 + 3 * 8
+    halves = [slice(0, sheet.width // 2), slice(sheet.width // 2, None)]
 
     def inks(labels: list[int]) -> list[bool]:
-        pixels = np.asarray(prediction_sheet(images, logits, labels, ["cat", "dog"]))
+        pixels = np.asarray(meter.draw([0, 1], images, labels))
         return [bool((pixels[:, half] == color).all(axis=2).any()) for half in halves for color in (GREEN, RED)]
 
-    width = prediction_sheet(images, logits, [0, 1], ["cat", "dog"]).width
-    halves = [slice(0, width // 2), slice(width // 2, None)]
     assert inks([0, 1]) == [True, False, False, True]
     assert inks([1, 0]) == [False, True, True, False]
     assert inks([0, 0]) == [True, False, True, False]
-    assert width == 2 * 176 + 3 * 8

@@ -9,19 +9,21 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from mobilevit.imaging.drawing import GREEN, RED, class_colors
+from mobilevit.imaging.preprocessing import Preprocessing
+from mobilevit.results.detection import Detections
 from mobilevit.tasks.detection_report import (
     NOT_COUNTED,
     RECALLS,
     RIGHT,
     WRONG,
+    DetectionImage,
     DetectionMeter,
     DetectionReport,
-    detection_sheet,
 )
+from mobilevit.tasks.targets import Boxes
 
 pytest.importorskip("torchmetrics.detection")  # here, so that no test's time is that of its import
 pytest.importorskip("matplotlib.figure")
@@ -29,7 +31,7 @@ coco = pytest.importorskip("pycocotools.coco")
 cocoeval = pytest.importorskip("pycocotools.cocoeval")
 
 Entry = dict[str, Any]
-"""What `DetectionMeter.update` takes."""
+"""Detections and true objects of an image; see `image_of`."""
 
 NOTHING: Entry = {"boxes_xyxy": [], "scores": [], "labels": [], "true_xyxy": [], "true_labels": []}
 A, B, C = (10, 10, 60, 50), (100, 20, 180, 90), (30, 120, 90, 190)
@@ -48,10 +50,24 @@ def entry(found: list[tuple[Any, ...]] = [], true: list[tuple[Any, ...]] = [], *
     }
 
 
+def image_of(each: Entry) -> DetectionImage:
+    found, true = (np.array(each[name], np.float32).reshape(-1, 4) for name in ("boxes_xyxy", "true_xyxy"))
+    labels, true_labels = (np.array(each[name], np.int64) for name in ("labels", "true_labels"))
+    areas = (true[:, 2:] - true[:, :2]).prod(axis=1)
+    stated = np.array(each.get("true_areas", areas), np.float32)
+    truth = Boxes(
+        xyxy=true,
+        labels=true_labels,
+        crowd=np.array(each.get("true_crowd", np.zeros(len(true))), np.bool_),
+        areas=np.where(stated > 0, stated, areas),
+    )
+    return DetectionImage(Detections(found, np.array(each["scores"], np.float32), labels), truth)
+
+
 def meter_of(*images: Entry, classes: str = "ab") -> DetectionMeter:
     meter = DetectionMeter(list(classes))
     for index, each in enumerate(images):
-        meter.update(index, **each)
+        meter.images[index] = image_of(each)
     return meter
 
 
@@ -184,8 +200,8 @@ def test_outcomes_are_those_of_coco(seed: int) -> None:
         if result is None or result["aRng"] != [0, 1e10]:
             continue
         ours = meter.images[result["image_id"]]
-        mine = ours.labels == result["category_id"]
-        order = np.argsort(-ours.scores[mine], kind="stable")
+        mine = ours.found.class_ids == result["category_id"]
+        order = np.argsort(-ours.found.scores[mine], kind="stable")
         matched, ignored = result["dtMatches"][0] > 0, result["dtIgnore"][0]
         expected = np.where(ignored, NOT_COUNTED, np.where(matched, RIGHT, WRONG))
         assert ours.outcome[mine][order].tolist() == expected.tolist()
@@ -396,7 +412,7 @@ def test_best_threshold_is_the_best_of_all(seed: int) -> None:
 
     report = meter.report()
     assert (report.precision, report.recall, report.f1) == pytest.approx(figures(report.score_threshold))
-    scores = np.concatenate([each.scores for each in seen])
+    scores = np.concatenate([each.found.scores for each in seen])
     assert report.f1 == pytest.approx(max(figures(score)[2] for score in scores))
 
 
@@ -412,23 +428,20 @@ def test_the_threshold_survives_a_file_and_keeps_its_detection(score: float) -> 
 # -- meter ------------------------------------------------------------------------------------------------------------
 
 
-def test_tensors_and_nothing_at_all() -> None:
-    given = entry([(A, 0.9, 0), (B, 0.5, 1)], [(A, 0), (C, 1)], true_crowd=[False, True], true_areas=[7.0, 0.0])
-    meter, other = meter_of(given, NOTHING), DetectionMeter("ab")
-    other.update(0, **{name: torch.tensor(value) for name, value in given.items()})
-    other.update(1, **{name: torch.tensor(value) for name, value in NOTHING.items()})
-    assert other.report().to_dict() == meter.report().to_dict()
-    shapes = {name: np.shape(value) for name, value in vars(meter.images[1]).items()}
-    assert {name for name, shape in shapes.items() if shape == (0, 4)} == {"boxes_xyxy", "true_xyxy"}
-    assert {shape for name, shape in shapes.items() if not name.endswith("xyxy")} == {(0,)}
-    assert meter.images[0].true_areas.tolist() == [7, 60 * 70]
-
-
-def test_a_meter_keeps_its_own_arrays() -> None:
-    given = {name: np.array(value, np.float32) for name, value in entry([(A, 0.9, 0)], [(A, 0)]).items()}
-    meter = meter_of(given)
-    for values in given.values():
-        values[:] = 0
+def test_a_meter_decodes_the_outputs_of_a_model() -> None:
+    boxes = np.array([[0.25, 0.25, 0.5, 0.5], [0.5, 0.5, 1, 1]], np.float32)
+    outputs = {"boxes_xyxy": boxes, "scores": np.array([[0, 0.9], [0.6, 0]], np.float32)}
+    true = Boxes(
+        xyxy=np.array([[100, 50, 200, 100]], np.float32),
+        labels=np.array([1]),
+        crowd=np.array([False]),
+        areas=np.array([5000], np.float32),
+    )
+    meter = DetectionMeter("ab")
+    meter.add(3, outputs, true, Preprocessing(resize_mode="stretch").placement((200, 400)))
+    assert meter.indices == [3]
+    assert meter.images[3].found.boxes_xyxy.tolist() == [[100, 50, 200, 100], [200, 100, 400, 200]]
+    assert meter.images[3].outcome.tolist() == [RIGHT, WRONG]
     assert meter.report().ap == 1
 
 
@@ -440,7 +453,7 @@ def test_the_report_does_not_depend_on_how_images_are_divided(order: tuple[int, 
     for indices in ([11, 0, 4, 2], [2, 1, 3, 4, 5], [10, 9, 8, 7, 6]):  # two images are seen by two
         part = DetectionMeter("abcd")
         for index in indices:
-            part.update(index, **images[index])
+            part.images[index] = image_of(images[index])
         parts.append(pickle.loads(pickle.dumps(part)))
     merged = parts[order[0]]
     for part in order[1:]:
@@ -453,11 +466,11 @@ def test_the_report_does_not_depend_on_how_images_are_divided(order: tuple[int, 
 
 def test_worst() -> None:
     meter = DetectionMeter("a")
-    meter.update(8, **entry([(A, 0.9, 0)], [(A, 0)]))  # flawless
-    meter.update(5, **entry([(A, 0.9, 0)], [(A, 0), (B, 0)]))  # one missed
-    meter.update(3, **entry([(A, 0.9, 0), (B, 0.9, 0)], [(A, 0)]))  # one of none
-    meter.update(9, **entry([(A, 0.9, 0)], [(B, 0), (C, 0)]))  # two missed, one of none
-    meter.update(1, **entry([(A, 0.9, 0), (B, 0.1, 0)], [(A, 0)]))  # flawless above the threshold
+    meter.images[8] = image_of(entry([(A, 0.9, 0)], [(A, 0)]))  # flawless
+    meter.images[5] = image_of(entry([(A, 0.9, 0)], [(A, 0), (B, 0)]))  # one missed
+    meter.images[3] = image_of(entry([(A, 0.9, 0), (B, 0.9, 0)], [(A, 0)]))  # one of none
+    meter.images[9] = image_of(entry([(A, 0.9, 0)], [(B, 0), (C, 0)]))  # two missed, one of none
+    meter.images[1] = image_of(entry([(A, 0.9, 0), (B, 0.1, 0)], [(A, 0)]))  # flawless above the threshold
     assert meter.best_threshold() == pytest.approx(0.9, abs=2e-6)
     assert meter.worst() == [9, 3, 5]
     assert meter.worst(2) == [9, 3]
@@ -546,7 +559,9 @@ def test_plots_of_many_classes_and_of_odd_names(tmp_path: Path) -> None:
     names = ["US$ 5 and $6", r"$\frac$", "a\udcffb", "x" * 200, *(f"c{n}" for n in range(40))]
     meter = DetectionMeter(names)
     for index in range(len(names)):
-        meter.update(index, **entry([(A, 0.9 - index / 100, index)], [(A, index), (B, index)][: 1 + index % 2]))
+        meter.images[index] = image_of(
+            entry([(A, 0.9 - index / 100, index)], [(A, index), (B, index)][: 1 + index % 2])
+        )
     few = DetectionMeter(names[:4])
     few.images = {index: meter.images[index] for index in range(4)}
     for number, each in enumerate((meter, few)):
@@ -558,15 +573,16 @@ def test_plots_of_many_classes_and_of_odd_names(tmp_path: Path) -> None:
 def test_sheet_is_green_where_all_is_right_and_red_elsewhere() -> None:
     image = Image.new("RGB", (200, 200), (200, 200, 255))
     good, bad = entry([(A, 0.9, 0), (B, 0.1, 0)], [(A, 0)]), entry([(B, 0.9, 1)], [(A, 0)])
-    meter = meter_of(good, bad)
-    for each, ink, other in ((0, GREEN, RED), (1, RED, GREEN)):
-        sheet = detection_sheet([image], [meter.images[each]], ["a", "b"], 0.5)
+    for each, ink, other in ((good, GREEN, RED), (bad, RED, GREEN)):
+        meter = meter_of(each)
+        sheet = meter.draw([0], [image], [meter.images[0].truth])
         pixels = np.asarray(sheet)
         assert (pixels == ink).all(axis=2).any()
         assert not (pixels == other).all(axis=2).any()
-        own, absent = class_colors(2) if each == 0 else class_colors(2)[::-1]
+        own, absent = class_colors(2) if each is good else class_colors(2)[::-1]
         assert (pixels == own).all(axis=2).sum() > 100
         assert not (pixels == absent).all(axis=2).any()
-    both = detection_sheet([image] * 2, [meter.images[index] for index in (0, 1)], ["a", "b"], 0.5)
+    meter = meter_of(good, bad)
+    both = meter.draw([0, 1], [image] * 2, [seen.truth for seen in meter.images.values()])
     assert math.isclose(both.width, 2 * sheet.width, rel_tol=0.05)
-    assert detection_sheet([], [], ["a", "b"], 0.5).height > 0
+    assert DetectionMeter("ab").draw([], [], []).height > 0

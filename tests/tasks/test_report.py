@@ -8,7 +8,7 @@ import pytest
 from matplotlib.axes import Axes
 from PIL import Image
 
-from mobilevit.tasks.report import as_text, plot_text, rounded, save_confusion_matrix, save_csv
+from mobilevit.tasks.report import plot_text, save_bars, save_confusion_matrix, save_csv
 
 NAMES = [["cat", "dog", "owl"], ['a "b"', "c, d", "größer 猫"], ["US$ 5 and $6", r"$\frac$"]]
 
@@ -73,10 +73,14 @@ def test_squares_hold_counts_or_shares_of_the_row(
     assert (tmp_path / "confusion_matrix.csv").read_text().splitlines()[1:] == ["a,2999,1,0", "b,5,15,0", "c,0,0,0"]
 
 
-def test_no_image_of_too_many_classes(tmp_path: Path) -> None:
-    names = [f"c{number}" for number in range(7)]
-    save_confusion_matrix(random_confusion(7), names, tmp_path, title="", most_classes=6)
-    assert [path.name for path in tmp_path.iterdir()] == ["confusion_matrix.csv"]
+def test_bars(tmp_path: Path) -> None:
+    save_bars(tmp_path / "one.png", ["a", "b"], {"x": [0.5, 1]}, [["#ff0000", "#0000ff"]], title="", form=".1%")
+    save_bars(tmp_path / "two.png", ["a"], {"x": [0.5], "y": [1]}, ["#ff0000", "#0000ff"], title="", form=".3f")
+    save_bars(tmp_path / "none.png", [], {"x": []}, [[]], title="", form=".3f")
+    for name in ("one", "two"):
+        with Image.open(tmp_path / f"{name}.png") as image:
+            counts = {color: count for count, color in image.convert("RGB").getcolors(1 << 20)}
+        assert counts[0, 0, 255] == pytest.approx(2 * counts[255, 0, 0], rel=0.1 if name == "one" else 0.3)
 
 
 def test_csv(tmp_path: Path) -> None:
@@ -93,9 +97,3 @@ def test_plot_text_keeps_the_length_and_can_be_encoded(name: str) -> None:
 def test_plot_text_shortens() -> None:
     assert plot_text("x" * 41) == "x" * 37 + "..."
     assert plot_text("x" * 10, 8) == "xxxxx..."
-
-
-def test_figures_as_text_and_for_json() -> None:
-    assert (as_text(None), as_text(0.12345), as_text(0.5, ".1%")) == ("-", "0.123", "50.0%")
-    values = (1 / 3, 7, None, "a")
-    assert tuple(rounded(value) for value in values) == (0.333333, 7, None, "a")

@@ -1,4 +1,5 @@
 import csv
+import dataclasses
 import json
 import pickle
 from pathlib import Path
@@ -9,12 +10,12 @@ import torch
 from PIL import Image
 
 from mobilevit.imaging.drawing import class_colors
+from mobilevit.imaging.preprocessing import Preprocessing
 from mobilevit.tasks.segmentation_report import (
     KEPT_WORST,
     SegmentationMeter,
     SegmentationReport,
     segmentation_report,
-    segmentation_sheet,
 )
 
 classification = pytest.importorskip("torchmetrics.functional.classification")
@@ -24,10 +25,16 @@ TRUTH = np.array([[0, 0, 1], [1, 255, 2]], np.uint8)
 LABEL_MAP = np.array([[0, 1, 1], [1, 0, 1]], np.uint8)
 
 
+def see(meter: SegmentationMeter, index: int, label_map: np.ndarray, truth: np.ndarray) -> None:
+    preprocessing = Preprocessing(size=(64, 64), resize_mode="stretch")
+    placement = dataclasses.replace(preprocessing.placement(truth.shape), filled=truth.shape, size=truth.shape)
+    meter.add(index, {"label_map": label_map}, truth, placement)
+
+
 def meter_of(*maps: tuple[np.ndarray, np.ndarray], classes: str = "abcd") -> SegmentationMeter:
     meter = SegmentationMeter(list(classes))
     for index, (label_map, truth) in enumerate(maps):
-        meter.update(index, label_map, truth)
+        see(meter, index, label_map, truth)
     return meter
 
 
@@ -63,8 +70,7 @@ def test_report_by_hand() -> None:
     assert report.pixel_accuracy == pytest.approx(3 / 5)
     assert report.mean_class_accuracy == pytest.approx((1 / 2 + 1 + 0) / 3)
     assert (report.score_name, report.score) == ("miou", report.miou)
-    assert meter.miou_of(0) == pytest.approx(1 / 3)
-    assert meter.pixel_accuracy_of(0) == pytest.approx(3 / 5)
+    assert meter.images[0].miou == pytest.approx(1 / 3)
 
 
 def test_pixels_of_all_images_count_together() -> None:
@@ -77,7 +83,7 @@ def test_pixels_of_all_images_count_together() -> None:
     assert report.per_class[1].accuracy is None
     assert report.miou == pytest.approx(100 / 101 / 2)
     assert report.mean_class_accuracy == pytest.approx(100 / 101)
-    assert (meter.miou_of(0), meter.miou_of(1)) == (1, 0)
+    assert (meter.images[0].miou, meter.images[1].miou) == (1, 0)
 
 
 def test_all_right() -> None:
@@ -85,7 +91,7 @@ def test_all_right() -> None:
     assert (report.miou, report.pixel_accuracy, report.mean_class_accuracy) == (1, 1, 1)
 
 
-@pytest.mark.parametrize("maps", [[], [(LABEL_MAP, np.full_like(TRUTH, 255))], [(TRUTH[:0], TRUTH[:0])]])
+@pytest.mark.parametrize("maps", [[], [(LABEL_MAP, np.full_like(TRUTH, 255))]])
 def test_no_pixel_that_counts(maps: list[tuple[np.ndarray, np.ndarray]], tmp_path: Path) -> None:
     meter = meter_of(*maps)
     report = meter.report()
@@ -93,7 +99,7 @@ def test_no_pixel_that_counts(maps: list[tuple[np.ndarray, np.ndarray]], tmp_pat
     assert (report.miou, report.pixel_accuracy, report.mean_class_accuracy) == (0, 0, 0)
     assert {scores.iou for scores in report.per_class} == {None}
     assert meter.worst() == []
-    assert [(meter.miou_of(index), meter.pixel_accuracy_of(index)) for index in meter.indices] == [(1, 1)] * len(maps)
+    assert [meter.images[index].miou for index in meter.indices] == [1] * len(maps)
     json.dumps(report.to_dict(), allow_nan=False)
     report.save_plots(tmp_path)
 
@@ -125,36 +131,10 @@ def test_figures_are_those_of_torchmetrics(num_classes: int) -> None:
     assert sum(scores.share for scores in report.per_class) == pytest.approx(1)
     for index, (label_map, true) in enumerate(maps):
         one = torch.from_numpy(label_map[true != 255]).long(), torch.from_numpy(true[true != 255]).long()
-        assert meter.miou_of(index) == pytest.approx(ious(*one, "macro")[0], abs=1e-6)
-        assert meter.pixel_accuracy_of(index) == pytest.approx((one[0] == one[1]).double().mean().item())
+        assert meter.images[index].miou == pytest.approx(ious(*one, "macro")[0], abs=1e-6)
 
 
 # -- meter ------------------------------------------------------------------------------------------------------------
-
-
-def test_sizes_that_differ_are_refused() -> None:
-    meter = SegmentationMeter("abcd")
-    with pytest.raises(ValueError, match=r"image 7: a prediction of \(3, 2\) for a truth of \(2, 3\)"):
-        meter.update(7, LABEL_MAP.T, TRUTH)
-    assert meter.indices == []
-
-
-@pytest.mark.parametrize("value", [4, 7, 255])
-def test_values_that_are_no_class_are_refused(value: int) -> None:
-    meter = SegmentationMeter("abcd")
-    wrong = TRUTH.copy()
-    wrong[0, 0] = value
-    with pytest.raises(ValueError, match="image 7: a value above 3 for 4 classes"):
-        meter.update(7, wrong, TRUTH)
-    if value != 255:
-        with pytest.raises(ValueError, match="image 7: a value above 3 for 4 classes"):
-            meter.update(7, LABEL_MAP, wrong)
-    assert meter.indices == []
-    assert meter.label_maps == {}
-    wrong = LABEL_MAP.copy()
-    wrong[1, 1] = value  # where nothing counts
-    meter.update(7, wrong, TRUTH)
-    assert meter.report().confusion.sum() == 5
 
 
 def image_with_errors(errors: int) -> tuple[np.ndarray, np.ndarray]:
@@ -168,7 +148,7 @@ def test_label_maps_are_kept_of_some_images_only() -> None:
     meter = SegmentationMeter("ab", keep=[3, 59])
     errors = np.random.default_rng(0).permutation(60)  # image by image; one is all right
     for index, number in enumerate(errors.tolist()):
-        meter.update(index, *image_with_errors(number))
+        see(meter, index, *image_with_errors(number))
     worst = np.argsort(-errors).tolist()
     assert meter.worst() == worst[:KEPT_WORST]
     assert meter.worst(60) == worst[:59]  # not what is all right
@@ -181,7 +161,7 @@ def test_label_maps_are_kept_of_some_images_only() -> None:
 def test_what_is_all_right_is_kept_only_where_asked() -> None:
     meter = SegmentationMeter("abcd", keep=[1])
     for index in range(3):
-        meter.update(index, TRUTH, TRUTH)
+        see(meter, index, TRUTH, TRUTH)
     assert set(meter.label_maps) == {1}
     assert meter.worst() == []
 
@@ -189,7 +169,7 @@ def test_what_is_all_right_is_kept_only_where_asked() -> None:
 def test_images_equally_bad_come_in_order() -> None:
     meter = SegmentationMeter("ab")
     for index, errors in ((9, 5), (2, 5), (4, 7), (1, 0)):
-        meter.update(index, *image_with_errors(errors))
+        see(meter, index, *image_with_errors(errors))
     assert meter.worst() == [4, 2, 9]
     assert meter.worst(1) == [4]
 
@@ -199,12 +179,12 @@ def test_the_report_does_not_depend_on_how_images_are_divided(order: tuple[int, 
     maps = random_maps(1, 6, 60)
     whole = SegmentationMeter("abcdef", keep=[0, 33])
     for index in np.random.default_rng(0).permutation(60).tolist():
-        whole.update(index, *maps[index])
+        see(whole, index, *maps[index])
     parts = []
     for indices in (range(22), range(50, 18, -1), range(50, 60)):  # some images are seen by two
         part = SegmentationMeter("abcdef", keep=[0, 33])
         for index in indices:
-            part.update(index, *maps[index])
+            see(part, index, *maps[index])
         parts.append(pickle.loads(pickle.dumps(part)))
     merged = parts[order[0]]
     for part in order[1:]:
@@ -223,7 +203,7 @@ def test_the_report_does_not_depend_on_how_images_are_divided(order: tuple[int, 
 
 def a_report(classes: str | list[str] = "abcd") -> SegmentationReport:
     meter = SegmentationMeter(classes)
-    meter.update(0, LABEL_MAP, TRUTH)
+    see(meter, 0, LABEL_MAP, TRUTH)
     return meter.report()
 
 
@@ -297,14 +277,14 @@ def test_plots_of_many_classes_and_of_odd_names(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("count", "across", "down"), [(1, 3, 1), (2, 6, 1), (3, 6, 2)])
 def test_sheet(count: int, across: int, down: int) -> None:
-    cell, gap = 120, 8
+    cell, gap = 240, 8
     ground = (200, 200, 255)
     images = [Image.new("RGB", (60, 60), ground)] * count
     predicted, truth = np.zeros((60, 60), np.uint8), np.ones((60, 60), np.uint8)
     truth[:30] = 255
-    sheet = segmentation_sheet(images, [predicted] * count, [truth] * count, list("abc"), cell=cell)
+    sheet = meter_of(*[(predicted, truth)] * count, classes="abc").draw(range(count), images, [truth] * count)
     assert sheet.width == across * (cell + gap) + gap
-    captioned = cell + 11 + 2 * 3
+    captioned = cell + 17 + 2 * 5
     cells = down * (captioned + gap) + gap
     assert cells + 12 < sheet.height < cells + 60  # a line of legend
     a, b, c = class_colors(3)
@@ -320,7 +300,9 @@ def test_sheet(count: int, across: int, down: int) -> None:
 
 
 def test_sheet_of_nothing_and_of_images_that_are_not_square() -> None:
-    assert segmentation_sheet([], [], [], ["a"]).height > 0
-    images = [Image.new(mode, (30, 90)) for mode in ("RGB", "L")]
-    maps = [np.zeros((90, 30), np.uint8)] * 2
-    assert segmentation_sheet(images, maps, maps, ["a"], cell=90).width == 6 * 98 + 8
+    assert SegmentationMeter("a").draw([], [], []).height > 0
+    label_map = np.zeros((90, 30), np.uint8)
+    wrong, right = meter_of((label_map + 1, label_map)), meter_of((label_map, label_map))
+    images = [Image.new("RGB", (30, 90))]
+    assert wrong.draw([0], images, [label_map]).width == 3 * 248 + 8
+    assert right.draw([0], images, [label_map]).width < 3 * 248  # its label map is not kept

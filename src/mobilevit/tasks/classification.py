@@ -53,7 +53,6 @@ class ClassificationTask(Task[int, int]):
     needs_all_classes = True
 
     def check_classes(self, origin: str, classes: Sequence[str], targets: Sequence[int]) -> None:
-        """Refuse a class without images, and fewer than two classes."""
         empty = [name for name, count in zip(classes, self.count(targets, len(classes)), strict=True) if not count]
         if empty:
             raise MobileViTError(f"{origin}: no images of {some(empty)}; add some or remove the class")
@@ -63,34 +62,27 @@ class ClassificationTask(Task[int, int]):
             )
 
     def count(self, targets: Sequence[int], num_classes: int) -> list[int]:
-        """Count the images of each class."""
         counts = Counter(targets)
         return [counts[index] for index in range(num_classes)]
 
     def stratum(self, target: int, _: Sequence[int]) -> int:
-        """Divide every class."""
         return target
 
     def describe_target(self, target: int, classes: Sequence[str]) -> str:
-        """Name the class."""
         return classes[target]
 
     def relabel(self, target: int, new: NDArray[np.int64]) -> int:
-        """Look up the new index."""
         return int(new[target])
 
     def draw_target(
         self, target: int, image: Image.Image, scale: float, classes: Sequence[str]
     ) -> tuple[Image.Image, set[int]]:
-        """Draw nothing."""
         return image, {target}
 
     def caption(self, target: int, classes: Sequence[str]) -> list[str]:
-        """Name the class."""
         return [classes[target]]
 
     def has_legend(self, num_classes: int) -> bool:
-        """Say no: there are no colors."""
         return False
 
     def objective(
@@ -102,7 +94,6 @@ class ClassificationTask(Task[int, int]):
         targets: Sequence[int],
         device: torch.device,
     ) -> Objective:
-        """Random resized crops, cross-entropy, and mixing of images if asked for."""
         own = settings.classification
         class_weights = None
         if own.class_weights == "balanced":
@@ -121,11 +112,9 @@ class ClassificationTask(Task[int, int]):
         )
 
     def read_truth(self, target: int, _: tuple[int, int]) -> int:
-        """Return the index of the class."""
         return target
 
     def new_meter(self, classes: Sequence[str], *, keep: Collection[int] = ()) -> ClassificationMeter:
-        """Make a meter of accuracy and calibration."""
         return ClassificationMeter(classes)
 
 

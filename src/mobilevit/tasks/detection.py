@@ -6,7 +6,6 @@ B images in a batch, A anchors, N objects in the fullest image of the batch, K c
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -100,7 +99,6 @@ class DetectionTask(Task[Boxes, Boxes]):
     needs_all_classes = False
 
     def check_classes(self, origin: str, classes: Sequence[str], targets: Sequence[Boxes]) -> None:
-        """Refuse data without any object."""
         if not any(self.count(targets, len(classes))):
             raise MobileViTError(f"{origin}: no objects of {some(classes)}; add some or remove the class")
 
@@ -116,23 +114,21 @@ class DetectionTask(Task[Boxes, Boxes]):
         return min(target.labels[~target.crowd].tolist(), key=lambda i: (counts[i], i), default=None)
 
     def describe_target(self, target: Boxes, classes: Sequence[str]) -> str:
-        """List classes, boxes and crowds."""
         rows = zip(target.labels.tolist(), target.xyxy.tolist(), target.crowd.tolist(), strict=True)
         return repr([(classes[label], box, crowd) for label, box, crowd in rows])
 
     def relabel(self, target: Boxes, new: NDArray[np.int64]) -> Boxes:
         """Renumber the objects; crowds of classes that the model does not know are dropped."""
-        known = new[target.labels] >= 0
-        labels = new[target.labels][known]
-        return replace(
-            target, xyxy=target.xyxy[known], labels=labels, crowd=target.crowd[known], areas=target.areas[known]
+        labels = new[target.labels]
+        known = labels >= 0
+        return Boxes(
+            xyxy=target.xyxy[known], labels=labels[known], crowd=target.crowd[known], areas=target.areas[known]
         )
 
     def draw_target(
         self, target: Boxes, image: Image.Image, scale: float, classes: Sequence[str]
     ) -> tuple[Image.Image, set[int]]:
-        """Draw boxes in the colors of their classes; those of crowds dashed."""
-        counted = ~target.crowd
+        counted = ~target.crowd  # crowds are drawn dashed
         labels = target.labels[counted].tolist()
         colors = class_colors(len(classes))
         texts = ["" if self.has_legend(len(classes)) else classes[label] for label in labels]
@@ -140,8 +136,7 @@ class DetectionTask(Task[Boxes, Boxes]):
         return draw_boxes(image, target.xyxy[counted] * scale, texts, [colors[n] for n in labels]), set(labels)
 
     def has_legend(self, num_classes: int) -> bool:
-        """Name many classes at their boxes, as their colors are hard to tell apart; few are clearer in a legend."""
-        return num_classes <= MOST_IN_LEGEND
+        return num_classes <= MOST_IN_LEGEND  # more colors would be hard to tell apart: they are named at the boxes
 
     def objective(
         self,
@@ -152,7 +147,6 @@ class DetectionTask(Task[Boxes, Boxes]):
         targets: Sequence[Boxes],
         device: torch.device,
     ) -> Objective:
-        """SSD's augmentation and loss."""
         return Objective(
             transform=DetectionTransform(
                 preprocessing=preprocessing,
@@ -166,11 +160,9 @@ class DetectionTask(Task[Boxes, Boxes]):
         )
 
     def read_truth(self, target: Boxes, _: tuple[int, int]) -> Boxes:
-        """Return the boxes."""
         return target
 
     def new_meter(self, classes: Sequence[str], *, keep: Collection[int] = ()) -> DetectionMeter:
-        """Make a meter of COCO's figures."""
         return DetectionMeter(classes)
 
 

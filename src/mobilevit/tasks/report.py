@@ -1,54 +1,141 @@
-"""`Report`: the figures of an evaluation, whatever the task, and what the reports of all tasks share."""
+"""`Meter` gathers what an evaluation sees, image by image; `Report` has the figures computed from it."""
 
 from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import ClassVar, Generic, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
-from mobilevit.files import write_text
+from mobilevit.files import Json, write_text
+from mobilevit.imaging.preprocessing import Placement
 from mobilevit.plotting import new_figure, save_figure
+from mobilevit.results.base import Outputs
+
+Truth = TypeVar("Truth")
+"""What evaluation compares the predictions for an image with."""
+
+Columns = tuple[tuple[str, str, str], ...]
+"""Figures shown to people: for each the title, the name of the field, and the format."""
+
+MOST_IN_MATRIX = 60
+"""Confusion matrices of more classes would not be legible."""
 
 
-class Report(Protocol):
-    """How a model fared on images whose truth is known."""
+@dataclass(frozen=True, kw_only=True)
+class ClassScores:
+    """How one class fared."""
 
-    @property
-    def num_images(self) -> int:
-        """Images it was computed from."""
+    name: str
 
-    @property
-    def score_name(self) -> str:
-        """Name of `score`: "top1", "ap" or "miou"."""
+
+class Report(ABC):
+    """How a model fared on images whose truth is known; subclasses are dataclasses of figures."""
+
+    num_images: int
+    """Images it was computed from."""
+    per_class: tuple[ClassScores, ...]
+    score_threshold: float | None
+    """The lowest score of detections to show; None where there are none."""
+
+    score_name: ClassVar[str]
+    """The figure that decides which weights are best; higher is better."""
+    summarized: ClassVar[tuple[str, ...]]
+    """Names of the figures in `summary`."""
+    figures: ClassVar[Columns]
+    """The main figures."""
+    columns: ClassVar[Columns]
+    """Columns of the table of classes."""
 
     @property
     def score(self) -> float:
-        """The figure that decides which weights are best; higher is better."""
-
-    @property
-    def score_threshold(self) -> float | None:
-        """The lowest score of detections to show; None where there are none."""
+        """The figure named `score_name`."""
+        return float(getattr(self, self.score_name))
 
     @property
     def summary(self) -> dict[str, float]:
-        """The figures worth a line, by name, rounded to six places."""
+        """The figures worth a line, by name, rounded to six places; without those that are None."""
+        figures = {name: getattr(self, name) for name in self.summarized}
+        return {name: round(value, 6) for name, value in figures.items() if value is not None}
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+    def to_dict(self) -> Json:
+        """Plain values for JSON; floats have six decimals."""
+        return {name: _plain(value) for name, value in vars(self).items()}
 
     def headline(self) -> list[tuple[str, str]]:
-        """Return the main figures, as pairs of name and text."""
+        """Return the main figures, as pairs of title and text."""
+        values = [(title, getattr(self, name), form) for title, name, form in self.figures]
+        return [(title, format(value, form)) for title, value, form in values if value is not None]
 
     def table(self) -> tuple[list[str], list[list[str]]]:
-        """Return the heading and the rows of the table of classes, as text."""
+        """Return the heading and the rows of the table of classes, as text; a dash where there is no figure."""
+        rows = []
+        for scores in self.per_class:
+            values = [(getattr(scores, name), form) for _, name, form in self.columns]
+            rows.append(["-" if value is None else format(value, form) for value, form in values])
+        return [title for title, _, _ in self.columns], rows
 
+    @abstractmethod
     def save_plots(self, folder: Path) -> None:
         """Write images and tables into a folder, each whole or not at all."""
+
+    def save_table(self, path: Path) -> None:
+        """Write the table of classes as CSV, with all digits."""
+        names = [name for _, name, _ in self.columns]
+        save_csv(path, [names, *([getattr(scores, name) for name in names] for scores in self.per_class)])
+
+
+class Meter(ABC, Generic[Truth]):
+    """Gathers what a report is computed from; it can be pickled to another process.
+
+    Neither the order of the images nor their division over processes changes the report.
+    """
+
+    images: Mapping[int, object]
+    """What is kept of the images seen, by their numbers in the data."""
+
+    def __init__(self, classes: Sequence[str]) -> None:
+        self.classes = tuple(classes)
+        self.images = {}
+
+    @property
+    def indices(self) -> list[int]:
+        """The images seen, ascending."""
+        return sorted(self.images)
+
+    def merge(self, other: Self) -> None:
+        """Take over what another process has seen; images seen by both count once."""
+        self.images = {**other.images, **self.images}
+
+    @abstractmethod
+    def add(self, index: int, outputs: Outputs, truth: Truth, placement: Placement) -> None:
+        """Take in the outputs for one image.
+
+        Args:
+            index: number of the image in the data.
+            outputs: of the model, for this image.
+            truth: the image's.
+            placement: of the image in the model's input.
+        """
+
+    @abstractmethod
+    def worst(self, count: int = 24) -> list[int]:
+        """List the images that the model was most wrong about, worst first, without those that it got right."""
+
+    @abstractmethod
+    def report(self) -> Report:
+        """Compute the figures from all images seen so far."""
+
+    @abstractmethod
+    def draw(self, indices: Sequence[int], images: Sequence[Image.Image], truths: Sequence[Truth]) -> Image.Image:
+        """Draw predictions and truths of some of the images seen on one sheet."""
 
 
 def save_csv(path: Path, rows: Iterable[Sequence[object]]) -> None:
@@ -59,15 +146,9 @@ def save_csv(path: Path, rows: Iterable[Sequence[object]]) -> None:
 
 
 def save_confusion_matrix(
-    confusion: NDArray[np.int64],
-    names: Sequence[str],
-    folder: Path,
-    *,
-    title: str,
-    as_shares: bool = False,
-    most_classes: int = 60,
+    confusion: NDArray[np.int64], names: Sequence[str], folder: Path, *, title: str, as_shares: bool = False
 ) -> None:
-    """Write `confusion_matrix.csv`, and `confusion_matrix.png` unless there are too many classes to be legible.
+    """Write `confusion_matrix.csv`, and `confusion_matrix.png` of up to `MOST_IN_MATRIX` classes.
 
     Args:
         confusion: counts, (K, K); rows are the true classes, columns the predicted ones.
@@ -75,11 +156,10 @@ def save_confusion_matrix(
         folder: where to.
         title: stands above the image.
         as_shares: write the share of the row into each square instead of the count, which is long for pixels.
-        most_classes: no image of more.
     """
     rows = [[name, *counts] for name, counts in zip(names, confusion.tolist(), strict=True)]
     save_csv(folder / "confusion_matrix.csv", [["true \\ predicted", *names], *rows])
-    if len(names) > most_classes:
+    if len(names) > MOST_IN_MATRIX:
         return
     shares = confusion / confusion.sum(axis=1, keepdims=True).clip(min=1)
     side = 2.2 + 0.5 * len(names)
@@ -90,13 +170,39 @@ def save_confusion_matrix(
     axes.set_xticks(ticks, shown, rotation=45, ha="right", parse_math=False)
     axes.set_yticks(ticks, shown, parse_math=False)
     axes.set(xlabel="predicted", ylabel="true", title=title)
-    for (row, column), count in np.ndenumerate(confusion):
-        share = shares[row, column]
-        text = f"{share:.0%}" if as_shares else f"{count:,}"
-        if count and text != "0%":
+    for (row, column), share in np.ndenumerate(shares):
+        text = f"{share:.0%}" if as_shares else f"{confusion[row, column]:,}"
+        if text not in ("0", "0%"):
             color = "white" if share > 0.5 else "black"
             axes.text(column, row, text, ha="center", va="center", color=color, fontsize=9)
     save_figure(figure, folder / "confusion_matrix.png", box=True)
+
+
+def save_bars(
+    path: Path, names: Sequence[str], series: Mapping[str, Sequence[float]], colors: Sequence[object], *,
+    title: str, form: str,
+) -> None:  # fmt: skip
+    """Draw a horizontal bar for each name and series of values from 0 to 1.
+
+    Args:
+        path: of the image.
+        names: of the rows, from the top; see `plot_text`.
+        series: values of the rows by the name of the series, which stands in a legend if there are several.
+        colors: for each series, one color or those of its bars.
+        title: stands above the bars.
+        form: how the values are written.
+    """
+    figure = new_figure(7, 1.6 + (0.16 + 0.1 * len(series)) * max(len(names), 2))
+    axes = figure.add_subplot()
+    rows, height = np.arange(len(names)), 0.8 / len(series)
+    for number, ((label, values), color) in enumerate(zip(series.items(), colors, strict=True)):
+        bars = axes.barh(rows + (number + 0.5) * height - 0.4, values, height, color=color, label=label)
+        axes.bar_label(bars, [format(value, form) for value in values], padding=3, fontsize=7)
+    axes.set_yticks(rows, names, parse_math=False)
+    axes.set(xlim=(0, 1.1), ylim=(max(len(names), 1) - 0.4, -0.6), title=title)
+    if len(series) > 1:
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.06), ncols=len(series), fontsize=8, frameon=False)
+    save_figure(figure, path)
 
 
 def plot_text(name: str, longest: int = 40) -> str:
@@ -105,11 +211,14 @@ def plot_text(name: str, longest: int = 40) -> str:
     return text if len(text) <= longest else text[: longest - 3] + "..."
 
 
-def as_text(value: float | None, form: str = ".3f") -> str:
-    """A figure for a table; a dash where there is none."""
-    return "-" if value is None else format(value, form)
-
-
-def rounded(value: Any) -> Any:
-    """A figure for JSON: floats to six places, the rest as it is."""
-    return round(value, 6) if isinstance(value, float) else value
+def _plain(value: object) -> object:
+    """A value for JSON; floats to six places."""
+    if isinstance(value, float):
+        return round(value, 6)
+    if isinstance(value, np.ndarray):
+        return value.round(6).tolist()
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, ClassScores):
+        return {name: _plain(item) for name, item in vars(value).items()}
+    return value

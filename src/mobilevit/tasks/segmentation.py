@@ -58,38 +58,31 @@ class SegmentationTask(Task[Mask, NDArray[np.uint8]]):
     needs_all_classes = False
 
     def check_classes(self, origin: str, classes: Sequence[str], _: Sequence[Mask]) -> None:
-        """Refuse fewer than two classes, and more than a byte can number."""
         if len(classes) < 2:
             raise MobileViTError(f"{origin}: only one class ({classes[0]}); segmentation needs two or more")
         if len(classes) > IGNORE:
             raise MobileViTError(f"{origin}: {len(classes)} classes; masks of bytes have room for {IGNORE}")
 
     def count(self, _targets: Sequence[Mask], _num_classes: int) -> None:
-        """Return None: masks are not opened to count pixels."""
-        return
+        return  # masks are not opened to count pixels
 
     def stratum(self, _target: Mask, _counts: Sequence[int]) -> None:
-        """Return None: images are divided whatever they show."""
-        return
+        return  # images are divided whatever they show
 
     def describe_target(self, target: Mask, classes: Sequence[str]) -> str:
-        """Name the mask and what its values stand for."""
         return f"{target.path.name} {classes} {target.class_of.hex()}"
 
     def relabel(self, target: Mask, new: NDArray[np.int64]) -> Mask:
-        """Renumber the classes that the values stand for."""
         return replace(target, class_of=bytes(v if v == IGNORE else int(new[v]) for v in target.class_of))
 
     def draw_target(
         self, target: Mask, image: Image.Image, scale: float, classes: Sequence[str]
     ) -> tuple[Image.Image, set[int]]:
-        """Tint pixels in the colors of their classes."""
         label_map = np.asarray(Image.fromarray(target.read()).resize(image.size, Image.Resampling.NEAREST))
         labels = set(np.unique(label_map).tolist()) - {IGNORE}
         return draw_label_map(image, label_map, classes, legend=False), labels
 
     def has_legend(self, num_classes: int) -> bool:
-        """Say yes."""
         return True
 
     def objective(
@@ -101,7 +94,6 @@ class SegmentationTask(Task[Mask, NDArray[np.uint8]]):
         targets: Sequence[Mask],
         device: torch.device,
     ) -> Objective:
-        """Random sizes and crops, and cross-entropy of pixels."""
         own = settings.segmentation
         return Objective(
             transform=SegmentationTransform(
@@ -125,11 +117,9 @@ class SegmentationTask(Task[Mask, NDArray[np.uint8]]):
         return replace(head, aspp_channels=own.aspp_channels or head.aspp_channels, aux_head=own.aux_head)
 
     def read_truth(self, target: Mask, size: tuple[int, int]) -> NDArray[np.uint8]:
-        """Read the label map. Shape: (H, W)."""
         return target.read(size)
 
     def new_meter(self, classes: Sequence[str], *, keep: Collection[int] = ()) -> SegmentationMeter:
-        """Make a meter of intersection over union."""
         return SegmentationMeter(classes, keep=keep)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Generic, Protocol, Self, TypeVar
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -14,19 +14,15 @@ from PIL import Image
 from torch import Tensor
 
 from mobilevit.card import TaskName
-from mobilevit.imaging.preprocessing import Placement, Preprocessing
+from mobilevit.imaging.preprocessing import Preprocessing
 from mobilevit.models.deeplabv3 import DeepLabv3Config
-from mobilevit.results.base import Outputs, Result
-from mobilevit.tasks.report import Report
+from mobilevit.results.base import Result
+from mobilevit.tasks.report import Meter, Truth
 from mobilevit.tasks.settings import ClassificationSettings, DetectionSettings, SegmentationSettings
 
 Target = TypeVar("Target")
 """Label of an image: the index of its class, its `Boxes` or its `Mask`."""
-Truth = TypeVar("Truth")
-"""A target as evaluation compares predictions with it."""
-Truth_contra = TypeVar("Truth_contra", contravariant=True)
-
-Transform = Callable[..., tuple[Tensor, Any]]
+Transform = Callable[..., tuple[Tensor, object]]
 """From what `open_image` returns, its target and, if steps differ in size, (H, W), to uint8 (3, H, W) and the target
 that the batch holds."""
 
@@ -37,11 +33,11 @@ class Objective:
 
     transform: Transform
     """Random changes of a training image and its target."""
-    collate: Callable[[Sequence[Any]], Any]
+    collate: Callable[[Sequence[Any]], object]
     """Make one thing of the changed targets of a batch: a tensor, or a named tuple of tensors."""
     loss: Callable[[Any, Any], Tensor]
     """(output of the model, collated targets) -> scalar in float32, the mean over the images."""
-    mix: Callable[[Tensor, Any], tuple[Tensor, Any]] | None = None
+    mix: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
     """Random changes of a whole batch, normalized, and its targets, on the device."""
 
 
@@ -49,63 +45,17 @@ class TrainingSettings(Protocol):
     """The settings of training that depend on the task; `TrainConfig` has them."""
 
     @property
-    def flip(self) -> bool:
-        """Mirror half of the images."""
-
+    def flip(self) -> bool: ...
     @property
-    def photometric_distortion(self) -> bool:
-        """Vary colors."""
-
+    def photometric_distortion(self) -> bool: ...
     @property
-    def training_size(self) -> tuple[int, int]:
-        """(height, width) of training images."""
-
+    def training_size(self) -> tuple[int, int]: ...
     @property
-    def classification(self) -> ClassificationSettings:
-        """Settings of classification."""
-
+    def classification(self) -> ClassificationSettings: ...
     @property
-    def detection(self) -> DetectionSettings:
-        """Settings of detection."""
-
+    def detection(self) -> DetectionSettings: ...
     @property
-    def segmentation(self) -> SegmentationSettings:
-        """Settings of segmentation."""
-
-
-class Meter(Protocol[Truth_contra]):
-    """Gathers what a report is computed from, image by image; it can be pickled to another process.
-
-    Neither the order of the images nor their division over processes changes the report.
-    """
-
-    @property
-    def indices(self) -> list[int]:
-        """The images seen, ascending."""
-
-    def add(self, index: int, outputs: Outputs, truth: Truth_contra, placement: Placement) -> None:
-        """Take in the outputs for one image.
-
-        Args:
-            index: number of the image in the data.
-            outputs: of the model, for this image.
-            truth: the image's.
-            placement: of the image in the model's input.
-        """
-
-    def merge(self, other: Self) -> None:
-        """Take over what another process has seen; images seen by both count once."""
-
-    def worst(self, count: int = 24) -> list[int]:
-        """List the images that the model was most wrong about, worst first, without those that it got right."""
-
-    def report(self) -> Report:
-        """Compute the figures from all images seen so far."""
-
-    def draw(
-        self, indices: Sequence[int], images: Sequence[Image.Image], truths: Sequence[Truth_contra]
-    ) -> Image.Image:
-        """Draw predictions and truths of some of the images seen on one sheet."""
+    def segmentation(self) -> SegmentationSettings: ...
 
 
 class Task(ABC, Generic[Target, Truth]):
