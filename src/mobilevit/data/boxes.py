@@ -34,7 +34,6 @@ class Box(NamedTuple):
     xyxy: tuple[float, float, float, float]
     """Corners in pixels."""
     crowd: bool = False
-    """As in `Boxes`."""
     area: float = float("nan")
     """NaN if the file does not say."""
 
@@ -52,15 +51,12 @@ class BoxTable:
     known: str
     """File that lists the classes, for messages."""
     images: list[Path] = field(default_factory=list)
-    """Their paths."""
     files: list[str] = field(default_factory=list)
     """For each image: the file with its boxes."""
     sizes: list[tuple[int, int]] = field(default_factory=list)
     """For each image: (width, height)."""
     boxes: list[Box] = field(default_factory=list)
-    """The boxes of all images."""
     problems: list[Problem] = field(default_factory=list)
-    """Problems found so far."""
 
     def add_image(self, image: Path, file: str | Path, size: tuple[int, int]) -> int:
         """Add an image and return its number."""
@@ -93,7 +89,7 @@ def box_splits(
     A test part without a single box, as some data sets are handed out, is left out.
 
     Args:
-        tables: the parts.
+        tables: by part.
         classes: class names.
         index_of: from labels in the files to indices of classes.
 
@@ -116,8 +112,7 @@ def _image_set(table: BoxTable, classes: tuple[str, ...], index_of: Mapping[Hash
     counted = labels[usable & ~np.asarray([box.crowd for box in table.boxes], np.bool_)]
     for name, count in zip(classes, np.bincount(counted, minlength=len(classes)).tolist(), strict=True):
         if not count:
-            remedy = "it cannot be learned or measured here"
-            table.report(table.origin, "class without objects", name, remedy)
+            table.report(table.origin, "class without objects", name, "it cannot be learned or measured here")
     return ImageSet(
         task=DETECTION,
         origin=table.origin,
@@ -166,12 +161,12 @@ def _targets(
     """Gather the usable boxes of each image, in the order of the file."""
     kept = sorted(np.flatnonzero(usable).tolist(), key=lambda number: table.boxes[number].owner)
     boxes = [table.boxes[number] for number in kept]
-    owners = np.asarray([box.owner for box in boxes], np.int64)
     crowd = np.asarray([box.crowd for box in boxes], np.bool_)
     stated = np.asarray([box.area for box in boxes], np.float32)
     xyxy, labels = xyxy[kept].reshape(-1, 4), labels[kept]
     sides = xyxy[:, 2:] - xyxy[:, :2]
     areas = np.where(stated > 0, stated, sides[:, 0] * sides[:, 1])
+    owners = np.asarray([box.owner for box in boxes], np.int64)
     ends = np.bincount(owners, minlength=len(table.images)).cumsum().tolist()
     return [
         Boxes(xyxy=xyxy[a:b], labels=labels[a:b], crowd=crowd[a:b], areas=areas[a:b])
@@ -184,12 +179,8 @@ def size_problem(file: str, stated: tuple[int, int], actual: tuple[int, int]) ->
     remedy = "boxes taken as they are; look at them"
     if stated == actual[::-1]:
         remedy = "boxes taken as they are, though the image seems to have been turned (EXIF) since; draw them again"
-    return Problem(
-        file=file,
-        kind="annotation of another size than its image",
-        detail=f"{stated[0]} x {stated[1]}, the image {actual[0]} x {actual[1]}",
-        remedy=remedy,
-    )
+    detail = f"{stated[0]} x {stated[1]}, the image {actual[0]} x {actual[1]}"
+    return Problem(file=file, kind="annotation of another size than its image", detail=detail, remedy=remedy)
 
 
 def image_size(path: Path) -> tuple[int, int]:

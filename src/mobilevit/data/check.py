@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import os
-from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,19 +17,16 @@ from mobilevit.card import TaskName
 from mobilevit.class_names import IGNORE
 from mobilevit.data.boxes import size_problem
 from mobilevit.data.datasets import find_splits
-from mobilevit.data.imageset import ImageSet, Problem
+from mobilevit.data.imageset import AnyImages, ImageSet, Problem, in_threads
 from mobilevit.data.mask_layouts import VALUE_WITHOUT_CLASS, unusable_mask, values_without_class
-from mobilevit.data.shards import holds_shards
 from mobilevit.errors import ImageError
+from mobilevit.files import Json
 from mobilevit.imaging import drawing
 from mobilevit.imaging.decode import IMAGE_SUFFIXES, read_image
-from mobilevit.machine import available_cores
 from mobilevit.progress import Progress
 from mobilevit.tasks import get_task
+from mobilevit.tasks.classification import CLASSIFICATION
 from mobilevit.tasks.targets import Boxes, Mask, read_label_map
-from mobilevit.tasks.task import Target
-
-Value = TypeVar("Value")
 
 _SHOWN_PROBLEMS = 10
 _SHOWN_CLASSES = 40
@@ -44,14 +38,12 @@ class SplitStatistics:
     """Statistics of one part of the data."""
 
     images: int
-    """Images in use."""
     readable: int
-    """How many of them could be decoded."""
+    """Images that could be decoded."""
     smallest: tuple[int, int]
     """(width, height) of the image with the fewest pixels; (0, 0) if none is readable."""
     largest: tuple[int, int]
-    """(width, height) of the image with the most pixels."""
-    images_of: dict[str, int]
+    images_of: dict[str, int] = field(default_factory=dict)
     """For each class: images that show it."""
     objects_of: dict[str, int] = field(default_factory=dict)
     """Detection, for each class: boxes, without crowds."""
@@ -95,16 +87,13 @@ class CheckReport:
     """The result of `check`."""
 
     path: str
-    """Path of the data."""
     task: TaskName
     """The task that the data are labeled for."""
     classes: tuple[str, ...]
-    """Class names."""
     statistics: dict[str, SplitStatistics]
     """By part: "train", "val", "test", or "all"."""
     problems: tuple[Problem, ...]
-    """Everything that is wrong."""
-    splits: dict[str, ImageSet[Any]] = field(repr=False)
+    splits: dict[str, AnyImages] = field(repr=False)
     """The data themselves, for `contact_sheet`."""
 
     def by_kind(self) -> dict[str, list[Problem]]:
@@ -114,7 +103,7 @@ class CheckReport:
             groups.setdefault(problem.kind, []).append(problem)
         return dict(sorted(groups.items(), key=lambda item: len(item[1])))
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Json:
         """Return plain values for JSON."""
         return {
             "path": self.path,
@@ -155,36 +144,29 @@ class CheckReport:
 
 
 def check(path: str | os.PathLike[str], task: TaskName | None = None) -> CheckReport:
-    """Read the annotations and open every image and mask.
-
-    Args:
-        path: as for training.
-        task: None recognizes it by the layout.
-
-    Raises:
-        MobileViTError: nothing usable there.
-    """
+    """Read the annotations and open every image and mask; arguments and errors are those of `find_splits`."""
     splits = find_splits(path, task)
     first = next(iter(splits.values()))
     problems = [problem for data in splits.values() for problem in data.problems]
-    looks: dict[str, list[_Look]] = {}
+    looks: dict[str, list[_Look]] = {part: [] for part in splits}
     with Progress("check", sum(map(len, splits.values()))) as progress:
         for part, data in splits.items():
-            looks[part] = []
-            for look in _look_at_all(data):
+            for look in in_threads(partial(_look_at, data), range(len(data))):
                 looks[part].append(look)
                 problems += look.problems
                 progress.advance(1)
-    statistics = {part: _statistics(data, looks[part]) for part, data in splits.items()}
+    count = _COUNTS[first.task.name]
+    statistics = {part: count(data, looks[part], _of_images(looks[part])) for part, data in splits.items()}
     problems += _duplicates(splits, looks)
     # Reading the layout looks into some of the masks only.
     values = {value for found in looks.values() for look in found for value in look.nameless}
     problems = [p for p in problems if p.kind != VALUE_WITHOUT_CLASS] + values_without_class(values, str(path))
-    checks = _CHECKS[first.task.name]
-    problems += checks.find_more(Path(path))
-    for part, data in splits.items() if checks.needs_every_class else ():
-        unseen = [name for name, count in statistics[part].images_of.items() if not count]
-        problems += [Problem(file=data.origin, kind="class without images", detail=name) for name in unseen]
+    if first.task is CLASSIFICATION and first.shards is None:
+        problems += _odd_files(Path(path))
+    for part, data in splits.items():
+        if not statistics[part].objects_of:  # with boxes, reading them reports it
+            unseen = [name for name, count in statistics[part].images_of.items() if not count]
+            problems += [Problem(file=data.origin, kind="class without images", detail=name) for name in unseen]
     return CheckReport(
         path=str(path),
         task=first.task.name,
@@ -211,13 +193,7 @@ class _Look:
     problems: list[Problem] = field(default_factory=list)
 
 
-def _look_at_all(data: ImageSet[Any]) -> Iterator[_Look]:
-    with ThreadPoolExecutor(min(8, available_cores())) as pool:
-        for start in range(0, len(data), 256):
-            yield from pool.map(partial(_look_at, data), range(start, min(start + 256, len(data))))
-
-
-def _look_at(data: ImageSet[Any], number: int) -> _Look:
+def _look_at(data: AnyImages, number: int) -> _Look:
     look, file = _Look(), _file_of(data, number)
     try:
         source = data.open(number)
@@ -232,30 +208,39 @@ def _look_at(data: ImageSet[Any], number: int) -> _Look:
         look.problems.append(Problem(file=file, kind="image that cannot be read", detail=reason, remedy=remedy))
     if data.sizes is not None and look.size and data.sizes[number] != look.size:
         look.problems.append(size_problem(file, data.sizes[number], look.size))
-    _CHECKS[data.task.name].look(data.targets[number], look)
+    if isinstance(data.targets[number], Mask):
+        _look_at_mask(data.targets[number], look)
     return look
 
 
-def _file_of(data: ImageSet[Any], number: int) -> str:
+def _look_at_mask(mask: Mask, look: _Look) -> None:
+    try:
+        values = read_label_map(mask.path)
+    except ImageError as error:
+        look.problems.append(unusable_mask(mask.path, error))
+        return
+    size = (values.shape[1], values.shape[0])
+    if look.size and size != look.size:
+        turned = size == look.size[::-1]
+        remedy = "the image has been turned (EXIF) since; turn the mask" if turned else "save it in the image's size"
+        sizes = f"{size[0]} x {size[1]}, the image {look.size[0]} x {look.size[1]}"
+        kind = "mask of another size than its image"
+        look.problems.append(Problem(file=str(mask.path), kind=kind, detail=sizes, remedy=remedy))
+    counts = np.bincount(values.ravel(), minlength=256)
+    class_of = np.frombuffer(mask.class_of, np.uint8)
+    look.pixels = np.bincount(class_of, weights=counts, minlength=256).astype(np.int64)
+    look.nameless = np.flatnonzero((counts > 0) & (class_of == IGNORE)).tolist()
+
+
+def _file_of(data: AnyImages, number: int) -> str:
     source = data.open(number)
     return os.fspath(source) if isinstance(source, str | Path) else f"{data.origin}, {data.names[number]}"
 
 
-# -- putting it together ----------------------------------------------------------------------------------------------
+# -- the data as a whole ----------------------------------------------------------------------------------------------
 
 
-def _statistics(data: ImageSet[Any], looks: Sequence[_Look]) -> SplitStatistics:
-    sizes = sorted((look.size for look in looks if look.size), key=lambda size: size[0] * size[1]) or [(0, 0)]
-    of_classes = _CHECKS[data.task.name].count(data, looks)
-    readable = sum(look.size is not None for look in looks)
-    return SplitStatistics(images=len(data), readable=readable, smallest=sizes[0], largest=sizes[-1], **of_classes)
-
-
-def _by_class(classes: Sequence[str], values: Sequence[Value]) -> dict[str, Value]:
-    return dict(zip(classes, values, strict=True))
-
-
-def _duplicates(splits: Mapping[str, ImageSet[Any]], looks: Mapping[str, Sequence[_Look]]) -> list[Problem]:
+def _duplicates(splits: Mapping[str, AnyImages], looks: Mapping[str, Sequence[_Look]]) -> list[Problem]:
     """Find files with the same content; the worst are those in two parts, which make results look too good."""
     first: dict[bytes, tuple[str, int]] = {}
     problems = []
@@ -275,98 +260,59 @@ def _duplicates(splits: Mapping[str, ImageSet[Any]], looks: Mapping[str, Sequenc
     return problems
 
 
-# -- the tasks --------------------------------------------------------------------------------------------------------
+def _odd_files(path: Path) -> list[Problem]:
+    """Find files in the folders of the classes whose names are not those of images."""
+    inside = sorted(path.glob("*/**/*"))
+    odd = [file for file in inside if file.suffix.lower() not in IMAGE_SUFFIXES and file.is_file()]
+    visible = [file for file in odd if not any(name.startswith(".") for name in file.relative_to(path).parts)]
+    kind = "file of no known kind of image"
+    return [Problem(file=str(file), kind=kind, remedy="passed over") for file in visible]
 
 
-class _Checks(ABC, Generic[Target]):
-    """The checks that depend on the task."""
-
-    needs_every_class: ClassVar[bool] = True
-    """Whether a class without images is a problem."""
-
-    def look(self, target: Target, look: _Look) -> None:
-        """Look at the file that a target is in, if it is in one."""
-
-    @abstractmethod
-    def count(self, data: ImageSet[Target], looks: Sequence[_Look]) -> dict[str, Any]:
-        """Compute the fields of `SplitStatistics` that are about classes."""
-
-    def find_more(self, _: Path) -> list[Problem]:
-        """Find problems of the data as a whole."""
-        return []
+def _of_images(looks: Sequence[_Look]) -> SplitStatistics:
+    """Compute what does not depend on the task."""
+    sizes = sorted((look.size for look in looks if look.size), key=lambda size: size[0] * size[1])
+    smallest, largest = (sizes[0], sizes[-1]) if sizes else ((0, 0), (0, 0))
+    return SplitStatistics(images=len(looks), readable=len(sizes), smallest=smallest, largest=largest)
 
 
-class _ClassChecks(_Checks[int]):
-    def count(self, data: ImageSet[int], _: Sequence[_Look]) -> dict[str, Any]:
-        return {"images_of": _by_class(data.classes, data.class_counts())}
-
-    def find_more(self, path: Path) -> list[Problem]:
-        """Find files in the folders of the classes whose names are not those of images."""
-        if not path.is_dir() or holds_shards(path):
-            return []
-        inside = sorted(file for folder in path.iterdir() if folder.is_dir() for file in folder.rglob("*"))
-        odd = [file for file in inside if file.is_file() and file.suffix.lower() not in IMAGE_SUFFIXES]
-        visible = [file for file in odd if not any(name.startswith(".") for name in file.relative_to(path).parts)]
-        kind = "file of no known kind of image"
-        return [Problem(file=str(file), kind=kind, remedy="passed over") for file in visible]
+def _count_classes(data: ImageSet[int], _: Sequence[_Look], so_far: SplitStatistics) -> SplitStatistics:
+    return replace(so_far, images_of=dict(zip(data.classes, data.class_counts(), strict=True)))
 
 
-class _BoxChecks(_Checks[Boxes]):
-    needs_every_class = False
-
-    def count(self, data: ImageSet[Boxes], _: Sequence[_Look]) -> dict[str, Any]:
-        images = np.zeros(len(data.classes), np.int64)
-        areas = [np.zeros(0, np.float32)]
-        for target in data.targets:
-            images[np.unique(target.labels[~target.crowd])] += 1
-            areas.append(target.areas[~target.crowd])
-        area = np.concatenate(areas)
-        small, large = int((area < _SMALL).sum()), int((area >= _LARGE).sum())
-        return {
-            "images_of": _by_class(data.classes, images.tolist()),
-            "objects_of": _by_class(data.classes, data.class_counts()),
-            "box_sizes": {"small": small, "medium": len(area) - small - large, "large": large},
-            "crowds": sum(int(target.crowd.sum()) for target in data.targets),
-            "without_objects": sum(not target.labels.size for target in data.targets),
-        }
+def _count_boxes(data: ImageSet[Boxes], _: Sequence[_Look], so_far: SplitStatistics) -> SplitStatistics:
+    images = np.zeros(len(data.classes), np.int64)
+    for target in data.targets:
+        images[np.unique(target.labels[~target.crowd])] += 1
+    area = np.concatenate([target.areas[~target.crowd] for target in data.targets])
+    small, large = int((area < _SMALL).sum()), int((area >= _LARGE).sum())
+    return replace(
+        so_far,
+        images_of=dict(zip(data.classes, images.tolist(), strict=True)),
+        objects_of=dict(zip(data.classes, data.class_counts(), strict=True)),
+        box_sizes={"small": small, "medium": len(area) - small - large, "large": large},
+        crowds=sum(int(target.crowd.sum()) for target in data.targets),
+        without_objects=sum(not target.labels.size for target in data.targets),
+    )
 
 
-class _MaskChecks(_Checks[Mask]):
-    def look(self, mask: Mask, look: _Look) -> None:
-        try:
-            values = read_label_map(mask.path)
-        except ImageError as error:
-            look.problems.append(unusable_mask(mask.path, error))
-            return
-        size = (values.shape[1], values.shape[0])
-        if look.size and size != look.size:
-            turned = size == look.size[::-1]
-            remedy = (
-                "the image has been turned (EXIF) since; turn the mask" if turned else "save it in the image's size"
-            )
-            sizes = f"{size[0]} x {size[1]}, the image {look.size[0]} x {look.size[1]}"
-            kind = "mask of another size than its image"
-            look.problems.append(Problem(file=str(mask.path), kind=kind, detail=sizes, remedy=remedy))
-        counts = np.bincount(values.ravel(), minlength=256)
-        class_of = np.frombuffer(mask.class_of, np.uint8)
-        look.pixels = np.bincount(class_of, weights=counts, minlength=256).astype(np.int64)
-        look.nameless = np.flatnonzero((counts > 0) & (class_of == IGNORE)).tolist()
-
-    def count(self, data: ImageSet[Mask], looks: Sequence[_Look]) -> dict[str, Any]:
-        pixels = np.array([look.pixels for look in looks if look.pixels is not None], np.int64).reshape(-1, 256)
-        total = pixels.sum(axis=0)
-        of_classes = total[: len(data.classes)]
-        return {
-            "images_of": _by_class(data.classes, (pixels[:, : len(data.classes)] > 0).sum(axis=0).tolist()),
-            "pixels_of": _by_class(data.classes, (of_classes / max(1, int(of_classes.sum()))).tolist()),
-            "void": float(total[IGNORE] / max(1, int(total.sum()))),
-        }
+def _count_pixels(data: ImageSet[Mask], looks: Sequence[_Look], so_far: SplitStatistics) -> SplitStatistics:
+    pixels = np.array([look.pixels for look in looks if look.pixels is not None], np.int64).reshape(-1, 256)
+    total = pixels.sum(axis=0)
+    of_classes = total[: len(data.classes)]
+    images = (pixels[:, : len(data.classes)] > 0).sum(axis=0)
+    return replace(
+        so_far,
+        images_of=dict(zip(data.classes, images.tolist(), strict=True)),
+        pixels_of=dict(zip(data.classes, (of_classes / max(1, int(of_classes.sum()))).tolist(), strict=True)),
+        void=float(total[IGNORE] / max(1, int(total.sum()))),
+    )
 
 
-_CHECKS: dict[TaskName, _Checks[Any]] = {
-    "classification": _ClassChecks(),
-    "detection": _BoxChecks(),
-    "segmentation": _MaskChecks(),
+_COUNTS: dict[TaskName, Callable[[AnyImages, Sequence[_Look], SplitStatistics], SplitStatistics]] = {
+    "classification": _count_classes,
+    "detection": _count_boxes,
+    "segmentation": _count_pixels,
 }
 
 
@@ -374,7 +320,7 @@ _CHECKS: dict[TaskName, _Checks[Any]] = {
 
 
 def contact_sheet(
-    splits: Mapping[str, ImageSet[Any]], *, num_images: int = 24, columns: int = 6, cell: int = 320
+    splits: Mapping[str, AnyImages], *, num_images: int = 24, columns: int = 6, cell: int = 320
 ) -> Image.Image:
     """Draw images evenly spaced over all parts, with their class, their boxes or the colors of their masks.
 
@@ -406,5 +352,5 @@ def contact_sheet(
     return drawing.with_legend(sheet, [(first.classes[label], colors[label]) for label in sorted(shown)])
 
 
-def _caption(data: ImageSet[Target], number: int) -> list[str]:
+def _caption(data: AnyImages, number: int) -> list[str]:
     return data.task.caption(data.targets[number], data.classes)

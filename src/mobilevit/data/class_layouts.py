@@ -8,13 +8,16 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from mobilevit.data.folders import PART_NAMES, as_splits, part_named, sub_folders
+from mobilevit.data.folders import PART_NAMES, as_splits, import_parquet, part_named, sub_folders
 from mobilevit.data.imageset import ImageSet, Problem
-from mobilevit.errors import MissingPackageError, MobileViTError, some
+from mobilevit.errors import MobileViTError, some
 from mobilevit.imaging.decode import IMAGE_SUFFIXES, Source, find_images
 from mobilevit.tasks.classification import CLASSIFICATION
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 _Rows = tuple[ImageSet[int], list[str] | None]
 """Images, and the word that each has in the column `split`, if there is one."""
@@ -222,15 +225,11 @@ def _from_parquet(files: Sequence[Path]) -> _Rows:
     return data, words
 
 
-def _read_parquet(files: Sequence[Path]) -> Any:
-    """Read several files as one `pyarrow.Table`."""
-    try:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-    except ImportError:
-        raise MissingPackageError(
-            f"{files[0]}: reading parquet needs pyarrow; pip install 'mobilevit[train]'"
-        ) from None
+def _read_parquet(files: Sequence[Path]) -> pa.Table:
+    """Read several files as one table."""
+    pq = import_parquet(files[0])
+    import pyarrow as pa
+
     try:
         return pa.concat_tables([pq.read_table(file, memory_map=True) for file in files])
     except (pa.ArrowException, OSError) as error:
@@ -238,7 +237,7 @@ def _read_parquet(files: Sequence[Path]) -> Any:
         raise MobileViTError(f"{named}: damaged or not a parquet file ({str(error).splitlines()[0]})") from None
 
 
-def _image_column(table: Any, path: Path) -> Any:
+def _image_column(table: pa.Table, path: Path) -> pa.ChunkedArray:
     import pyarrow as pa
 
     images = table["image"]
@@ -253,14 +252,14 @@ def _image_column(table: Any, path: Path) -> Any:
 class _ParquetImages:
     """Encoded images by row; a process it is sent to reads the files itself."""
 
-    def __init__(self, files: Sequence[Path], column: Any) -> None:
+    def __init__(self, files: Sequence[Path], column: pa.ChunkedArray) -> None:
         self.files, self.column = files, column
 
     def __call__(self, row: int) -> bytes:
         image: bytes = self.column[row].as_py()
         return image
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[Callable[[Sequence[Path]], Callable[[int], Source]], tuple[Sequence[Path]]]:
         return _open_parquet, (self.files,)
 
 

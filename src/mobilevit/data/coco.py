@@ -6,19 +6,17 @@ import json
 import re
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from mobilevit.data.boxes import Box, BoxTable, box_splits
 from mobilevit.data.folders import PART_NAMES, Listing, find_parts, part_in, relative, sub_folder
 from mobilevit.data.imageset import ImageSet
 from mobilevit.errors import MobileViTError, some
+from mobilevit.files import Json
 from mobilevit.progress import Progress
 from mobilevit.tasks.targets import Boxes
 
 _OTHER_KINDS = ("captions", "person_keypoints", "stuff", "panoptic", "image_info")  # of COCO's own files
 _LISTS = ("images", "annotations", "categories")
-
-_Entry = dict[str, Any]
 
 
 def looks_like_coco(file: Path) -> bool:
@@ -87,7 +85,7 @@ def _read(files: Mapping[str, Path], root: Path, unnamed: Sequence[Path] = ()) -
     return box_splits(tables, tuple(str(name) for name in index_of), index_of)
 
 
-def _load(file: Path, default: dict[str, list[_Entry]]) -> dict[str, list[_Entry]]:
+def _load(file: Path, default: dict[str, list[Json]]) -> dict[str, list[Json]]:
     try:
         content = json.loads(file.read_bytes())
     except (ValueError, RecursionError) as error:
@@ -99,7 +97,7 @@ def _load(file: Path, default: dict[str, list[_Entry]]) -> dict[str, list[_Entry
     return {key: content[key] for key in _LISTS}
 
 
-def _categories(content: dict[str, list[_Entry]], table: BoxTable) -> dict[Hashable, str]:
+def _categories(content: dict[str, list[Json]], table: BoxTable) -> dict[Hashable, str]:
     """Return the names of the categories by id, in order."""
     try:
         categories = {int(entry["id"]): entry for entry in content["categories"]}
@@ -120,7 +118,7 @@ def _categories(content: dict[str, list[_Entry]], table: BoxTable) -> dict[Hasha
 
 
 def _add_images(
-    table: BoxTable, entries: Sequence[_Entry], file: Path, root: Path, part: str | None
+    table: BoxTable, entries: Sequence[Json], file: Path, root: Path, part: str | None
 ) -> dict[Hashable, int]:
     """Return the number of the image of each id; -1 if it is missing."""
     named = [e for e in entries if isinstance(e.get("file_name"), str) and isinstance(e.get("id"), int | str)]
@@ -147,7 +145,7 @@ def _add_images(
     return numbers
 
 
-def _size(table: BoxTable, entry: _Entry, image: Path) -> tuple[int, int] | None:
+def _size(table: BoxTable, entry: Json, image: Path) -> tuple[int, int] | None:
     """Return (width, height) as stated, which spares opening the image, else its own."""
     width, height = entry.get("width"), entry.get("height")
     if isinstance(width, int) and isinstance(height, int) and min(width, height) > 0:
@@ -178,7 +176,7 @@ def _paths(names: Sequence[str], file: Path, root: Path, part: str | None, listi
 
 def _add_boxes(
     table: BoxTable,
-    entries: Sequence[_Entry],
+    entries: Sequence[Json],
     numbers: Mapping[Hashable, int],
     names: Mapping[Hashable, str],
     file: Path,

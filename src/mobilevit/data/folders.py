@@ -6,9 +6,10 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import TypeVar
 
-from mobilevit.errors import MobileViTError
+from mobilevit.errors import MissingPackageError, MobileViTError
 from mobilevit.imaging.decode import IMAGE_SUFFIXES
 
 Value = TypeVar("Value")
@@ -143,3 +144,13 @@ def read_class_names(file: Path) -> list[str]:
         where = f", line {lines.index('') + 1}" if lines else ""
         raise MobileViTError(f"{file}{where}: class names are missing; write one a line")
     return lines
+
+
+def import_parquet(place: str | Path) -> ModuleType:
+    """Import `pyarrow.parquet`, to read or write what is at `place`."""
+    try:
+        import pyarrow.parquet as pq
+    except ImportError:
+        raise MissingPackageError(f"{place}: parquet files need pyarrow; pip install 'mobilevit[train]'") from None
+    module: ModuleType = pq
+    return module

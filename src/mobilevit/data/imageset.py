@@ -5,18 +5,26 @@ from __future__ import annotations
 import hashlib
 import logging
 import random
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Generic
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
 from mobilevit.errors import MobileViTError, some
 from mobilevit.imaging.decode import Source
+from mobilevit.machine import available_cores
 from mobilevit.tasks.task import Target, Task
 
 log = logging.getLogger("mobilevit")
+
+Value = TypeVar("Value")
+
+_AHEAD = 64
+"""Results that `in_threads` keeps."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,6 +156,18 @@ def _strata(data: ImageSet[Target]) -> list[tuple[str, list[int]]]:
         label = data.task.stratum(data.targets[number], counts)
         groups.setdefault(-1 if label is None else label, []).append(number)
     return [("" if label < 0 else data.classes[label], numbers) for label, numbers in sorted(groups.items())]
+
+
+def in_threads(work: Callable[[int], Value], numbers: Sequence[int]) -> Iterator[Value]:
+    """Call `work` for each number in threads, some ahead, and yield the results in order."""
+    waiting: deque[Future[Value]] = deque()
+    with ThreadPoolExecutor(min(8, available_cores())) as pool:
+        for number in numbers:
+            waiting.append(pool.submit(work, number))
+            if len(waiting) > _AHEAD:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 def _open_at(opener: Callable[[int], Source], indices: Sequence[int], number: int) -> Source:

@@ -2,8 +2,6 @@
 
 A scene is described in units of the image's side, so that it can be drawn at any size. Every shape is a signed
 distance (negative inside, zero on the edge), which gives its smooth edge, its shadow and its mask.
-
-Letters used in shape comments: H, W height and width of the image; h, w of the window around one shape.
 """
 
 from __future__ import annotations
@@ -18,18 +16,15 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from mobilevit.files import write_json, write_text
+from mobilevit.files import Json, write_json, write_text
 from mobilevit.progress import Progress
 
 Array = NDArray[np.floating[Any]]
 
 
 def _star(x: Array, y: Array, points: int, notch: float) -> Array:
-    """Signed distance to a star with its tips at radius 1 and its notches at radius `notch`.
-
-    All of its edges are one edge, mirrored and turned: fold the plane onto the wedge between a tip and the next notch.
-    """
-    wedge = pi / points
+    """Signed distance to a star with its tips at radius 1 and its notches at radius `notch`."""
+    wedge = pi / points  # between a tip and the next notch; all edges are that of one wedge, mirrored and turned
     angle = np.abs((np.arctan2(y, x) + wedge) % (2 * wedge) - wedge)
     radius = np.hypot(x, y)
     x, y = radius * np.cos(angle) - 1, radius * np.sin(angle)  # from the tip
@@ -43,16 +38,10 @@ def _box(x: Array, y: Array, half_width: float, half_height: float) -> Array:
     return np.hypot(np.maximum(x, 0), np.maximum(y, 0)) + np.minimum(np.maximum(x, y), 0)
 
 
-def _cross(x: Array, y: Array) -> Array:
-    """Signed distance to a bar, after swapping coordinates so that every point lies nearest to the same arm."""
-    x, y = np.abs(x), np.abs(y)
-    return _box(np.maximum(x, y), np.minimum(x, y), 0.95, 0.31)
-
-
 # Signed distances on coordinates in which the shape just fits the circle of radius 1.
 _SHAPES: dict[str, Callable[[Array, Array], Array]] = {
     "circle": lambda x, y: np.hypot(x, y) - 1,
-    "cross": _cross,
+    "cross": lambda x, y: _box(np.maximum(abs(x), abs(y)), np.minimum(abs(x), abs(y)), 0.95, 0.31),
     "ring": lambda x, y: np.abs(np.hypot(x, y) - 0.78) - 0.22,
     "square": lambda x, y: _box(x, y, 0.5**0.5, 0.5**0.5),
     "star": lambda x, y: _star(x, y, 5, 0.45),
@@ -73,7 +62,6 @@ class Scene:
     """A drawn image with its labels for all three tasks."""
 
     image: Image.Image
-    """RGB, size x size."""
     labels: tuple[int, ...]
     """Index in `CLASSES` of each object, the frontmost first."""
     boxes_xyxy: tuple[tuple[float, float, float, float], ...]
@@ -95,12 +83,7 @@ def render_scene(index: int, *, seed: int = 0, size: int = 64, num_objects: int 
         seed: which series of scenes, from 0.
         size: side of the image in pixels, at least 32 and at least 8 * num_objects.
         num_objects: from 1 to 8.
-
-    Raises:
-        ValueError: an argument is out of range.
     """
-    if not 1 <= num_objects <= 8 or size < max(32, 8 * num_objects):
-        raise ValueError(f"size {size}, num_objects {num_objects}: draw 1 to 8 objects, 32 pixels and 8 for each")
     rng = np.random.default_rng((seed, index))
     axis = (np.arange(size, dtype=np.float32) + 0.5) / size
 
@@ -128,33 +111,22 @@ def write_folder(folder: Path, *, num_images: int, seed: int = 0, size: int = 64
     """Write the first scenes of a series, one object each, as `folder/<class>/<index>.png`."""
     for name in CLASSES:
         (folder / name).mkdir(parents=True, exist_ok=True)
-    with Progress("draw", num_images) as progress:
-        for index in range(num_images):
-            scene = render_scene(index, seed=seed, size=size)
-            scene.image.save(folder / CLASSES[scene.labels[0]] / f"{index:05d}.png")
-            progress.advance(1)
+    for name, scene in _scenes(num_images, seed, size, most_objects=1):
+        scene.image.save(folder / CLASSES[scene.labels[0]] / name)
 
 
 def write_boxes(folder: Path, *, num_images: int, seed: int = 0, size: int = 128) -> None:
     """Write the first scenes of a series, one to three objects each, as COCO: `images/` and `annotations.json`."""
     (folder / "images").mkdir(parents=True, exist_ok=True)
-    images: list[dict[str, Any]] = []
-    objects: list[dict[str, Any]] = []
-    for index, name, scene in _scenes(num_images, seed=seed, size=size):
+    images: list[Json] = []
+    objects: list[Json] = []
+    for name, scene in _scenes(num_images, seed, size, most_objects=3):
         scene.image.save(folder / "images" / name)
-        images.append({"id": index, "file_name": name, "width": size, "height": size})
         for label, (left, top, right, bottom) in zip(scene.labels, scene.boxes_xyxy, strict=True):
-            width, height = right - left, bottom - top
-            objects.append(
-                {
-                    "id": len(objects) + 1,
-                    "image_id": index,
-                    "category_id": 1 + label,
-                    "bbox": [left, top, width, height],
-                    "area": width * height,
-                    "iscrowd": 0,
-                }
-            )
+            box = {"bbox": [left, top, right - left, bottom - top], "area": (right - left) * (bottom - top)}
+            ids = {"id": len(objects) + 1, "image_id": len(images), "category_id": 1 + label, "iscrowd": 0}
+            objects.append(ids | box)
+        images.append({"id": len(images), "file_name": name, "width": size, "height": size})
     categories = [{"id": 1 + label, "name": name} for label, name in enumerate(CLASSES)]
     write_json(folder / "annotations.json", {"images": images, "annotations": objects, "categories": categories})
 
@@ -164,18 +136,18 @@ def write_masks(folder: Path, *, num_images: int, seed: int = 0, size: int = 128
     for part in ("images", "masks"):
         (folder / part).mkdir(parents=True, exist_ok=True)
     write_text(folder / "classes.txt", "\n".join(("background", *CLASSES)) + "\n")
-    for _, name, scene in _scenes(num_images, seed=seed, size=size):
+    for name, scene in _scenes(num_images, seed, size, most_objects=3):
         scene.image.save(folder / "images" / name)
         Image.fromarray(scene.mask).save(folder / "masks" / name)
 
 
-def _scenes(num_images: int, *, seed: int, size: int) -> Iterator[tuple[int, str, Scene]]:
-    """Draw scenes with one to three objects in turn; yields number, file name and scene."""
+def _scenes(num_images: int, seed: int, size: int, most_objects: int) -> Iterator[tuple[str, Scene]]:
+    """Draw scenes in turn, each with the name of its file."""
     with Progress("draw", num_images) as progress:
         for index in range(num_images):
             # In steps of its own, so that each class comes first in scenes of every number of objects.
-            num_objects = 1 + index // len(CLASSES) % 3
-            yield index, f"{index:05d}.png", render_scene(index, seed=seed, size=size, num_objects=num_objects)
+            num_objects = 1 + index // len(CLASSES) % most_objects
+            yield f"{index:05d}.png", render_scene(index, seed=seed, size=size, num_objects=num_objects)
             progress.advance(1)
 
 
@@ -330,11 +302,7 @@ def _colors(lightness: Array, chroma: float | Array, hue: Array) -> Array:
 
 
 _OKLAB_TO_LMS = np.array(
-    [
-        [1.0, 1.0, 1.0],
-        [0.3963377774, -0.1055613458, -0.0894841775],
-        [0.2158037573, -0.0638541728, -1.2914855480],
-    ]
+    [[1.0, 1.0, 1.0], [0.3963377774, -0.1055613458, -0.0894841775], [0.2158037573, -0.0638541728, -1.2914855480]]
 )
 _LMS_TO_RGB = np.array(
     [

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 from io import FileIO
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -27,7 +26,7 @@ from mobilevit.errors import ImageError, MobileViTError
 from mobilevit.files import WriteError, cache_folder, file_lock, write_atomically
 from mobilevit.remote import file_system, is_url, read_bytes, with_retries
 
-MAX_OPEN = 32
+_MAX_OPEN = 32
 """Shards that one process keeps open: twice what a sampler mixes."""
 _STALE_S = 24 * 3600.0
 """Age at which a half-written file in the cache belongs to no living process."""
@@ -130,11 +129,14 @@ def describe(place: str) -> ShardFile:
             stat = Path(place).stat()
             return ShardFile(place=place, num_bytes=stat.st_size, version=f"{stat.st_size} {stat.st_mtime_ns}")
         system, path = file_system(place)
-        info: dict[str, Any] = with_retries(place, lambda: system.info(path))
+        info: dict[str, object] = with_retries(place, lambda: system.info(path))
     except (FileNotFoundError, NotADirectoryError):
         raise MobileViTError(f"{place}: no such shard; look at the folder and the number of digits") from None
+    size = info.get("size")
     changes = [str(info[key]) for key in ("ETag", "LastModified", "mtime", "updated", "created") if info.get(key)]
-    return ShardFile(place=place, num_bytes=info.get("size"), version=" ".join([str(info.get("size")), *changes]))
+    return ShardFile(
+        place=place, num_bytes=size if isinstance(size, int) else None, version=" ".join([str(size), *changes])
+    )
 
 
 # -- the cache --------------------------------------------------------------------------------------------------------
@@ -146,11 +148,11 @@ def shard_cache() -> Path:
     return Path(chosen).expanduser() if chosen else cache_folder() / "shards"
 
 
-def _max_bytes() -> int:
+def _max_bytes() -> float:
     chosen = os.environ.get("MOBILEVIT_SHARD_CACHE_GB") or "20"
     with contextlib.suppress(ValueError):
         if float(chosen) > 0:
-            return int(float(chosen) * 1e9)
+            return float(chosen) * 1e9
     raise MobileViTError(f"MOBILEVIT_SHARD_CACHE_GB is {chosen!r}; it must be a number above 0")
 
 
@@ -237,7 +239,7 @@ def _make_room(kept: Path) -> None:
 _ONE_AT_A_TIME = threading.Lock()
 
 
-@lru_cache(maxsize=MAX_OPEN)
+@lru_cache(maxsize=_MAX_OPEN)
 def opened(shard: ShardFile) -> FileIO:
     """Return an open shard, perhaps one that was opened before; it closes when nobody uses it any more."""
     return open_shard(shard)
@@ -257,13 +259,12 @@ class ShardImages:
     """The encoded images of shards by number: `ImageSet.open` for shards."""
 
     shards: Sequence[ShardFile]
-    """The files."""
     shard_of: NDArray[np.int32]
-    """(N,) which of them an image is in."""
+    """(N,): number of the shard that an image is in."""
     offsets: NDArray[np.int64]
-    """(N,) where in it the image begins, in bytes."""
+    """(N,): where in it the image begins, in bytes."""
     sizes: NDArray[np.int64]
-    """(N,) its length in bytes."""
+    """(N,): its length in bytes."""
 
     def __call__(self, number: int) -> bytes:
         """Read the bytes of an image.

@@ -10,26 +10,22 @@ import re
 import shutil
 import tarfile
 import tempfile
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 from PIL import Image
 
 from mobilevit.card import TaskName
 from mobilevit.data.datasets import find_splits
-from mobilevit.data.folders import PART_NAMES
-from mobilevit.data.imageset import ImageSet, split
-from mobilevit.data.shards import FORMAT, INDEX, TABLE, VERSION, parquet
-from mobilevit.data.tar_scan import BLOCK
+from mobilevit.data.folders import PART_NAMES, import_parquet
+from mobilevit.data.imageset import ImageSet, in_threads, split
+from mobilevit.data.shards import FORMAT, INDEX, TABLE, VERSION
 from mobilevit.errors import ImageError, MobileViTError
-from mobilevit.files import write_atomically, write_json, writing_to
+from mobilevit.files import Json, write_atomically, write_json, writing_to
 from mobilevit.imaging.decode import read_image
-from mobilevit.machine import available_cores
 from mobilevit.progress import Progress
 from mobilevit.tasks.classification import CLASSIFICATION
 
@@ -38,8 +34,6 @@ _EXTENSIONS = {
     "GIF": "gif", "TIFF": "tif", "PPM": "ppm", "AVIF": "avif",
 }  # fmt: skip
 _JPEG_QUALITY = 95
-_READ_AHEAD = 64
-"""Images that are read, and checked, before they are written."""
 _OURS = re.compile(rf"({'|'.join(PART_NAMES)})-\d{{6,}}\.tar|{re.escape(INDEX)}|{re.escape(TABLE)}")
 
 
@@ -54,8 +48,7 @@ class ShardReport:
     left_out: tuple[str, ...]
     """One line for each image that cannot be read."""
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain values for JSON."""
+    def to_dict(self) -> Json:
         return asdict(self)
 
     def lines(self) -> list[str]:
@@ -85,7 +78,7 @@ def write_shards(
     folder that goes with an error or Ctrl-C.
 
     Args:
-        data: what `find_splits` reads.
+        data: labeled images, as for training.
         out: folder; empty, or none yet.
         task: as for `find_splits`.
         max_bytes: size of a shard; one with a single larger image passes it.
@@ -98,7 +91,7 @@ def write_shards(
         MobileViTError: not for classification, `out` has something else in it, or a number out of range.
     """
     _check_settings(max_bytes, shorter_side, val_fraction)
-    parquet(str(out))
+    import_parquet(out)
     _refuse_if_used(out, overwrite)
     splits = find_splits(data, task)
     labeled_for = next(iter(splits.values())).task
@@ -109,15 +102,17 @@ def write_shards(
         train, val = split(splits["all"], val_fraction=val_fraction, seed=seed)
         splits = {"train": train, "val": val}
     left_out: list[str] = []
-    shards: list[dict[str, Any]] = []
-    prepare = partial(_prepare, shorter_side)
+    shards: list[_Shard] = []
     with writing_to(out):
         out.mkdir(parents=True, exist_ok=True)
         aside = Path(tempfile.mkdtemp(dir=out, prefix=".writing-"))
         try:
             for part, images in splits.items():
                 folder, name = (aside, "train") if part == "all" else (aside / part, part)
-                shards += _write_part(images, folder, name, prepare, max_bytes, seed, left_out)
+                folder.mkdir(exist_ok=True)
+                writer = _Writer(folder, name, max_bytes)
+                left_out += _add_all(writer, images, shorter_side, seed)
+                shards += writer.write_index(images.classes)
             _remove_former(out)
             _move(aside, out, [part for part in splits if part != "all"])
         finally:
@@ -125,8 +120,8 @@ def write_shards(
     return ShardReport(
         out=str(out),
         shards=len(shards),
-        images=sum(shard["images"] for shard in shards),
-        num_bytes=sum(shard["bytes"] for shard in shards),
+        images=sum(shard.images for shard in shards),
+        num_bytes=sum(shard.bytes for shard in shards),
         left_out=tuple(left_out),
     )
 
@@ -187,50 +182,31 @@ def _move(aside: Path, out: Path, parts: Sequence[str]) -> None:
 # -- tar files --------------------------------------------------------------------------------------------------------
 
 
-def _write_part(
-    data: ImageSet[int],
-    folder: Path,
-    name: str,
-    prepare: Callable[[ImageSet[int], int], tuple[bytes, str]],
-    max_bytes: int,
-    seed: int,
-    left_out: list[str],
-) -> list[dict[str, Any]]:
-    """Write one part and its index; returns what the index says of the shards."""
-    folder.mkdir(exist_ok=True)
+def _add_all(writer: _Writer, data: ImageSet[int], shorter_side: int | None, seed: int) -> list[str]:
+    """Write the images of one part, shuffled; returns a line for each that cannot be read."""
     order = list(range(len(data)))
     random.Random(seed).shuffle(order)
-    writer = _Writer(folder, name, max_bytes)
-    with Progress(f"write {name}", len(data)) as progress, ThreadPoolExecutor(min(available_cores(), 8)) as pool:
-        try:
-            for number, prepared in _ahead(pool, partial(prepare, data), order):
-                progress.advance(1)
-                if isinstance(prepared, ImageError):
-                    left_out.append(str(prepared))
-                else:
-                    writer.add(data.names[number], data.targets[number], *prepared)
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    left_out = []
+    with Progress(f"write {writer.part}", len(data)) as progress:
+        prepared = in_threads(partial(_prepare, data, shorter_side), order)
+        for number, image in zip(order, prepared, strict=True):
+            progress.advance(1)
+            if isinstance(image, ImageError):
+                left_out.append(str(image))
+            else:
+                writer.add(data.names[number], data.targets[number], *image)
     if not writer.rows:
         raise MobileViTError(f"{data.origin}: no image can be read; {left_out[0] if left_out else 'there is none'}")
-    return writer.write_index(data.classes)
+    return left_out
 
 
-def _ahead(
-    pool: ThreadPoolExecutor, prepare: Callable[[int], tuple[bytes, str]], order: Sequence[int]
-) -> Iterator[tuple[int, tuple[bytes, str] | ImageError]]:
-    """Prepare images in their order, some of them ahead."""
-    waiting: deque[tuple[int, Future[tuple[bytes, str]]]] = deque()
-    for number in (*order, *[None] * _READ_AHEAD):
-        if number is not None:
-            waiting.append((number, pool.submit(prepare, number)))
-        if waiting and (number is None or len(waiting) > _READ_AHEAD):
-            first, future = waiting.popleft()
-            try:
-                yield first, future.result()
-            except ImageError as error:
-                yield first, error
+class _Shard(NamedTuple):
+    """A shard as `index.json` lists it."""
+
+    name: str
+    images: int
+    bytes: int
+    sha256: str
 
 
 class _Writer:
@@ -239,15 +215,16 @@ class _Writer:
     def __init__(self, folder: Path, part: str, max_bytes: int) -> None:
         self.folder, self.part, self.max_bytes = folder, part, max_bytes
         self.rows: list[tuple[int, str, int, int, int, str]] = []
-        self._shards: list[dict[str, Any]] = []
+        self._shards: list[_Shard] = []
         self._keys: set[str] = set()
         self._tar: tarfile.TarFile | None = None
         self._finished = 0  # rows of shards that are complete
 
     def add(self, name: str, label: int, data: bytes, extension: str) -> None:
         """Add an image, to the next shard if it does not fit into this one."""
-        record = 3 * BLOCK + _padded(len(data))  # two headers, the label
-        if self._tar and _padded(self._tar.offset + record + 2 * BLOCK, tarfile.RECORDSIZE) > self.max_bytes:
+        record = 3 * tarfile.BLOCKSIZE + _padded(len(data))  # two headers, the label
+        end = 2 * tarfile.BLOCKSIZE
+        if self._tar and _padded(self._tar.offset + record + end, tarfile.RECORDSIZE) > self.max_bytes:
             self._finish()
         if self._tar is None:
             self._tar = tarfile.open(self._path(), "w")  # noqa: SIM115, open while images are added
@@ -257,11 +234,11 @@ class _Writer:
         _add(self._tar, f"{key}.cls", str(label).encode())
         self.rows.append((len(self._shards), key, label, offset, len(data), extension))
 
-    def write_index(self, classes: Sequence[str]) -> list[dict[str, Any]]:
+    def write_index(self, classes: Sequence[str]) -> list[_Shard]:
         """Finish the last shard and write the index."""
         import pyarrow as pa
+        import pyarrow.parquet as pq
 
-        pq = parquet(str(self.folder))
         self._finish()
         columns = {
             "shard": pa.int32(), "key": pa.string(), "label": pa.int32(), "offset": pa.int64(), "size": pa.int64(),
@@ -271,7 +248,7 @@ class _Writer:
         table = pa.table({name: pa.array(column, kind) for (name, kind), column in values})
         write_atomically(self.folder / TABLE, lambda file: pq.write_table(table, file))
         index = {"format": FORMAT, "version": VERSION, "images": len(self.rows), "classes": list(classes)}
-        write_json(self.folder / INDEX, index | {"shards": self._shards})
+        write_json(self.folder / INDEX, index | {"shards": [shard._asdict() for shard in self._shards]})
         return self._shards
 
     def _path(self) -> Path:
@@ -287,7 +264,7 @@ class _Writer:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
             os.fsync(file.fileno())
         images, self._finished = len(self.rows) - self._finished, len(self.rows)
-        self._shards.append({"name": path.name, "images": images, "bytes": path.stat().st_size, "sha256": digest})
+        self._shards.append(_Shard(path.name, images, path.stat().st_size, digest))
 
     def _free_key(self, name: str) -> str:
         """Make a key of its own for an image: its name, without what WebDataset would take for an extension."""
@@ -301,7 +278,7 @@ class _Writer:
         return key
 
 
-def _padded(size: int, to: int = BLOCK) -> int:
+def _padded(size: int, to: int = tarfile.BLOCKSIZE) -> int:
     return -(-size // to) * to
 
 
@@ -312,20 +289,19 @@ def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
     tar.addfile(info, io.BytesIO(data))
 
 
-def _prepare(shorter_side: int | None, data: ImageSet[int], number: int) -> tuple[bytes, str]:
-    """Return the bytes of an image and their extension.
-
-    Raises:
-        ImageError: it cannot be read.
-    """
-    source, name = data.open(number), data.names[number]
-    if isinstance(source, str | os.PathLike):
-        try:
+def _prepare(data: ImageSet[int], shorter_side: int | None, number: int) -> tuple[bytes, str] | ImageError:
+    """Return the bytes of an image and their extension, or why it cannot be read."""
+    name = data.names[number]
+    try:
+        source = data.open(number)
+        if isinstance(source, str | os.PathLike):
             source = Path(source).read_bytes()
-        except OSError as error:
-            raise ImageError(f"{name}: cannot be read ({error.strerror})") from None
-    assert isinstance(source, bytes), "images to classify are files or bytes"
-    image = read_image(source, name)  # decodes all of it, so that a damaged one is found now
+        assert isinstance(source, bytes), "images to classify are files or bytes"
+        image = read_image(source, name)  # decodes all of it, so that a damaged one is found now
+    except OSError as error:
+        return ImageError(f"{name}: cannot be read ({error.strerror})")
+    except ImageError as error:
+        return error
     if shorter_side is None or min(image.size) <= shorter_side:
         with Image.open(io.BytesIO(source)) as opened:
             return source, _EXTENSIONS[opened.format or "JPEG"]

@@ -10,14 +10,13 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 
-from mobilevit.data.folders import PART_NAMES, as_splits, find_parts, part_in
+from mobilevit.data.folders import PART_NAMES, as_splits, find_parts, import_parquet, part_in
 from mobilevit.data.imageset import ImageSet, Problem
 from mobilevit.data.shard_files import (
     ShardFile,
@@ -30,8 +29,8 @@ from mobilevit.data.shard_files import (
     name_of,
     read_small,
 )
-from mobilevit.data.tar_scan import CUT_SHORT, Records, cut_short, read_records
-from mobilevit.errors import MissingPackageError, MobileViTError, one_line
+from mobilevit.data.tar_scan import CUT_SHORT, Contents, Record, cut_short, read_contents
+from mobilevit.errors import MobileViTError, one_line
 from mobilevit.progress import Progress
 from mobilevit.remote import is_url
 from mobilevit.tasks.classification import CLASSIFICATION
@@ -50,14 +49,12 @@ _TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 
 def is_elsewhere_or_pattern(path: str | os.PathLike[str]) -> bool:
     """Whether this is no local path but the URL of shards, or a pattern of their names."""
-    return is_url(path) or (not Path(path).exists() and is_pattern(path) and ".t" in name_of(os.fspath(path)))
+    return is_url(path) or (is_pattern(path) and ".t" in name_of(os.fspath(path)))
 
 
 def holds_shards(path: Path) -> bool:
     """Whether this is a shard or a folder of shards, perhaps one of parts; only names are looked at."""
-    if path.is_file():
-        return path.name.lower().endswith(_TAR_SUFFIXES)
-    return path.is_dir() and (_has_shards(path) or any(map(_has_shards, find_parts(path).values())))
+    return _is_tar(path) or (path.is_dir() and any(map(_has_shards, (path, *find_parts(path).values()))))
 
 
 def _has_shards(folder: Path) -> bool:
@@ -83,9 +80,6 @@ def shard_splits(path: str | os.PathLike[str]) -> dict[str, ImageSet[int]]:
     one folder above, else the numbers or names found.
 
     Whatever is wrong with single records is in the `problems` of the sets; they are left out.
-
-    Returns:
-        {"train": ..., "val": ..., "test": ...}, as far as the data are divided, else {"all": ...}.
 
     Raises:
         MobileViTError: nothing there, no tar file, no labels, a newer index, or a server that fails.
@@ -115,7 +109,7 @@ def _find(place: str) -> dict[str, list[str]]:
 def _in_folder(folder: str) -> list[str]:
     index = _read_index(folder)
     if index is not None:
-        return [join(folder, shard["name"]) for shard in index["shards"]]
+        return [shard.place for shard in index.shards]
     if is_url(folder):
         return list_matches(join(folder, "*.tar"))
     return [str(entry) for entry in sorted(Path(folder).iterdir()) if _is_tar(entry)]
@@ -140,88 +134,83 @@ def _by_name(places: list[str]) -> dict[str, list[str]]:
 def _read(origin: str, places: Sequence[str]) -> ImageSet[int]:
     places = list(dict.fromkeys(places))
     classes: list[str] | None = None
-    indexed: dict[str, Records] = {}
+    indexed: dict[str, Contents] = {}
     for folder in dict.fromkeys(map(folder_of, places)):
         index = _read_index(folder)
         if index is not None:
-            classes = classes or index["classes"]
+            classes = classes or index.classes
             indexed |= _read_table(folder, index, {*places})
         else:
             classes = classes or _read_classes(folder) or _read_classes(folder_of(folder))
-    scanned: dict[str, Records] = {}
+    scanned: dict[str, Contents] = {}
     foreign = [place for place in places if place not in indexed]
     with Progress("read headers", len(foreign), "shards", silent=not foreign) as progress:
         for place in foreign:
-            scanned[place] = read_records(place)
+            scanned[place] = read_contents(place)
             progress.advance(1)
+    numbers: dict[str, str] = {}
     if classes is None:
         classes = _classes_of([*indexed.values(), *scanned.values()])
-        numbers = {}
     else:
         numbers = {str(number): name for number, name in enumerate(classes)}
     by_name = {name: name for name in classes}
     # An index has the names of the classes; in a tar file, "3" is class number 3, even where a class is called so.
-    found = {place: _with_known_labels(records, by_name) for place, records in indexed.items()}
-    found |= {place: _with_known_labels(records, by_name | numbers) for place, records in scanned.items()}
+    found = {place: _with_known_labels(contents, by_name) for place, contents in indexed.items()}
+    found |= {place: _with_known_labels(contents, by_name | numbers) for place, contents in scanned.items()}
     return _image_set(origin, [found[place] for place in places], tuple(classes))
 
 
-def _image_set(origin: str, found: Sequence[Records], classes: tuple[str, ...]) -> ImageSet[int]:
-    ends = np.cumsum([0, *(len(records.names) for records in found)]).tolist()
+def _image_set(origin: str, found: Sequence[Contents], classes: tuple[str, ...]) -> ImageSet[int]:
+    ends = list(itertools.accumulate((len(contents.records) for contents in found), initial=0))
+    records = [record for contents in found for record in contents.records]
     # Shards that are cut short first: they stand for many images.
-    problems = sorted((p for records in found for p in records.problems), key=lambda p: p.kind != CUT_SHORT)
-    if not ends[-1]:
+    problems = sorted((p for contents in found for p in contents.problems), key=lambda p: p.kind != CUT_SHORT)
+    if not records:
         why = f"; {problems[0]}" if problems else ""
         raise MobileViTError(f"{origin}: no record with an image (.jpg, .png, .webp) and a label (.cls, .json){why}")
     index_of = {name: index for index, name in enumerate(classes)}
     return ImageSet(
         task=CLASSIFICATION,
         origin=origin,
-        names=[f"{records.shard.name}/{name}" for records in found for name in records.names],
-        targets=[index_of[label] for records in found for label in records.labels],
+        names=[f"{contents.shard.name}/{record.name}" for contents in found for record in contents.records],
+        targets=[index_of[record.label] for record in records],
         classes=classes,
         open=ShardImages(
-            [records.shard for records in found],
+            [contents.shard for contents in found],
             np.repeat(np.arange(len(found), dtype=np.int32), np.diff(ends)),
-            np.concatenate([records.offsets for records in found]),
-            np.concatenate([records.sizes for records in found]),
+            np.array([record.offset for record in records], np.int64),
+            np.array([record.size for record in records], np.int64),
         ),
         problems=tuple(problems),
         shards=[range(start, stop) for start, stop in itertools.pairwise(ends) if stop > start],
     )
 
 
-def _classes_of(found: Sequence[Records]) -> list[str]:
+def _classes_of(found: Sequence[Contents]) -> list[str]:
     """Return the numbers that occur, or all labels if some are names."""
-    labels = {label for records in found for label in records.labels}
+    labels = {record.label for contents in found for record in contents.records}
     if all(re.fullmatch(r"-?\d+", label) for label in labels):
         return [str(number) for number in sorted({int(label) for label in labels}) if number >= 0]
     return sorted(labels)
 
 
-def _with_known_labels(records: Records, known: dict[str, str]) -> Records:
+def _with_known_labels(contents: Contents, known: Mapping[str, str]) -> Contents:
     """Replace labels by names of classes, and leave out the records whose label is none."""
-    labels = [known.get(label) or known.get(_plain(label)) for label in records.labels]
-    rows = [row for row, label in enumerate(labels) if label is not None]
-    if len(rows) < len(labels):
-        num_classes = len({*known.values()})
-        unknown = [
-            Problem(
-                file=f"{records.shard.place}: {records.names[row].rpartition('.')[0]}",
-                kind="label outside the classes",
-                detail=f"{records.labels[row]}; there are {num_classes} classes",
-                remedy=f"left out; add its name to {CLASSES}, a line each, or correct it",
-            )
-            for row, label in enumerate(labels)
-            if label is None
-        ]
-        records = records.keep(rows, unknown)
-    return replace(records, labels=[label for label in labels if label is not None])
-
-
-def _plain(label: str) -> str:
-    """Remove leading zeros from a number."""
-    return str(int(label)) if label.isdecimal() else label
+    records, problems = [], [*contents.problems]
+    for record in contents.records:
+        plain = str(int(record.label)) if record.label.isdecimal() else record.label  # without leading zeros
+        name = known.get(record.label) or known.get(plain)
+        if name is not None:
+            records.append(record._replace(label=name))
+            continue
+        problem = Problem(
+            file=f"{contents.shard.place}: {record.name.rpartition('.')[0]}",
+            kind="label outside the classes",
+            detail=f"{record.label}; there are {len({*known.values()})} classes",
+            remedy=f"left out; add its name to {CLASSES}, a line each, or correct it",
+        )
+        problems.append(problem)
+    return Contents(shard=contents.shard, records=records, problems=problems)
 
 
 def _read_classes(folder: str) -> list[str] | None:
@@ -237,7 +226,12 @@ def _read_classes(folder: str) -> list[str] | None:
 # -- the index of `write_shards` ---------------------------------------------------------------------------------------
 
 
-def _read_index(folder: str) -> dict[str, Any] | None:
+class _Index(NamedTuple):
+    classes: list[str]
+    shards: list[ShardFile]
+
+
+def _read_index(folder: str) -> _Index | None:
     """Read `index.json` of a folder, if it has one that `write_shards` wrote.
 
     Raises:
@@ -248,22 +242,23 @@ def _read_index(folder: str) -> dict[str, Any] | None:
     if data is None or FORMAT.encode() not in data[:200]:
         return None
     try:
-        index: dict[str, Any] = json.loads(data)
-        version, shards = int(index["version"]), index["shards"]
+        index = json.loads(data)
+        version = int(index["version"])
         if version <= VERSION:
-            index["classes"] = [str(name) for name in index["classes"]]
-            index["shards"] = [{"name": s["name"], "bytes": s["bytes"], "sha256": s["sha256"]} for s in shards]
+            shards = [
+                ShardFile(place=join(folder, shard["name"]), num_bytes=shard["bytes"], version=shard["sha256"])
+                for shard in index["shards"]
+            ]
+            return _Index([str(name) for name in index["classes"]], shards)
     except (ValueError, KeyError, TypeError) as error:
         raise MobileViTError(f"{place}: damaged ({type(error).__name__}: {error}); copy it again") from None
-    if version > VERSION:
-        raise MobileViTError(f"{place}: version {version} is of a newer mobilevit, this one reads {VERSION}; update it")
-    return index
+    raise MobileViTError(f"{place}: version {version} is of a newer mobilevit, this one reads {VERSION}; update it")
 
 
-def _read_table(folder: str, index: dict[str, Any], wanted: set[str]) -> dict[str, Records]:
+def _read_table(folder: str, index: _Index, wanted: set[str]) -> dict[str, Contents]:
     """Read what `index.parquet` says of the wanted shards."""
     place = join(folder, TABLE)
-    pq = parquet(place)
+    pq = import_parquet(place)
     import pyarrow as pa
 
     data = read_small(place)
@@ -271,53 +266,33 @@ def _read_table(folder: str, index: dict[str, Any], wanted: set[str]) -> dict[st
         raise MobileViTError(f"{place}: missing, though {INDEX} is there; copy it, too")
     try:
         table = pq.read_table(pa.BufferReader(data))
-        columns = {name: table[name].to_numpy() for name in ("shard", "key", "label", "offset", "size", "extension")}
+        number_of = table["shard"].to_numpy()
+        columns = [table[name] for name in ("key", "extension", "label", "offset", "size")]
     except (pa.ArrowException, OSError, KeyError) as error:
         raise MobileViTError(f"{place}: damaged ({one_line(error)}); copy it again") from None
     result = {}
-    for number, entry in enumerate(index["shards"]):
-        shard = ShardFile(place=join(folder, entry["name"]), num_bytes=entry["bytes"], version=entry["sha256"])
+    for number, shard in enumerate(index.shards):
         if shard.place in wanted:
-            first, stop = np.searchsorted(columns["shard"], [number, number + 1]).tolist()
-            keys, labels, offsets, sizes, extensions = (
-                columns[name][first:stop] for name in ("key", "label", "offset", "size", "extension")
-            )
-            records = Records(
-                shard=shard,
-                names=[f"{key}.{extension}" for key, extension in zip(keys, extensions, strict=True)],
-                labels=[index["classes"][label] for label in labels],
-                offsets=offsets,
-                sizes=sizes,
-            )
-            result[shard.place] = _without_missing_end(records)
+            first, stop = np.searchsorted(number_of, [number, number + 1]).tolist()
+            rows = zip(*(column[first:stop].to_pylist() for column in columns), strict=True)
+            records = [
+                Record(f"{key}.{extension}", index.classes[label], offset, size)
+                for key, extension, label, offset, size in rows
+            ]
+            result[shard.place] = _without_missing_end(shard, records)
     return result
 
 
-def _without_missing_end(records: Records) -> Records:
+def _without_missing_end(shard: ShardFile, records: list[Record]) -> Contents:
     """Leave out the images that a local file, shorter than its index says, no longer has."""
-    shard = records.shard
-    if is_url(shard.place) or shard.num_bytes is None:
-        return records
-    try:
-        size = Path(shard.place).stat().st_size
-    except OSError:
-        raise MobileViTError(f"{shard.place}: no such shard, though the index names it; copy it, too") from None
-    if size >= shard.num_bytes:
-        return records
-    rows = np.flatnonzero(records.offsets + records.sizes <= size).tolist()
-    lost = len(records.names) - len(rows)
-    return records.keep(rows, [cut_short(shard.place, f"{shard.num_bytes - size:,} bytes are missing", lost)])
-
-
-def parquet(place: str) -> Any:
-    """Import `pyarrow.parquet`.
-
-    Raises:
-        MissingPackageError: it is not installed.
-    """
-    try:
-        import pyarrow.parquet as pq
-    except ImportError:
-        remedy = "pip install 'mobilevit[train]'"
-        raise MissingPackageError(f"{place}: an index of shards needs pyarrow; {remedy}") from None
-    return pq
+    size = shard.num_bytes
+    if not is_url(shard.place):
+        try:
+            size = Path(shard.place).stat().st_size
+        except OSError:
+            raise MobileViTError(f"{shard.place}: no such shard, though the index names it; copy it, too") from None
+    if size is None or shard.num_bytes is None or size >= shard.num_bytes:
+        return Contents(shard=shard, records=records, problems=[])
+    kept = [record for record in records if record.offset + record.size <= size]
+    problem = cut_short(shard.place, f"{shard.num_bytes - size:,} bytes are missing", lost=len(records) - len(kept))
+    return Contents(shard=shard, records=kept, problems=[problem])

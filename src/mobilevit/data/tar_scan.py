@@ -10,12 +10,10 @@ import json
 import os
 import tarfile
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import NamedTuple
 
 from mobilevit.data.imageset import Problem
 from mobilevit.data.shard_files import ShardFile, describe, digest, open_shard, read_range
@@ -24,36 +22,27 @@ from mobilevit.files import WriteError, cache_folder, write_text
 from mobilevit.imaging.decode import IMAGE_SUFFIXES
 from mobilevit.remote import is_url
 
-BLOCK = 512
-"""Bytes that everything in a tar file is a multiple of."""
 CUT_SHORT = "shard cut short"
 
 
+class Record(NamedTuple):
+    """A labeled image in a shard."""
+
+    name: str
+    """KEY.EXTENSION"""
+    label: str
+    """As it is written: a number, or a name."""
+    offset: int
+    size: int
+
+
 @dataclass(frozen=True, kw_only=True)
-class Records:
+class Contents:
     """The labeled images of one shard, and what is wrong in it."""
 
     shard: ShardFile
-    names: list[str]
-    """KEY.EXTENSION of each image."""
-    labels: list[str]
-    """As they are written: a number, or a name."""
-    offsets: NDArray[np.int64]
-    """Offset of each image in bytes."""
-    sizes: NDArray[np.int64]
-    """Length of each image in bytes."""
-    problems: list[Problem] = field(default_factory=list)
-
-    def keep(self, rows: list[int], problems: list[Problem]) -> Records:
-        """Return some of the records, and more problems."""
-        return Records(
-            shard=self.shard,
-            names=[self.names[i] for i in rows],
-            labels=[self.labels[i] for i in rows],
-            offsets=self.offsets[rows],
-            sizes=self.sizes[rows],
-            problems=self.problems + problems,
-        )
+    records: list[Record]
+    problems: list[Problem]
 
 
 def cut_short(place: str, detail: str, lost: int = 0) -> Problem:
@@ -62,7 +51,7 @@ def cut_short(place: str, detail: str, lost: int = 0) -> Problem:
     return Problem(file=place, kind=CUT_SHORT, detail=detail, remedy=f"{what}; copy the shard again")
 
 
-def read_records(place: str) -> Records:
+def read_contents(place: str) -> Contents:
     """Return what was found in a tar file the last time, unless it has changed since; else read its headers.
 
     Raises:
@@ -71,49 +60,34 @@ def read_records(place: str) -> Records:
     shard = describe(place)
     where = place if is_url(place) else str(Path(place).absolute())
     kept = cache_folder() / "shard-indexes" / f"{digest(f'{where} {shard.version}')}.json"
-    with suppress(OSError, ValueError, KeyError, TypeError):  # none, or a damaged one: read the headers
-        return _from_json(shard, kept.read_text(encoding="utf-8"))
+    with suppress(OSError, ValueError, TypeError):  # none, or a damaged one: read the headers
+        records, problems = json.loads(kept.read_text(encoding="utf-8"))
+        return Contents(
+            shard=shard,
+            records=[Record(*record) for record in records],
+            problems=[Problem(**problem) for problem in problems],
+        )
     try:
         stream = open_shard(shard)
     except OSError as error:
         raise MobileViTError(f"{place}: cannot be read ({error.strerror}); look at its permissions") from None
     with stream:
-        records = _scan(stream, shard)
+        contents = _scan(stream, shard)
     with suppress(WriteError):  # nowhere to write: it is read again the next time
-        write_text(kept, _to_json(records))
-    return records
+        write_text(kept, json.dumps([contents.records, [vars(problem) for problem in contents.problems]]))
+    return contents
 
 
-def _to_json(records: Records) -> str:
-    return json.dumps(
-        {
-            "names": records.names,
-            "labels": records.labels,
-            "offsets": records.offsets.tolist(),
-            "sizes": records.sizes.tolist(),
-            "problems": [vars(problem) for problem in records.problems],
-        }
-    )
-
-
-def _from_json(shard: ShardFile, text: str) -> Records:
-    values = json.loads(text)
-    return Records(
-        shard=shard,
-        names=values["names"],
-        labels=values["labels"],
-        offsets=np.array(values["offsets"], np.int64),
-        sizes=np.array(values["sizes"], np.int64),
-        problems=[Problem(**problem) for problem in values["problems"]],
-    )
-
-
-def _scan(stream: FileIO, shard: ShardFile) -> Records:
+def _scan(stream: FileIO, shard: ShardFile) -> Contents:
     problems: list[Problem] = []
     images: dict[str, tuple[str, int, int]] = {}
     labels: dict[str, str] = {}
     total = stream.seek(0, os.SEEK_END)
     members, end = _members(stream, shard)
+
+    def leave_out(key: str, kind: str) -> None:
+        problems.append(Problem(file=f"{shard.place}: {key}", kind=kind, remedy="left out"))
+
     last = ""
     for name, offset, size in members:
         folder, slash, base = name.removeprefix("./").rpartition("/")
@@ -125,33 +99,29 @@ def _scan(stream: FileIO, shard: ShardFile) -> Records:
         if extension in ("cls", "json"):
             label = _label(read_range(stream, offset, size), extension)
             if label is None:
-                problems.append(_left_out(shard, key, f"label in .{extension} that cannot be read"))
+                leave_out(key, f"label in .{extension} that cannot be read")
             elif extension == "cls" or key not in labels:
                 labels[key] = label
         elif f".{extension}" in IMAGE_SUFFIXES:
             if key in images and images[key][0] == extension:
-                problems.append(_left_out(shard, key, "key that comes twice"))
+                leave_out(key, "key that comes twice")
             else:
                 images.setdefault(key, (extension, offset, size))
-    is_whole = read_range(stream, end, BLOCK) == bytes(BLOCK)  # the end mark
+    is_whole = read_range(stream, end, tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)  # the end mark
     reported = {problem.file for problem in problems}
     for key in sorted(images.keys() ^ labels.keys()):
-        what = "record without a label" if key in images else "record without an image"
         if f"{shard.place}: {key}" not in reported and (is_whole or key != last):
-            problems.append(_left_out(shard, key, what))
+            leave_out(key, "record without a label" if key in images else "record without an image")
     if not is_whole:
-        missing = end + BLOCK - total
+        missing = end + tarfile.BLOCKSIZE - total
         detail = f"at least {missing:,} bytes are missing" if missing > 0 else f"damaged at byte {end:,}"
         problems.insert(0, cut_short(shard.place, detail))
-    found = {key: images[key] for key in images if key in labels}
-    return Records(
-        shard=shard,
-        names=[f"{key}.{extension}" for key, (extension, _, _) in found.items()],
-        labels=[labels[key] for key in found],
-        offsets=np.array([offset for _, offset, _ in found.values()], np.int64),
-        sizes=np.array([size for _, _, size in found.values()], np.int64),
-        problems=problems,
-    )
+    records = [
+        Record(f"{key}.{extension}", labels[key], offset, size)
+        for key, (extension, offset, size) in images.items()
+        if key in labels
+    ]
+    return Contents(shard=shard, records=records, problems=problems)
 
 
 def _members(stream: FileIO, shard: ShardFile) -> tuple[list[tuple[str, int, int]], int]:
@@ -183,7 +153,3 @@ def _label(data: bytes, extension: str) -> str | None:
     if isinstance(label, float) and label.is_integer():
         label = int(label)
     return str(label) if isinstance(label, int | str) and not isinstance(label, bool) and label != "" else None
-
-
-def _left_out(shard: ShardFile, key: str, kind: str) -> Problem:
-    return Problem(file=f"{shard.place}: {key}", kind=kind, remedy="left out")

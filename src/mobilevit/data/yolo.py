@@ -6,7 +6,6 @@ import os
 import re
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 
@@ -23,6 +22,7 @@ from mobilevit.data.folders import (
 )
 from mobilevit.data.imageset import ImageSet
 from mobilevit.errors import MobileViTError, some
+from mobilevit.files import Json
 from mobilevit.imaging.decode import IMAGE_SUFFIXES, find_images
 from mobilevit.progress import Progress
 from mobilevit.tasks.targets import Boxes
@@ -61,7 +61,7 @@ def read_yolo_yaml(file: Path) -> dict[str, ImageSet[Boxes]]:
     return _read(_yaml_parts(file, content), names, root=file.parent)
 
 
-def _yaml_names(file: Path, content: Mapping[Any, Any]) -> dict[Hashable, str]:
+def _yaml_names(file: Path, content: Json) -> dict[Hashable, str]:
     """Return the class names by number."""
     names = content.get("names")
     if isinstance(names, list):
@@ -71,7 +71,7 @@ def _yaml_names(file: Path, content: Mapping[Any, Any]) -> dict[Hashable, str]:
     return {int(key): str(names[key]) for key in sorted(names, key=int)}
 
 
-def _yaml_parts(file: Path, content: Mapping[Any, Any]) -> dict[str, list[Path]]:
+def _yaml_parts(file: Path, content: Json) -> dict[str, list[Path]]:
     """List the images of each part."""
     base = str(content.get("path") or "")
     parts: dict[str, list[Path]] = {}
