@@ -207,8 +207,6 @@ def test_class_colors_are_distinct() -> None:
 def test_more_classes_never_change_the_first_colors(num_classes: int) -> None:
     colors = class_colors(num_classes)
     assert colors == class_colors(150)[:num_classes]
-    colors.append((1, 2, 3))
-    assert len(class_colors(num_classes)) == num_classes
 
 
 def test_text_can_be_read_on_every_color() -> None:
@@ -430,8 +428,6 @@ def test_nothing_to_draw() -> None:
     image = Image.new("RGB", (40, 20), GROUND)
     drawn = draw_label_map(image, np.full((20, 40), 255, np.uint8), CLASSES)
     assert drawn.tobytes() == image.tobytes()
-    with pytest.raises(ValueError, match=r"a label map of \(40, 20\) on an image of \(20, 40\)"):
-        draw_label_map(image, np.zeros((40, 20), np.uint8), CLASSES)
 
 
 @pytest.mark.parametrize("name", ["background", "__background__", "Background"])
@@ -444,13 +440,6 @@ def test_the_background_has_neither_color_nor_entry(name: str) -> None:
     assert np.array_equal(~is_color(drawn, GROUND), label_map != 0)
     _, dog, noise = class_colors(3)
     assert legend_of(label_map, classes) == [("dog 25.0%", dog), ("background noise 12.5%", noise)]
-
-
-def test_the_type_of_a_legend_can_be_given() -> None:
-    image = Image.new("RGB", (400, 100), GROUND)
-    small, large = (with_legend(image, [("dog", RED)], size=size) for size in (12, 30))
-    assert [is_color(each, RED).any(axis=0).sum() for each in (small, large)] == [10, 28]  # within a line of gray
-    assert small.height < large.height
 
 
 def test_entries_of_a_legend() -> None:

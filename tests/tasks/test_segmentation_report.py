@@ -286,7 +286,7 @@ def test_sheet(count: int, across: int, down: int) -> None:
     assert sheet.width == across * (cell + gap) + gap
     captioned = cell + 17 + 2 * 5
     cells = down * (captioned + gap) + gap
-    assert cells + 12 < sheet.height < cells + 60  # a line of legend
+    assert cells + 12 < sheet.height < cells + 80  # a line of legend
     a, b, c = class_colors(3)
     blended = [tuple(round(0.3 * x + 0.7 * y) for x, y in zip(ground, color, strict=True)) for color in (a, b)]
     pixels = np.asarray(sheet)

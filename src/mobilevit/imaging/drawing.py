@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from mobilevit.class_names import IGNORE
 from mobilevit.errors import MobileViTError
@@ -67,7 +67,7 @@ def fit(image: Image.Image, side: int, resample: Image.Resampling = Image.Resamp
 def contact_sheet(
     images: Sequence[Image.Image],
     captions: Sequence[Sequence[str]],
-    colors: Sequence[tuple[int, int, int]],
+    colors: Sequence[RGB],
     *,
     columns: int = 6,
     cell: int = 176,
@@ -75,9 +75,7 @@ def contact_sheet(
     """Arrange images in a grid, each fitted into a square of `cell` pixels above its caption."""
     cells = []
     for image, lines, color in zip(images, captions, colors, strict=True):
-        square = Image.new("RGB", (cell, cell), (242, 242, 242))
-        small = fit(image, cell)
-        square.paste(small, ((cell - small.width) // 2, (cell - small.height) // 2))
+        square = ImageOps.pad(fit(image, cell), (cell, cell), color=(242, 242, 242))
         cells.append(with_caption(square, lines, color=color))
     columns = max(1, min(columns, len(cells)))
     rows, gap = -(-len(cells) // columns), 8
@@ -90,7 +88,8 @@ def contact_sheet(
 
 
 @lru_cache(maxsize=8)
-def _palette(num_classes: int) -> tuple[RGB, ...]:
+def class_colors(num_classes: int) -> tuple[RGB, ...]:
+    """Return a color for each class: always the same ones, easy to tell apart for 12 classes and distinct for 150."""
     steps = np.arange(0, 256, 15)
     candidates = np.stack(np.meshgrid(steps, steps, steps), axis=-1).reshape(-1, 3)
     lightness, green_red, blue_yellow = _oklab(candidates).T
@@ -110,11 +109,6 @@ def _palette(num_classes: int) -> tuple[RGB, ...]:
     return tuple(colors)
 
 
-def class_colors(num_classes: int) -> list[RGB]:
-    """Return a color for each class: always the same ones, easy to tell apart for 12 classes and distinct for 150."""
-    return list(_palette(num_classes))
-
-
 def draw_boxes(image: Image.Image, boxes_xyxy: ArrayLike, texts: Sequence[str], colors: Sequence[RGB]) -> Image.Image:
     """Draw boxes on a copy of an image, each with its text on a label of its color.
 
@@ -128,7 +122,7 @@ def draw_boxes(image: Image.Image, boxes_xyxy: ArrayLike, texts: Sequence[str], 
         texts: N; an empty text gets no label.
         colors: N.
     """
-    out = image.convert("RGB")
+    out = image.copy()
     draw = ImageDraw.Draw(out)
     thick = max(2, round(_side(image) / 300))
     size = max(12, round(_side(image) / 42))
@@ -158,13 +152,18 @@ def draw_outlines(image: Image.Image, boxes_xyxy: ArrayLike) -> Image.Image:
 
     Shape: boxes_xyxy (N, 4), left, top, right, bottom in pixels.
     """
-    out = image.convert("RGB")
+    out = image.copy()
     draw = ImageDraw.Draw(out)
     thick = max(1, round(_side(image) / 400))
+    dash = 4 * thick
     for left, top, right, bottom in _pixels(boxes_xyxy, image):
-        for start, end in (((left, top), (right, top)), ((right, top), (right, bottom)),
-                           ((right, bottom), (left, bottom)), ((left, bottom), (left, top))):  # fmt: skip
-            _dashed_line(draw, start, end, thick)
+        draw.line(((left, top), (right, top), (right, bottom), (left, bottom), (left, top)), fill=BLACK, width=thick)
+        for x in range(left, right, 2 * dash):
+            for y in (top, bottom):
+                draw.line((x, y, min(x + dash, right), y), fill=WHITE, width=thick)
+        for y in range(top, bottom, 2 * dash):
+            for x in (left, right):
+                draw.line((x, y, x, min(y + dash, bottom)), fill=WHITE, width=thick)
     return out
 
 
@@ -178,17 +177,10 @@ def draw_label_map(
 ) -> Image.Image:
     """Color a copy of an image by class, more strongly along borders, above a legend with the share of each class.
 
-    A class named "background" gets no color.
+    A class named "background" gets no color, nor do pixels with `IGNORE`.
 
-    Args:
-        image: in RGB.
-        label_map: (H, W), the size of the image: class indices; pixels with 255 get no color.
-        classes: their names.
-        opacity: of the colors, from 0 to 1.
-        legend: add the legend below the image.
+    Shape: label_map (H, W), the size of the image.
     """
-    if label_map.shape != (image.height, image.width):
-        raise ValueError(f"a label map of {label_map.shape} on an image of {(image.height, image.width)}")
     colors = np.zeros((256, 3), np.float32)
     colors[: len(classes)] = class_colors(len(classes))
     drawn = np.ones(256, np.bool_)
@@ -197,9 +189,8 @@ def draw_label_map(
     weight = np.where(shown, opacity, 0).astype(np.float32)
     border = _borders(label_map, max(1, round(_side(image) / 400))) & shown
     weight[border] = min(1, opacity + 0.35)
-    pixels = np.asarray(image.convert("RGB"), np.float32)
     weight = weight[..., None]
-    out = Image.fromarray((pixels * (1 - weight) + colors[label_map] * weight).round().astype(np.uint8))
+    out = Image.fromarray((np.asarray(image) * (1 - weight) + colors[label_map] * weight).round().astype(np.uint8))
     return with_legend(out, legend_of(label_map, classes)) if legend else out
 
 
@@ -210,26 +201,23 @@ def legend_of(
     counts = np.bincount(label_map.ravel(), minlength=256)[: len(classes)]
     counts[_background(classes)] = 0
     colors = class_colors(len(classes))
-    order = [int(label) for label in np.argsort(-counts, kind="stable") if counts[label]]
-    shares = [f" {_percent(counts[label] / label_map.size)}" if with_shares else "" for label in order]
-    return [(classes[label] + share, colors[label]) for label, share in zip(order, shares, strict=True)]
+    entries = []
+    for label in np.argsort(-counts, kind="stable")[: np.count_nonzero(counts)].tolist():
+        share = counts[label] / label_map.size
+        text = f" {share:.1%}" if share >= 0.001 else " <0.1%"
+        entries.append((classes[label] + (text if with_shares else ""), colors[label]))
+    return entries
 
 
 def _background(classes: Sequence[str]) -> list[int]:
     return [number for number, name in enumerate(classes) if name.strip("_").lower() == "background"]
 
 
-def with_legend(image: Image.Image, entries: Sequence[tuple[str, RGB]], *, size: int | None = None) -> Image.Image:
-    """Put a legend below an image: colored squares with text, in as many lines as needed.
-
-    Args:
-        image: in RGB.
-        entries: text and color of each.
-        size: of the text in pixels; None: it depends on the size of the image.
-    """
+def with_legend(image: Image.Image, entries: Sequence[tuple[str, RGB]]) -> Image.Image:
+    """Put a legend below an image: colored squares with text, in as many lines as needed."""
     if not entries:
         return image
-    size = size or max(12, round(_side(image) / 38))
+    size = max(12, round(_side(image) / 38))
     pad, line = size // 2, round(1.5 * size)
     places, x, y = [], pad, pad
     for text, color in entries:
@@ -287,10 +275,6 @@ def _pixels(boxes_xyxy: ArrayLike, image: Image.Image) -> list[list[int]]:
     return whole
 
 
-def _percent(share: float) -> str:
-    return "<0.1%" if share < 0.001 else f"{share:.1%}"
-
-
 def _linear(rgb: NDArray[np.int64]) -> NDArray[np.float64]:
     """Convert sRGB values 0 to 255 to linear light 0 to 1."""
     values = rgb / 255
@@ -338,29 +322,12 @@ def _overlap(a: Sequence[int], b: Sequence[int]) -> int:
     return max(0, min(a[2], b[2]) - max(a[0], b[0])) * max(0, min(a[3], b[3]) - max(a[1], b[1]))
 
 
-def _dashed_line(draw: ImageDraw.ImageDraw, start: tuple[float, float], end: tuple[float, float], thick: int) -> None:
-    """Draw a horizontal or vertical line, white with black gaps, which shows on any background."""
-    draw.line((start, end), fill=BLACK, width=thick)
-    length = abs(end[0] - start[0]) + abs(end[1] - start[1])
-    dash = 4 * thick
-    for at in np.arange(0, length, 2 * dash).tolist():
-        ends = [at / length, min(1, (at + dash) / length)]
-        points = [(start[0] + t * (end[0] - start[0]), start[1] + t * (end[1] - start[1])) for t in ends]
-        draw.line(points, fill=WHITE, width=thick)
-
-
 def _borders(label_map: NDArray[np.uint8], thick: int) -> NDArray[np.bool_]:
-    """Find pixels within `thick` pixels of another class."""
+    """Find pixels with another class within `thick` pixels in their row or column."""
     border = np.zeros(label_map.shape, np.bool_)
-    for axis in (0, 1):
-        differs = np.diff(label_map, axis=axis) != 0
-        rest = (slice(None),) * axis
-        border[*rest, :-1] |= differs
-        border[*rest, 1:] |= differs
-    for _ in range(thick - 1):
-        inside = border.copy()
-        border[1:] |= inside[:-1]
-        border[:-1] |= inside[1:]
-        border[:, 1:] |= inside[:, :-1]
-        border[:, :-1] |= inside[:, 1:]
+    for labels, found in ((label_map, border), (label_map.T, border.T)):
+        for distance in range(1, thick + 1):
+            differs = labels[distance:] != labels[:-distance]
+            found[distance:] |= differs
+            found[:-distance] |= differs
     return border

@@ -183,7 +183,7 @@ class SegmentationMeter(Meter[NDArray[np.uint8]]):
                 cells.append(draw_label_map(small, nearest, self.classes, opacity=0.7, legend=False))
             captions += [[f"mean IoU {self.images[index].miou:.1%}"], ["predicted"], ["truth"]]
         sheet = contact_sheet(cells, captions, [DARK] * len(cells), columns=6, cell=cell)
-        return with_legend(sheet, legend_of(np.concatenate(seen), self.classes, with_shares=False), size=17)
+        return with_legend(sheet, legend_of(np.concatenate(seen), self.classes, with_shares=False))
 
 
 def segmentation_report(confusion: NDArray[np.int64], classes: Sequence[str], *, num_images: int) -> SegmentationReport:
