@@ -29,6 +29,7 @@ from mobilevit.data.loaders import BatchLoader
 from mobilevit.data.shard_writing import write_shards
 from mobilevit.imaging.decode import find_images
 from mobilevit.imaging.preprocessing import Preprocessing
+from mobilevit.tasks.settings import ClassificationSettings
 from mobilevit.tasks.transforms import ClassificationTransform
 
 BATCH = 64
@@ -124,7 +125,9 @@ def our_loader(data: Path, side: int) -> Callable[[], Iterator[int]]:
     preprocessing = Preprocessing(size=(side, side))
     loader = BatchLoader(
         train_set,
-        ClassificationTransform(preprocessing=preprocessing, min_crop_area=MIN_AREA),
+        ClassificationTransform(
+            preprocessing=preprocessing, settings=ClassificationSettings(min_crop_area=MIN_AREA), flip=True
+        ),
         batch_size=BATCH,
         num_workers=1,
         shuffle_seed=0,

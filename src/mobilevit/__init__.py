@@ -4,28 +4,31 @@ The names below are the public interface. They load on first use, so that `impor
 """
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mobilevit.errors import MissingPackageError, MobileViTError
 
 if TYPE_CHECKING:
-    from mobilevit.benchmarking.benchmark import benchmark
-    from mobilevit.benchmarking.config import BenchmarkConfig, TuneConfig
-    from mobilevit.benchmarking.tune import tune
-    from mobilevit.errors import ImageError
-    from mobilevit.evaluation import evaluate
-    from mobilevit.explaining.explain import explain
-    from mobilevit.exporting.export import ExportReport, export
-    from mobilevit.factory import create_model, load
-    from mobilevit.imaging.preprocessing import Preprocessing
-    from mobilevit.models import list_models
-    from mobilevit.models.fuse import fuse
-    from mobilevit.runtime.predictor import Predictor
-    from mobilevit.training.config import TrainConfig
-    from mobilevit.training.loop import train
-    from mobilevit.weights.checkpoint import save
-    from mobilevit.weights.convert import convert_state_dict
-    from mobilevit.weights.pretrained import list_pretrained
+    from mobilevit.benchmarking.benchmark import benchmark as benchmark
+    from mobilevit.benchmarking.config import BenchmarkConfig as BenchmarkConfig
+    from mobilevit.benchmarking.config import TuneConfig as TuneConfig
+    from mobilevit.benchmarking.tune import tune as tune
+    from mobilevit.errors import ImageError as ImageError
+    from mobilevit.evaluation import evaluate as evaluate
+    from mobilevit.explaining.explain import explain as explain
+    from mobilevit.exporting.export import ExportReport as ExportReport
+    from mobilevit.exporting.export import export as export
+    from mobilevit.factory import create_model as create_model
+    from mobilevit.factory import load as load
+    from mobilevit.imaging.preprocessing import Preprocessing as Preprocessing
+    from mobilevit.models import list_models as list_models
+    from mobilevit.models.fuse import fuse as fuse
+    from mobilevit.runtime.predictor import Predictor as Predictor
+    from mobilevit.training.config import TrainConfig as TrainConfig
+    from mobilevit.training.loop import train as train
+    from mobilevit.weights.checkpoint import save as save
+    from mobilevit.weights.convert import convert_state_dict as convert_state_dict
+    from mobilevit.weights.pretrained import list_pretrained as list_pretrained
 
 __version__ = "0.1.0"
 
@@ -52,32 +55,10 @@ _HOME_OF = {
     "tune": "benchmarking.tune",
 }
 
-__all__ = [
-    "BenchmarkConfig",
-    "ExportReport",
-    "ImageError",
-    "MobileViTError",
-    "Predictor",
-    "Preprocessing",
-    "TrainConfig",
-    "TuneConfig",
-    "benchmark",
-    "convert_state_dict",
-    "create_model",
-    "evaluate",
-    "explain",
-    "export",
-    "fuse",
-    "list_models",
-    "list_pretrained",
-    "load",
-    "save",
-    "train",
-    "tune",
-]
+__all__ = ["MobileViTError", *_HOME_OF]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name not in _HOME_OF:
         raise AttributeError(f"module 'mobilevit' has no attribute {name!r}")
     try:

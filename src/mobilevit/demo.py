@@ -9,7 +9,6 @@ import logging
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
@@ -17,14 +16,15 @@ from PIL import Image
 from mobilevit import factory
 from mobilevit.card import TaskName
 from mobilevit.data import shapes
-from mobilevit.errors import MobileViTError
+from mobilevit.errors import MissingPackageError, MobileViTError
 from mobilevit.exporting.export import ExportReport, export
 from mobilevit.files import write_text
 from mobilevit.imaging.decode import Source, find_images
-from mobilevit.imaging.drawing import GREEN, RED, contact_sheet, save_image
+from mobilevit.imaging.drawing import DARK, contact_sheet, save_image
 from mobilevit.results.base import Result
 from mobilevit.results.classification import ClassificationResult
 from mobilevit.runtime.predictor import Predictor
+from mobilevit.tasks.classification_report import prediction_sheet
 from mobilevit.tasks.report import Report
 from mobilevit.tasks.settings import ClassificationSettings, DetectionSettings, SegmentationSettings
 from mobilevit.training.config import TrainConfig
@@ -35,55 +35,40 @@ log = logging.getLogger("mobilevit")
 NUM_UNSEEN = 24
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Show:
-    """How one task is shown."""
+_SHAPES: dict[TaskName, tuple[Callable[..., None], int]] = {
+    "classification": (shapes.write_folder, 3000),
+    "detection": (shapes.write_boxes, 3000),
+    "segmentation": (shapes.write_masks, 1500),
+}
+"""What draws labeled images into a folder, and how many."""
 
-    write: Callable[..., None]
-    """Draws labeled images into a folder."""
-    num_images: int
-    settings: TrainConfig
-    """All but places and seed."""
-
-
-_SHOWS: dict[TaskName, _Show] = {
-    "classification": _Show(
-        write=shapes.write_folder,
-        num_images=3000,
-        settings=TrainConfig(
-            data="",
-            image_size=64,
-            crop_fraction=1.0,
-            epochs=10,
-            learning_rate=2e-3,
-            classification=ClassificationSettings(min_crop_area=0.7),
-        ),
+_SETTINGS: dict[TaskName, TrainConfig] = {
+    "classification": TrainConfig(
+        data="",
+        image_size=64,
+        crop_fraction=1.0,
+        epochs=10,
+        learning_rate=2e-3,
+        classification=ClassificationSettings(min_crop_area=0.7),
     ),
-    "detection": _Show(
-        write=shapes.write_boxes,
-        num_images=3000,
-        settings=TrainConfig(
-            data="",
-            image_size=128,
-            epochs=9,
-            batch_size=16,
-            learning_rate=2e-3,
-            detection=DetectionSettings(zoom_out=0.0, iou_crop=False),
-        ),
+    "detection": TrainConfig(
+        data="",
+        image_size=128,
+        epochs=9,
+        batch_size=16,
+        learning_rate=2e-3,
+        detection=DetectionSettings(zoom_out=0.0, iou_crop=False),
     ),
-    "segmentation": _Show(
-        write=shapes.write_masks,
-        num_images=1500,
-        settings=TrainConfig(
-            data="",
-            image_size=128,
-            epochs=6,
-            batch_size=16,
-            learning_rate=1.5e-3,
-            segmentation=SegmentationSettings(output_stride=8, scale_range=(0.8, 1.25), rotation=0.0),
-        ),
+    "segmentation": TrainConfig(
+        data="",
+        image_size=128,
+        epochs=6,
+        batch_size=16,
+        learning_rate=1.5e-3,
+        segmentation=SegmentationSettings(output_stride=8, scale_range=(0.8, 1.25), rotation=0.0),
     ),
 }
+"""All but places and seed."""
 
 
 def run_demo(
@@ -101,12 +86,11 @@ def run_demo(
         seed: decides images and training.
 
     Raises:
-        ValueError: the folder holds something that is not a demo.
+        MobileViTError: the folder holds something that is not a demo.
     """
     begun = time.monotonic()
-    show = _SHOWS[task]
-    epochs = show.settings.epochs if epochs is None else epochs
-    num_images = show.num_images if num_images is None else num_images
+    write_shapes, usual_number = _SHAPES[task]
+    num_images = usual_number if num_images is None else num_images
     data, unseen, run = out / "data", out / "unseen", out / "run"
     marker = out / ".mobilevit-demo"
     if out.is_dir() and any(out.iterdir()) and not marker.exists():
@@ -115,14 +99,17 @@ def run_demo(
     for folder in (data, unseen, run):
         shutil.rmtree(folder, ignore_errors=True)
     log.info("drawing %d images of shapes into %s", num_images, data)
-    config = dataclasses.replace(show.settings, data=data, out=run, epochs=epochs, seed=seed)
-    show.write(data, num_images=num_images, seed=seed, size=config.input_size[0])
-    show.write(unseen, num_images=NUM_UNSEEN, seed=seed + 1, size=config.input_size[0])
+    config = dataclasses.replace(_SETTINGS[task], data=data, out=run, seed=seed)
+    if epochs is not None:
+        config = dataclasses.replace(config, epochs=epochs)
+    write_shapes(data, num_images=num_images, seed=seed, size=config.input_size[0])
+    write_shapes(unseen, num_images=NUM_UNSEEN, seed=seed + 1, size=config.input_size[0])
     command = f"mobilevit train {' '.join(_flag(name, value) for name, value in config.changes().items())}"
     log.info("\n$ %s", command)
     result = train(config)
-    headline = "\n".join(f"{name}  {value}" for name, value in result.report.headline())
-    log.info("\n$ mobilevit eval %s --data %s\n%s", result.best, data, headline)
+    log.info("\n$ mobilevit eval %s --data %s", result.best, data)
+    for name, value in result.report.headline():
+        log.info("%s  %s", name, value)
 
     images: list[Source] = [path for path in find_images(unseen) if path.parent.name != "masks"]
     exported = _export(result.best, images)
@@ -130,7 +117,7 @@ def run_demo(
     log.info("\n$ mobilevit predict %s %s", to_use, unseen)
     predictions = Predictor(to_use)(images)
     for prediction in predictions[:6]:
-        log.info("%s  %s", prediction.source, _in_words(prediction))
+        log.info("%s  %s", prediction.source, prediction.describe(top=1))
     save_image(_sheet(predictions), out / "unseen.png")
     model = factory.load(result.best)
     facts = {
@@ -138,7 +125,7 @@ def run_demo(
         "measured on": f"{result.report.num_images:,} images held out",
         "model": f"mobilevit_xxs, {task}, {sum(p.numel() for p in model.parameters()):,} parameters, "
         f"{len(shapes.CLASSES)} shapes, {' x '.join(map(str, config.input_size))} pixels",
-        "training": f"{epochs} epochs at {result.images_per_second:,.0f} images a second",
+        "training": f"{config.epochs} epochs at {result.images_per_second:,.0f} images a second",
         **({"exported": _exported_in_words(exported)} if exported else {}),
         "time in all": f"{time.monotonic() - begun:,.0f} s",
         "checkpoint": f"{result.best} ({result.best.stat().st_size / 1e6:.1f} MB)",
@@ -152,9 +139,7 @@ def _export(checkpoint: Path, images: list[Source]) -> ExportReport | None:
     log.info("\n$ mobilevit export %s --format onnx --out %s", checkpoint, folder)
     try:
         report = export(checkpoint, folder, images=images)
-    except ValueError as error:
-        if "not installed" not in str(error):
-            raise
+    except MissingPackageError as error:
         log.info("left out: %s", error)
         return None
     for name, value in report.lines():
@@ -179,25 +164,20 @@ def _flag(name: str, value: object) -> str:
     return f"--{name} {value}"
 
 
-def _in_words(prediction: Result) -> str:
-    return prediction.describe(top=1)
-
-
 def _sheet(predictions: list[Result]) -> Image.Image:
     """Every image with what the model says of it; classes in green where right, red with the truth where wrong."""
-    images, captions, colors = [], [], []
-    for prediction in predictions:
-        if isinstance(prediction, ClassificationResult):
-            truth = Path(prediction.source).parent.name
-            images.append(prediction.image)
-            captions.append(
-                [f"{prediction.label} {prediction.probability:.0%}", "" if prediction.label == truth else f"is {truth}"]
-            )
-            colors.append(GREEN if prediction.label == truth else RED)
-    if images:
-        return contact_sheet(images, captions, colors, columns=8, cell=128)
-    images = [p.draw() for p in predictions]
-    return contact_sheet(images, [[]] * len(images), [(30, 30, 30)] * len(images), columns=6, cell=220)
+    if isinstance(predictions[0], ClassificationResult):
+        found = [prediction for prediction in predictions if isinstance(prediction, ClassificationResult)]
+        return prediction_sheet(
+            [prediction.image for prediction in found],
+            [prediction.probabilities for prediction in found],
+            [prediction.classes.index(Path(prediction.source).parent.name) for prediction in found],
+            found[0].classes,
+            columns=8,
+            cell=128,
+        )
+    images = [prediction.draw() for prediction in predictions]
+    return contact_sheet(images, [[]] * len(images), [DARK] * len(images), columns=6, cell=220)
 
 
 _FIGURES = (

@@ -18,6 +18,7 @@ from mobilevit.imaging.preprocessing import Preprocessing
 from mobilevit.tasks.classification import CLASSIFICATION
 from mobilevit.tasks.detection import DETECTION
 from mobilevit.tasks.segmentation import SEGMENTATION
+from mobilevit.tasks.settings import ClassificationSettings, DetectionSettings, SegmentationSettings
 from mobilevit.tasks.targets import Boxes, Mask
 from mobilevit.tasks.transforms import (
     BoxTargets,
@@ -52,7 +53,11 @@ def resized(image: EncodedImage, label: int) -> tuple[torch.Tensor, int]:
 
 
 def augmented(data: ImageSet[int], *, batch_size: int = 4, num_workers: int = 0, seed: int = 5) -> BatchLoader:
-    transform = ClassificationTransform(preprocessing=SMALL, min_crop_area=0.3, randaugment=9, random_erasing=0.5)
+    transform = ClassificationTransform(
+        preprocessing=SMALL,
+        settings=ClassificationSettings(min_crop_area=0.3, randaugment=9, random_erasing=0.5),
+        flip=True,
+    )
     return BatchLoader(data, transform, batch_size=batch_size, num_workers=num_workers, shuffle_seed=seed)
 
 
@@ -187,7 +192,9 @@ def test_shuffled_epochs_show_every_image_once(count: int, sizes: list[int]) -> 
 
 def test_sizes_change_from_step_to_step() -> None:
     sizes = level_batches((64, 64), 4, [(32, 32), (64, 32), (64, 64)])
-    transform = ClassificationTransform(preprocessing=SMALL, min_crop_area=0.3)
+    transform = ClassificationTransform(
+        preprocessing=SMALL, settings=ClassificationSettings(min_crop_area=0.3), flip=True
+    )
     loader = BatchLoader(noise(120), transform, batch_size=4, num_workers=0, shuffle_seed=1, sizes=sizes)
     steps = loader.start(0)
     batches = list(loader.epoch())
@@ -290,7 +297,7 @@ def boxed(count: int) -> ImageSet[Boxes]:
 def test_batches_of_boxes(num_workers: int) -> None:
     loader = BatchLoader(
         boxed(6),
-        DetectionTransform(preprocessing=SMALL),
+        DetectionTransform(preprocessing=SMALL, settings=DetectionSettings(), flip=True, photometric_distortion=True),
         collate=collate_boxes,
         batch_size=3,
         num_workers=num_workers,
@@ -319,7 +326,13 @@ def test_batches_of_masks_and_a_mask_that_does_not_fit(tmp_path: Path) -> None:
         classes=plain.classes,
         open=plain.open,
     )
-    transform = SegmentationTransform(preprocessing=SMALL, crop_size=(32, 48), rotation=0, scale_range=(1, 1))
+    transform = SegmentationTransform(
+        preprocessing=SMALL,
+        settings=SegmentationSettings(rotation=0, scale_range=(1, 1)),
+        crop_size=(32, 48),
+        flip=True,
+        photometric_distortion=True,
+    )
     (batch,) = BatchLoader(data, transform, collate=torch.stack, batch_size=4, num_workers=0).epoch()
     assert batch.indices == [0, 2]
     assert (batch.targets.shape, batch.targets.dtype) == ((2, 32, 48), torch.uint8)

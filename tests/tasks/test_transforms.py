@@ -14,6 +14,7 @@ from mobilevit.data.shapes import render_scene
 from mobilevit.errors import ImageError
 from mobilevit.imaging.decode import open_image
 from mobilevit.imaging.preprocessing import Preprocessing
+from mobilevit.tasks.settings import ClassificationSettings, DetectionSettings, SegmentationSettings
 from mobilevit.tasks.targets import Boxes, Mask
 from mobilevit.tasks.transforms import (
     ClassificationTransform,
@@ -27,6 +28,40 @@ from mobilevit.tasks.transforms import (
 from sample_images import encoded, noise_jpeg, smooth
 
 # -- decoding ------------------------------------------------------------------------------------------
+
+
+def classification_transform(
+    *, preprocessing: Preprocessing, flip: bool = True, **settings: object
+) -> ClassificationTransform:
+    return ClassificationTransform(preprocessing=preprocessing, settings=ClassificationSettings(**settings), flip=flip)
+
+
+def detection_transform(
+    *, preprocessing: Preprocessing, flip: bool = True, photometric_distortion: bool = True, **settings: object
+) -> DetectionTransform:
+    return DetectionTransform(
+        preprocessing=preprocessing,
+        settings=DetectionSettings(**settings),
+        flip=flip,
+        photometric_distortion=photometric_distortion,
+    )
+
+
+def segmentation_transform(
+    *,
+    preprocessing: Preprocessing,
+    crop_size: tuple[int, int],
+    flip: bool = True,
+    photometric_distortion: bool = True,
+    **settings: object,
+) -> SegmentationTransform:
+    return SegmentationTransform(
+        preprocessing=preprocessing,
+        settings=SegmentationSettings(**settings),
+        crop_size=crop_size,
+        flip=flip,
+        photometric_distortion=photometric_distortion,
+    )
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "gray JPEG", "CMYK JPEG", "turned JPEG", "4:4:4 JPEG", "PNG"])
@@ -80,7 +115,7 @@ def positions(width: int, height: int) -> Image.Image:
 def test_size_type_and_layout(size: tuple[int, int], image: tuple[int, int]) -> None:
     preprocessing = Preprocessing(size=size)
     for randaugment, random_erasing in ((0, 0.0), (9, 1.0)):
-        transform = ClassificationTransform(
+        transform = classification_transform(
             preprocessing=preprocessing, min_crop_area=0.2, randaugment=randaugment, random_erasing=random_erasing
         )
         pixels, label = transform(Image.new("RGB", image, "teal"), 3)
@@ -92,7 +127,7 @@ def test_size_type_and_layout(size: tuple[int, int], image: tuple[int, int]) -> 
 @pytest.mark.parametrize("interpolation", ["nearest", "bilinear", "bicubic", "lanczos"])
 def test_without_any_chance_it_is_the_evaluations_resize(interpolation: str) -> None:
     preprocessing = Preprocessing(size=(40, 40), crop_fraction=1.0, interpolation=interpolation)  # type: ignore[arg-type]
-    transform = ClassificationTransform(preprocessing=preprocessing, min_crop_area=1.0, flip=False)
+    transform = classification_transform(preprocessing=preprocessing, min_crop_area=1.0, flip=False)
     image = render_scene(3, size=100).image
     for _ in range(5):
         # To one level: PyTorch and Pillow round differently.
@@ -101,7 +136,7 @@ def test_without_any_chance_it_is_the_evaluations_resize(interpolation: str) -> 
 
 
 def test_crops_are_as_large_as_they_may_be() -> None:
-    transform = ClassificationTransform(preprocessing=square(32), min_crop_area=0.35, flip=False)
+    transform = classification_transform(preprocessing=square(32), min_crop_area=0.35, flip=False)
     areas, ratios = [], []
     for _ in range(300):
         pixels = transform(positions(200, 200), 0)[0].double()
@@ -122,7 +157,7 @@ def test_a_jpeg_decoded_smaller_gives_the_same_crop() -> None:
     )
     data = io.BytesIO()
     image.save(data, "JPEG", quality=95)
-    transform = ClassificationTransform(preprocessing=square(96), min_crop_area=0.35)
+    transform = classification_transform(preprocessing=square(96), min_crop_area=0.35)
     for seed in range(10):
         torch.manual_seed(seed)
         reduced = transform(data.getvalue(), 0)[0]
@@ -141,7 +176,7 @@ def test_half_of_the_images_are_mirrored() -> None:
     image = positions(32, 32)
     upright = evaluated(square(32), image)
     for flip, least, most in ((True, 80, 120), (False, 0, 0)):
-        transform = ClassificationTransform(preprocessing=square(32), min_crop_area=1.0, flip=flip)
+        transform = classification_transform(preprocessing=square(32), min_crop_area=1.0, flip=flip)
         mirrored = 0
         for _ in range(200):
             pixels, _ = transform(image, 0)
@@ -153,7 +188,7 @@ def test_half_of_the_images_are_mirrored() -> None:
 
 @pytest.mark.parametrize(("probability", "least", "most"), [(0.0, 0, 0), (0.25, 30, 70), (1.0, 200, 200)])
 def test_erasing(probability: float, least: int, most: int) -> None:
-    transform = ClassificationTransform(
+    transform = classification_transform(
         preprocessing=square(64), min_crop_area=1.0, flip=False, random_erasing=probability
     )
     erased = 0
@@ -171,12 +206,12 @@ def test_erasing(probability: float, least: int, most: int) -> None:
 def test_randaugment_changes_images_in_many_ways() -> None:
     image = render_scene(1, size=48).image
     plain = evaluated(square(48), image)
-    transform = ClassificationTransform(preprocessing=square(48), min_crop_area=1.0, flip=False, randaugment=9)
+    transform = classification_transform(preprocessing=square(48), min_crop_area=1.0, flip=False, randaugment=9)
     seen = {bytes(transform(image, 0)[0].numpy()) for _ in range(40)}
     assert len(seen) > 20
     assert len(seen - {bytes(plain.numpy())}) > 20
-    weak = ClassificationTransform(preprocessing=square(48), min_crop_area=1.0, flip=False, randaugment=1)
-    strong = ClassificationTransform(preprocessing=square(48), min_crop_area=1.0, flip=False, randaugment=30)
+    weak = classification_transform(preprocessing=square(48), min_crop_area=1.0, flip=False, randaugment=1)
+    strong = classification_transform(preprocessing=square(48), min_crop_area=1.0, flip=False, randaugment=30)
     gaps = [
         np.mean([(t(image, 0)[0].int() - plain.int()).abs().float().mean() for _ in range(60)]) for t in (weak, strong)
     ]
@@ -184,7 +219,7 @@ def test_randaugment_changes_images_in_many_ways() -> None:
 
 
 def test_the_same_random_state_gives_the_same_image() -> None:
-    transform = ClassificationTransform(preprocessing=square(32), min_crop_area=0.2, randaugment=9, random_erasing=0.5)
+    transform = classification_transform(preprocessing=square(32), min_crop_area=0.2, randaugment=9, random_erasing=0.5)
     image = render_scene(0, size=64).image
     sent = pickle.loads(pickle.dumps(transform))  # what a reading process gets where there is no fork
     for seed in range(5):
@@ -274,7 +309,7 @@ def bright_part(pixels: Tensor) -> list[float]:
 @pytest.mark.parametrize("option", OPTIONS)
 def test_boxes_follow_the_image(option: str, mode: str) -> None:
     preprocessing = sized(mode)
-    transform = DetectionTransform(preprocessing=preprocessing, **(PLAIN | OPTIONS[option]))
+    transform = detection_transform(preprocessing=preprocessing, **(PLAIN | OPTIONS[option]))
     (height, width), seen = preprocessing.size, set()
     for seed in range(60):
         torch.manual_seed(seed)
@@ -293,7 +328,7 @@ def test_without_any_chance_boxes_are_placed_as_in_evaluation() -> None:
     image, target = rectangle((30, 20, 90, 70)), boxes_of([[30, 20, 90, 70], [0, 0, 120, 90]], [1, 0])
     for mode in ("stretch", "pad", "crop"):
         preprocessing = sized(mode)
-        pixels, (corners, labels) = DetectionTransform(preprocessing=preprocessing, **PLAIN)(image, target)
+        pixels, (corners, labels) = detection_transform(preprocessing=preprocessing, **PLAIN)(image, target)
         assert torch.equal(pixels, evaluated(preprocessing, image))
         expected = preprocessing.placement((90, 120)).to_input(target.xyxy.astype(np.float64))
         np.testing.assert_allclose(corners.numpy(), expected, rtol=1e-6)
@@ -306,7 +341,9 @@ def test_crops_keep_each_box_with_its_label() -> None:
     boxes = [(10, 10, 50, 90), (60, 20, 90, 60), (100, 40, 140, 95)]
     for channel, box in enumerate(boxes):
         image.paste(tuple(255 * (channel == i) for i in range(3)), box)
-    transform = DetectionTransform(preprocessing=sized(), **(PLAIN | {"iou_crop": True, "flip": True, "zoom_out": 0.3}))
+    transform = detection_transform(
+        preprocessing=sized(), **(PLAIN | {"iou_crop": True, "flip": True, "zoom_out": 0.3})
+    )
     counts = []
     for seed in range(60):
         torch.manual_seed(seed)
@@ -320,7 +357,7 @@ def test_crops_keep_each_box_with_its_label() -> None:
 
 def test_crowds_are_left_out() -> None:
     target = boxes_of([[0, 0, 60, 60], [20, 20, 70, 70]], [3, 1], [True, False])
-    transform = DetectionTransform(preprocessing=sized())
+    transform = detection_transform(preprocessing=sized())
     for seed in range(10):
         torch.manual_seed(seed)
         _, (corners, labels) = transform(rectangle((20, 20, 70, 70)), target)
@@ -329,7 +366,7 @@ def test_crowds_are_left_out() -> None:
 
 @pytest.mark.parametrize("target", [boxes_of([], []), boxes_of([[0, 0, 60, 60]], [0], [True])])
 def test_images_without_boxes(target: Boxes) -> None:
-    transform = DetectionTransform(preprocessing=sized())
+    transform = detection_transform(preprocessing=sized())
     for seed in range(10):
         torch.manual_seed(seed)
         pixels, (corners, labels) = transform(rectangle((20, 20, 70, 70)), target)
@@ -341,7 +378,9 @@ def test_images_without_boxes(target: Boxes) -> None:
 def test_boxes_that_the_input_does_not_show_are_left_out() -> None:
     preprocessing = sized("crop", (64, 64))  # the middle 90 of 180 columns
     target = boxes_of([[0, 10, 40, 60], [60, 10, 100, 60], [150, 10, 180, 60], [0, 0, 46, 90]], [0, 1, 2, 3])
-    _, (corners, labels) = DetectionTransform(preprocessing=preprocessing, **PLAIN)(Image.new("RGB", (180, 90)), target)
+    _, (corners, labels) = detection_transform(preprocessing=preprocessing, **PLAIN)(
+        Image.new("RGB", (180, 90)), target
+    )
     assert labels.tolist() == [1, 3]
     assert (corners[:, 2:] > corners[:, :2]).all()  # the loss takes the logarithm of the sides
 
@@ -402,7 +441,7 @@ def away_from_edges(mask: Tensor, reach: int = 3) -> Tensor:
 )
 @pytest.mark.parametrize("mode", ["stretch", "pad"])
 def test_masks_follow_the_image(tmp_path: Path, changes: dict[str, object], mode: str) -> None:
-    transform = SegmentationTransform(
+    transform = segmentation_transform(
         preprocessing=sized(mode, (96, 128)),
         crop_size=(64, 80),
         **(STILL | changes),  # type: ignore[arg-type]
@@ -431,7 +470,7 @@ def test_masks_are_not_shifted_against_the_image(tmp_path: Path) -> None:
     image = Image.fromarray(255 * disc).convert("RGB")
     for scale in (0.5, 1.0, 4.0):
         side = round(64 * scale)
-        transform = SegmentationTransform(
+        transform = segmentation_transform(
             preprocessing=sized(size=(64, 64)), crop_size=(side, side), **(STILL | {"scale_range": (scale, scale)})
         )
         pixels, mask = transform(image, target)
@@ -449,7 +488,7 @@ def test_crops_have_their_size_and_void_is_where_no_image_is(
 ) -> None:
     image = Image.new("RGB", original, "white")
     target = save_mask(tmp_path / "a.png", np.ones(original[::-1]))
-    plain = SegmentationTransform(
+    plain = segmentation_transform(
         preprocessing=sized("pad", (96, 128)), crop_size=crop_size, **(STILL | {"scale_range": (0.5, 1.5)})
     )
     for _ in range(10):
@@ -457,7 +496,7 @@ def test_crops_have_their_size_and_void_is_where_no_image_is(
         assert pixels.shape[1:] == mask.shape == crop_size
         assert torch.equal(mask == IGNORE, pixels[0] == 0)
         assert (mask == 1).any()
-    everything = SegmentationTransform(preprocessing=sized("pad", (96, 128)), crop_size=crop_size)
+    everything = segmentation_transform(preprocessing=sized("pad", (96, 128)), crop_size=crop_size)
     for _ in range(10):
         pixels, mask = everything(image, target)
         assert pixels.shape[1:] == mask.shape == crop_size
@@ -466,21 +505,20 @@ def test_crops_have_their_size_and_void_is_where_no_image_is(
 
 def test_void_of_the_file_stays_void(tmp_path: Path) -> None:
     target = save_mask(tmp_path / "a.png", np.full((96, 128), 200))
-    _, mask = SegmentationTransform(preprocessing=sized(size=(96, 128)), crop_size=(64, 64))(
+    _, mask = segmentation_transform(preprocessing=sized(size=(96, 128)), crop_size=(64, 64))(
         Image.new("RGB", (128, 96)), target
     )
     assert (mask == IGNORE).all()
 
 
-def test_crops_show_more_than_one_thing_where_they_can(tmp_path: Path) -> None:
+def test_crops_show_more_than_one_thing_where_they_can(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     values = np.zeros((64, 100))
     values[:, 50:] = 1
     target, image = save_mask(tmp_path / "a.png", values), painted(values)
     most = {}
     for limit in (0.75, 1.0):
-        transform = SegmentationTransform(
-            preprocessing=sized(size=(64, 100)), crop_size=(64, 60), most_of_one_class=limit, **STILL
-        )
+        monkeypatch.setattr("mobilevit.tasks.transforms.MOST_OF_ONE_CLASS", limit)
+        transform = segmentation_transform(preprocessing=sized(size=(64, 100)), crop_size=(64, 60), **STILL)
         masks = [transform(image, target)[1] for _ in range(100)]
         most[limit] = max(max((mask == 0).float().mean().item(), (mask == 1).float().mean().item()) for mask in masks)
         assert len({mask.sum().item() for mask in masks}) > 15  # of 31 and 41 places
@@ -490,7 +528,7 @@ def test_crops_show_more_than_one_thing_where_they_can(tmp_path: Path) -> None:
 
 def test_a_image_of_one_class_is_cropped_all_the_same(tmp_path: Path) -> None:
     target = save_mask(tmp_path / "a.png", np.ones((64, 100)))
-    transform = SegmentationTransform(preprocessing=sized(size=(64, 100)), crop_size=(64, 60), **STILL)
+    transform = segmentation_transform(preprocessing=sized(size=(64, 100)), crop_size=(64, 60), **STILL)
     assert (transform(Image.new("RGB", (100, 64)), target)[1] == 1).all()
 
 
@@ -501,7 +539,7 @@ def test_a_mask_of_another_size_than_its_image(tmp_path: Path) -> None:
     with pytest.raises(ImageError, match=reason):
         target.read((image.height, image.width))
     with pytest.raises(ImageError, match=reason):
-        SegmentationTransform(preprocessing=sized(), crop_size=(32, 32))(image, target)
+        segmentation_transform(preprocessing=sized(), crop_size=(32, 32))(image, target)
     with pytest.raises(ImageError, match=r"b.png: no such mask"):
         Mask(path=tmp_path / "b.png", class_of=target.class_of).read((image.height, image.width))
     assert target.read((30, 40)).tolist() == [[1] * 40] * 30
@@ -513,8 +551,8 @@ def test_a_mask_of_another_size_than_its_image(tmp_path: Path) -> None:
 def test_the_same_random_state_gives_the_same_boxes_and_masks(tmp_path: Path) -> None:
     scene = render_scene(0, size=96, num_objects=3)
     boxes, mask = boxes_of(scene.boxes_xyxy, scene.labels), save_mask(tmp_path / "a.png", scene.mask)
-    detection = DetectionTransform(preprocessing=sized())
-    segmentation = SegmentationTransform(preprocessing=sized(), crop_size=(48, 48))
+    detection = detection_transform(preprocessing=sized())
+    segmentation = segmentation_transform(preprocessing=sized(), crop_size=(48, 48))
     images = set()
     for seed in range(8):
         results = []

@@ -5,6 +5,7 @@ Letters used in shapes: A anchors, K classes without the background, N objects.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, NamedTuple, Self
@@ -50,7 +51,7 @@ def find_objects(
     """Drop improbable boxes and, of overlapping boxes of one class, keep the best (non-maximum suppression).
 
     The result equals that of suppressing each class separately and then sorting. The candidates of all classes are
-    visited in the order of their scores until there are enough objects. The defaults are the published ones.
+    visited in the order of their scores until there are enough objects.
 
     Args:
         boxes_xyxy: (A, 4).
@@ -192,29 +193,27 @@ class DetectionResult(Result):
         texts = [f"{label} {score:.0%}" for label, score in zip(shown.labels, shown.scores, strict=True)]
         return draw_boxes(self.image, shown.boxes_xyxy, texts, [colors[i] for i in shown.class_ids])
 
+    def _rows(self, min_score: float | None) -> list[tuple[int, float, list[float]]]:
+        """Class, score and box of each object from a score up."""
+        shown = self.above(min_score)
+        return list(zip(shown.class_ids.tolist(), shown.scores.tolist(), shown.boxes_xyxy.tolist(), strict=True))
+
     def to_dict(self, *, top: int = 5, min_score: float | None = None) -> Json:
         """Return plain values for JSON; boxes are in pixels with two decimals."""
-        shown = self.above(min_score)
-        rows = zip(shown.labels, shown.scores.tolist(), shown.boxes_xyxy.tolist(), strict=True)
         height, width = self.info.size
-        return {
-            "source": self.source,
-            "width": width,
-            "height": height,
-            "detections": [
-                {"label": label, "score": round(score, 6), "box_xyxy": [round(v, 2) for v in box]}
-                for label, score, box in rows
-            ],
-        }
+        found = [
+            {"label": self.classes[i], "score": round(score, 6), "box_xyxy": [round(edge, 2) for edge in box]}
+            for i, score, box in self._rows(min_score)
+        ]
+        return {"source": self.source, "width": width, "height": height, "detections": found}
 
     def to_row(self, *, top: int = 3, min_score: float | None = None) -> Json:
         """Return the column detections: label, score, left, top, right and bottom of each object."""
-        shown = self.above(min_score)
-        found = zip(shown.labels, shown.scores.tolist(), shown.boxes_xyxy.tolist(), strict=True)
         edges = ("left", "top", "right", "bottom")
         return {
             "detections": [
-                {"label": label, "score": score, **dict(zip(edges, box, strict=True))} for label, score, box in found
+                {"label": self.classes[i], "score": score, **dict(zip(edges, box, strict=True))}
+                for i, score, box in self._rows(min_score)
             ]
         }
 
@@ -229,7 +228,6 @@ class DetectionResult(Result):
             min_score: leave out objects with a lower score; COCO's evaluation wants all objects.
         """
         ids = range(1, len(self.classes) + 1) if category_ids is None else category_ids
-        shown = self.above(min_score)
         return [
             {
                 "image_id": image_id,
@@ -237,13 +235,10 @@ class DetectionResult(Result):
                 "bbox": [round(left, 2), round(top, 2), round(right - left, 2), round(bottom - top, 2)],
                 "score": round(score, 6),
             }
-            for class_id, score, (left, top, right, bottom) in zip(
-                shown.class_ids.tolist(), shown.scores.tolist(), shown.boxes_xyxy.tolist(), strict=True
-            )
+            for class_id, score, (left, top, right, bottom) in self._rows(min_score)
         ]
 
     def describe(self, *, top: int = 3, min_score: float | None = None) -> str:
         """Count the objects of each class in one line."""
-        names = self.above(min_score).labels
-        counts = {name: names.count(name) for name in dict.fromkeys(names)}
+        counts = Counter(self.above(min_score).labels)
         return ", ".join(f"{count} {name}" for name, count in counts.items()) or "nothing found"

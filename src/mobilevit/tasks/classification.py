@@ -99,13 +99,7 @@ class ClassificationTask(Task[int, int]):
         if own.class_weights == "balanced":
             class_weights = balanced_class_weights(targets, num_classes).to(device)
         return Objective(
-            transform=ClassificationTransform(
-                preprocessing=preprocessing,
-                min_crop_area=own.min_crop_area,
-                flip=settings.flip,
-                randaugment=own.randaugment,
-                random_erasing=own.random_erasing,
-            ),
+            transform=ClassificationTransform(preprocessing=preprocessing, settings=own, flip=settings.flip),
             collate=torch.tensor,
             loss=partial(classification_loss, label_smoothing=own.label_smoothing, class_weights=class_weights),
             mix=mix_transform(num_classes, mixup=own.mixup, cutmix=own.cutmix),

@@ -150,8 +150,7 @@ class DetectionTask(Task[Boxes, Boxes]):
         return Objective(
             transform=DetectionTransform(
                 preprocessing=preprocessing,
-                zoom_out=settings.detection.zoom_out,
-                iou_crop=settings.detection.iou_crop,
+                settings=settings.detection,
                 flip=settings.flip,
                 photometric_distortion=settings.photometric_distortion,
             ),

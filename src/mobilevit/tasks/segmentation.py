@@ -94,18 +94,16 @@ class SegmentationTask(Task[Mask, NDArray[np.uint8]]):
         targets: Sequence[Mask],
         device: torch.device,
     ) -> Objective:
-        own = settings.segmentation
         return Objective(
             transform=SegmentationTransform(
                 preprocessing=preprocessing,
+                settings=settings.segmentation,
                 crop_size=settings.training_size,
-                scale_range=own.scale_range,
                 flip=settings.flip,
-                rotation=own.rotation,
                 photometric_distortion=settings.photometric_distortion,
             ),
-            collate=_stack,
-            loss=partial(segmentation_loss, aux_weight=own.aux_weight),
+            collate=torch.stack,
+            loss=partial(segmentation_loss, aux_weight=settings.segmentation.aux_weight),
         )
 
     def head(self, settings: TrainingSettings) -> DeepLabv3Config | None:
@@ -121,10 +119,6 @@ class SegmentationTask(Task[Mask, NDArray[np.uint8]]):
 
     def new_meter(self, classes: Sequence[str], *, keep: Collection[int] = ()) -> SegmentationMeter:
         return SegmentationMeter(classes, keep=keep)
-
-
-def _stack(label_maps: Sequence[Tensor]) -> Tensor:
-    return torch.stack(tuple(label_maps))
 
 
 SEGMENTATION = SegmentationTask()

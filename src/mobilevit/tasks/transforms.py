@@ -24,23 +24,24 @@ from torchvision.transforms.v2 import functional as F
 from mobilevit.class_names import IGNORE
 from mobilevit.imaging.decode import EncodedImage, Source, open_image, read_image
 from mobilevit.imaging.preprocessing import RESAMPLING, Preprocessing
+from mobilevit.tasks.settings import ClassificationSettings, DetectionSettings, SegmentationSettings
 from mobilevit.tasks.targets import Boxes, Mask
+
+MOST_OF_ONE_CLASS = 0.75
+"""Crops for segmentation in which one class has a larger share are drawn again, ten times at most."""
+
+_GRAY = (124, 116, 104)
+"""ImageNet's mean color."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClassificationTransform:
-    """Random resized crop and flip (arXiv:1409.4842), optionally RandAugment and random erasing."""
+    """Random resized crop and flip (arXiv:1409.4842), RandAugment (arXiv:1909.13719), erasing (arXiv:1708.04896)."""
 
     preprocessing: Preprocessing
     """Size and interpolation."""
-    min_crop_area: float
-    """Smallest share of the image's area a crop may have."""
-    flip: bool = True
-    """Mirror half of the images."""
-    randaugment: int = 0
-    """Strength of two random operations an image (arXiv:1909.13719); 0 leaves them out."""
-    random_erasing: float = 0.0
-    """Probability that a rectangle is blanked (arXiv:1708.04896)."""
+    settings: ClassificationSettings
+    flip: bool
 
     def __call__(
         self, image: Source | EncodedImage, label: int, size: tuple[int, int] | None = None
@@ -49,15 +50,15 @@ class ClassificationTransform:
         height, width = size or self.preprocessing.size
         encoded = open_image(image)
         # The crop is drawn before the image is decoded: a JPEG is decoded no finer than the crop can show.
-        crop = random_crop(encoded.size, self.min_crop_area)
+        crop = random_crop(encoded.size, self.settings.min_crop_area)
         pixels = _cropped(encoded, crop, (height, width), self.preprocessing.interpolation)
         if self.flip and _uniform(0, 1) < 0.5:
             pixels = pixels.permute(1, 2, 0).flip(1).permute(2, 0, 1)  # as the pixels lie, which is much faster
-        if self.randaugment:
-            augment = v2.RandAugment(num_ops=2, magnitude=self.randaugment, interpolation=InterpolationMode.BILINEAR)
+        if magnitude := self.settings.randaugment:
+            augment = v2.RandAugment(num_ops=2, magnitude=magnitude, interpolation=InterpolationMode.BILINEAR)
             pixels = _pixels(augment(Image.fromarray(pixels.permute(1, 2, 0).numpy())))
-        if self.random_erasing:
-            pixels = v2.RandomErasing(p=self.random_erasing)(pixels)
+        if self.settings.random_erasing:
+            pixels = v2.RandomErasing(p=self.settings.random_erasing)(pixels)
         return _channels_last(pixels), label
 
 
@@ -129,14 +130,9 @@ class DetectionTransform:
 
     preprocessing: Preprocessing
     """Size, resize mode and interpolation."""
-    zoom_out: float = 0.5
-    """Probability that the image becomes a part of a larger, gray one, up to four times as wide and high."""
-    iou_crop: bool = True
-    """Crop parts that hold some object by 0, 10, 30 ... 90 % at least."""
-    flip: bool = True
-    """Mirror half of the images."""
-    photometric_distortion: bool = True
-    """Change brightness, contrast, saturation and hue."""
+    settings: DetectionSettings
+    flip: bool
+    photometric_distortion: bool
 
     def __call__(self, source: Source | EncodedImage, target: Boxes) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         image = read_image(source)
@@ -146,9 +142,9 @@ class DetectionTransform:
         )
         objects = {"boxes": boxes, "labels": torch.from_numpy(target.labels[keep])}
         steps: list[v2.Transform] = [v2.ClampBoundingBoxes()]
-        if self.zoom_out:
-            steps.append(v2.RandomZoomOut(fill=_GRAY, side_range=(1.0, 4.0), p=self.zoom_out))
-        if self.iou_crop and len(boxes):
+        if self.settings.zoom_out:
+            steps.append(v2.RandomZoomOut(fill=_GRAY, side_range=(1.0, 4.0), p=self.settings.zoom_out))
+        if self.settings.iou_crop and len(boxes):
             steps.append(v2.RandomIoUCrop())
         if self.flip:
             steps.append(v2.RandomHorizontalFlip())
@@ -180,23 +176,16 @@ class SegmentationTransform:
 
     preprocessing: Preprocessing
     """Size at scale 1, and interpolation."""
+    settings: SegmentationSettings
     crop_size: tuple[int, int]
     """(height, width) of the crops."""
-    scale_range: tuple[float, float] = (0.5, 1.5)
-    """Size of the image before the crop, relative to its size in evaluation."""
-    most_of_one_class: float = 0.75
-    """Crops in which one class has a larger share are drawn again, ten times at most."""
-    flip: bool = True
-    """Mirror half of the images."""
-    rotation: float = 10.0
-    """Turn by up to this many degrees, half of the images."""
-    photometric_distortion: bool = True
-    """Change brightness, contrast, saturation and hue."""
+    flip: bool
+    photometric_distortion: bool
 
     def __call__(self, source: Source | EncodedImage, target: Mask) -> tuple[Tensor, Tensor]:
         image = read_image(source)
         mask = torch.from_numpy(target.read((image.height, image.width)))[None]
-        scale = _uniform(*self.scale_range)
+        scale = _uniform(*self.settings.scale_range)
         rows, columns = self.preprocessing.placement((image.height, image.width)).filled
         size = [max(1, round(rows * scale)), max(1, round(columns * scale))]
         pixels = _pixels(F.resize(image, size, interpolation=InterpolationMode(self.preprocessing.interpolation)))
@@ -210,8 +199,8 @@ class SegmentationTransform:
         pixels, mask = F.crop(pixels, top, left, height, width), F.crop(mask, top, left, height, width)
         if self.flip and _uniform(0, 1) < 0.5:
             pixels, mask = F.horizontal_flip(pixels), F.horizontal_flip(mask)
-        if self.rotation and _uniform(0, 1) < 0.5:
-            angle = _uniform(-self.rotation, self.rotation)
+        if self.settings.rotation and _uniform(0, 1) < 0.5:
+            angle = _uniform(-self.settings.rotation, self.settings.rotation)
             pixels = F.rotate(pixels, angle, interpolation=InterpolationMode.BILINEAR)
             mask = F.rotate(mask, angle, interpolation=InterpolationMode.NEAREST, fill=IGNORE)
         if self.photometric_distortion:
@@ -224,13 +213,9 @@ class SegmentationTransform:
         for _ in range(10):
             top, left = (int(torch.randint(spare + 1, ())) for spare in (rows - height, columns - width))
             counts = torch.bincount(mask[0, top : top + height, left : left + width].flatten(), minlength=256)[:IGNORE]
-            if counts.max() <= self.most_of_one_class * counts.sum():
+            if counts.max() <= MOST_OF_ONE_CLASS * counts.sum():
                 break
         return top, left
-
-
-_GRAY = (124, 116, 104)
-"""ImageNet's mean color."""
 
 
 def _uniform(low: float, high: float) -> float:
@@ -248,15 +233,9 @@ def _channels_last(pixels: Tensor) -> Tensor:
 def mix_transform(
     num_classes: int, *, mixup: float, cutmix: float
 ) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None:
-    """Return MixUp (arXiv:1710.09412) or CutMix (arXiv:1905.04899), or one of them at random if both are on.
+    """Return MixUp (arXiv:1710.09412) or CutMix (arXiv:1905.04899), or one of them at random; None if both are off.
 
-    Args:
-        num_classes: width of the mixed labels.
-        mixup: alpha of MixUp's Beta distribution; 0 is off.
-        cutmix: alpha of CutMix's; 0 is off.
-
-    Returns:
-        A function from images (B, 3, H, W) and labels (B,) to images and shares (B, num_classes); None if both are off.
+    Shape: images (B, 3, H, W), labels (B,) -> images and shares (B, num_classes).
     """
     choices: list[v2.Transform] = []
     if mixup:
