@@ -165,8 +165,7 @@ def measure(session: Session, loader: BatchLoader, *, label: str = "evaluate") -
         MobileViTError: not a single image can be read.
     """
     data, preprocessing = loader.data, session.card.preprocessing
-    keep = _evenly_spaced(range(len(data)))
-    meter, errors = data.task.new_meter(data.classes, keep=keep), list[str]()
+    meter, errors = data.task.new_meter(data.classes), list[str]()
     with Progress(label, loader.num_images) as progress:
         for batch in loader.epoch():
             errors += batch.errors
@@ -178,7 +177,7 @@ def measure(session: Session, loader: BatchLoader, *, label: str = "evaluate") -
     if _is_distributed():
         shares = [(meter, errors)] * distributed.get_world_size()
         distributed.all_gather_object(shares, (meter, errors))
-        meter, errors = data.task.new_meter(data.classes, keep=keep), []
+        meter, errors = data.task.new_meter(data.classes), []
         for other, other_errors in shares:
             meter.merge(other)
             errors += other_errors

@@ -12,7 +12,6 @@ from PIL import Image
 from mobilevit.imaging.drawing import class_colors
 from mobilevit.imaging.preprocessing import Preprocessing
 from mobilevit.tasks.segmentation_report import (
-    KEPT_WORST,
     SegmentationMeter,
     SegmentationReport,
     segmentation_report,
@@ -144,26 +143,14 @@ def image_with_errors(errors: int) -> tuple[np.ndarray, np.ndarray]:
     return label_map, truth
 
 
-def test_label_maps_are_kept_of_some_images_only() -> None:
-    meter = SegmentationMeter("ab", keep=[3, 59])
+def test_worst_are_the_images_with_the_lowest_iou() -> None:
+    meter = SegmentationMeter("ab")
     errors = np.random.default_rng(0).permutation(60)  # image by image; one is all right
     for index, number in enumerate(errors.tolist()):
         see(meter, index, *image_with_errors(number))
     worst = np.argsort(-errors).tolist()
-    assert meter.worst() == worst[:KEPT_WORST]
+    assert meter.worst() == worst[:24]
     assert meter.worst(60) == worst[:59]  # not what is all right
-    assert set(meter.label_maps) == {3, 59, *worst[:KEPT_WORST]}
-    for index, kept in meter.label_maps.items():
-        assert kept.dtype == np.uint8
-        assert np.array_equal(kept, image_with_errors(int(errors[index]))[0])
-
-
-def test_what_is_all_right_is_kept_only_where_asked() -> None:
-    meter = SegmentationMeter("abcd", keep=[1])
-    for index in range(3):
-        see(meter, index, TRUTH, TRUTH)
-    assert set(meter.label_maps) == {1}
-    assert meter.worst() == []
 
 
 def test_images_equally_bad_come_in_order() -> None:
@@ -177,25 +164,23 @@ def test_images_equally_bad_come_in_order() -> None:
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 2, 0)])
 def test_the_report_does_not_depend_on_how_images_are_divided(order: tuple[int, ...]) -> None:
     maps = random_maps(1, 6, 60)
-    whole = SegmentationMeter("abcdef", keep=[0, 33])
+    whole = SegmentationMeter("abcdef")
     for index in np.random.default_rng(0).permutation(60).tolist():
         see(whole, index, *maps[index])
     parts = []
     for indices in (range(22), range(50, 18, -1), range(50, 60)):  # some images are seen by two
-        part = SegmentationMeter("abcdef", keep=[0, 33])
+        part = SegmentationMeter("abcdef")
         for index in indices:
             see(part, index, *maps[index])
         parts.append(pickle.loads(pickle.dumps(part)))
     merged = parts[order[0]]
     for part in order[1:]:
         merged.merge(parts[part])
-    assert (merged.classes, merged.keep) == (whole.classes, whole.keep)
+    assert merged.classes == whole.classes
     assert merged.indices == whole.indices == list(range(60))
     assert merged.report().to_dict() == whole.report().to_dict()
     assert merged.worst() == whole.worst()
-    assert set(merged.label_maps) == set(whole.label_maps) == {0, 33, *whole.worst()}
-    for index, kept in merged.label_maps.items():
-        assert np.array_equal(kept, whole.label_maps[index])
+    assert all(merged.images[index].label_map == whole.images[index].label_map for index in range(60))
 
 
 # -- texts and files --------------------------------------------------------------------------------------------------
@@ -302,7 +287,4 @@ def test_sheet(count: int, across: int, down: int) -> None:
 def test_sheet_of_nothing_and_of_images_that_are_not_square() -> None:
     assert SegmentationMeter("a").draw([], [], []).height > 0
     label_map = np.zeros((90, 30), np.uint8)
-    wrong, right = meter_of((label_map + 1, label_map)), meter_of((label_map, label_map))
-    images = [Image.new("RGB", (30, 90))]
-    assert wrong.draw([0], images, [label_map]).width == 3 * 248 + 8
-    assert right.draw([0], images, [label_map]).width < 3 * 248  # its label map is not kept
+    assert meter_of((label_map, label_map)).draw([0], [Image.new("RGB", (30, 90))], [label_map]).width == 3 * 248 + 8

@@ -6,7 +6,7 @@ K classes, B images in a batch.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
@@ -108,7 +108,7 @@ class ClassificationTask(Task[int, int]):
     def read_truth(self, target: int, _: tuple[int, int]) -> int:
         return target
 
-    def new_meter(self, classes: Sequence[str], *, keep: Collection[int] = ()) -> ClassificationMeter:
+    def new_meter(self, classes: Sequence[str]) -> ClassificationMeter:
         return ClassificationMeter(classes)
 
 

@@ -20,20 +20,20 @@ from mobilevit.imaging.drawing import GREEN, RED, contact_sheet
 from mobilevit.imaging.preprocessing import Placement
 from mobilevit.results.base import Outputs, float32
 from mobilevit.results.classification import softmax
-from mobilevit.tasks.report import ClassScores, Meter, Report, save_confusion_matrix
+from mobilevit.tasks.report import ClassScores, Meter, Report, save_confusion_matrix, shown
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClassificationClassScores(ClassScores):
     """How one class fared."""
 
-    precision: float
+    precision: float = field(metadata=shown("precision", ".3f"))
     """Share of the images called so that are so."""
-    recall: float
+    recall: float = field(metadata=shown("recall", ".3f"))
     """Share of the images that are so which are called so."""
-    f1: float
+    f1: float = field(metadata=shown("F1", ".3f"))
     """Harmonic mean of the two."""
-    support: int
+    support: int = field(metadata=shown("images", ","))
     """Images of this class."""
 
 
@@ -41,35 +41,20 @@ class ClassificationClassScores(ClassScores):
 class ClassificationReport(Report):
     """How a model fared on labeled images."""
 
-    num_images: int
-    top1: float
+    top1: float = field(metadata=shown("top-1", ".2%"))
     """Share of images whose most probable class is right."""
-    top5: float | None
+    top5: float | None = field(metadata=shown("top-5", ".2%"))
     """Share whose right class is among the five most probable; None below six classes, where it says little."""
-    loss: float
+    loss: float = field(metadata=shown("loss", ".4f"))
     """Mean cross-entropy, without label smoothing, in nats."""
-    calibration_error: float
+    calibration_error: float = field(metadata=shown("calibration error", ".4f"))
     """Expected gap between confidence and accuracy over 15 bins (arXiv:1706.04599)."""
     per_class: tuple[ClassificationClassScores, ...]
     confusion: NDArray[np.int64] = field(repr=False)
     """(K, K): rows are the true classes, columns the predicted ones."""
 
     score_name = "top1"
-    score_threshold = None
     summarized = ("top1", "top5", "loss", "calibration_error")
-    figures = (
-        ("top-1", "top1", ".2%"),
-        ("top-5", "top5", ".2%"),
-        ("loss", "loss", ".4f"),
-        ("calibration error", "calibration_error", ".4f"),
-    )
-    columns = (
-        ("class", "name", ""),
-        ("precision", "precision", ".3f"),
-        ("recall", "recall", ".3f"),
-        ("F1", "f1", ".3f"),
-        ("images", "support", ","),
-    )
 
     def save_plots(self, folder: Path) -> None:
         """Write `confusion_matrix.csv`, and `confusion_matrix.png` if it is legible."""

@@ -5,7 +5,7 @@ B images in a batch, A anchors, N objects in the fullest image of the batch, K c
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -161,7 +161,7 @@ class DetectionTask(Task[Boxes, Boxes]):
     def read_truth(self, target: Boxes, _: tuple[int, int]) -> Boxes:
         return target
 
-    def new_meter(self, classes: Sequence[str], *, keep: Collection[int] = ()) -> DetectionMeter:
+    def new_meter(self, classes: Sequence[str]) -> DetectionMeter:
         return DetectionMeter(classes)
 
 

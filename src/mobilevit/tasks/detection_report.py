@@ -30,7 +30,7 @@ from mobilevit.imaging.preprocessing import Placement
 from mobilevit.plotting import new_figure, save_figure
 from mobilevit.results.base import Outputs
 from mobilevit.results.detection import Detections, decode_detections, to_pixels
-from mobilevit.tasks.report import ClassScores, Meter, Report, plot_text, save_bars
+from mobilevit.tasks.report import ClassScores, Meter, Report, plot_text, save_bars, shown
 from mobilevit.tasks.targets import Boxes
 
 RIGHT, WRONG, NOT_COUNTED = 1, 0, -1
@@ -49,15 +49,15 @@ MOST_IN_LEGEND = 12
 class DetectionClassScores(ClassScores):
     """How one class fared; its AP is None where the truth has no object of it."""
 
-    ap: float | None
+    ap: float | None = field(metadata=shown("AP", ".3f"))
     """Average precision, mean over IoU thresholds 0.50 to 0.95."""
-    ap50: float | None
+    ap50: float | None = field(metadata=shown("AP50", ".3f"))
     """Average precision at IoU 0.50."""
-    precision: float | None
+    precision: float | None = field(metadata=shown("precision", ".3f"))
     """Share of the detections from the score threshold up that are right; None where there are none."""
-    recall: float | None
+    recall: float | None = field(metadata=shown("recall", ".3f"))
     """Share of the objects that these find; None where there are none."""
-    num_objects: int
+    num_objects: int = field(metadata=shown("objects", ","))
     """In the truth, without crowds."""
     curve: NDArray[np.float64] | None = field(repr=False)
     """Precision at IoU 0.50 for each of `RECALLS`: the best at that recall or a higher one."""
@@ -70,25 +70,24 @@ class DetectionReport(Report):
     A class without any object in the truth does not count in their means. Crowds are neither missed nor found.
     """
 
-    num_images: int
     num_objects: int
     """In the truth, without crowds."""
-    ap: float
+    ap: float = field(metadata=shown("AP", ".3f"))
     """Mean average precision over IoU thresholds 0.50 to 0.95; 0 where there is no object at all."""
-    ap50: float
-    ap75: float
-    ap_small: float | None
+    ap50: float = field(metadata=shown("AP50", ".3f"))
+    ap75: float = field(metadata=shown("AP75", ".3f"))
+    ap_small: float | None = field(metadata=shown("AP small", ".3f"))
     """AP of objects below 32 x 32 pixels; None where there are none, as in the next two."""
-    ap_medium: float | None
-    ap_large: float | None
+    ap_medium: float | None = field(metadata=shown("AP medium", ".3f"))
+    ap_large: float | None = field(metadata=shown("AP large", ".3f"))
     """AP of objects above 96 x 96 pixels."""
-    ar100: float
+    ar100: float = field(metadata=shown("AR100", ".3f"))
     """Mean share of objects found by up to a hundred detections an image, over the same IoU thresholds."""
-    score_threshold: float
+    score_threshold: float = field(metadata=shown("best score threshold", ".3f"))
     """Detections from this score up have the best F1 at IoU 0.50, all classes together; 0.5 where none is right."""
-    precision: float
+    precision: float = field(metadata=shown("precision there", ".3f"))
     """At that threshold, all classes together: share of the detections that are right."""
-    recall: float
+    recall: float = field(metadata=shown("recall there", ".3f"))
     """Share of the objects that are found."""
     f1: float
     """Harmonic mean of the two."""
@@ -96,26 +95,10 @@ class DetectionReport(Report):
 
     score_name = "ap"
     summarized = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large", "ar100", "f1")
-    figures = (
-        ("AP", "ap", ".3f"),
-        ("AP50", "ap50", ".3f"),
-        ("AP75", "ap75", ".3f"),
-        ("AP small", "ap_small", ".3f"),
-        ("AP medium", "ap_medium", ".3f"),
-        ("AP large", "ap_large", ".3f"),
-        ("AR100", "ar100", ".3f"),
-        ("best score threshold", "score_threshold", ".3f"),
-        ("precision there", "precision", ".3f"),
-        ("recall there", "recall", ".3f"),
-    )
-    columns = (
-        ("class", "name", ""),
-        ("AP", "ap", ".3f"),
-        ("AP50", "ap50", ".3f"),
-        ("precision", "precision", ".3f"),
-        ("recall", "recall", ".3f"),
-        ("objects", "num_objects", ","),
-    )
+
+    @property
+    def min_score(self) -> float:
+        return self.score_threshold
 
     def save_plots(self, folder: Path) -> None:
         """Write `pr_curves.png`, `per_class.png` and `per_class.csv`."""

@@ -6,7 +6,7 @@ import csv
 import io
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import ClassVar, Generic, Self, TypeVar
 
@@ -22,42 +22,56 @@ from mobilevit.results.base import Outputs
 Truth = TypeVar("Truth")
 """What evaluation compares the predictions for an image with."""
 
-Columns = tuple[tuple[str, str, str], ...]
-"""Figures shown to people: for each the title, the name of the field, and the format."""
-
 MOST_IN_MATRIX = 60
 """Confusion matrices of more classes would not be legible."""
 
 
+def shown(title: str, form: str = "") -> dict[str, str]:
+    """Make the metadata of a field that people read: its title and format."""
+    return {"title": title, "form": form}
+
+
 @dataclass(frozen=True, kw_only=True)
-class ClassScores:
+class _Figures:
+    def texts(self) -> dict[str, str]:
+        """The figures that people read as text, by title; a dash where there is none."""
+        texts = {}
+        for figure in fields(self):
+            if figure.metadata:
+                value = getattr(self, figure.name)
+                texts[figure.metadata["title"]] = "-" if value is None else format(value, figure.metadata["form"])
+        return texts
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassScores(_Figures):
     """How one class fared."""
 
-    name: str
+    name: str = field(metadata=shown("class"))
 
 
-class Report(ABC):
-    """How a model fared on images whose truth is known; subclasses are dataclasses of figures."""
+@dataclass(frozen=True, kw_only=True)
+class Report(_Figures, ABC):
+    """How a model fared on images whose truth is known."""
 
     num_images: int
     """Images it was computed from."""
     per_class: tuple[ClassScores, ...]
-    score_threshold: float | None
-    """The lowest score of detections to show; None where there are none."""
 
     score_name: ClassVar[str]
     """The figure that decides which weights are best; higher is better."""
     summarized: ClassVar[tuple[str, ...]]
     """Names of the figures in `summary`."""
-    figures: ClassVar[Columns]
-    """The main figures."""
-    columns: ClassVar[Columns]
-    """Columns of the table of classes."""
 
     @property
     def score(self) -> float:
         """The figure named `score_name`."""
         return float(getattr(self, self.score_name))
+
+    @property
+    def min_score(self) -> float | None:
+        """The lowest score of detections to show; None where there are none."""
+        return None
 
     @property
     def summary(self) -> dict[str, float]:
@@ -66,21 +80,18 @@ class Report(ABC):
         return {name: round(value, 6) for name, value in figures.items() if value is not None}
 
     def to_dict(self) -> Json:
-        """Plain values for JSON; floats have six decimals."""
-        return {name: _plain(value) for name, value in vars(self).items()}
+        """Plain values for JSON, single figures first; floats have six decimals."""
+        ordered = sorted(vars(self).items(), key=lambda item: isinstance(item[1], tuple | np.ndarray))
+        return {name: _plain(value) for name, value in ordered}
 
     def headline(self) -> list[tuple[str, str]]:
         """Return the main figures, as pairs of title and text."""
-        values = [(title, getattr(self, name), form) for title, name, form in self.figures]
-        return [(title, format(value, form)) for title, value, form in values if value is not None]
+        return [(title, text) for title, text in self.texts().items() if text != "-"]
 
     def table(self) -> tuple[list[str], list[list[str]]]:
-        """Return the heading and the rows of the table of classes, as text; a dash where there is no figure."""
-        rows = []
-        for scores in self.per_class:
-            values = [(getattr(scores, name), form) for _, name, form in self.columns]
-            rows.append(["-" if value is None else format(value, form) for value, form in values])
-        return [title for title, _, _ in self.columns], rows
+        """Return the heading and the rows of the table of classes, as text."""
+        rows = [scores.texts() for scores in self.per_class]
+        return list(rows[0]), [list(row.values()) for row in rows]
 
     @abstractmethod
     def save_plots(self, folder: Path) -> None:
@@ -88,7 +99,7 @@ class Report(ABC):
 
     def save_table(self, path: Path) -> None:
         """Write the table of classes as CSV, with all digits."""
-        names = [name for _, name, _ in self.columns]
+        names = [figure.name for figure in fields(self.per_class[0]) if figure.metadata]
         save_csv(path, [names, *([getattr(scores, name) for name in names] for scores in self.per_class)])
 
 

@@ -5,7 +5,7 @@ B images in a batch, K classes, H and W an image's height and width.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -117,8 +117,8 @@ class SegmentationTask(Task[Mask, NDArray[np.uint8]]):
     def read_truth(self, target: Mask, size: tuple[int, int]) -> NDArray[np.uint8]:
         return target.read(size)
 
-    def new_meter(self, classes: Sequence[str], *, keep: Collection[int] = ()) -> SegmentationMeter:
-        return SegmentationMeter(classes, keep=keep)
+    def new_meter(self, classes: Sequence[str]) -> SegmentationMeter:
+        return SegmentationMeter(classes)
 
 
 SEGMENTATION = SegmentationTask()

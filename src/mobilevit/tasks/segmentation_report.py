@@ -5,11 +5,10 @@ K classes; H, W height and width of one image.
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Collection, Iterable, Sequence
+import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,23 +19,20 @@ from mobilevit.imaging.drawing import DARK, class_colors, contact_sheet, draw_la
 from mobilevit.imaging.preprocessing import Placement
 from mobilevit.results.base import Outputs
 from mobilevit.results.segmentation import decode_label_map
-from mobilevit.tasks.report import ClassScores, Meter, Report, plot_text, save_bars, save_confusion_matrix
-
-KEPT_WORST = 24
-"""Number of images with the lowest mean IoU whose label maps a meter keeps."""
+from mobilevit.tasks.report import ClassScores, Meter, Report, plot_text, save_bars, save_confusion_matrix, shown
 
 
 @dataclass(frozen=True, kw_only=True)
 class SegmentationClassScores(ClassScores):
     """How one class fared."""
 
-    iou: float | None
+    iou: float | None = field(metadata=shown("IoU", ".3f"))
     """Pixels that are and are called so / pixels that are or are called so; None where there are none of either."""
-    accuracy: float | None
+    accuracy: float | None = field(metadata=shown("accuracy", ".3f"))
     """Share of the pixels of this class that are called so; None where there are none."""
-    precision: float | None
+    precision: float | None = field(metadata=shown("precision", ".3f"))
     """Share of the pixels called so that are so; None where there are none."""
-    share: float
+    share: float = field(metadata=shown("pixels", ".2%"))
     """Share of all counted pixels that are of this class."""
 
 
@@ -44,35 +40,21 @@ class SegmentationClassScores(ClassScores):
 class SegmentationReport(Report):
     """How a model fared on images with label maps; ignored pixels are not counted."""
 
-    num_images: int
-    miou: float
+    miou: float = field(metadata=shown("mean IoU", ".2%"))
     """Mean of the classes' IoU over all images together, of those classes that occur in the truth or the prediction.
 
     A class that is in neither does not count; one that is predicted somewhere but is nowhere counts as zero.
     """
-    pixel_accuracy: float
+    pixel_accuracy: float = field(metadata=shown("pixel accuracy", ".2%"))
     """Share of the pixels whose class is right."""
-    mean_class_accuracy: float
+    mean_class_accuracy: float = field(metadata=shown("mean class accuracy", ".2%"))
     """Mean of the classes' accuracy, of those that occur in the truth."""
     per_class: tuple[SegmentationClassScores, ...]
     confusion: NDArray[np.int64] = field(repr=False)
     """Pixels, (K, K): rows are the true classes, columns the predicted ones."""
 
     score_name = "miou"
-    score_threshold = None
     summarized = ("miou", "pixel_accuracy", "mean_class_accuracy")
-    figures = (
-        ("mean IoU", "miou", ".2%"),
-        ("pixel accuracy", "pixel_accuracy", ".2%"),
-        ("mean class accuracy", "mean_class_accuracy", ".2%"),
-    )
-    columns = (
-        ("class", "name", ""),
-        ("IoU", "iou", ".3f"),
-        ("accuracy", "accuracy", ".3f"),
-        ("precision", "precision", ".3f"),
-        ("pixels", "share", ".2%"),
-    )
 
     def save_plots(self, folder: Path) -> None:
         """Write `per_class_iou.png`, `per_class.csv` and the confusion matrix."""
@@ -97,8 +79,10 @@ class SegmentationReport(Report):
 
 @dataclass(frozen=True, kw_only=True)
 class _Image:
-    """The entries of one image's confusion matrix that are not zero."""
+    """The prediction for one image, and the entries of its confusion matrix that are not zero."""
 
+    label_map: bytes
+    """Compressed, to a hundredth or so."""
     cells: NDArray[np.int32]
     """true class * K + predicted class, ascending."""
     counts: NDArray[np.int64]
@@ -107,20 +91,9 @@ class _Image:
 
 
 class SegmentationMeter(Meter[NDArray[np.uint8]]):
-    """Gathers confusion matrices, and the label maps of a few images.
-
-    Args:
-        classes: their names.
-        keep: images whose label maps are kept; those of the worst images are kept besides.
-    """
+    """Gathers label maps and confusion matrices."""
 
     images: dict[int, _Image]
-
-    def __init__(self, classes: Sequence[str], keep: Collection[int] = ()) -> None:
-        super().__init__(classes)
-        self.keep = frozenset(keep)
-        self.label_maps: dict[int, NDArray[np.uint8]] = {}
-        """(H, W) of the images to keep, and of the `KEPT_WORST` worst so far."""
 
     def add(self, index: int, outputs: Outputs, truth: NDArray[np.uint8], placement: Placement) -> None:
         label_map = decode_label_map(outputs, placement)
@@ -129,30 +102,16 @@ class SegmentationMeter(Meter[NDArray[np.uint8]]):
         cells = truth[counted].astype(np.int32) * num_classes + label_map[counted]
         dense = np.bincount(cells, minlength=num_classes**2)
         self.images[index] = _Image(
+            label_map=zlib.compress(label_map.tobytes(), level=1),
             cells=np.flatnonzero(dense).astype(np.int32),
             counts=dense[dense > 0].astype(np.int64),
             miou=_mean(_ious(dense.reshape(num_classes, num_classes)), 1.0),
         )
-        self.label_maps[index] = label_map
-        self._drop_label_maps()
 
-    def merge(self, other: Self) -> None:
-        super().merge(other)
-        self.label_maps = other.label_maps | self.label_maps
-        self._drop_label_maps()
-
-    def _drop_label_maps(self) -> None:
-        # The worst of all images are among those kept: what was dropped had that many worse before it.
-        wanted = self.keep.union(self._worst_of(self.label_maps, KEPT_WORST))
-        self.label_maps = {index: kept for index, kept in self.label_maps.items() if index in wanted}
-
-    def _worst_of(self, indices: Iterable[int], count: int) -> list[int]:
-        mious = ((self.images[index].miou, index) for index in indices)
-        return [index for _, index in heapq.nsmallest(count, (pair for pair in mious if pair[0] < 1))]
-
-    def worst(self, count: int = KEPT_WORST) -> list[int]:
+    def worst(self, count: int = 24) -> list[int]:
         """The images with the lowest mean IoU, lowest first, without those that are all right."""
-        return self._worst_of(self.images, count)
+        wrong = [index for index in self.indices if self.images[index].miou < 1]
+        return sorted(wrong, key=lambda index: self.images[index].miou)[:count]
 
     def report(self) -> SegmentationReport:
         num_classes = len(self.classes)
@@ -164,26 +123,22 @@ class SegmentationMeter(Meter[NDArray[np.uint8]]):
     def draw(
         self, indices: Sequence[int], images: Sequence[Image.Image], truths: Sequence[NDArray[np.uint8]]
     ) -> Image.Image:
-        """Draw each image whose label map is kept beside its prediction and its truth, above a legend of the classes.
-
-        The captions give the mean IoU of the image.
-        """
+        """Draw each image beside its prediction and its truth, above a legend of the classes."""
         cell = 240
         cells: list[Image.Image] = []
         captions: list[list[str]] = []
-        seen = [np.zeros(0, np.uint8)]
-        for index, image, truth in zip(indices, images, truths, strict=True):
-            if index not in self.label_maps:
-                continue
+        shown = [np.zeros(0, np.uint8)]
+        for seen, image, truth in zip([self.images[index] for index in indices], images, truths, strict=True):
             small = fit(image, cell)
             cells.append(small)
-            for label_map in (self.label_maps[index], truth):
-                seen.append(label_map.ravel())
+            predicted = np.frombuffer(zlib.decompress(seen.label_map), np.uint8).reshape(truth.shape)
+            for label_map in (predicted, truth):
+                shown.append(label_map.ravel())
                 nearest = np.asarray(Image.fromarray(label_map).resize(small.size, Image.Resampling.NEAREST))
                 cells.append(draw_label_map(small, nearest, self.classes, opacity=0.7, legend=False))
-            captions += [[f"mean IoU {self.images[index].miou:.1%}"], ["predicted"], ["truth"]]
+            captions += [[f"mean IoU {seen.miou:.1%}"], ["predicted"], ["truth"]]
         sheet = contact_sheet(cells, captions, [DARK] * len(cells), columns=6, cell=cell)
-        return with_legend(sheet, legend_of(np.concatenate(seen), self.classes, with_shares=False))
+        return with_legend(sheet, legend_of(np.concatenate(shown), self.classes, with_shares=False))
 
 
 def segmentation_report(confusion: NDArray[np.int64], classes: Sequence[str], *, num_images: int) -> SegmentationReport:

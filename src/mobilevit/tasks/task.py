@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
@@ -33,7 +33,7 @@ class Objective:
 
     transform: Transform
     """Random changes of a training image and its target."""
-    collate: Callable[[Sequence[Any]], object]
+    collate: Callable[[list[Any]], object]
     """Make one thing of the changed targets of a batch: a tensor, or a named tuple of tensors."""
     loss: Callable[[Any, Any], Tensor]
     """(output of the model, collated targets) -> scalar in float32, the mean over the images."""
@@ -168,13 +168,8 @@ class Task(ABC, Generic[Target, Truth]):
         """
 
     @abstractmethod
-    def new_meter(self, classes: Sequence[str], *, keep: Collection[int] = ()) -> Meter[Truth]:
-        """Make a meter.
-
-        Args:
-            classes: their names.
-            keep: numbers of images that will be drawn.
-        """
+    def new_meter(self, classes: Sequence[str]) -> Meter[Truth]:
+        """Make a meter of the task's figures."""
 
 
 AnyTask = Task[Any, Any]

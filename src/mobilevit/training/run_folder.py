@@ -153,7 +153,7 @@ class RunFolder:
                 self.best,
                 metrics=report.summary,
                 provenance=provenance,
-                score_threshold=report.score_threshold,
+                score_threshold=report.min_score,
             )
             return
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
