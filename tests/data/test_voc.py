@@ -64,9 +64,7 @@ def test_voc_lists_divide_and_all_parts_share_the_classes(tmp_path: Path) -> Non
         "val": ["c"],
     }
     assert {data.classes for data in splits.values()} == {("cat", "dog")}
-    assert problems(splits["train"], lists.parents[1]) == [
-        "ImageSets/Main: images in no list (d); not used; add them to a list if they should be"
-    ]
+    assert problems(splits["train"], lists.parents[1]) == []
     assert problems(splits["val"], lists) == ["val.txt: listed image that is missing (missing); left out"]
     assert [p.detail for p in splits["val"].problems if p.kind == "class without objects"] == ["cat"]
     assert splits["val"].origin == str(lists / "val.txt")

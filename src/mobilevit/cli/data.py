@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -81,7 +81,7 @@ class Data:
             overwrite=self.overwrite,
         )
         if self.json:
-            print_json(report.to_dict())
+            print_json(asdict(report))
         else:
             print(*report.lines(), sep="\n")
         return 0

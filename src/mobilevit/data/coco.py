@@ -76,7 +76,7 @@ def _read(files: Mapping[str, Path], root: Path, unnamed: Sequence[Path] = ()) -
         names = {key: name for key, name in categories.items() if name in index_of}
         place = part if part in PART_NAMES else part_in(file.stem)
         numbers = _add_images(table, content["images"], file, root, place)
-        _add_boxes(table, content["annotations"], numbers, names, file)
+        _add_boxes(table, content["annotations"], numbers, names)
         del content  # gigabytes, perhaps
         tables[part] = table
     for file in unnamed:
@@ -139,18 +139,16 @@ def _add_images(
                 table.report(where, "image listed twice", entry["file_name"], "its boxes are put together")
             elif image not in listing:
                 table.report(where, "annotation for a missing image", entry["file_name"], "left out")
-            elif size := _size(table, entry, image):
+            elif size := _stated_size(entry) or table.open_image(image):
                 known[image] = table.add_image(image, file, size)
             numbers[entry["id"]] = known.get(image, -1)
     return numbers
 
 
-def _size(table: BoxTable, entry: Json, image: Path) -> tuple[int, int] | None:
-    """Return (width, height) as stated, which spares opening the image, else its own."""
+def _stated_size(entry: Json) -> tuple[int, int] | None:
+    """Return (width, height) in the annotations, which spares opening the image."""
     width, height = entry.get("width"), entry.get("height")
-    if isinstance(width, int) and isinstance(height, int) and min(width, height) > 0:
-        return width, height
-    return table.open_image(image)
+    return (width, height) if isinstance(width, int) and isinstance(height, int) and min(width, height) > 0 else None
 
 
 def _paths(names: Sequence[str], file: Path, root: Path, part: str | None, listing: Listing) -> list[Path]:
@@ -175,14 +173,10 @@ def _paths(names: Sequence[str], file: Path, root: Path, part: str | None, listi
 
 
 def _add_boxes(
-    table: BoxTable,
-    entries: Sequence[Json],
-    numbers: Mapping[Hashable, int],
-    names: Mapping[Hashable, str],
-    file: Path,
+    table: BoxTable, entries: Sequence[Json], numbers: Mapping[Hashable, int], names: Mapping[Hashable, str]
 ) -> None:
     for entry in entries:
-        where = f"{file}, annotation {entry.get('id')}"
+        where = f"{table.origin}, annotation {entry.get('id')}"
         try:
             owner = numbers.get(entry["image_id"])
             x, y, width, height = map(float, entry["bbox"])

@@ -27,14 +27,14 @@ _AHEAD = 64
 """Results that `in_threads` keeps."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Problem:
     """Something wrong in the data, and what was done about it or is to be done."""
 
     file: str
     """The file, perhaps with a line or an id."""
     kind: str
-    """The kind of problem in a few words, such as "box without area"; problems are counted by it."""
+    """A few words, such as "box without area"; problems are counted by it."""
     detail: str = ""
     """The offending values."""
     remedy: str = ""

@@ -137,9 +137,6 @@ class EpochSampler(Sampler[list[Key]]):
         shards: see `ImageSet.shards`.
         rank: this process.
         world_size: processes in all.
-
-    Raises:
-        MobileViTError: too few images for so many processes.
     """
 
     def __init__(
@@ -217,7 +214,7 @@ class Batch:
         return len(self.indices)
 
     def pin_memory(self) -> Batch:
-        """Pin the memory for copies to a GPU that do not wait; called by PyTorch's loader."""
+        """Pin the memory, for copies to a GPU that do not wait; called by PyTorch's loader."""
         return self.map(Tensor.pin_memory)
 
     def to(self, device: torch.device) -> Batch:

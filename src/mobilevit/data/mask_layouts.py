@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from mobilevit.class_names import IGNORE, VOC_CLASSES
 from mobilevit.data.folders import (
@@ -55,9 +54,6 @@ def segmentation_splits(path: Path) -> dict[str, ImageSet[Mask]]:
 
     Whatever is wrong with single files is in the `problems` of the sets, with what was done about it.
 
-    Returns:
-        {"train": ..., "val": ..., "test": ...}, as far as the data are divided, else {"all": ...}.
-
     Raises:
         MobileViTError: none of these layouts, no image with a mask, or a part that names nothing that exists.
     """
@@ -70,14 +66,13 @@ def segmentation_splits(path: Path) -> dict[str, ImageSet[Mask]]:
     pairs = _pairs(layout)
     first = next(iter(pairs.values()))
     if len(pairs) > 1 and "test" in pairs and not pairs["test"].masks:  # images to test on are often without masks
-        left_out = pairs.pop("test").origin
-        first.problems.append(Problem(file=left_out, kind="test part without masks", remedy="left out"))
+        first.problems.append(Problem(pairs.pop("test").origin, "test part without masks", remedy="left out"))
     for part, found in pairs.items():
         if not found.masks:
             why = found.problems[0] if found.problems else f"nothing in {found.origin}"
             raise MobileViTError(f"{layout.root}: not one image of {part} has a mask ({why}); {_LAYOUTS}")
     names, problems = _name_values([path, layout.root], layout, [m for found in pairs.values() for m in found.masks])
-    first.problems += problems
+    first.problems.extend(problems)
     numbers: dict[str, int] = {}
     class_of = bytearray([IGNORE]) * 256
     for value, name in names.items():
@@ -101,22 +96,20 @@ def segmentation_splits(path: Path) -> dict[str, ImageSet[Mask]]:
 # -- images and their masks -------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Layout:
+class _Layout(NamedTuple):
     root: Path
-    folders: Mapping[str, tuple[Path, Path]]
+    folders: dict[str, tuple[Path, Path]]
     """For each part: the folder of its images, and that of its masks."""
     is_voc: bool = False
 
 
-@dataclass(kw_only=True)
-class _Pairs:
+class _Pairs(NamedTuple):
     """The images of one part that have a mask, with it."""
 
     origin: str
-    images: list[Path] = field(default_factory=list)
-    masks: list[Path] = field(default_factory=list)
-    problems: list[Problem] = field(default_factory=list)
+    images: list[Path]
+    masks: list[Path]
+    problems: list[Problem]
 
 
 def _layouts(path: Path) -> list[_Layout]:
@@ -124,24 +117,25 @@ def _layouts(path: Path) -> list[_Layout]:
     if not path.is_dir():
         return []
     if folders := _folders(path):
-        return [_Layout(root=path, folders=folders)]
+        return [_Layout(path, folders)]
     found = []
     for base in (path, *sorted(path.glob("VOC20*")), *sorted(path.glob("VOCdevkit/VOC20*"))):
         images, added = base / "JPEGImages", base / "SegmentationClassAug"
         masks = added if added.is_dir() else base / "SegmentationClass"
         if images.is_dir() and has_file(masks, _MASK_SUFFIXES):
-            found.append(_Layout(root=base, folders={"all": (images, masks)}, is_voc=True))
+            found.append(_Layout(base, {"all": (images, masks)}, is_voc=True))
     return found
 
 
 def _folders(path: Path) -> dict[str, tuple[Path, Path]]:
     images, masks = sub_folder(path, IMAGE_FOLDERS), _mask_folder(path)
     if images and masks:
-        divided = find_parts(images)
-        if not divided:
-            return {"all": (images, masks)}
-        parts_of_masks = find_parts(masks) or dict.fromkeys(divided, masks)
-        return {part: (p, parts_of_masks.get(part, masks / part)) for part, p in divided.items()}
+        parts_of_masks = find_parts(masks)
+        divided = {
+            part: (folder, parts_of_masks.get(part, masks / part) if parts_of_masks else masks)
+            for part, folder in find_parts(images).items()
+        }
+        return divided or {"all": (images, masks)}
     both = {}
     for part, folder in find_parts(path).items():
         images, masks = sub_folder(folder, IMAGE_FOLDERS), _mask_folder(folder)
@@ -155,51 +149,50 @@ def _mask_folder(folder: Path) -> Path | None:
 
 
 def _pairs(layout: _Layout) -> dict[str, _Pairs]:
-    if lists := read_lists(layout.root / "ImageSets/Segmentation") if layout.is_voc else {}:
+    if layout.is_voc and (lists := read_lists(layout.root / "ImageSets/Segmentation")):
         images, masks = _images_and_masks(*layout.folders["all"])
         return {part: _pair(str(file), names, images, masks) for part, (file, names) in lists.items()}
     pairs = {}
-    found: dict[Path, None] = {}
+    unused: dict[Path, None] = {}
     for part, (image_folder, mask_folder) in layout.folders.items():
         images, masks = _images_and_masks(image_folder, mask_folder)
         pairs[part] = _pair(str(image_folder), images, images, masks)
-        found |= dict.fromkeys(masks.values())
-    used = {mask for part in pairs.values() for mask in part.masks}
-    unused = [mask for mask in found if mask not in used]  # by no part: they may share a folder of masks
-    next(iter(pairs.values())).problems += [_without_image(mask) for mask in unused]
+        unused |= dict.fromkeys(masks.values())
+    for mask in (mask for found in pairs.values() for mask in found.masks):  # parts may share a folder of masks
+        unused.pop(mask, None)
+    next(iter(pairs.values())).problems.extend(map(_without_image, unused))
     return pairs
 
 
 def _pair(origin: str, names: Iterable[str], images: Mapping[str, Path], masks: Mapping[str, Path]) -> _Pairs:
-    pairs = _Pairs(origin=origin)
+    pairs = _Pairs(origin, [], [], [])
     for name in names:
         image, mask = images.get(name), masks.get(name)
         if image and mask:
             pairs.images.append(image)
             pairs.masks.append(mask)
         elif image:
-            pairs.problems.append(Problem(file=str(image), kind="image without a mask", remedy="left out"))
+            pairs.problems.append(Problem(str(image), "image without a mask", remedy="left out"))
         elif mask:
             pairs.problems.append(_without_image(mask))
         else:
-            kind = "listed image that is missing"
-            pairs.problems.append(Problem(file=origin, kind=kind, detail=name, remedy="left out"))
+            pairs.problems.append(Problem(origin, "listed image that is missing", name, "left out"))
     return pairs
 
 
 def _without_image(mask: Path) -> Problem:
-    return Problem(file=str(mask), kind="mask without an image", remedy="left out")
-
-
-def _by_stem(files: Iterable[Path], folder: Path) -> dict[str, Path]:
-    """Give files by their path in the folder without suffix, such as "city/0001"; the last one of a name counts."""
-    return {file.relative_to(folder).with_suffix("").as_posix(): file for file in files}
+    return Problem(str(mask), "mask without an image", remedy="left out")
 
 
 def _images_and_masks(images: Path, masks: Path) -> tuple[dict[str, Path], dict[str, Path]]:
-    files = find_images(masks) if masks.is_dir() else []
-    kinds = [[p for p in files if p.suffix.lower() == suffix] for suffix in _MASK_SUFFIXES]
-    return _by_stem(find_images(images), images), _by_stem([mask for kind in kinds for mask in kind], masks)
+    """List both by their path in the folder without suffix, such as "city/0001"."""
+    files = [p for p in (find_images(masks) if masks.is_dir() else []) if p.suffix.lower() in _MASK_SUFFIXES]
+    files.sort(key=lambda p: _MASK_SUFFIXES.index(p.suffix.lower()))  # the last one of a name counts
+    return _by_stem(find_images(images), images), _by_stem(files, masks)
+
+
+def _by_stem(files: Iterable[Path], folder: Path) -> dict[str, Path]:
+    return {file.relative_to(folder).with_suffix("").as_posix(): file for file in files}
 
 
 # -- classes ----------------------------------------------------------------------------------------------------------
@@ -213,19 +206,19 @@ def _name_values(
     file = next((p for p in candidates if p.is_file()), None)
     if file is None and not layout.is_voc:
         used, problems = _values(masks, 200)
-        if used and max(used) == IGNORE and len(used) <= 2:
+        if max(used) == IGNORE and len(used) <= 2:
             raise MobileViTError(
                 f"{layout.root}: its masks have only the values {some([*map(str, used)])}; {_NAME_255}"
             )
         names = {value: f"class_{value}" for value in used if value != IGNORE}
         detail = f"values {some([*map(str, names)], 20)}"
         remedy = "classes are numbered; add a classes.txt with a name a line"
-        return names, [*problems, Problem(file=str(layout.root), kind="no class names", detail=detail, remedy=remedy)]
+        return names, [*problems, Problem(str(layout.root), "no class names", detail, remedy)]
     names = dict(enumerate(VOC_CLASSES)) if file is None else _read_names(file)
     used, problems = _values(masks, 20)
     if used == [0, IGNORE] and IGNORE not in names:
-        remedy = f"255 is not counted; {_NAME_255}"
-        problems.append(Problem(file=str(masks[0].parent), kind="masks of 0 and 255 only", remedy=remedy))
+        where = str(masks[0].parent)
+        problems.append(Problem(where, "masks of 0 and 255 only", remedy=f"255 is not counted; {_NAME_255}"))
     where = "the 21 classes of VOC" if file is None else str(file)
     return names, problems + values_without_class(set(used) - names.keys(), where)
 
@@ -233,16 +226,16 @@ def _name_values(
 def values_without_class(values: Iterable[int], file: str) -> list[Problem]:
     """Describe each value of the masks that no class stands for, except the ignore label."""
     remedy = "treated as void: neither trained on nor counted; name it in classes.txt or leave it so"
-    details = [str(value) for value in sorted(values) if value != IGNORE]
-    return [Problem(file=file, kind=VALUE_WITHOUT_CLASS, detail=detail, remedy=remedy) for detail in details]
+    return [Problem(file, VALUE_WITHOUT_CLASS, str(value), remedy) for value in sorted(values) if value != IGNORE]
 
 
 def _read_names(file: Path) -> dict[int, str]:
     if file.suffix == ".txt":
         lines = read_class_names(file)
         if len(lines) > IGNORE:
-            room = "a mask can have 255, as the value 255 is the ignore label"
-            raise MobileViTError(f"{file}: {len(lines)} classes; {room}")
+            raise MobileViTError(
+                f"{file}: {len(lines)} classes; a mask can have 255, as the value 255 is the ignore label"
+            )
         return dict(enumerate(lines))
     try:
         content = json.loads(file.read_text(encoding="utf-8-sig"))
@@ -260,22 +253,20 @@ def _read_names(file: Path) -> dict[int, str]:
 def _values(masks: Sequence[Path], limit: int) -> tuple[list[int], list[Problem]]:
     """List the values in up to `limit` masks, taken evenly from all."""
     sample = masks[:: -(-len(masks) // limit)]
-    counts: NDArray[np.int64] = np.zeros(256, np.int64)
+    values: set[int] = set()
     problems = []
-    reason = ""
     with Progress("read masks", len(sample), "masks") as progress:
         for mask in sample:
             progress.advance(1)
             try:
-                counts += np.bincount(read_label_map(mask).ravel(), minlength=256)
+                values.update(np.unique(read_label_map(mask)).tolist())
             except ImageError as error:
-                reason = str(error)
                 problems.append(unusable_mask(mask, error))
-    if not counts.any():
-        raise MobileViTError(reason)
-    return np.flatnonzero(counts).tolist(), problems
+    if not values:
+        raise MobileViTError(f"{problems[-1].file}: {problems[-1].detail}")
+    return sorted(values), problems
 
 
 def unusable_mask(mask: Path, error: ImageError) -> Problem:
     """Describe a mask that `read_label_map` refuses."""
-    return Problem(file=str(mask), kind="mask that cannot be used", detail=str(error).removeprefix(f"{mask}: "))
+    return Problem(str(mask), "mask that cannot be used", str(error).removeprefix(f"{mask}: "))

@@ -5,7 +5,6 @@ A remote shard is fetched whole, once on each machine; the least recently used o
 
 from __future__ import annotations
 
-import contextlib
 import glob
 import hashlib
 import os
@@ -13,6 +12,7 @@ import re
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from io import FileIO
@@ -40,12 +40,12 @@ class ShardFile:
     """Path or URL."""
     num_bytes: int | None
     """The length it should have; None if unknown."""
-    version: str = ""
+    version: str
     """Tells it from another file that lay at the same place before."""
 
     @property
     def name(self) -> str:
-        """Its file name."""
+        """File name."""
         return name_of(self.place)
 
 
@@ -142,15 +142,14 @@ def describe(place: str) -> ShardFile:
 # -- the cache --------------------------------------------------------------------------------------------------------
 
 
-def shard_cache() -> Path:
-    """Return the folder for remote shards: $MOBILEVIT_SHARD_CACHE, or one in the user's cache."""
+def _shard_cache() -> Path:
     chosen = os.environ.get("MOBILEVIT_SHARD_CACHE")
     return Path(chosen).expanduser() if chosen else cache_folder() / "shards"
 
 
 def _max_bytes() -> float:
     chosen = os.environ.get("MOBILEVIT_SHARD_CACHE_GB") or "20"
-    with contextlib.suppress(ValueError):
+    with suppress(ValueError):
         if float(chosen) > 0:
             return float(chosen) * 1e9
     raise MobileViTError(f"MOBILEVIT_SHARD_CACHE_GB is {chosen!r}; it must be a number above 0")
@@ -161,12 +160,12 @@ def digest(text: str) -> str:
     return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:16]
 
 
-@contextlib.contextmanager
+@contextmanager
 def _locked(name: str) -> Iterator[None]:
-    with contextlib.ExitStack() as stack:
-        with contextlib.suppress(OSError):  # nowhere to write: work may be done twice, and is still right
-            shard_cache().mkdir(parents=True, exist_ok=True)
-            stack.enter_context(file_lock(shard_cache() / f".{digest(name)}.lock"))
+    with ExitStack() as stack:
+        with suppress(OSError):  # nowhere to write: work may be done twice, and is still right
+            _shard_cache().mkdir(parents=True, exist_ok=True)
+            stack.enter_context(file_lock(_shard_cache() / f".{digest(name)}.lock"))
         yield
 
 
@@ -179,7 +178,7 @@ def open_shard(shard: ShardFile) -> FileIO:
     """
     if not is_url(shard.place):
         return FileIO(shard.place)
-    path = shard_cache() / f"{digest(f'{shard.place} {shard.version}')}-{shard.name}"
+    path = _shard_cache() / f"{digest(f'{shard.place} {shard.version}')}-{shard.name}"
     with _locked(path.name):
         for _ in range(3):  # another process may make room between fetching and opening
             try:
@@ -187,10 +186,10 @@ def open_shard(shard: ShardFile) -> FileIO:
             except FileNotFoundError:
                 _fetch(shard, path)
                 continue
-            with contextlib.suppress(OSError):
+            with suppress(OSError):
                 os.utime(path)  # its time says when it was last used
             return file
-    raise MobileViTError(f"{shard_cache()}: has no room for {shard.name}; raise MOBILEVIT_SHARD_CACHE_GB")
+    raise MobileViTError(f"{_shard_cache()}: has no room for {shard.name}; raise MOBILEVIT_SHARD_CACHE_GB")
 
 
 def _fetch(shard: ShardFile, path: Path) -> None:
@@ -220,7 +219,7 @@ def _make_room(kept: Path) -> None:
     with _locked("make room"):
         now, found = time.time(), []
         for path in kept.parent.iterdir():
-            with contextlib.suppress(OSError):  # another process has removed it
+            with suppress(OSError):  # another process has removed it
                 stat = path.stat()
                 if not path.name.startswith("."):
                     found.append((stat.st_mtime, stat.st_size, path))
@@ -229,7 +228,7 @@ def _make_room(kept: Path) -> None:
         total = sum(size for _, size, _ in found)
         for _, size, path in sorted(found):
             if total > limit and path != kept:
-                with contextlib.suppress(OSError):
+                with suppress(OSError):
                     path.unlink()
                 total -= size
 

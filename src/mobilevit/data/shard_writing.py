@@ -11,7 +11,8 @@ import shutil
 import tarfile
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -24,7 +25,7 @@ from mobilevit.data.folders import PART_NAMES, import_parquet
 from mobilevit.data.imageset import ImageSet, in_threads, split
 from mobilevit.data.shards import FORMAT, INDEX, TABLE, VERSION
 from mobilevit.errors import ImageError, MobileViTError
-from mobilevit.files import Json, write_atomically, write_json, writing_to
+from mobilevit.files import write_atomically, write_json, writing_to
 from mobilevit.imaging.decode import read_image
 from mobilevit.progress import Progress
 from mobilevit.tasks.classification import CLASSIFICATION
@@ -47,9 +48,6 @@ class ShardReport:
     num_bytes: int
     left_out: tuple[str, ...]
     """One line for each image that cannot be read."""
-
-    def to_dict(self) -> Json:
-        return asdict(self)
 
     def lines(self) -> list[str]:
         """Return the report to print."""
@@ -90,9 +88,16 @@ def write_shards(
     Raises:
         MobileViTError: not for classification, `out` has something else in it, or a number out of range.
     """
-    _check_settings(max_bytes, shorter_side, val_fraction)
+    if max_bytes < 1:
+        raise MobileViTError(f"`max_mb` is {max_bytes / 1e6:g}; it must be above 0")
+    if shorter_side is not None and shorter_side < 32:
+        raise MobileViTError(f"`shorter_side` is {shorter_side}; it must be 32 or more")
+    if val_fraction is not None and not 0 < val_fraction < 1:
+        raise MobileViTError(f"`val_fraction` is {val_fraction}; it must be between 0 and 1")
     import_parquet(out)
-    _refuse_if_used(out, overwrite)
+    former = _former(out)
+    if former and not overwrite:
+        raise MobileViTError(f"{out}: already holds shards; choose another `out`, or replace them with `overwrite`")
     splits = find_splits(data, task)
     labeled_for = next(iter(splits.values())).task
     if labeled_for is not CLASSIFICATION:
@@ -113,7 +118,7 @@ def write_shards(
                 writer = _Writer(folder, name, max_bytes)
                 left_out += _add_all(writer, images, shorter_side, seed)
                 shards += writer.write_index(images.classes)
-            _remove_former(out)
+            _remove(former, out)
             _move(aside, out, [part for part in splits if part != "all"])
         finally:
             shutil.rmtree(aside, ignore_errors=True)
@@ -126,49 +131,25 @@ def write_shards(
     )
 
 
-def _check_settings(max_bytes: int, shorter_side: int | None, val_fraction: float | None) -> None:
-    if max_bytes < 1:
-        raise MobileViTError(f"`max_mb` is {max_bytes / 1e6:g}; it must be above 0")
-    if shorter_side is not None and shorter_side < 32:
-        raise MobileViTError(f"`shorter_side` is {shorter_side}; it must be 32 or more")
-    if val_fraction is not None and not 0 < val_fraction < 1:
-        raise MobileViTError(f"`val_fraction` is {val_fraction}; it must be between 0 and 1")
+def _former(out: Path) -> list[Path]:
+    """List what earlier calls wrote; refuse a folder with anything else in it."""
+    found = []
+    for folder in (out, *(out / part for part in PART_NAMES)):
+        for entry in sorted(folder.iterdir()) if folder.is_dir() else []:
+            if _OURS.fullmatch(entry.name):
+                found.append(entry)
+            elif not entry.name.startswith(".") and not (folder == out and entry.name in PART_NAMES):
+                name = entry.relative_to(out)
+                raise MobileViTError(f"{out}: holds {name}, which is no shard of ours; choose an empty folder")
+    return found
 
 
-# -- the folder -------------------------------------------------------------------------------------------------------
-
-
-def _refuse_if_used(out: Path, overwrite: bool) -> None:
-    if out.exists() and not out.is_dir():
-        raise MobileViTError(f"{out}: is a file; `out` names a folder")
-    used = [entry for entry in _entries(out) if not entry.name.startswith(".")]
-    if others := [entry for entry in used if not _is_former(entry)]:
-        raise MobileViTError(f"{out}: holds {others[0].name}, which is no shard of ours; choose an empty folder")
-    if used and not overwrite:
-        raise MobileViTError(f"{out}: already holds shards; choose another `out`, or replace them with `overwrite`")
-
-
-def _entries(folder: Path) -> list[Path]:
-    return sorted(folder.iterdir()) if folder.is_dir() else []
-
-
-def _is_former(entry: Path) -> bool:
-    """Whether an earlier call wrote it."""
-    if entry.is_dir():
-        inside = [file for file in entry.iterdir() if not file.name.startswith(".")]
-        return entry.name in PART_NAMES and all(_OURS.fullmatch(file.name) for file in inside)
-    return _OURS.fullmatch(entry.name) is not None
-
-
-def _remove_former(out: Path) -> None:
-    """Remove what earlier calls wrote, indexes first: without them, what is left is not taken for whole."""
-    folders = [out, *(out / part for part in PART_NAMES)]
-    files = [file for folder in folders for file in _entries(folder) if _OURS.fullmatch(file.name)]
-    for file in sorted(files, key=lambda file: file.name != INDEX):
+def _remove(former: Sequence[Path], out: Path) -> None:
+    for file in sorted(former, key=lambda file: file.name != INDEX):  # without an index, no rest is taken for whole
         file.unlink()
-    for folder in folders[1:]:
-        if folder.is_dir() and not _entries(folder):
-            folder.rmdir()
+    for part in PART_NAMES:
+        with suppress(OSError):  # not there, or not empty
+            (out / part).rmdir()
 
 
 def _move(aside: Path, out: Path, parts: Sequence[str]) -> None:
@@ -218,7 +199,6 @@ class _Writer:
         self._shards: list[_Shard] = []
         self._keys: set[str] = set()
         self._tar: tarfile.TarFile | None = None
-        self._finished = 0  # rows of shards that are complete
 
     def add(self, name: str, label: int, data: bytes, extension: str) -> None:
         """Add an image, to the next shard if it does not fit into this one."""
@@ -240,12 +220,13 @@ class _Writer:
         import pyarrow.parquet as pq
 
         self._finish()
-        columns = {
-            "shard": pa.int32(), "key": pa.string(), "label": pa.int32(), "offset": pa.int64(), "size": pa.int64(),
-            "extension": pa.string(),
-        }  # fmt: skip
-        values = zip(columns.items(), zip(*self.rows, strict=True), strict=True)
-        table = pa.table({name: pa.array(column, kind) for (name, kind), column in values})
+        schema = pa.schema(
+            {
+                "shard": pa.int32(), "key": pa.string(), "label": pa.int32(), "offset": pa.int64(), "size": pa.int64(),
+                "extension": pa.string(),
+            }
+        )  # fmt: skip
+        table = pa.table(dict(zip(schema.names, zip(*self.rows, strict=True), strict=True)), schema=schema)
         write_atomically(self.folder / TABLE, lambda file: pq.write_table(table, file))
         index = {"format": FORMAT, "version": VERSION, "images": len(self.rows), "classes": list(classes)}
         write_json(self.folder / INDEX, index | {"shards": [shard._asdict() for shard in self._shards]})
@@ -263,7 +244,7 @@ class _Writer:
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
             os.fsync(file.fileno())
-        images, self._finished = len(self.rows) - self._finished, len(self.rows)
+        images = len(self.rows) - sum(shard.images for shard in self._shards)
         self._shards.append(_Shard(path.name, images, path.stat().st_size, digest))
 
     def _free_key(self, name: str) -> str:

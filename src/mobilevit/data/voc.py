@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -19,7 +20,7 @@ from mobilevit.data.folders import (
     sub_folder,
 )
 from mobilevit.data.imageset import ImageSet
-from mobilevit.errors import MobileViTError, some
+from mobilevit.errors import MobileViTError
 from mobilevit.imaging.decode import find_images
 from mobilevit.progress import Progress
 from mobilevit.tasks.targets import Boxes
@@ -60,10 +61,9 @@ class _Files:
         self.by_name = {stem(relative(file, folder)): file for file in files}
         self._bare = {Path(name).name: name for name in reversed(self.by_name)}
 
-    def find(self, *names: str) -> str | None:
-        """Return the first of the names that there is a file for, as it stands in `by_name`."""
-        found = (name if name in self.by_name else self._bare.get(Path(name).name) for name in names)
-        return next((name for name in found if name is not None), None)
+    def find(self, name: str) -> str | None:
+        """Return the name as it stands in `by_name`, if there is such a file."""
+        return name if name in self.by_name else self._bare.get(Path(name).name)
 
 
 def _tables(root: Path) -> dict[str, BoxTable]:
@@ -71,16 +71,9 @@ def _tables(root: Path) -> dict[str, BoxTable]:
         parts = {part: folder for part, folder in find_parts(root).items() if _is_voc(folder)}
         return {part: _table(root, folder, *_files(folder)) for part, folder in parts.items()}
     xmls, images = _files(root)
-    folder = root / "ImageSets" / "Main"
-    lists = read_lists(folder)
-    if not lists:
-        return {"all": _table(root, root, xmls, images)}
+    lists = read_lists(root / "ImageSets/Main")
     tables = {part: _table(root, file, xmls, images, names) for part, (file, names) in lists.items()}
-    listed = {key for _, names in lists.values() for name in names for key in _keys(name)}
-    if forgotten := sorted(set(images.by_name) - listed):
-        remedy = "not used; add them to a list if they should be"
-        next(iter(tables.values())).report(folder, "images in no list", some(forgotten), remedy)
-    return tables
+    return tables or {"all": _table(root, root, xmls, images)}
 
 
 def _files(folder: Path) -> tuple[_Files, _Files]:
@@ -93,29 +86,31 @@ def _files(folder: Path) -> tuple[_Files, _Files]:
     return _Files(annotations, sorted(xmls)), _Files(images, find_images(images))
 
 
-def _keys(line: str) -> tuple[str, str]:
-    """Return the possible names of the image in a line; lists of single classes have a second column."""
-    return stem(line), stem(line.split()[0])
-
-
-def _table(root: Path, origin: Path, xmls: _Files, images: _Files, lines: list[str] | None = None) -> BoxTable:
+def _table(root: Path, origin: Path, xmls: _Files, images: _Files, listed: list[str] | None = None) -> BoxTable:
     """Read the images of a list, or without one every annotation, then the images that have none."""
     table = BoxTable(root=root, origin=str(origin), word="object", known="classes.txt")
     used: set[str | None] = set()
-    keys = [(name,) for name in sorted(xmls.by_name)] if lines is None else [_keys(line) for line in lines]
-    with Progress("read annotations", len(keys)) as progress:
-        for names in keys:
+    names = sorted(xmls.by_name) if listed is None else [stem(name) for name in listed]
+    with Progress("read annotations", len(names)) as progress:
+        for name in names:
             progress.advance(1)
-            xml, image = xmls.find(*names), images.find(*names)
+            first = stem(name.partition(" ")[0]) if listed else name  # lists of a single class have a second column
+            xml, image = xmls.find(name) or xmls.find(first), images.find(name) or images.find(first)
             if xml is not None:
                 used.add(_add_xml(table, xmls.by_name[xml], images, image))
             elif image is not None:
-                _add_image(table, images.by_name[image], None)
+                _add_unlabeled(table, images.by_name[image])
             else:
-                table.report(origin, "listed image that is missing", names[0], "left out")
-    for name in sorted(set(images.by_name) - used) if lines is None else ():
-        _add_image(table, images.by_name[name], None)
+                table.report(origin, "listed image that is missing", name, "left out")
+    for name in sorted(set(images.by_name) - used) if listed is None else ():
+        _add_unlabeled(table, images.by_name[name])
     return table
+
+
+def _add_unlabeled(table: BoxTable, image: Path) -> None:
+    if size := table.open_image(image):
+        table.report(image, "image without an annotation file", remedy="taken as one without objects")
+        table.add_image(image, image, size)
 
 
 def _add_xml(table: BoxTable, xml: Path, images: _Files, name: str | None) -> str | None:
@@ -129,30 +124,13 @@ def _add_xml(table: BoxTable, xml: Path, images: _Files, name: str | None) -> st
     name = name or images.find(stem(stated.replace("\\", "/")))
     if name is None:
         table.report(xml, "annotation for a missing image", stated, "left out")
-        return None
-    owner = _add_image(table, images.by_name[name], xml)
-    if owner is not None:
-        _compare_size(table, owner, xml, tree)
-        _add_objects(table, owner, xml, tree)
+    elif size := table.open_image(images.by_name[name]):
+        with suppress(ValueError, OverflowError):  # the image's own size counts
+            width, height = (int(float(tree.findtext(f"size/{side}") or 0)) for side in ("width", "height"))
+            if width and height and (width, height) != size:
+                table.problems.append(size_problem(str(xml), (width, height), size))
+        _add_objects(table, table.add_image(images.by_name[name], xml, size), xml, tree)
     return name
-
-
-def _add_image(table: BoxTable, image: Path, xml: Path | None) -> int | None:
-    size = table.open_image(image)
-    if size is None:
-        return None
-    if xml is None:
-        table.report(image, "image without an annotation file", remedy="taken as one without objects")
-    return table.add_image(image, xml or image, size)
-
-
-def _compare_size(table: BoxTable, owner: int, xml: Path, tree: ElementTree.Element) -> None:
-    try:
-        width, height = (int(float(tree.findtext(f"size/{side}") or 0)) for side in ("width", "height"))
-    except (ValueError, OverflowError):
-        return  # the image's own size counts
-    if width and height and (width, height) != table.sizes[owner]:
-        table.problems.append(size_problem(str(xml), (width, height), table.sizes[owner]))
 
 
 def _add_objects(table: BoxTable, owner: int, xml: Path, tree: ElementTree.Element) -> None:

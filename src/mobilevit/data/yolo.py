@@ -57,18 +57,13 @@ def read_yolo_yaml(file: Path) -> dict[str, ImageSet[Boxes]]:
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise MobileViTError(f"{file}: not YAML ({' '.join(str(error).split())})") from None
     content = content if isinstance(content, dict) else {}
-    names = _yaml_names(file, content)
-    return _read(_yaml_parts(file, content), names, root=file.parent)
-
-
-def _yaml_names(file: Path, content: Json) -> dict[Hashable, str]:
-    """Return the class names by number."""
     names = content.get("names")
     if isinstance(names, list):
         names = dict(enumerate(names))
     if not isinstance(names, dict) or not names or not all(str(key).isdecimal() for key in names):
         raise MobileViTError(f"{file}: no class names; list them under names")
-    return {int(key): str(names[key]) for key in sorted(names, key=int)}
+    by_number: dict[Hashable, str] = {int(key): str(names[key]) for key in sorted(names, key=int)}
+    return _read(_yaml_parts(file, content), by_number, root=file.parent)
 
 
 def _yaml_parts(file: Path, content: Json) -> dict[str, list[Path]]:
@@ -158,31 +153,22 @@ def _read(parts: Mapping[str, list[Path]], names: Mapping[Hashable, str], root: 
 
 
 def _table(root: Path, part: str, images: Sequence[Path], listing: Listing) -> BoxTable:
-    table = BoxTable(
-        root=root, origin=str(root) if part == "all" else f"{root} ({part})", word="line", known="the class names"
-    )
+    origin = str(root) if part == "all" else f"{root} ({part})"
+    table = BoxTable(root=root, origin=origin, word="line", known="the class names")
     if not images:
         raise MobileViTError(f"{table.origin}: no images; known kinds are {', '.join(sorted(IMAGE_SUFFIXES))}")
     with Progress("read annotations", len(images)) as progress:
         for image in images:
             progress.advance(1)
-            _add_image(table, image, listing)
+            if size := table.open_image(image):
+                places = (_label_file(image), image.with_suffix(".txt"))
+                labels = next((file for file in places if file in listing), None)
+                owner = table.add_image(image, labels or image, size)
+                if labels is None:
+                    table.report(image, "image without an annotation file", remedy="taken as one without objects")
+                else:
+                    _add_lines(table, owner, labels)
     return table
-
-
-def _add_image(table: BoxTable, image: Path, listing: Listing) -> None:
-    size = table.open_image(image)
-    if size is None:
-        return
-    places = (_label_file(image), image.with_suffix(".txt"))
-    labels = next((file for file in places if file in listing), None)
-    owner = table.add_image(image, labels or image, size)
-    if labels is None:
-        table.report(image, "image without an annotation file", remedy="taken as one without objects")
-        return
-    for line, text in enumerate(labels.read_text(encoding="utf-8-sig", errors="replace").splitlines(), start=1):
-        if text.strip():
-            _add_line(table, owner, line, text.strip())
 
 
 def _label_file(image: Path) -> Path:
@@ -195,28 +181,32 @@ def _label_file(image: Path) -> Path:
     return Path(*pieces, f"{image.stem}.txt")
 
 
-def _add_line(table: BoxTable, owner: int, line: int, text: str) -> None:
-    """Add a box or a polygon, given in shares of the image's width and height."""
-    where = f"{table.files[owner]}, line {line}"
-    try:
-        label, *numbers = (float(word) for word in text.split())
-        if label != int(label) or (len(numbers) != 4 and (len(numbers) < 6 or len(numbers) % 2)):
-            raise ValueError
-    except (ValueError, OverflowError):
-        remedy = "left out; a line is: class, center x, center y, width, height"
-        table.report(where, "malformed line", text[:60], remedy)
-        return
-    if max(map(abs, numbers)) > 2:
-        remedy = "left out; divide by the image's width and height"
-        table.report(where, "coordinates not in 0..1", text[:60], remedy)
-        return
-    if len(numbers) == 4:
-        x, y, w, h = numbers
-        left, top, right, bottom = x - w / 2, y - h / 2, x + w / 2, y + h / 2
-    else:
-        left, top, right, bottom = min(numbers[::2]), min(numbers[1::2]), max(numbers[::2]), max(numbers[1::2])
+def _add_lines(table: BoxTable, owner: int, labels: Path) -> None:
+    """Add boxes and polygons, given in shares of the image's width and height."""
     width, height = table.sizes[owner]
-    table.boxes.append(Box(owner, line, int(label), (left * width, top * height, right * width, bottom * height)))
+    for line, text in enumerate(labels.read_text(encoding="utf-8-sig", errors="replace").splitlines(), start=1):
+        words = text.split()
+        if not words:
+            continue
+        where = f"{labels}, line {line}"
+        try:
+            label, *numbers = map(float, words)
+            if label != int(label) or (len(numbers) != 4 and (len(numbers) < 6 or len(numbers) % 2)):
+                raise ValueError
+        except (ValueError, OverflowError):
+            remedy = "left out; a line is: class, center x, center y, width, height"
+            table.report(where, "malformed line", text.strip()[:60], remedy)
+            continue
+        if max(map(abs, numbers)) > 2:
+            remedy = "left out; divide by the image's width and height"
+            table.report(where, "coordinates not in 0..1", text.strip()[:60], remedy)
+            continue
+        if len(numbers) == 4:
+            x, y, w, h = numbers
+            left, top, right, bottom = x - w / 2, y - h / 2, x + w / 2, y + h / 2
+        else:
+            left, top, right, bottom = min(numbers[::2]), min(numbers[1::2]), max(numbers[::2]), max(numbers[1::2])
+        table.boxes.append(Box(owner, line, int(label), (left * width, top * height, right * width, bottom * height)))
 
 
 def _report_unused_labels(table: BoxTable, images: Sequence[Path], listing: Listing) -> None:
