@@ -8,7 +8,7 @@ import html
 import logging
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from PIL import Image
@@ -76,14 +76,8 @@ def run_demo(
 ) -> Path:
     """Draw images, train mobilevit_xxs on them, export it, predict images it never saw, write `report.html`.
 
-    Every step but the drawing is what a user's own command would do, and the command is shown.
-
-    Args:
-        out: folder for data, run and report.
-        task: what the model is to learn.
-        epochs: passes over the training images; None: as many as the task needs.
-        num_images: images to draw; None: as many as the task needs.
-        seed: decides images and training.
+    Every step but the drawing is what a user's own command would do, and the command is shown. Epochs and images that
+    are None are as many as the task needs.
 
     Raises:
         MobileViTError: the folder holds something that is not a demo.
@@ -126,7 +120,7 @@ def run_demo(
         "model": f"mobilevit_xxs, {task}, {sum(p.numel() for p in model.parameters()):,} parameters, "
         f"{len(shapes.CLASSES)} shapes, {' x '.join(map(str, config.input_size))} pixels",
         "training": f"{config.epochs} epochs at {result.images_per_second:,.0f} images a second",
-        **({"exported": _exported_in_words(exported)} if exported else {}),
+        **({"exported": str(exported.path), **dict(exported.lines())} if exported else {}),
         "time in all": f"{time.monotonic() - begun:,.0f} s",
         "checkpoint": f"{result.best} ({result.best.stat().st_size / 1e6:.1f} MB)",
     }
@@ -145,14 +139,6 @@ def _export(checkpoint: Path, images: list[Source]) -> ExportReport | None:
     for name, value in report.lines():
         log.info("%s  %s", name, value)
     return report
-
-
-def _exported_in_words(report: ExportReport) -> str:
-    assert report.parity is not None
-    return (
-        f"{report.path} ({report.num_bytes / 1e6:.1f} MB), {report.parity.measure}: {report.parity.agreement:.1%}, "
-        f"{report.latency_ms:.1f} ms an image, in PyTorch {report.torch_latency_ms:.1f} ms"
-    )
 
 
 def _flag(name: str, value: object) -> str:
@@ -191,13 +177,15 @@ _FIGURES = (
 )
 
 
+def _row(tag: str, cells: Iterable[str]) -> str:
+    return f"<tr>{''.join(f'<{tag}>{html.escape(cell)}</{tag}>' for cell in cells)}</tr>"
+
+
 def _page(out: Path, facts: dict[str, str], report: Report, command: str) -> str:
     """One file with its images inside, so that it can be sent on."""
     rows = "".join(f"<tr><th>{html.escape(k)}</th><td>{html.escape(v)}</td></tr>" for k, v in facts.items())
     heading, body = report.table()
-    table = f"<tr>{''.join(f'<th>{html.escape(cell)}</th>' for cell in heading)}</tr>" + "".join(
-        f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in body
-    )
+    table = _row("th", heading) + "".join(_row("td", row) for row in body)
     figures = "".join(
         f'<h2>{title}</h2><p>{text}</p><img alt="{title}" src="data:image/png;base64,'
         f'{base64.b64encode((out / name).read_bytes()).decode()}">'

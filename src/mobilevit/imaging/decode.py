@@ -53,14 +53,10 @@ def find_images(folder: Path) -> list[Path]:
 
 
 def read_image(source: Source | EncodedImage, name: str | None = None) -> Image.Image:
-    """Decode an image to upright 8-bit RGB.
+    """Decode an image to upright 8-bit RGB; `name` is its name in errors, unless it is a path.
 
     Takes JPEG, PNG, WebP, BMP, GIF, TIFF, PPM and AVIF in any color mode: the first frame of animations, the high
     byte of 16-bit samples, CMYK and palettes converted, transparency laid over white, EXIF orientation applied.
-
-    Args:
-        source: see `Source`; or the result of `open_image`.
-        name: the image's name in errors; a path is its own name.
 
     Raises:
         ImageError: empty, truncated, not an image, or more than `MAX_PIXELS`.
@@ -116,11 +112,7 @@ class EncodedImage:
         """The file, if it is an upright JPEG in color, which any decoder can read."""
 
     def decode(self, reduction: float = 1.0) -> Image.Image:
-        """Decode to upright RGB, a JPEG perhaps at a smaller size.
-
-        Args:
-            reduction: how many times smaller it may be. A JPEG is then decoded at a half, a quarter or an eighth,
-                which saves most of the work; other formats keep their size.
+        """Decode to upright RGB; a JPEG that may be smaller is decoded at a half, a quarter or an eighth of its size.
 
         Raises:
             ImageError: the pixels cannot be read.
@@ -146,10 +138,9 @@ _ORIENTATION = 0x0112  # the EXIF tag
 
 @contextmanager
 def _pillow_errors(name: str) -> Iterator[None]:
-    """Turn anything that Pillow raises into an `ImageError` with the image's name.
+    """Turn anything that Pillow raises on damaged files, which is much, into an `ImageError` with the image's name.
 
-    Its decoders raise OSError, SyntaxError, TypeError, ValueError, struct.error and more on damaged files. So that no
-    bug of ours is taken for a damaged file, these blocks hold nothing but calls of Pillow.
+    So that no bug of ours is taken for a damaged file, these blocks hold nothing but calls of Pillow.
     """
     try:
         yield

@@ -110,17 +110,11 @@ def class_colors(num_classes: int) -> tuple[RGB, ...]:
 
 
 def draw_boxes(image: Image.Image, boxes_xyxy: ArrayLike, texts: Sequence[str], colors: Sequence[RGB]) -> Image.Image:
-    """Draw boxes on a copy of an image, each with its text on a label of its color.
+    """Draw boxes (N, 4) in pixels on a copy of an image, each with its text, if any, on a label of its color.
 
     A label is above its box where there is room, otherwise at another edge, and never outside the image. Where labels
     would overlap, the first boxes get the better places and are drawn on top. The width of lines and the size of text
     depend on the size of the image.
-
-    Args:
-        image: in RGB.
-        boxes_xyxy: (N, 4), left, top, right, bottom in pixels; parts outside the image are cut off.
-        texts: N; an empty text gets no label.
-        colors: N.
     """
     out = image.copy()
     draw = ImageDraw.Draw(out)
@@ -148,10 +142,7 @@ def draw_boxes(image: Image.Image, boxes_xyxy: ArrayLike, texts: Sequence[str], 
 
 
 def draw_outlines(image: Image.Image, boxes_xyxy: ArrayLike) -> Image.Image:
-    """Draw thin dashed boxes in black and white, distinct from those of `draw_boxes`, on a copy of an image.
-
-    Shape: boxes_xyxy (N, 4), left, top, right, bottom in pixels.
-    """
+    """Draw thin dashed boxes in black and white, distinct from those of `draw_boxes`, on a copy of an image."""
     out = image.copy()
     draw = ImageDraw.Draw(out)
     thick = max(1, round(_side(image) / 400))
@@ -306,16 +297,10 @@ def _place_label(
     """Find the first place at the box where the label hides no other, or the one where it hides least."""
     left, top, right, bottom = box
     width, height = size
-    rows = (top - height, top, bottom + 1, bottom + 1 - height)
-    best, least = (0, 0, width, height), float("inf")
-    for y in (row for row in rows if 0 <= row <= image[1] - height):
-        for x in (left, right + 1 - width):
-            x = max(0, min(x, image[0] - width))
-            place = (x, y, x + width, y + height)
-            hidden = sum(_overlap(place, other) for other in taken)
-            if hidden < least:
-                best, least = place, hidden
-    return best
+    rows = [y for y in (top - height, top, bottom + 1, bottom + 1 - height) if 0 <= y <= image[1] - height]
+    columns = [max(0, min(x, image[0] - width)) for x in (left, right + 1 - width)]
+    places = [(x, y, x + width, y + height) for y in rows for x in columns] or [(0, 0, width, height)]
+    return min(places, key=lambda place: sum(_overlap(place, other) for other in taken))
 
 
 def _overlap(a: Sequence[int], b: Sequence[int]) -> int:

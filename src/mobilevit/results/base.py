@@ -24,9 +24,6 @@ Array = NDArray[Any]
 Outputs = Mapping[str, Array]
 """Named arrays that a session returns: "logits"; "boxes_xyxy" and "scores", perhaps with "selected"; or "label_map"."""
 
-_MAX_BATCH_ELEMENTS = 2**26
-"""Limit on the output elements of a batch: a quarter of a gigabyte of float32."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class ImageInfo:
@@ -93,8 +90,8 @@ class Result(ABC):
 
     @classmethod
     def max_batch_size(cls, card: ModelCard) -> int:
-        """Bound the batch so that its outputs take at most a quarter of a gigabyte."""
-        return max(1, _MAX_BATCH_ELEMENTS // cls.elements_per_image(card))
+        """Bound the batch so that its outputs take at most a quarter of a gigabyte of float32."""
+        return max(1, 2**26 // cls.elements_per_image(card))
 
     @classmethod
     @abstractmethod

@@ -16,16 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torchvision.ops import box_iou
 
-from mobilevit.imaging.drawing import (
-    GREEN,
-    RED,
-    class_colors,
-    contact_sheet,
-    draw_boxes,
-    draw_outlines,
-    fit,
-    with_legend,
-)
+from mobilevit.imaging import drawing
 from mobilevit.imaging.preprocessing import Placement
 from mobilevit.plotting import new_figure, save_figure
 from mobilevit.results.base import Outputs
@@ -205,7 +196,7 @@ class DetectionMeter(Meter[Boxes]):
         where all is right, else red.
         """
         threshold, cell = self.best_threshold(), 340
-        palette, legend = class_colors(len(self.classes)), len(self.classes) <= MOST_IN_LEGEND
+        palette, legend = drawing.class_colors(len(self.classes)), len(self.classes) <= MOST_IN_LEGEND
         cells, captions, colors = [], [], []
         labels_shown: set[int] = set()
         for image, seen in zip(images, [self.images[index] for index in indices], strict=True):
@@ -216,14 +207,14 @@ class DetectionMeter(Meter[Boxes]):
             labels_shown.update(labels)
             texts = ["" if legend else self.classes[label] for label in labels]
             boxes = seen.found.boxes_xyxy[shown] * scale
-            small = draw_boxes(fit(image, cell), boxes, texts, [palette[label] for label in labels])
-            cells.append(draw_outlines(small, seen.truth.xyxy * scale))
+            small = drawing.draw_boxes(drawing.fit(image, cell), boxes, texts, [palette[label] for label in labels])
+            cells.append(drawing.draw_outlines(small, seen.truth.xyxy * scale))
             found, missed, wrong = seen.count(threshold)
             captions.append([f"{found} of {found + missed} found" + (f", {wrong} wrong" if wrong else "")])
-            colors.append(RED if missed or wrong else GREEN)
-        sheet = contact_sheet(cells, captions, colors, columns=4, cell=cell)
+            colors.append(drawing.RED if missed or wrong else drawing.GREEN)
+        sheet = drawing.contact_sheet(cells, captions, colors, columns=4, cell=cell)
         entries = [(self.classes[label], palette[label]) for label in sorted(labels_shown)]
-        return with_legend(sheet, entries) if legend else sheet
+        return drawing.with_legend(sheet, entries) if legend else sheet
 
     def _objects(self) -> NDArray[np.int64]:
         """Count the true objects of each class, without crowds. Shape: (K,)."""
@@ -251,26 +242,16 @@ class DetectionMeter(Meter[Boxes]):
         if not self._objects().any():
             return precisions, recalls
         # Its own thresholds are float32: 0.1 is then more than one object of ten, and results are not COCO's.
-        metric = MeanAveragePrecision(
-            iou_thresholds=_IOUS.tolist(),
-            rec_thresholds=RECALLS.tolist(),
-            extended_summary=True,
-            backend="faster_coco_eval",
-        )
+        thresholds = {"iou_thresholds": _IOUS.tolist(), "rec_thresholds": RECALLS.tolist()}
+        metric = MeanAveragePrecision(**thresholds, extended_summary=True, backend="faster_coco_eval")
         metric.warn_on_many_detections = False
         found, true = [], []
-        for index in self.indices:
-            boxes, scores, class_ids = map(torch.from_numpy, self.images[index].found)
-            found.append({"boxes": boxes.double(), "scores": scores, "labels": class_ids})
-            truth = {name: torch.from_numpy(values) for name, values in vars(self.images[index].truth).items()}
-            true.append(
-                {
-                    "boxes": truth["xyxy"].double(),
-                    "labels": truth["labels"],
-                    "iscrowd": truth["crowd"].long(),
-                    "area": truth["areas"],
-                }
-            )
+        for image in (self.images[index] for index in self.indices):
+            boxes, scores, labels = map(torch.from_numpy, image.found)
+            found.append({"boxes": boxes.double(), "scores": scores, "labels": labels})
+            truth = image.truth
+            xyxy, labels, crowd, areas = map(torch.from_numpy, (truth.xyxy, truth.labels, truth.crowd, truth.areas))
+            true.append({"boxes": xyxy.double(), "labels": labels, "iscrowd": crowd.long(), "area": areas})
         metric.update(found, true)
         result = metric.compute()
         seen = result["classes"].reshape(-1).tolist()  # of one class alone it is a scalar
@@ -316,7 +297,7 @@ def _save_curves(report: DetectionReport, path: Path) -> None:
     """Draw a curve for each class with objects, the best first, their mean, and the score threshold as a star."""
     figure = new_figure(8.5, 5.2)
     axes = figure.add_subplot()
-    colors = np.array(class_colors(len(report.per_class))) / 255
+    colors = np.array(drawing.class_colors(len(report.per_class))) / 255
     known = [(c, c.curve, color) for c, color in zip(report.per_class, colors, strict=True) if c.curve is not None]
     known.sort(key=lambda row: -(row[0].ap50 or 0))
     width, alpha = (1.6, 1.0) if len(known) <= _MOST_CURVES else (0.7, 0.6)
@@ -331,8 +312,6 @@ def _save_curves(report: DetectionReport, path: Path) -> None:
         legend = axes.legend(title="AP50", loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=8, frameon=False)
         for text in legend.get_texts():
             text.set_parse_math(False)
-    axes.set(
-        xlabel="recall", ylabel="precision", xlim=(0, 1.01), ylim=(0, 1.03), title="precision and recall, IoU 0.50"
-    )
+    axes.set(xlabel="recall", ylabel="precision at IoU 0.50", xlim=(0, 1.01), ylim=(0, 1.03))
     axes.grid(alpha=0.3)
     save_figure(figure, path)

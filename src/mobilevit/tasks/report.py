@@ -127,14 +127,7 @@ class Meter(ABC, Generic[Truth]):
 
     @abstractmethod
     def add(self, index: int, outputs: Outputs, truth: Truth, placement: Placement) -> None:
-        """Take in the outputs for one image.
-
-        Args:
-            index: number of the image in the data.
-            outputs: of the model, for this image.
-            truth: the image's.
-            placement: of the image in the model's input.
-        """
+        """Take in the model's outputs for the image with this number in the data."""
 
     @abstractmethod
     def worst(self, count: int = 24) -> list[int]:
@@ -193,15 +186,9 @@ def save_bars(
     path: Path, names: Sequence[str], series: Mapping[str, Sequence[float]], colors: Sequence[object], *,
     title: str, form: str,
 ) -> None:  # fmt: skip
-    """Draw a horizontal bar for each name and series of values from 0 to 1.
+    """Draw a horizontal bar for each name, from the top, and each series of values from 0 to 1.
 
-    Args:
-        path: of the image.
-        names: of the rows, from the top; see `plot_text`.
-        series: values of the rows by the name of the series, which stands in a legend if there are several.
-        colors: for each series, one color or those of its bars.
-        title: stands above the bars.
-        form: how the values are written.
+    Several series have a legend. Names have passed `plot_text`; a series has one color, or one for each bar.
     """
     figure = new_figure(7, 1.6 + (0.16 + 0.1 * len(series)) * max(len(names), 2))
     axes = figure.add_subplot()

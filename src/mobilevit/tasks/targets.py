@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from mobilevit.errors import ImageError
+from mobilevit.errors import ImageError, one_line
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,11 +37,8 @@ class Mask:
     def read(self, size: tuple[int, int] | None = None) -> NDArray[np.uint8]:
         """Read the class indices, or `IGNORE`, of all pixels. Shape: uint8 (H, W).
 
-        Args:
-            size: (height, width) of the image, which the mask must have, too.
-
         Raises:
-            ImageError: another size, or see `read_label_map`.
+            ImageError: another size than that of the image, (height, width), or see `read_label_map`.
         """
         label_map = np.frombuffer(self.class_of, np.uint8)[read_label_map(self.path)]
         if size is not None and size != label_map.shape:
@@ -70,7 +67,7 @@ def read_label_map(path: Path) -> NDArray[np.uint8]:
     except FileNotFoundError:
         raise ImageError(f"{path}: no such mask") from None
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error and more on bad files
-        raise ImageError(f"{path}: cannot be read ({' '.join(str(error).split()) or type(error).__name__})") from error
+        raise ImageError(f"{path}: cannot be read ({one_line(error)})") from error
     if values.dtype != np.bool_ and values.max(initial=0) > 255:
         raise ImageError(f"{path}: has the value {values.max()}; class numbers end at 255")
     return values.astype(np.uint8)

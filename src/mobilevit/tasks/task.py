@@ -92,12 +92,7 @@ class Task(ABC, Generic[Target, Truth]):
 
     @abstractmethod
     def stratum(self, target: Target, counts: Sequence[int]) -> int | None:
-        """Choose the class by which an image is divided into train and val; None if there is none.
-
-        Args:
-            target: the image's.
-            counts: for each class, of all images.
-        """
+        """Choose the class by which an image is divided into train and val, if any, by the counts of all images."""
 
     @abstractmethod
     def describe_target(self, target: Target, classes: Sequence[str]) -> str:
@@ -111,13 +106,7 @@ class Task(ABC, Generic[Target, Truth]):
     def draw_target(
         self, target: Target, image: Image.Image, scale: float, classes: Sequence[str]
     ) -> tuple[Image.Image, set[int]]:
-        """Draw a target on its image, and return the classes it shows.
-
-        Args:
-            target: the image's.
-            image: resized by `scale`.
-            scale: from pixels of the original image.
-            classes: their names.
+        """Draw a target on its image, which has been resized by `scale`, and return the classes it shows.
 
         Raises:
             ImageError: the target is in a file that cannot be read.
@@ -143,15 +132,7 @@ class Task(ABC, Generic[Target, Truth]):
         targets: Sequence[Target],
         device: torch.device,
     ) -> Objective:
-        """Choose random changes and loss by the settings.
-
-        Args:
-            settings: of the run.
-            preprocessing: of the model.
-            num_classes: of the data.
-            targets: of all training images.
-            device: computes the loss.
-        """
+        """Choose random changes and loss by the settings of a run, and by the targets of all its training images."""
 
     def head(self, settings: TrainingSettings) -> DeepLabv3Config | None:
         """The head that the settings ask for; None leaves it to the weights, or the default."""

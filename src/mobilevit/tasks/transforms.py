@@ -46,7 +46,7 @@ class ClassificationTransform:
     def __call__(
         self, image: Source | EncodedImage, label: int, size: tuple[int, int] | None = None
     ) -> tuple[Tensor, int]:
-        """Transform; `size` is (height, width) if it is not that of the preprocessing."""
+        # (height, width) is given where it changes from step to step.
         height, width = size or self.preprocessing.size
         encoded = open_image(image)
         # The crop is drawn before the image is decoded: a JPEG is decoded no finer than the crop can show.
@@ -92,14 +92,10 @@ def decoded_pixels(image: EncodedImage, reduction: float = 1.0) -> Tensor:
 
 
 def random_crop(image: tuple[int, int], min_area: float) -> tuple[int, int, int, int]:
-    """Draw a part of an image of random area, shape and place (arXiv:1409.4842, section 6).
+    """Draw left, top, right, bottom of a part of random area, shape and place (arXiv:1409.4842, section 6).
 
-    Args:
-        image: (width, height) in pixels.
-        min_area: smallest share of the area; shares are even from there to 1, width to height from 3:4 to 4:3.
-
-    Returns:
-        Left, top, right, bottom. After ten attempts that do not fit: as much of the middle as has an allowed shape.
+    The image has (width, height) pixels. Shares of its area are even from `min_area` to 1, width to height goes from
+    3:4 to 4:3. After ten attempts that do not fit: as much of the middle as has an allowed shape.
     """
     columns, rows = image
     draws = torch.rand(10, 2).tolist()
