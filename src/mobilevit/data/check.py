@@ -348,8 +348,7 @@ def contact_sheet(
     first = next(iter(splits.values()))
     if not first.task.has_legend(len(first.classes)):
         return sheet
-    colors = drawing.class_colors(len(first.classes))
-    return drawing.with_legend(sheet, [(first.classes[label], colors[label]) for label in sorted(shown)])
+    return drawing.with_legend(sheet, {label: first.classes[label] for label in sorted(shown)}, len(first.classes))
 
 
 def _caption(data: AnyImages, number: int) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -112,32 +112,29 @@ def class_colors(num_classes: int) -> tuple[RGB, ...]:
 def draw_boxes(image: Image.Image, boxes_xyxy: ArrayLike, texts: Sequence[str], colors: Sequence[RGB]) -> Image.Image:
     """Draw boxes (N, 4) in pixels on a copy of an image, each with its text, if any, on a label of its color.
 
-    A label is above its box where there is room, otherwise at another edge, and never outside the image. Where labels
-    would overlap, the first boxes get the better places and are drawn on top. The width of lines and the size of text
-    depend on the size of the image.
+    A label is above its box where there is room, else in it, and never outside the image. The first boxes are drawn on
+    top. The width of lines and the size of text depend on the size of the image.
     """
     out = image.copy()
     draw = ImageDraw.Draw(out)
     thick = max(2, round(_side(image) / 300))
     size = max(12, round(_side(image) / 42))
-    drawn = list(zip(_pixels(boxes_xyxy, image), texts, colors, strict=True))
-    for (left, top, right, bottom), _, color in reversed(drawn):
+    pad, height = max(2, size // 5), round(1.3 * size)
+    drawn = list(zip(_pixels(boxes_xyxy, image), texts, colors, strict=True))[::-1]
+    for (left, top, right, bottom), _, color in drawn:
         # A dark outline keeps pale boxes visible on a pale background.
         halo = max(1, thick // 3)
         draw.rectangle((left - halo, top - halo, right + halo, bottom + halo), outline=(40, 40, 40), width=halo)
         draw.rectangle((left, top, right, bottom), outline=color, width=thick)
-    labels: list[tuple[tuple[int, int, int, int], str, RGB]] = []
-    for box, text, color in drawn:
+    for (left, top, _, _), text, color in drawn:
         if text:
-            pad = max(2, size // 5)
-            shown = _shorten(text, size, image.width - 2 * pad)
-            width = min(image.width, round(font(size, shown).getlength(shown)) + 2 * pad)
-            taken = [place for place, _, _ in labels]
-            labels.append((_place_label(box, (width, round(1.3 * size)), out.size, taken), shown, color))
-    for (left, top, right, bottom), text, color in reversed(labels):
-        draw.rectangle((left, top, right - 1, bottom - 1), fill=color)
-        middle = ((left + right) / 2, (top + bottom) / 2)
-        draw.text(middle, text, fill=text_color(color), font=font(size, text), anchor="mm")
+            text = _shorten(text, size, image.width - 2 * pad)
+            width = round(font(size, text).getlength(text)) + 2 * pad
+            x = max(0, min(left, image.width - width))
+            y = max(0, min(top - height if top >= height else top, image.height - height))
+            draw.rectangle((x, y, x + width - 1, y + height - 1), fill=color)
+            middle = (x + width / 2, y + height / 2)
+            draw.text(middle, text, fill=text_color(color), font=font(size, text), anchor="mm")
     return out
 
 
@@ -166,57 +163,45 @@ def draw_label_map(
     opacity: float = 0.55,
     legend: bool = True,
 ) -> Image.Image:
-    """Color a copy of an image by class, more strongly along borders, above a legend with the share of each class.
+    """Color a copy of an image by class, above a legend with the share of each class, the largest first.
 
-    A class named "background" gets no color, nor do pixels with `IGNORE`.
+    The background gets no color, nor do pixels with `IGNORE`.
 
     Shape: label_map (H, W), the size of the image.
     """
     colors = np.zeros((256, 3), np.float32)
     colors[: len(classes)] = class_colors(len(classes))
-    drawn = np.ones(256, np.bool_)
-    drawn[[IGNORE, *_background(classes)]] = False
-    shown = drawn[label_map]
-    weight = np.where(shown, opacity, 0).astype(np.float32)
-    border = _borders(label_map, max(1, round(_side(image) / 400))) & shown
-    weight[border] = min(1, opacity + 0.35)
-    weight = weight[..., None]
-    out = Image.fromarray((np.asarray(image) * (1 - weight) + colors[label_map] * weight).round().astype(np.uint8))
-    return with_legend(out, legend_of(label_map, classes)) if legend else out
-
-
-def legend_of(
-    label_map: NDArray[np.uint8], classes: Sequence[str], *, with_shares: bool = True
-) -> list[tuple[str, RGB]]:
-    """List the classes in a label map, largest first and without background: name with share of pixels, color."""
+    weight = np.full(256, opacity, np.float32)
+    weight[[IGNORE, *background(classes)]] = 0
+    weights = weight[label_map][..., None]
+    out = Image.fromarray((np.asarray(image) * (1 - weights) + colors[label_map] * weights).round().astype(np.uint8))
+    if not legend:
+        return out
     counts = np.bincount(label_map.ravel(), minlength=256)[: len(classes)]
-    counts[_background(classes)] = 0
-    colors = class_colors(len(classes))
-    entries = []
-    for label in np.argsort(-counts, kind="stable")[: np.count_nonzero(counts)].tolist():
-        share = counts[label] / label_map.size
-        text = f" {share:.1%}" if share >= 0.001 else " <0.1%"
-        entries.append((classes[label] + (text if with_shares else ""), colors[label]))
-    return entries
+    counts[background(classes)] = 0
+    labels = np.argsort(-counts, kind="stable")[: np.count_nonzero(counts)].tolist()
+    texts = {label: f"{classes[label]} {counts[label] / label_map.size:.1%}" for label in labels}
+    return with_legend(out, texts, len(classes))
 
 
-def _background(classes: Sequence[str]) -> list[int]:
+def background(classes: Sequence[str]) -> list[int]:
+    """List the numbers of the classes named "background"; there is one at most, usually."""
     return [number for number, name in enumerate(classes) if name.strip("_").lower() == "background"]
 
 
-def with_legend(image: Image.Image, entries: Sequence[tuple[str, RGB]]) -> Image.Image:
-    """Put a legend below an image: colored squares with text, in as many lines as needed."""
-    if not entries:
+def with_legend(image: Image.Image, texts: Mapping[int, str], num_classes: int) -> Image.Image:
+    """Put a legend below an image: squares in the colors of classes with texts, in as many lines as needed."""
+    if not texts:
         return image
     size = max(12, round(_side(image) / 38))
     pad, line = size // 2, round(1.5 * size)
     places, x, y = [], pad, pad
-    for text, color in entries:
+    for label, text in texts.items():
         text = _shorten(text, size, image.width - 3 * pad - size)
         width = size + pad + round(font(size, text).getlength(text))
         if x > pad and x + width > image.width - pad:
             x, y = pad, y + line
-        places.append((x, y, text, color))
+        places.append((x, y, text, class_colors(num_classes)[label]))
         x += width + 2 * pad
     out = Image.new("RGB", (image.width, image.height + y + line + pad // 2), "white")
     out.paste(image)
@@ -289,30 +274,3 @@ def _oklab(rgb: NDArray[np.int64]) -> NDArray[np.float64]:
     )  # fmt: skip
     lab: NDArray[np.float64] = np.cbrt(_linear(rgb) @ to_cones.T) @ to_lab.T
     return lab
-
-
-def _place_label(
-    box: Sequence[int], size: tuple[int, int], image: tuple[int, int], taken: Sequence[Sequence[int]]
-) -> tuple[int, int, int, int]:
-    """Find the first place at the box where the label hides no other, or the one where it hides least."""
-    left, top, right, bottom = box
-    width, height = size
-    rows = [y for y in (top - height, top, bottom + 1, bottom + 1 - height) if 0 <= y <= image[1] - height]
-    columns = [max(0, min(x, image[0] - width)) for x in (left, right + 1 - width)]
-    places = [(x, y, x + width, y + height) for y in rows for x in columns] or [(0, 0, width, height)]
-    return min(places, key=lambda place: sum(_overlap(place, other) for other in taken))
-
-
-def _overlap(a: Sequence[int], b: Sequence[int]) -> int:
-    return max(0, min(a[2], b[2]) - max(a[0], b[0])) * max(0, min(a[3], b[3]) - max(a[1], b[1]))
-
-
-def _borders(label_map: NDArray[np.uint8], thick: int) -> NDArray[np.bool_]:
-    """Find pixels with another class within `thick` pixels in their row or column."""
-    border = np.zeros(label_map.shape, np.bool_)
-    for labels, found in ((label_map, border), (label_map.T, border.T)):
-        for distance in range(1, thick + 1):
-            differs = labels[distance:] != labels[:-distance]
-            found[distance:] |= differs
-            found[:-distance] |= differs
-    return border

@@ -213,8 +213,8 @@ class DetectionMeter(Meter[Boxes]):
             captions.append([f"{found} of {found + missed} found" + (f", {wrong} wrong" if wrong else "")])
             colors.append(drawing.RED if missed or wrong else drawing.GREEN)
         sheet = drawing.contact_sheet(cells, captions, colors, columns=4, cell=cell)
-        entries = [(self.classes[label], palette[label]) for label in sorted(labels_shown)]
-        return drawing.with_legend(sheet, entries) if legend else sheet
+        names = {label: self.classes[label] for label in sorted(labels_shown)}
+        return drawing.with_legend(sheet, names, len(self.classes)) if legend else sheet
 
     def _objects(self) -> NDArray[np.int64]:
         """Count the true objects of each class, without crowds. Shape: (K,)."""

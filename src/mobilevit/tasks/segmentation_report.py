@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from mobilevit.class_names import IGNORE
-from mobilevit.imaging.drawing import DARK, class_colors, contact_sheet, draw_label_map, fit, legend_of, with_legend
+from mobilevit.imaging.drawing import DARK, background, class_colors, contact_sheet, draw_label_map, fit, with_legend
 from mobilevit.imaging.preprocessing import Placement
 from mobilevit.results.base import Outputs
 from mobilevit.results.segmentation import decode_label_map
@@ -115,10 +115,26 @@ class SegmentationMeter(Meter[NDArray[np.uint8]]):
 
     def report(self) -> SegmentationReport:
         num_classes = len(self.classes)
-        cells = np.zeros(num_classes**2, np.int64)
+        confusion = np.zeros((num_classes, num_classes), np.int64)
         for image in self.images.values():
-            cells[image.cells] += image.counts
-        return segmentation_report(cells.reshape(num_classes, num_classes), self.classes, num_images=len(self.images))
+            confusion.ravel()[image.cells] += image.counts
+        right, true, predicted = confusion.diagonal(), confusion.sum(axis=1), confusion.sum(axis=0)
+        ious, accuracies, precisions = _ious(confusion), _shares(right, true), _shares(right, predicted)
+        total = max(int(confusion.sum()), 1)
+        rows = zip(self.classes, ious, accuracies, precisions, true.tolist(), strict=True)
+        return SegmentationReport(
+            num_images=len(self.images),
+            miou=_mean(ious, 0.0),
+            pixel_accuracy=int(right.sum()) / total,
+            mean_class_accuracy=_mean(accuracies, 0.0),
+            per_class=tuple(
+                SegmentationClassScores(
+                    name=name, iou=iou, accuracy=accuracy, precision=precision, share=pixels / total
+                )
+                for name, iou, accuracy, precision, pixels in rows
+            ),
+            confusion=confusion,
+        )
 
     def draw(
         self, indices: Sequence[int], images: Sequence[Image.Image], truths: Sequence[NDArray[np.uint8]]
@@ -127,40 +143,19 @@ class SegmentationMeter(Meter[NDArray[np.uint8]]):
         cell = 240
         cells: list[Image.Image] = []
         captions: list[list[str]] = []
-        shown = [np.zeros(0, np.uint8)]
+        shown: set[int] = set()
         for seen, image, truth in zip([self.images[index] for index in indices], images, truths, strict=True):
             small = fit(image, cell)
             cells.append(small)
             predicted = np.frombuffer(zlib.decompress(seen.label_map), np.uint8).reshape(truth.shape)
             for label_map in (predicted, truth):
-                shown.append(label_map.ravel())
+                shown.update(np.unique(label_map).tolist())
                 nearest = np.asarray(Image.fromarray(label_map).resize(small.size, Image.Resampling.NEAREST))
                 cells.append(draw_label_map(small, nearest, self.classes, opacity=0.7, legend=False))
             captions += [[f"mean IoU {seen.miou:.1%}"], ["predicted"], ["truth"]]
         sheet = contact_sheet(cells, captions, [DARK] * len(cells), columns=6, cell=cell)
-        return with_legend(sheet, legend_of(np.concatenate(shown), self.classes, with_shares=False))
-
-
-def segmentation_report(confusion: NDArray[np.int64], classes: Sequence[str], *, num_images: int) -> SegmentationReport:
-    """Compute every figure of an evaluation from the pixels of all its images.
-
-    Shape: confusion (K, K), rows are the true classes.
-    """
-    right, true, predicted = confusion.diagonal(), confusion.sum(axis=1), confusion.sum(axis=0)
-    ious, accuracies, precisions = _ious(confusion), _shares(right, true), _shares(right, predicted)
-    total = max(int(confusion.sum()), 1)
-    rows = zip(classes, ious, accuracies, precisions, true.tolist(), strict=True)
-    return SegmentationReport(
-        num_images=num_images,
-        miou=_mean(ious, 0.0),
-        pixel_accuracy=int(right.sum()) / total,
-        mean_class_accuracy=_mean(accuracies, 0.0),
-        per_class=tuple(
-            SegmentationClassScores(name=name, iou=iou, accuracy=accuracy, precision=precision, share=pixels / total)
-            for name, iou, accuracy, precision, pixels in rows
-        ),
-        confusion=confusion,
-    )
+        labels = sorted(shown - {IGNORE, *background(self.classes)})
+        return with_legend(sheet, {label: self.classes[label] for label in labels}, len(self.classes))
 
 
 def _ious(confusion: NDArray[np.int64]) -> list[float | None]:

@@ -71,12 +71,12 @@ class TaskDefaults:
     image_size: int
     """Side of the input in pixels."""
     resize_mode: ResizeMode
-    can_crop: bool
+    can_crop: bool = True
     """Whether an input that leaves out the border will do."""
     learning_rate: float
     """The paper's peak learning rate, at `batch_size` images in an update."""
     batch_size: int
-    head_lr_factor: float
+    head_lr_factor: float = 1.0
     """Learning rate of a new head on a trained backbone, relative to the backbone's."""
     settings: frozenset[str]
     """Names of settings, and of groups of settings, in `TrainConfig`."""
@@ -86,19 +86,15 @@ DEFAULTS: dict[TaskName, TaskDefaults] = {
     "classification": TaskDefaults(
         image_size=256,
         resize_mode="crop",
-        can_crop=True,
         learning_rate=2e-3,
         batch_size=1024,
-        head_lr_factor=1.0,
         settings=frozenset({"classification", "sizes", "distillation"}),
     ),
     "detection": TaskDefaults(
         image_size=320,
         resize_mode="stretch",
-        can_crop=True,
         learning_rate=9e-4,
         batch_size=128,
-        head_lr_factor=1.0,
         settings=frozenset({"detection", "photometric_distortion"}),
     ),
     "segmentation": TaskDefaults(
