@@ -237,8 +237,6 @@ HF_FEATURES = {"info": {"features": {"label": {"names": ["owl", "cat", "dog"], "
     [
         (None, ["dog", "cat", "dog", "owl"], ("cat", "dog", "owl"), [1, 0, 1, 2]),
         (None, [10, 9, 10, 2], ("2", "9", "10"), [2, 1, 2, 0]),
-        ({"classes": '["owl", "cat", "dog"]'}, [2, 1, 2, 0], ("owl", "cat", "dog"), [2, 1, 2, 0]),
-        ({"names": "owl,cat,dog"}, [2, 1, 2, 0], ("owl", "cat", "dog"), [2, 1, 2, 0]),
         ({"huggingface": json.dumps(HF_FEATURES)}, [2, 1, 2, 0], ("owl", "cat", "dog"), [2, 1, 2, 0]),
         ({"huggingface": '{"info": {"features": {}}}'}, [2, 1, 2, 0], ("0", "1", "2"), [2, 1, 2, 0]),
     ],
@@ -269,9 +267,9 @@ def test_parquet(
         ({"image": ["a.png"], "label": [1]}, None, r"column image holds string; it needs encoded images"),
         ({"image": [{"path": "a.png"}], "label": [1]}, None, r"column image holds struct.*; it needs encoded images"),
         ({"image": [b"", b""], "label": ["cat", None]}, None, r"a\.parquet: row 1 has no label"),
-        ({"image": [b""], "label": [2]}, {"classes": '["a", "b"]'}, r"a\.parquet: labels outside 0\.\.1"),
-        ({"image": [b""], "label": [-1]}, {"classes": '["a", "b"]'}, r"a\.parquet: labels outside 0\.\.1"),
-        ({"image": [b""], "label": ["a"]}, {"classes": '["a", "b"]'}, r"a\.parquet: labels outside 0\.\.1"),
+        ({"image": [b""], "label": [3]}, {"huggingface": json.dumps(HF_FEATURES)}, r"labels outside 0\.\.2"),
+        ({"image": [b""], "label": [-1]}, {"huggingface": json.dumps(HF_FEATURES)}, r"labels outside 0\.\.2"),
+        ({"image": [b""], "label": ["a"]}, {"huggingface": json.dumps(HF_FEATURES)}, r"labels outside 0\.\.2"),
     ],
 )
 def test_useless_parquet(tmp_path: Path, columns: dict[str, Any], metadata: dict[str, str] | None, reason: str) -> None:

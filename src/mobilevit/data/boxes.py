@@ -84,17 +84,10 @@ class BoxTable:
 def box_splits(
     tables: Mapping[str, BoxTable], classes: tuple[str, ...], index_of: Mapping[Hashable, int]
 ) -> dict[str, ImageSet[Boxes]]:
-    """Check every box against its image and put the usable ones into `Boxes`.
+    """Check every box against its image and put the usable ones into `Boxes`, by part.
 
-    A test part without a single box, as some data sets are handed out, is left out.
-
-    Args:
-        tables: by part.
-        classes: class names.
-        index_of: from labels in the files to indices of classes.
-
-    Raises:
-        MobileViTError: a part without images.
+    `index_of` goes from labels in the files to indices of classes. A test part without a single box, as some data sets
+    are handed out, is left out.
     """
     tables = dict(tables)
     if len(tables) > 1 and "test" in tables and not tables["test"].boxes:
@@ -184,11 +177,7 @@ def size_problem(file: str, stated: tuple[int, int], actual: tuple[int, int]) ->
 
 
 def image_size(path: Path) -> tuple[int, int]:
-    """Return (width, height) of the upright image, from the head of the file.
-
-    Raises:
-        OSError: missing, or not an image.
-    """
+    """Return (width, height) of the upright image, from the head of the file; `OSError` if it is none."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `read_image` decides on those

@@ -324,11 +324,7 @@ def contact_sheet(
 ) -> Image.Image:
     """Draw images evenly spaced over all parts, with their class, their boxes or the colors of their masks.
 
-    Args:
-        splits: as `find_splits` returns them.
-        num_images: how many; images that cannot be read are passed over.
-        columns: images in a row.
-        cell: side of each in pixels.
+    Images that cannot be read are passed over. `cell` is the side of each in pixels.
     """
     everything = [(part, data, number) for part, data in splits.items() for number in range(len(data))]
     places = np.linspace(0, len(everything) - 1, min(num_images, len(everything))).round().astype(int).tolist()

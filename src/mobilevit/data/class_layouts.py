@@ -29,9 +29,6 @@ def classification_splits(path: Path) -> dict[str, ImageSet[int]]:
     Folders hold one sub-folder per class. CSV files have columns `path` (relative to the file) and `label`, parquet
     files `image` (encoded bytes, or a struct with them) and `label`; a column `split` divides either. The parts in a
     folder are sub-folders, or files such as `train.csv`, `test.parquet` or `train-00000-of-00002.parquet`.
-
-    Raises:
-        MobileViTError: nothing there, or nothing usable.
     """
     if path.is_file():
         return _divide(*_read_rows([path]))
@@ -120,19 +117,39 @@ def _from_folder(folder: Path) -> ImageSet[int]:
     if not class_folders:
         loose = "only loose files" if any(folder.iterdir()) else "nothing"
         raise MobileViTError(f"{folder}: {loose} in it; put the images into one sub-folder per class")
-    found = [(image, label) for label, p in enumerate(class_folders) for image in find_images(p)]
+    found = [(image, p.name) for p in class_folders for image in find_images(p)]
     if not found:
         kinds = ", ".join(sorted(IMAGE_SUFFIXES))
         raise MobileViTError(f"{folder}: no images in its sub-folders; known kinds are {kinds}")
-    paths = [image for image, _ in found]
+    paths, labels = zip(*found, strict=True)
+    names = [p.relative_to(folder).as_posix() for p in paths]
+    return _image_set(str(folder), names, labels, paths.__getitem__, [p.name for p in class_folders])
+
+
+def _image_set(
+    origin: str,
+    names: Sequence[str],
+    labels: Sequence[str],
+    open_number: Callable[[int], Source],
+    classes: Sequence[str] | None = None,
+) -> ImageSet[int]:
+    """Number the labels: in the order of `classes`, else sorted."""
+    classes = tuple(_sorted_classes(set(labels)) if classes is None else classes)
+    index_of = {name: index for index, name in enumerate(classes)}
     return ImageSet(
         task=CLASSIFICATION,
-        origin=str(folder),
-        names=[p.relative_to(folder).as_posix() for p in paths],
-        targets=[label for _, label in found],
-        classes=tuple(p.name for p in class_folders),
-        open=paths.__getitem__,
+        origin=origin,
+        names=names,
+        targets=[index_of[label] for label in labels],
+        classes=classes,
+        open=open_number,
     )
+
+
+def _sorted_classes(names: set[str]) -> tuple[str, ...]:
+    """Sort by number if all are numbers, so that 10 follows 9, else by name."""
+    numeric = all(name.isdecimal() for name in names)
+    return tuple(sorted(names, key=lambda name: (int(name) if numeric else 0, name)))
 
 
 # -- CSV --------------------------------------------------------------------------------------------------------------
@@ -155,40 +172,21 @@ def _from_csv(path: Path) -> _Rows:
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
-            numbered = [(reader.line_num, row) for row in reader]
+            rows = [(reader.line_num, row) for row in reader]
+            columns = set(reader.fieldnames or ())
     except (UnicodeDecodeError, csv.Error) as error:
         raise MobileViTError(f"{path}: not a CSV file in UTF-8 ({error})") from None
-    rows = [row for _, row in numbered]
     if not rows:
         raise MobileViTError(f"{path}: no rows; a line an image is needed, under the heading path,label")
-    if missing := {"path", "label"} - set(rows[0]):
+    if missing := {"path", "label"} - columns:
         raise MobileViTError(f"{path}: no column {' and '.join(sorted(missing))}; the heading must name path and label")
-    for line, row in numbered:
+    for line, row in rows:
         if not row["path"] or not row["label"]:
             raise MobileViTError(f"{path}, line {line}: path or label is empty; fill it in or remove the line")
-    names = [row["path"] for row in rows]
-    classes, labels = _numbered([row["label"] for row in rows])
-    data = ImageSet(
-        task=CLASSIFICATION,
-        origin=str(path),
-        names=names,
-        targets=labels,
-        classes=classes,
-        open=[path.parent / name for name in names].__getitem__,
-    )
-    return data, [row["split"] or "" for row in rows] if "split" in rows[0] else None
-
-
-def _numbered(labels: Sequence[str]) -> tuple[tuple[str, ...], list[int]]:
-    classes = _sorted_classes(set(labels))
-    index_of = {name: index for index, name in enumerate(classes)}
-    return classes, [index_of[label] for label in labels]
-
-
-def _sorted_classes(names: set[str]) -> tuple[str, ...]:
-    """Sort by number if all are numbers, so that 10 follows 9, else by name."""
-    numeric = all(name.isdecimal() for name in names)
-    return tuple(sorted(names, key=lambda name: (int(name) if numeric else 0, name)))
+    names = [row["path"] for _, row in rows]
+    paths = [path.parent / name for name in names]
+    data = _image_set(str(path), names, [row["label"] for _, row in rows], paths.__getitem__)
+    return data, [row["split"] or "" for _, row in rows] if "split" in columns else None
 
 
 # -- parquet ----------------------------------------------------------------------------------------------------------
@@ -206,20 +204,18 @@ def _from_parquet(files: Sequence[Path]) -> _Rows:
     values = table["label"].to_pylist()
     if None in values:
         raise MobileViTError(f"{path}: row {values.index(None)} has no label; fill it in or remove the row")
-    names = _class_names(table.schema.metadata or {})
-    if names is None:
-        classes, labels = _numbered([str(value) for value in values])
-    elif all(isinstance(value, int) and 0 <= value < len(names) for value in values):
-        classes, labels = tuple(names), values
-    else:
-        raise MobileViTError(f"{path}: labels outside 0..{len(names) - 1}, for which the file's metadata has names")
-    data = ImageSet(
-        task=CLASSIFICATION,
-        origin=str(path if len(files) == 1 else path.parent),
-        names=[f"row {row}" for row in range(len(values))],
-        targets=labels,
-        classes=classes,
-        open=_ParquetImages(files, _image_column(table, path)),
+    classes = _class_names(table.schema.metadata or {})
+    if classes is not None:
+        if not all(isinstance(value, int) and 0 <= value < len(classes) for value in values):
+            named = f"0..{len(classes) - 1}, for which the file's metadata has names"
+            raise MobileViTError(f"{path}: labels outside {named}")
+        values = [classes[value] for value in values]
+    data = _image_set(
+        str(path if len(files) == 1 else path.parent),
+        [f"row {row}" for row in range(len(values))],
+        [str(value) for value in values],
+        _ParquetImages(files, _image_column(table, path)),
+        classes,
     )
     words = [str(word or "") for word in table["split"].to_pylist()] if "split" in table.column_names else None
     return data, words
@@ -268,12 +264,8 @@ def _open_parquet(files: Sequence[Path]) -> Callable[[int], Source]:
 
 
 def _class_names(metadata: dict[bytes, bytes]) -> list[str] | None:
-    """Read class names from the schema's metadata: a plain list, or the features of a Hugging Face data set."""
-    for key in (b"classes", b"class_names", b"labels", b"names"):
-        if key in metadata:
-            text = metadata[key].decode()
-            return [str(name) for name in json.loads(text)] if text.startswith("[") else text.split(",")
-    if b"huggingface" in metadata:
-        names = json.loads(metadata[b"huggingface"])["info"]["features"].get("label", {}).get("names")
-        return None if names is None else [str(name) for name in names]
-    return None
+    """Read class names from the features of a Hugging Face data set."""
+    if b"huggingface" not in metadata:
+        return None
+    names = json.loads(metadata[b"huggingface"])["info"]["features"].get("label", {}).get("names")
+    return None if names is None else [str(name) for name in names]

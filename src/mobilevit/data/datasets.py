@@ -42,12 +42,8 @@ _BOX_LAYOUTS = (
 def find_splits(path: str | os.PathLike[str], task: TaskName | None = None) -> dict[str, AnyImages]:
     """Recognize and read what lies at `path`: labels at once, images and masks when they are asked for.
 
-    The layouts of each task are those of `classification_splits`, `detection_splits` and `segmentation_splits`, and for
-    classification those of `shard_splits`.
-
-    Args:
-        path: a folder or file; for shards, also a pattern or URL.
-        task: None recognizes it by the layout.
+    The layouts of each task are those of `classification_splits` and `shard_splits`, `detection_splits` and
+    `segmentation_splits`; `path` is a folder or file, or a pattern or URL of shards. `task` None recognizes it.
 
     Returns:
         {"train": ..., "val": ..., "test": ...}, as far as the data are divided, else {"all": ...}. A train part alone
@@ -210,9 +206,6 @@ def part_to_evaluate(
             data that the model was trained on, what was held out for validation; else all there is, or the test part.
         task: of the model.
         provenance: of the model; says how its training data were divided.
-
-    Raises:
-        MobileViTError: no such data, or no such part.
     """
     splits = find_splits(path, task)
     found: dict[str, tuple[AnyImages, str]] = {}

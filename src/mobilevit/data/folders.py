@@ -41,10 +41,7 @@ def part_in(name: str) -> str | None:
 
 
 def as_splits(parts: Mapping[str, Value]) -> dict[str, Value]:
-    """Put parts in order; a train part alone is data that are not divided, {"all": ...}.
-
-    A val or test part alone stays one: it is held out, and never trained on.
-    """
+    """Put parts in order; a train part alone is data that are not divided. A val or test part alone is held out."""
     if set(parts) in ({"train"}, {"all"}):
         return {"all": next(iter(parts.values()))}
     return {part: parts[part] for part in PART_NAMES if part in parts}
@@ -131,11 +128,7 @@ def relative(path: Path, root: Path) -> str:
 
 
 def read_class_names(file: Path) -> list[str]:
-    """Read a class name from each line; only lines at the end may be empty.
-
-    Raises:
-        MobileViTError: no name, an empty line among them, or not UTF-8.
-    """
+    """Read a class name from each line, in UTF-8; only lines at the end may be empty."""
     try:
         lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").rstrip().splitlines()]
     except UnicodeDecodeError:

@@ -94,19 +94,11 @@ class ImageSet(Generic[Target]):
         return self.task.count(self.targets, len(self.classes)) or [0] * len(self.classes)
 
     def check_classes(self) -> None:
-        """Refuse data that nothing can be learned from.
-
-        Raises:
-            MobileViTError: no image or object of some class, or too few classes.
-        """
+        """Refuse data that nothing can be learned from: no image or object of some class, or too few classes."""
         self.task.check_classes(self.origin, self.classes, self.targets)
 
     def relabel(self, classes: tuple[str, ...]) -> ImageSet[Target]:
-        """Return the same images, labeled in the order of a model's `classes`.
-
-        Raises:
-            MobileViTError: a class that the model does not know.
-        """
+        """Return the same images, labeled in the order of a model's `classes`, which it must know."""
         if self.classes == classes:
             return self
         counts = self.task.count(self.targets, len(self.classes))
@@ -127,9 +119,6 @@ def split(data: ImageSet[Target], *, val_fraction: float, seed: int) -> tuple[Im
 
     Classification holds out a share of every class, at least one image. Detection groups images by their rarest
     class, so that rare classes are in both parts. Segmentation takes any images.
-
-    Raises:
-        MobileViTError: a class, or the whole, has a single image.
     """
     train: list[int] = []
     val: list[int] = []

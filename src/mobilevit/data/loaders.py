@@ -84,10 +84,7 @@ def level_batches(
 
 
 def _plan_steps(count: int, batches: Sequence[SizedBatch], world_size: int, generator: torch.Generator) -> list[Step]:
-    """Plan the steps through `count` images, each once; a size is drawn for each step, the same for all processes.
-
-    A rest of fewer than two images for every process joins the step before.
-    """
+    """Plan the steps through `count` images, each once, with sizes drawn; a rest of < 2 a process joins the last."""
     steps = []
     start = 0
     while start < count:
@@ -114,10 +111,7 @@ def _shuffled(count: int, shards: Sequence[range] | None, generator: torch.Gener
 
 
 def _part_of(sequence: Tensor, rank: int, world_size: int, start: int, stop: int) -> Tensor:
-    """Return what one process reads of a sequence while all together go from `start` to `stop`: equal shares.
-
-    If images do not divide evenly, the first processes have one more.
-    """
+    """Return what one process reads of a sequence while all go from `start` to `stop`; the first may have one more."""
     count = len(sequence)
     first = rank * (count // world_size) + min(rank, count % world_size)
 
@@ -130,13 +124,7 @@ def _part_of(sequence: Tensor, rank: int, world_size: int, start: int, stop: int
 class EpochSampler(Sampler[list[Key]]):
     """The batches of one process, epoch by epoch: every image once, whatever the number of processes.
 
-    Args:
-        count: images in the data.
-        batches: the sizes there are.
-        seed: decides order, sizes and the seeds of augmentation.
-        shards: see `ImageSet.shards`.
-        rank: this process.
-        world_size: processes in all.
+    `seed` decides order, sizes and the seeds of augmentation; see `ImageSet.shards` for `shards`.
     """
 
     def __init__(
@@ -296,8 +284,8 @@ class BatchLoader:
         batch_size: images in a batch.
         num_workers: processes that read and transform; 0 does it in this one.
         shuffle_seed: None keeps the order; a number shuffles, differently each epoch.
-        sizes: if steps differ in image size, these with their batches instead of `batch_size`; the transform then
-            takes the size as a third argument. For a shuffled order.
+        sizes: for a shuffled order whose steps differ in image size, instead of `batch_size`; `transform` then takes
+            the size as a third argument.
         pin_memory: for a GPU.
         shard: (i, n): the share of the ith of n processes.
     """
@@ -367,9 +355,7 @@ class BatchLoader:
 def default_num_workers(device: torch.device, *, sharing: int = 1) -> int:
     """Choose how many processes read: one for every two cores where the CPU also computes, else up to eight.
 
-    Args:
-        device: computes meanwhile.
-        sharing: processes that share the cores; each has that many readers.
+    `sharing` is the number of processes that share the cores; each has that many readers.
     """
     cores = available_cores() // sharing
     return min(8, cores // 2 if device.type == "cpu" else cores)
@@ -387,10 +373,7 @@ def _collate(collate: _Collate, items: Sequence[_Item]) -> Batch:
 
 
 def _stacked(tensors: Sequence[Tensor]) -> Tensor:
-    """Stack images, uint8 (3, H, W) -> (B, H, W, 3): pixels are copied once, in the order they lie.
-
-    A worker process copies them into the memory that it shares with the training process.
-    """
+    """Stack images, uint8 (3, H, W) -> (B, H, W, 3), copying pixels once: in a worker, into memory that is shared."""
     _, height, width = tensors[0].shape
     shape = (len(tensors), height, width, 3)
     if get_worker_info() is None:

@@ -74,15 +74,11 @@ def render_scene(index: int, *, seed: int = 0, size: int = 64, num_objects: int 
     """Draw one scene; the same arguments always give the same scene, and another `size` the same scene enlarged.
 
     The first object is of class `index % len(CLASSES)`, the others of any. A single object lies wholly inside the
-    image. Several are smaller and may be cut by the border, by a fifth of their radius at most; their centers are at
-    least 0.85 times the sum of their radii apart, so that one hides a third of another at most. Place, size, rotation,
-    texture and color do not depend on the class; objects are always lighter than the background.
+    image. Several, up to 8, are smaller and may be cut by the border, by a fifth of their radius at most; their centers
+    are at least 0.85 times the sum of their radii apart, so that one hides a third of another at most. Place, size,
+    rotation, texture and color do not depend on the class; objects are always lighter than the background.
 
-    Args:
-        index: which scene, from 0.
-        seed: which series of scenes, from 0.
-        size: side of the image in pixels, at least 32 and at least 8 * num_objects.
-        num_objects: from 1 to 8.
+    `size` is the side in pixels, at least 32 and at least 8 * num_objects; each `seed` is another series of scenes.
     """
     rng = np.random.default_rng((seed, index))
     axis = (np.arange(size, dtype=np.float32) + 0.5) / size

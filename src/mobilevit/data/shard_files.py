@@ -76,11 +76,7 @@ def join(folder: str, name: str) -> str:
 
 
 def expand(pattern: str) -> list[str]:
-    """List the paths or URLs that a pattern stands for: braces as in a shell, then * and [ab].
-
-    Raises:
-        MobileViTError: it matches nothing.
-    """
+    """List the paths or URLs that a pattern stands for, at least one: braces as in a shell, then * and [ab]."""
     if braces := _BRACES.search(pattern):
         first, dots, last = braces[1].partition("..")
         choices: Sequence[str] = braces[1].split(",")
@@ -119,11 +115,7 @@ def read_small(place: str) -> bytes | None:
 
 
 def describe(place: str) -> ShardFile:
-    """Ask for the length and version of a shard.
-
-    Raises:
-        MobileViTError: it is not there, or the server fails.
-    """
+    """Ask for the length and version of a shard, which must be there."""
     try:
         if not is_url(place):
             stat = Path(place).stat()
@@ -170,12 +162,7 @@ def _locked(name: str) -> Iterator[None]:
 
 
 def open_shard(shard: ShardFile) -> FileIO:
-    """Open a shard; a remote one is fetched first, by one process of this machine while others wait.
-
-    Raises:
-        MobileViTError: it cannot be fetched, or there is nowhere to keep it.
-        OSError: a local one cannot be opened.
-    """
+    """Open a shard; a remote one is fetched first, by one process of this machine while others wait."""
     if not is_url(shard.place):
         return FileIO(shard.place)
     path = _shard_cache() / f"{digest(f'{shard.place} {shard.version}')}-{shard.name}"
@@ -266,12 +253,7 @@ class ShardImages:
     """(N,): its length in bytes."""
 
     def __call__(self, number: int) -> bytes:
-        """Read the bytes of an image.
-
-        Raises:
-            ImageError: its shard is missing, cannot be read or ends before.
-            MobileViTError: its shard cannot be fetched.
-        """
+        """Read the bytes of an image; `ImageError` if its shard cannot be read or ends before."""
         shard = self.shards[self.shard_of[number]]
         offset, size = int(self.offsets[number]), int(self.sizes[number])
         try:

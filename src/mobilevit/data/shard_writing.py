@@ -84,9 +84,6 @@ def write_shards(
         val_fraction: share of each class for a val part, if the data are not divided; None leaves them so.
         seed: decides order and parts.
         overwrite: replace shards written before.
-
-    Raises:
-        MobileViTError: not for classification, `out` has something else in it, or a number out of range.
     """
     if max_bytes < 1:
         raise MobileViTError(f"`max_mb` is {max_bytes / 1e6:g}; it must be above 0")

@@ -232,11 +232,7 @@ class _Index(NamedTuple):
 
 
 def _read_index(folder: str) -> _Index | None:
-    """Read `index.json` of a folder, if it has one that `write_shards` wrote.
-
-    Raises:
-        MobileViTError: damaged, or of a newer version.
-    """
+    """Read `index.json` of a folder, if it has one that `write_shards` wrote."""
     place = join(folder, INDEX)
     data = read_small(place)
     if data is None or FORMAT.encode() not in data[:200]:

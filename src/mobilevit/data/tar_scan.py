@@ -52,11 +52,7 @@ def cut_short(place: str, detail: str, lost: int = 0) -> Problem:
 
 
 def read_contents(place: str) -> Contents:
-    """Return what was found in a tar file the last time, unless it has changed since; else read its headers.
-
-    Raises:
-        MobileViTError: no such file, no tar file, or a compressed one.
-    """
+    """Return what was found in a tar file the last time, unless it has changed since; else read its headers."""
     shard = describe(place)
     where = place if is_url(place) else str(Path(place).absolute())
     kept = cache_folder() / "shard-indexes" / f"{digest(f'{where} {shard.version}')}.json"
