@@ -31,10 +31,8 @@ class Serve:
             if find_spec(package) is None:
                 raise MissingPackageError(f"{package} is not installed; pip install 'mobilevit[serve]'")
         from mobilevit.serving.server import serve
-        from mobilevit.webpage import page_files
 
-        if not all(is_artifact(model.path) for model in models):
+        if not all(is_artifact(path) for path in models.values()):
             # PyTorch's threads would spin while they wait, on the cores of the threads that read images.
             os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-        pages = page_files("server")
-        return serve(self.settings, models, pages, lambda address: print(f"serving at {address}", flush=True))
+        return serve(self.settings, models, lambda address: print(f"serving at {address}", flush=True))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pydantic import BaseModel, Field
+
+from mobilevit.card import TaskName
 from mobilevit.files import Json
 
 DESCRIPTION = """Classification, detection and segmentation of images.
@@ -9,51 +12,78 @@ DESCRIPTION = """Classification, detection and segmentation of images.
 Errors are `{"error": "one line", "request_id": "..."}`. If the service has an API key, send it as
 `Authorization: Bearer KEY` or `X-API-Key: KEY`. `X-Request-ID` is returned; if a request has none, it gets one."""
 
-_ERROR = {
-    "type": "object",
-    "required": ["error", "request_id"],
-    "properties": {"error": {"type": "string"}, "request_id": {"type": "string"}},
-}
-
 Responses = dict[int | str, Json]
 
 
-def _error(description: str, example: str) -> Json:
-    value = {"error": example, "request_id": "6f1c0f1e9f0c4d0e8a3b5a7d9c2e4f60"}
-    return {"description": description, "content": {"application/json": {"schema": _ERROR, "example": value}}}
+class Error(BaseModel):
+    """The reason of a refusal, in one line."""
+
+    error: str = Field(examples=["image 1: the file is empty"])
+    request_id: str = Field(examples=["6f1c0f1e9f0c4d0e8a3b5a7d9c2e4f60"])
 
 
-_KEY: Responses = {401: _error("No API key, or a wrong one", "this service asks for an API key")}
-_BUSY = _error("The service is busy; try again after Retry-After", "the service is busy; try again in 2 s")
-_BUSY["headers"] = {"Retry-After": {"schema": {"type": "integer"}, "description": "Seconds."}}
-_REFUSED: Responses = _KEY | {
-    400: _error("No readable image, or a malformed form", "image 1: the file is empty"),
-    404: _error("No such model", "no model 'roses'; there are flowers"),
-    408: _error("The upload took too long", "the upload took longer than the limit of 30 s"),
-    413: _error("The body, an image, or the number of images is too large", "the body is larger than the limit"),
-    415: _error("The body is neither an image nor a form", "content type text/plain; send an image as image/jpeg"),
-    422: _error("A parameter is invalid", "top: input should be greater than or equal to 1"),
-    503: _BUSY,
-    504: _error("The answer took too long", "no answer within the limit of 30 s"),
-}
+class Item(BaseModel):
+    """The result for one image; which fields there are depends on the task."""
 
-_ITEM = {
-    "type": "object",
-    "required": ["source"],
-    "properties": {
-        "source": {"type": "string", "description": "The name of the file in the form, or the number of the image."},
-        "error": {"type": "string", "description": "The reason why this image of several cannot be read."},
-        "label": {"type": "string", "description": "Classification: the most probable class."},
-        "probability": {"type": "number"},
-        "top": {"type": "array", "items": {"type": "object"}},
-        "width": {"type": "integer", "description": "Width of the upright image in pixels."},
-        "height": {"type": "integer"},
-        "detections": {"type": "array", "items": {"type": "object"}},
-        "shares": {"type": "object", "description": "Segmentation: share of the pixels of each class that occurs."},
-        "mask_png": {"type": "string", "description": "Segmentation: base64 of a palette PNG with class indices."},
-    },
-}
-_EXAMPLES = {
+    source: str = Field(description="The name of the file in the form, or the number of the image.")
+    error: str = Field("", description="The reason why this image of several cannot be read.")
+    label: str = Field("", description="Classification: the most probable class.")
+    probability: float = 0.0
+    top: list[Json] = []
+    width: int = Field(0, description="Width of the upright image in pixels.")
+    height: int = 0
+    detections: list[Json] = []
+    shares: dict[str, float] = Field({}, description="Segmentation: share of the pixels of each class that occurs.")
+    mask_png: str = Field("", description="Segmentation: base64 of a palette PNG with class indices.")
+
+
+class Predictions(BaseModel):
+    """A result for each image, in order."""
+
+    model: str
+    task: TaskName
+    results: list[Item]
+
+
+class Explanation(BaseModel):
+    """An image that explains the prediction, and numbers."""
+
+    model: str
+    image_png: str = Field(description="base64 of a PNG")
+
+
+class Models(BaseModel):
+    """All models; the first is used if a request names none."""
+
+    models: list[Json]
+
+
+class Status(BaseModel):
+    """The state of the process."""
+
+    status: str
+
+
+def _errors(descriptions: dict[int, str]) -> Responses:
+    return {status: {"model": Error, "description": description} for status, description in descriptions.items()}
+
+
+KEY = _errors({401: "No API key, or a wrong one"})
+REFUSED = _errors(
+    {
+        400: "No readable image, or a malformed form",
+        404: "No such model",
+        408: "The upload took too long",
+        413: "The body, an image, or the number of images is too large",
+        415: "The body is neither an image nor a form",
+        422: "A parameter is invalid",
+        503: "The service is busy; try again after Retry-After",
+        504: "The answer took too long",
+    }
+)
+REFUSED[503]["headers"] = {"Retry-After": {"schema": {"type": "integer"}, "description": "Seconds."}}
+
+_ITEMS: dict[TaskName, Json] = {
     "classification": {
         "source": "a.jpg", "label": "rose", "probability": 0.91,
         "top": [{"label": "rose", "probability": 0.91}, {"label": "tulip", "probability": 0.07}],
@@ -67,100 +97,21 @@ _EXAMPLES = {
         "mask_png": "iVBORw0KGgo...",
     },
 }  # fmt: skip
-
-PREDICT: Responses = _REFUSED | {
-    200: {
-        "description": "A result for each image, in order",
-        "content": {
-            "application/json": {
-                "schema": {
-                    "type": "object",
-                    "required": ["model", "task", "results"],
-                    "properties": {
-                        "model": {"type": "string"},
-                        "task": {"type": "string", "enum": list(_EXAMPLES)},
-                        "results": {"type": "array", "items": _ITEM},
-                    },
-                },
-                "examples": {
-                    task: {"value": {"model": "mine", "task": task, "results": [item]}}
-                    for task, item in _EXAMPLES.items()
-                },
-            }
-        },
-    }
-}
-
-EXPLAIN: Responses = _REFUSED | {
-    200: {
-        "description": "An image that explains the prediction, and numbers",
-        "content": {
-            "application/json": {
-                "schema": {
-                    "type": "object",
-                    "required": ["model", "image_png"],
-                    "properties": {
-                        "model": {"type": "string"},
-                        "image_png": {"type": "string", "description": "base64 of a PNG"},
-                    },
-                }
-            }
-        },
-    }
-}
+_EXAMPLES = {task: {"value": {"model": "mine", "task": task, "results": [item]}} for task, item in _ITEMS.items()}
+PREDICTED: Responses = REFUSED | {200: {"content": {"application/json": {"examples": _EXAMPLES}}}}
 
 _IMAGE = {"schema": {"type": "string", "format": "binary", "minLength": 1}}
+_FILES = {"type": "array", "minItems": 1, "items": {"type": "string", "format": "binary"}}
+_FORM = {"schema": {"type": "object", "required": ["files"], "properties": {"files": _FILES}}}
 IMAGES: Json = {
     "requestBody": {
         "required": True,
         "description": "One image as the body, or one or more files in a form.",
         "content": {
-            "multipart/form-data": {
-                "schema": {
-                    "type": "object",
-                    "required": ["files"],
-                    "properties": {
-                        "files": {"type": "array", "minItems": 1, "items": {"type": "string", "format": "binary"}}
-                    },
-                }
-            },
+            "multipart/form-data": _FORM,
             "image/jpeg": _IMAGE,
             "image/png": _IMAGE,
             "application/octet-stream": _IMAGE,
         },
     }
 }
-
-MODELS: Responses = _KEY | {
-    200: {
-        "description": "All models; the first is used if a request names none",
-        "content": {
-            "application/json": {
-                "schema": {
-                    "type": "object",
-                    "required": ["models"],
-                    "properties": {"models": {"type": "array", "items": {"type": "object"}}},
-                },
-                "example": {
-                    "models": [
-                        {
-                            "name": "flowers", "task": "classification", "architecture": "mobilevit_xxs",
-                            "classes": ["daisy", "rose", "tulip"], "input_size": [256, 256], "resize_mode": "crop",
-                            "metrics": {"top1": 0.91}, "score_threshold": None, "engine": "onnx fp32",
-                            "explain": True,
-                        }
-                    ]
-                },
-            }
-        },
-    }
-}  # fmt: skip
-
-HEALTH: Responses = {
-    200: {"description": "It is alive", "content": {"application/json": {"example": {"status": "ok"}}}},
-}
-READY: Responses = {
-    200: {"description": "They are", "content": {"application/json": {"example": {"status": "ready"}}}},
-    503: _BUSY,
-}
-METRICS: Responses = {200: {"description": "Text", "content": {"text/plain": {"schema": {"type": "string"}}}}}

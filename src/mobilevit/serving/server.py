@@ -12,21 +12,17 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from multiprocessing import connection, get_context, parent_process
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import uvicorn
 
 from mobilevit.errors import MobileViTError, one_line
-from mobilevit.serving.logs import set_up_logs
-from mobilevit.serving.settings import ServeConfig, ServedModel
-
-if TYPE_CHECKING:
-    from mobilevit.serving.observing import Observed
+from mobilevit.serving.observing import Observed, set_up_logs
+from mobilevit.serving.settings import ServeConfig
 
 log = logging.getLogger("mobilevit")
 
@@ -58,32 +54,25 @@ def _in_use(host: str, port: int) -> MobileViTError:
     return MobileViTError(f"port {port} of {host} is in use; stop the program that uses it, or choose another `port`")
 
 
-def address_of(sock: socket.socket) -> str:
-    """Return the URL of a socket."""
-    host, port = sock.getsockname()[:2]
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-
-
-def serve(
-    config: ServeConfig, models: Sequence[ServedModel], pages: Mapping[str, bytes], on_ready: Callable[[str], None]
-) -> int:
+def serve(config: ServeConfig, models: Mapping[str, Path], on_ready: Callable[[str], None]) -> int:
     """Serve until SIGTERM or SIGINT, then answer the accepted requests. Return the exit status.
 
     Args:
         config: settings.
-        models: the models to offer.
-        pages: files of the web page.
+        models: file of each model, by its name.
         on_ready: called once, with the address, when requests are accepted.
 
     Raises:
         MobileViTError: the address is not free, or a file is not a model.
     """
     sock = listen(config.host, config.port)
+    host, port = sock.getsockname()[:2]
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
     if config.workers > 1:
-        return _Workers(config, models, pages, sock, on_ready).run()
+        return _Supervisor(config, models, sock, lambda: on_ready(address)).run()
     _leave_quietly()
-    return _run_one(config, models, pages, sock, lambda: on_ready(address_of(sock)))
+    return _run_one(config, models, sock, lambda: on_ready(address))
 
 
 class _Server(uvicorn.Server):
@@ -134,21 +123,15 @@ def _accept_all(sock: socket.socket) -> Iterator[socket.socket]:
             yield sock.accept()[0]
 
 
-def _run_one(
-    config: ServeConfig,
-    models: Sequence[ServedModel],
-    pages: Mapping[str, bytes],
-    sock: socket.socket,
-    on_ready: Callable[[], None],
-) -> int:
-    # Not at the top, as prometheus_client reads PROMETHEUS_MULTIPROC_DIR when it is imported.
+def _run_one(config: ServeConfig, models: Mapping[str, Path], sock: socket.socket, on_ready: Callable[[], None]) -> int:
+    # Not at the top: the supervisor of several workers needs neither FastAPI nor models.
     from mobilevit.serving.app import create_app
     from mobilevit.serving.service import open_predictors
 
     set_up_logs(config.log_format)
     # Other threads need the interpreter for short moments only; the event loop need not wait 5 ms for it.
     sys.setswitchinterval(0.001)
-    app = create_app(config, models, open_predictors(config, models), pages)
+    app = create_app(config, models, open_predictors(config, models))
     try:
         sock.listen()  # two services can bind to one address, but only the first to listen gets it
     except OSError as error:
@@ -173,24 +156,14 @@ def _run_one(
 
 def _leave_quietly() -> None:
     """Exit on signals before uvicorn handles them, and on those that it raises again at its end."""
-
-    def leave(*_: object) -> None:
-        sys.exit(0)
-
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, leave)
+        signal.signal(number, lambda *_: sys.exit(0))
 
 
-def _worker(
-    config: ServeConfig,
-    models: Sequence[ServedModel],
-    pages: Mapping[str, bytes],
-    sock: socket.socket,
-    ready: Connection,
-) -> None:
+def _worker(config: ServeConfig, models: Mapping[str, Path], sock: socket.socket, ready: Connection) -> None:
     _leave_quietly()
     try:
-        status = _run_one(config, models, pages, sock, lambda: ready.send(""))
+        status = _run_one(config, models, sock, lambda: ready.send(""))
     except MobileViTError as error:
         ready.send(str(error))
         status = 2
@@ -198,75 +171,72 @@ def _worker(
     sys.exit(status)
 
 
-class _Workers:
-    """Several processes that accept connections from one socket; one that dies is replaced.
+class _Supervisor:
+    """Several workers that accept connections from one socket; one that dies is replaced.
 
     Uvicorn's own supervisor keeps the socket open while its workers finish, so it accepts connections that get no
     answer, and it checks only every half second whether a worker has died.
     """
 
     def __init__(
-        self,
-        config: ServeConfig,
-        models: Sequence[ServedModel],
-        pages: Mapping[str, bytes],
-        sock: socket.socket,
-        on_ready: Callable[[str], None],
+        self, config: ServeConfig, models: Mapping[str, Path], sock: socket.socket, on_ready: Callable[[], None]
     ) -> None:
-        self._config, self._models, self._pages, self._sock = config, models, pages, sock
-        self._on_ready, self._address = on_ready, address_of(sock)
-        self._processes: dict[BaseProcess, Connection] = {}
-        self._announced = False
+        self._config, self._models, self._sock, self._on_ready = config, models, sock, on_ready
+        self._workers: dict[BaseProcess, Connection] = {}
         self._ready: set[BaseProcess] = set()
+        self._announced = False
 
     def run(self) -> int:
         set_up_logs(self._config.log_format)
-        with _metrics_folder() as folder, _signals() as signaled:
+        signaled, note = socket.socketpair()  # a signal makes the first of them readable
+        with _metrics_folder() as folder:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, lambda *_: note.send(b"!"))
             os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder
             try:
                 for _ in range(self._config.workers):
                     self._start()
-                return self._watch(signaled, Path(folder))
+                return self._watch(signaled, folder)
             finally:
                 self._stop()
 
     def _start(self) -> None:
         context = get_context("spawn")
         here, there = context.Pipe(duplex=False)
-        arguments = (self._config, self._models, self._pages, self._sock, there)
-        process = context.Process(target=_worker, args=arguments, name="worker")
-        process.start()
+        worker = context.Process(target=_worker, args=(self._config, self._models, self._sock, there), name="worker")
+        worker.start()
         there.close()
-        self._processes[process] = here
+        self._workers[worker] = here
 
-    def _watch(self, signaled: socket.socket, folder: Path) -> int:
+    def _watch(self, signaled: socket.socket, folder: str) -> int:
         """Replace workers that die until a signal arrives. Return the exit status."""
+        from prometheus_client.multiprocess import mark_process_dead
+
         while True:
-            sentinels = {process.sentinel: process for process in self._processes}
-            starting = [pipe for process, pipe in self._processes.items() if process not in self._ready]
-            happened = connection.wait([signaled, *sentinels, *starting])
+            starting = [pipe for worker, pipe in self._workers.items() if worker not in self._ready]
+            happened = connection.wait([signaled, *(worker.sentinel for worker in self._workers), *starting])
             if signaled in happened:
                 return 0
-            for process, pipe in list(self._processes.items()):
-                if pipe in happened and process not in self._ready:
-                    self._receive(process, pipe)
-                if process.sentinel not in happened:
+            for worker, pipe in list(self._workers.items()):
+                if pipe in happened:
+                    self._receive(worker, pipe)
+                if worker.sentinel not in happened:
                     continue
-                process.join()
-                del self._processes[process]
-                self._forget(process, folder)
+                worker.join()
+                del self._workers[worker]
+                mark_process_dead(worker.pid, folder)  # type: ignore[no-untyped-call]  # its counts stay in the sums
                 if not self._announced:
                     log.error("a worker could not start; stopping")
                     return 1
-                log.error("worker %s died (%s); starting another", process.pid, process.exitcode)
-                if process not in self._ready:
+                log.error("worker %s died (%s); starting another", worker.pid, worker.exitcode)
+                if worker not in self._ready:
                     time.sleep(1)  # it died early; do not restart it in a tight loop
                 self._start()
-            if not self._announced and self._ready.issuperset(self._processes):
+            if not self._announced and self._ready.issuperset(self._workers):
                 self._announced = True
-                self._on_ready(self._address)
+                self._on_ready()
 
-    def _receive(self, process: BaseProcess, pipe: Connection) -> None:
+    def _receive(self, worker: BaseProcess, pipe: Connection) -> None:
         """Receive a worker's message: empty if it is ready, otherwise its error."""
         with contextlib.suppress(EOFError):  # it died before it sent one
             problem: str = pipe.recv()
@@ -275,25 +245,19 @@ class _Workers:
             if problem:
                 log.error("%s", problem)
             else:
-                self._ready.add(process)
-
-    def _forget(self, process: BaseProcess, folder: Path) -> None:
-        from mobilevit.serving.metrics import forget_worker
-
-        if process.pid is not None:
-            forget_worker(process.pid, folder)
+                self._ready.add(worker)
 
     def _stop(self) -> None:
         self._sock.close()
-        for process in self._processes:
-            process.terminate()
+        for worker in self._workers:
+            worker.terminate()
         deadline = time.monotonic() + self._config.shutdown_s + 2 * _IDLE_GRACE_S + 5
-        for process in self._processes:
-            process.join(max(0.0, deadline - time.monotonic()))
-            if process.is_alive():
-                log.error("worker %s does not stop; killing it", process.pid)
-                process.kill()
-                process.join()
+        for worker in self._workers:
+            worker.join(max(0.0, deadline - time.monotonic()))
+            if worker.is_alive():
+                log.error("worker %s does not stop; killing it", worker.pid)
+                worker.kill()
+                worker.join()
 
 
 def _metrics_folder() -> tempfile.TemporaryDirectory[str]:
@@ -304,23 +268,3 @@ def _metrics_folder() -> tempfile.TemporaryDirectory[str]:
             f"several `workers` need a temporary folder for their metrics, which cannot be made ({one_line(error)}); "
             "set TMPDIR to a folder that can be written"
         ) from error
-
-
-@contextlib.contextmanager
-def _signals() -> Iterator[socket.socket]:
-    """Open a socket that becomes readable when SIGTERM or SIGINT arrives."""
-    here, there = socket.socketpair()
-    there.setblocking(False)
-
-    def note(*_: object) -> None:
-        with contextlib.suppress(OSError):
-            there.send(b"!")
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield here
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        here.close()
-        there.close()

@@ -105,18 +105,8 @@ class ServeConfig:
         return round(self.max_body_mb * 1e6)
 
 
-@dataclass(frozen=True, kw_only=True)
-class ServedModel:
-    """A model that the service offers."""
-
-    name: str
-    """Its name in requests."""
-    path: Path
-    """A checkpoint or an exported file."""
-
-
-def name_models(arguments: tuple[str, ...]) -> tuple[ServedModel, ...]:
-    """Name each model: by the name before "=", else the file, or for files such as best.safetensors the folder.
+def name_models(arguments: tuple[str, ...]) -> dict[str, Path]:
+    """Return the file of each model by its name: that before "=", or of the file, or for best.safetensors the folder.
 
     Raises:
         MobileViTError: a file does not exist, or two models have the same name.
@@ -139,7 +129,7 @@ def name_models(arguments: tuple[str, ...]) -> tuple[ServedModel, ...]:
                 f"two models are called {name}; give them names: {name}-1={models[name]} {name}-2={path}"
             )
         models[name] = path
-    return tuple(ServedModel(name=name, path=path) for name, path in models.items())
+    return models
 
 
 def _name_of(path: Path) -> str:

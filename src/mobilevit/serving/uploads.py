@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
 
 from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 
-from mobilevit.serving.batching import Upload
-from mobilevit.serving.refusal import RefusalError, busy
+from mobilevit.serving.refusal import busy
 
 _RAW = "application/octet-stream"
 _MAX_NAME = 200
 _PARAMETERS = frozenset({"model", "top", "min_score", "x", "y"})
+
+
+class Upload(NamedTuple):
+    """An image as it was received."""
+
+    name: str
+    data: bytes
 
 
 class UploadBudget:
@@ -24,75 +32,61 @@ class UploadBudget:
     """
 
     def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self._held = 0
+        self._limit, self._held = limit, 0
 
-    @asynccontextmanager
-    async def share(self) -> AsyncIterator[Share]:
-        """Open the share of one request, which is returned at the end."""
-        share = Share(self)
+    @contextmanager
+    def share(self) -> Iterator[Callable[[int], None]]:
+        """Yield a function that counts bytes of one request, or refuses them; they are given back at the end."""
+        held = 0
+
+        def take(count: int) -> None:
+            nonlocal held
+            if self._held + count > self._limit:
+                raise busy(1)
+            self._held += count
+            held += count
+
         try:
-            yield share
+            yield take
         finally:
-            self._held -= share.held
-
-    def take(self, count: int) -> None:
-        """Count more bytes.
-
-        Raises:
-            RefusalError: 503, there is no room for them.
-        """
-        if self._held + count > self._limit:
-            raise busy(1)
-        self._held += count
+            self._held -= held
 
 
-class Share:
-    """The bytes that one request holds."""
-
-    def __init__(self, budget: UploadBudget) -> None:
-        self._budget = budget
-        self.held = 0
-
-    def take(self, count: int) -> None:
-        """Count more bytes; errors as in `UploadBudget.take`."""
-        self._budget.take(count)
-        self.held += count
-
-
-async def read_uploads(request: Request, share: Share, *, max_bytes: int, max_files: int) -> list[Upload]:
+async def read_uploads(
+    request: Request, take: Callable[[int], None], *, max_bytes: int, max_files: int
+) -> list[Upload]:
     """Read the images of a request: its body, or the files of its form.
 
     Raises:
-        RefusalError: 400, 413, 415 or 422.
+        HTTPException: 400, 413, 415 or 422.
         ClientDisconnect: the client has disconnected.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if not (kind.startswith("image/") or kind in (_RAW, "multipart/form-data")):
         wanted = f"send an image as image/jpeg (or another image type, or {_RAW}), or files as multipart/form-data"
-        raise RefusalError(415, f"content type {kind[:100] or 'missing'}; {wanted}")
+        raise HTTPException(415, f"content type {kind[:100] or 'missing'}; {wanted}")
     announced = request.headers.get("content-length", "")
     if announced.isdecimal() and int(announced[:20]) > max_bytes:
         if "expect" not in request.headers:  # such a client waits before it sends the body
             await _discard(request.stream(), max_bytes)
         raise _too_large(max_bytes)
-    body = _limited(request, share, max_bytes)
+    body = _limited(request, take, max_bytes)
     if kind != "multipart/form-data":
         data = b"".join([chunk async for chunk in body])
         if not data:
-            raise RefusalError(400, "the body is empty; send an image")
+            raise HTTPException(400, "the body is empty; send an image")
         return [Upload("image 1", data)]
     return await _read_form(request, body, max_files)
 
 
-async def _limited(request: Request, share: Share, max_bytes: int) -> AsyncGenerator[bytes, None]:
+async def _limited(request: Request, take: Callable[[int], None], max_bytes: int) -> AsyncGenerator[bytes]:
     total, stream = 0, request.stream()
     async for chunk in stream:
         total += len(chunk)
         if total > max_bytes:
             await _discard(stream, max_bytes)
             raise _too_large(max_bytes)
-        share.take(len(chunk))
+        take(len(chunk))
         yield chunk
 
 
@@ -105,35 +99,33 @@ async def _discard(stream: AsyncIterator[bytes], max_bytes: int) -> None:
             return
 
 
-def _too_large(max_bytes: int) -> RefusalError:
-    return RefusalError(413, f"the body is larger than the limit of {max_bytes / 1e6:g} MB")
+def _too_large(max_bytes: int) -> HTTPException:
+    return HTTPException(413, f"the body is larger than the limit of {max_bytes / 1e6:g} MB")
 
 
 class _FormParser(MultiPartParser):
     spool_max_size = 2**40  # never write to a disk; the body is limited
 
 
-async def _read_form(request: Request, body: AsyncGenerator[bytes, None], max_files: int) -> list[Upload]:
+async def _read_form(request: Request, body: AsyncGenerator[bytes], max_files: int) -> list[Upload]:
     try:
         form = await _FormParser(request.headers, body, max_files=max_files, max_fields=16).parse()
     except MultiPartException as error:
         if error.message.startswith("Too many files"):
-            raise RefusalError(413, f"more than {max_files} images in a request") from None
-        raise RefusalError(400, f"malformed form: {error.message}") from None
+            raise HTTPException(413, f"more than {max_files} images in a request") from None
+        raise HTTPException(400, f"malformed form: {error.message}") from None
     except (ValueError, KeyError, IndexError, LookupError, UnicodeError) as error:  # odd headers
-        raise RefusalError(400, f"malformed form: {error}") from None
+        raise HTTPException(400, f"malformed form: {error}") from None
     try:
         for name, value in form.multi_items():
             if name in _PARAMETERS and isinstance(value, str):  # ignoring it could give the answer of another model
-                raise RefusalError(422, f"{name} is in the form; write it into the address, as in ?{name}=...")
+                raise HTTPException(422, f"{name} is in the form; write it into the address, as in ?{name}=...")
         files = [file for _, file in form.multi_items() if isinstance(file, UploadFile)]
         if not files:
-            raise RefusalError(400, "no image in the form; send files under the name files")
-        named = enumerate(files, start=1)
-        return [Upload(_name(file.filename, number), file.file.read()) for number, file in named]
+            raise HTTPException(400, "no image in the form; send files under the name files")
+        return [
+            Upload((file.filename or "")[:_MAX_NAME] or f"image {number}", file.file.read())
+            for number, file in enumerate(files, start=1)
+        ]
     finally:
         await form.close()
-
-
-def _name(given: str | None, number: int) -> str:
-    return (given or "")[:_MAX_NAME] or f"image {number}"
