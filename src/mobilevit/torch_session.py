@@ -77,17 +77,15 @@ class TorchSession:
         """Explain the prediction for an image. See `mobilevit.explain`."""
         return explain(self._original, source, pixel=pixel)
 
+    @classmethod
+    def open(cls, model: Path | nn.Module, *, device: str, threads: int | None, engine: EngineChoice) -> TorchSession:
+        """Open a checkpoint or a model; see `Predictor` for arguments and errors."""
+        loaded = factory.load(model) if isinstance(model, Path) else model
+        if threads is not None:
+            torch.set_num_threads(threads)
+        return cls(loaded, card_of(loaded), device=pick_device(device), compiled=engine == "compile")
 
-def open_torch_session(
-    model: Path | nn.Module, *, device: str, threads: int | None, engine: EngineChoice
-) -> TorchSession:
-    """Open a checkpoint or a model in PyTorch; see `Predictor` for arguments and errors."""
-    loaded = factory.load(model) if isinstance(model, Path) else model
-    if threads is not None:
-        torch.set_num_threads(threads)
-    return TorchSession(loaded, card_of(loaded), device=pick_device(device), compiled=engine == "compile")
-
-
-def read_card(path: Path) -> ModelCard:
-    """Read the card of a checkpoint, without building its model."""
-    return read_file(path).card
+    @staticmethod
+    def read_card(path: Path) -> ModelCard:
+        """Read the card of a checkpoint, without building its model."""
+        return read_file(path).card

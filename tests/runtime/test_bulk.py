@@ -23,7 +23,7 @@ from mobilevit.cli import main
 from mobilevit.data.shapes import render_scene
 from mobilevit.exporting.export import export
 from mobilevit.runtime import bulk
-from mobilevit.runtime.bulk import BulkJob, BulkReport, predict_in_bulk
+from mobilevit.runtime.bulk import BulkReport, PredictOptions, predict_in_bulk
 from mobilevit.runtime.predictor import Predictor
 from mobilevit.runtime.sources import find_sources
 
@@ -55,21 +55,24 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def job(models: Path, out: Path, task: str = "classification", **changes: Any) -> BulkJob:
-    return BulkJob(model=models / f"{task}.safetensors", out=out, **{"batch_size": 4, "device": "cpu"} | changes)
+def options(**changes: Any) -> PredictOptions:
+    return PredictOptions(**{"batch_size": 4, "device": "cpu"} | changes)
 
 
 def run(models: Path, out: Path, sources: list[str], task: str = "classification", **changes: Any) -> BulkReport:
-    return predict_in_bulk(job(models, out, task, **changes), sources)
+    return predict_in_bulk(models / f"{task}.safetensors", sources, out, options(**changes))
 
 
 def rows_in(out: Path) -> list[dict[str, Any]]:
     return [row for path in sorted(out.glob("part-*.parquet")) for row in parquet.read_table(path).to_pylist()]
 
 
-def test_rows_are_the_predictors_results(photos: Path, models: Path, tmp_path: Path) -> None:
+def test_rows_are_the_predictors_results(
+    photos: Path, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bulk, "PART_ROWS", 10)
     sources = find_sources([str(photos)])
-    report = run(models, tmp_path, sources, part_rows=10)
+    report = run(models, tmp_path, sources)
     assert (report.num_written, report.num_before, report.num_errors, report.stopped) == (42, 0, 2, False)
     rows = rows_in(tmp_path)
     assert [row["source"] for row in rows] == sources
@@ -128,7 +131,7 @@ def test_threads_bound_what_works_at_once(models: Path, tmp_path: Path, monkeypa
 
     monkeypatch.setattr(bulk, "predict_rows", note)
     for changes in ({"threads": 1}, {"threads": 3}, {"threads": 3, "workers": 2}):
-        list(bulk._local_rows(job(models, tmp_path, **changes), ["x"], lambda: False))
+        list(bulk._local_rows(models / "classification.safetensors", ["x"], options(**changes), lambda: False))
     assert seen == [(1, 1), (3, 1), (2, 1)]
 
 
@@ -137,7 +140,7 @@ def test_exported_files_answer_alike(photos: Path, models: Path, tmp_path: Path)
     model = mobilevit.load(models / "classification.safetensors")
     report = export(model, tmp_path / "onnx", format="onnx", name="m")
     run(models, tmp_path / "torch", sources)
-    predict_in_bulk(BulkJob(model=report.path, out=tmp_path / "rows", batch_size=4), sources)
+    predict_in_bulk(report.path, sources, tmp_path / "rows", PredictOptions(batch_size=4))
     for one, other in zip(rows_in(tmp_path / "torch"), rows_in(tmp_path / "rows"), strict=True):
         assert one["label"] == other["label"]
         assert one["probability"] == pytest.approx(other["probability"], abs=1e-4)
@@ -145,7 +148,7 @@ def test_exported_files_answer_alike(photos: Path, models: Path, tmp_path: Path)
 
 def test_a_second_run_adds_only_what_is_new(photos: Path, models: Path, tmp_path: Path) -> None:
     sources = find_sources([str(photos)])
-    run(models, tmp_path, sources[:20], part_rows=8)
+    run(models, tmp_path, sources[:20])
     before = {path: path.read_bytes() for path in tmp_path.glob("part-*")}
     assert run(models, tmp_path, sources[:20]).num_written == 0
     assert {path: path.read_bytes() for path in tmp_path.glob("part-*")} == before
@@ -163,8 +166,9 @@ from mobilevit.runtime.sources import find_sources
 prepare = bulk._prepare
 bulk._prepare = lambda *a: (time.sleep(0.05), prepare(*a))[1]
 model, photos, out = map(Path, sys.argv[1:])
-job = bulk.BulkJob(model=model, out=out, batch_size=2, workers=1, part_rows=4, threads=1)
-sys.exit(bulk.predict_in_bulk(job, find_sources([str(photos)])).stopped)
+bulk.PART_ROWS = 4
+options = bulk.PredictOptions(batch_size=2, workers=1, threads=1)
+sys.exit(bulk.predict_in_bulk(model, find_sources([str(photos)]), out, options).stopped)
 """
 
 
@@ -254,7 +258,7 @@ def test_other_rows_are_not_mixed_in(photos: Path, models: Path, tmp_path: Path)
     other.classifier.bias.data += 1
     mobilevit.save(other, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match=r"\(it is another model\)"):
-        predict_in_bulk(BulkJob(model=tmp_path / "other.safetensors", out=out), sources)
+        predict_in_bulk(tmp_path / "other.safetensors", sources, out, PredictOptions())
     run(models, out, sources, "segmentation", overwrite=True)
     assert "shares" in rows_in(out)[0]
     with pytest.raises(ValueError, match=r"contains other files; choose a new folder"):
@@ -278,7 +282,7 @@ def test_few_images_wait_in_memory(photos: Path, models: Path, monkeypatch: pyte
     prepared = bulk._prepare(predictor, str(photos / "a" / "0.png"))
     assert isinstance(prepared, bulk.Prepared)
     assert (prepared.info.image, prepared.info.size) == (None, (48, 48))
-    batches = bulk.predict_rows(predictor, endless(), job(models, photos), workers=2, side_by_side=True)
+    batches = bulk.predict_rows(predictor, endless(), options(), workers=2, side_by_side=True)
     for number in range(1, 6):
         assert len(next(batches)) == 4
         assert taken <= 4 * (number + 4)

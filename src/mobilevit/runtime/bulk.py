@@ -6,7 +6,6 @@ files or for the model, others keep the processor busy.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import itertools
 import signal
@@ -16,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -28,60 +27,67 @@ from mobilevit.progress import Progress
 from mobilevit.results import RESULT_TYPES, check_options
 from mobilevit.results.base import Outputs
 from mobilevit.results.segmentation import SegmentationResult
-from mobilevit.runtime import artifact as artifacts
+from mobilevit.runtime.artifact import artifact_files, is_artifact, sidecar_of
 from mobilevit.runtime.bulk_parts import Parts, Row, finished, open_folder, schema_of
 from mobilevit.runtime.predictor import Predictor, Prepared
-from mobilevit.runtime.session import EngineChoice, read_card
+from mobilevit.runtime.session import read_card
 from mobilevit.runtime.sources import read_source
 
-BulkEngine = Literal["torch", "compile", "auto", "ray"]
-
+PART_ROWS = 10_000
+"""Rows of a part; a part has fewer if they take more than a minute."""
 _MAX_STEM_BYTES = 150
 """File systems limit a name to 255 bytes."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class BulkJob:
-    """Settings of bulk prediction.
+class PredictOptions:
+    """Options of `mobilevit predict` on the model, its results, and how they are computed.
 
     Raises:
         MobileViTError: a field has an impossible value.
     """
 
-    model: Path
-    """A checkpoint or an exported file."""
-    out: Path
-    """Folder for the parquet files."""
     top: int = 3
-    """Classification: number of labels in a row."""
+    """Classification: number of labels to show."""
     min_score: float | None = None
-    """Detection: leave out objects with a lower score; None: the model's own threshold."""
+    """Detection: show objects with at least this score. Default: the best balance of precision and recall in
+    validation."""
     masks: Path | None = None
-    """Segmentation: folder for label maps, as palette PNGs."""
+    """Segmentation: folder to write label maps to, as palette PNGs."""
     batch_size: int | None = None
-    """Images that go through the model together; None: the default of `Predictor`."""
+    """Images that go through the model together. Default: 16 of 256 x 256 pixels, more of smaller inputs."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1 or mps."""
     threads: int | None = None
-    """CPU threads; None: as many as cores. With Ray, of each worker; None: one."""
-    engine: BulkEngine = "torch"
-    """Engine of a checkpoint, or "ray": PyTorch in many processes, on all machines of a Ray cluster."""
-    workers: int | None = None
-    """Batches in progress at a time, one thread each; with Ray, processes with a model each. None: as many as cores."""
-    ray_address: str | None = None
-    """Address of a running Ray cluster; None: RAY_ADDRESS, or a cluster of this machine alone."""
+    """CPU threads. Default: all cores; with ray, one for each process."""
+    engine: Literal["torch", "compile", "auto", "ray"] = "torch"
+    """Engine of a checkpoint; auto: the fastest that `mobilevit tune` found. ray, with --out: many processes of Ray
+    Data, on this machine or a cluster, with PyTorch or the engine of an exported file."""
     trust_pt2: bool = False
     """Load a .pt2 file, although that can run code that came with it."""
-    part_rows: int = 10_000
-    """Rows of a part; a part has fewer if they take more than a minute."""
     overwrite: bool = False
-    """Replace the predictions in `out`."""
+    """With --out: replace the predictions in the folder."""
+    workers: int | None = None
+    """With --out: batches in progress at a time; with ray: processes with a model each. Default: as many as cores."""
+    ray_address: str | None = None
+    """With ray: the cluster, such as auto or ray://head:10001. Default: RAY_ADDRESS, or this machine alone."""
 
     def __post_init__(self) -> None:
-        for name in ("top", "batch_size", "part_rows", "workers"):
+        for name in ("top", "batch_size", "workers"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise MobileViTError(f"`{name}` is {value}; give 1 or more")
+
+    def open(self, model: Path, *, threads: int | None) -> Predictor:
+        """Open a model; with "ray", in PyTorch."""
+        return Predictor(
+            model,
+            device=self.device,
+            batch_size=self.batch_size,
+            threads=threads,
+            engine="torch" if self.engine == "ray" else self.engine,
+            trust_pt2=self.trust_pt2,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +110,7 @@ class BulkReport:
 
     def to_dict(self) -> Json:
         """Return plain values for JSON."""
-        return {**dataclasses.asdict(self), "out": str(self.out), "seconds": round(self.seconds, 2)}
+        return {**asdict(self), "out": str(self.out), "seconds": round(self.seconds, 2)}
 
     def describe(self) -> str:
         """Summarize the run in one line."""
@@ -116,79 +122,62 @@ class BulkReport:
         return f"{self.out}: {done}{before}{stopped}"
 
 
-def predict_in_bulk(job: BulkJob, sources: Sequence[str]) -> BulkReport:
+def predict_in_bulk(model: Path, sources: Sequence[str], out: Path, options: PredictOptions) -> BulkReport:
     """Write a row for every source that has none yet.
 
     An image that cannot be read becomes a row with `error`. Ctrl-C and SIGTERM write the finished rows and return; if
     the process is killed, the next run repeats the rows since the last part.
 
     Raises:
-        MobileViTError: the model cannot be opened, an option is for another task, a package is missing, or `job.out`
+        MobileViTError: the model cannot be opened, an option is for another task, a package is missing, or `out`
             contains something else.
     """
-    card = read_card(job.model)
-    check_options(card.task, [name for name in ("min_score", "masks") if getattr(job, name) is not None])
+    card = read_card(model)
+    check_options(card.task, [name for name in ("min_score", "masks") if getattr(options, name) is not None])
     schema_of(card.task)  # fails early if pyarrow is not installed
     with ExitStack() as held:
-        held.enter_context(open_folder(job.out, _record(job, card), overwrite=job.overwrite))
-        batches: Callable[[BulkJob, Sequence[str], Callable[[], bool]], Generator[list[Row]]] = _local_rows
-        if job.engine == "ray":
+        held.enter_context(open_folder(out, _record(model, card, options), overwrite=options.overwrite))
+        rows_of = _local_rows
+        if options.engine == "ray":
             from mobilevit.runtime.bulk_ray import connected, ray_rows
 
-            held.enter_context(connected(job))
-            batches = ray_rows
+            held.enter_context(connected(options))
+            rows_of = ray_rows
         stop = held.enter_context(_stop_on_signals())  # after Ray, which installs handlers of its own
-        done = finished(job.out)
+        done = finished(out)
         left = [source for source in sources if as_utf8(source) not in done]
         before = len(sources) - len(left)
-        parts, errors, written = Parts(job.out, card.task, rows=job.part_rows), 0, 0
+        parts, errors, written = Parts(out, card.task, rows=PART_ROWS), 0, 0
         start = time.monotonic()
-        with Progress("predict", len(sources), "images", before) as progress:
-            if left:
-                with closing(batches(job, left, stop)) as stream:
-                    try:
-                        for rows in stream:
-                            parts.add(rows)
-                            written += len(rows)
-                            errors += sum(row.get("error") is not None for row in rows)
-                            progress.advance(len(rows))
-                    finally:
-                        parts.flush()
-        return BulkReport(
-            out=job.out,
-            num_sources=len(sources),
-            num_before=before,
-            num_written=written,
-            num_errors=errors,
-            seconds=time.monotonic() - start,
-            stopped=written < len(left),
-        )
+        held.callback(parts.flush)
+        progress = held.enter_context(Progress("predict", len(sources), "images", before))
+        if left:
+            for rows in held.enter_context(closing(rows_of(model, left, options, stop))):
+                parts.add(rows)
+                written += len(rows)
+                errors += sum(row.get("error") is not None for row in rows)
+                progress.advance(len(rows))
+        seconds = time.monotonic() - start
+    return BulkReport(
+        out=out,
+        num_sources=len(sources),
+        num_before=before,
+        num_written=written,
+        num_errors=errors,
+        seconds=seconds,
+        stopped=written < len(left),
+    )
 
 
 def files_of(model: Path) -> list[Path]:
     """List all files of a checkpoint or an exported model, its sidecar included."""
-    if not artifacts.is_artifact(model):
-        return [model]
-    return [*artifacts.artifact_files(model), artifacts.sidecar_of(model)]
-
-
-def open_predictor(job: BulkJob, model: Path, *, threads: int | None) -> Predictor:
-    """Open the job's model, which Ray's workers have in another place."""
-    engine: EngineChoice = "torch" if job.engine == "ray" else job.engine
-    return Predictor(
-        model,
-        device=job.device,
-        batch_size=job.batch_size,
-        threads=threads,
-        engine=engine,
-        trust_pt2=job.trust_pt2,
-    )
+    return [*artifact_files(model), sidecar_of(model)] if is_artifact(model) else [model]
 
 
 def predict_rows(
     predictor: Predictor,
     sources: Iterable[str],
-    job: BulkJob,
+    options: PredictOptions,
     *,
     workers: int,
     side_by_side: bool,
@@ -204,7 +193,7 @@ def predict_rows(
                     batch = list(itertools.islice(names, predictor.batch_size))
                     if not batch:
                         break
-                    batches.append(pool.submit(_predict_batch, predictor, batch, job, turn))
+                    batches.append(pool.submit(_predict_batch, predictor, batch, options, turn))
                 if not batches:
                     break
                 yield batches.popleft().result()
@@ -212,15 +201,17 @@ def predict_rows(
             pool.shutdown(cancel_futures=True)
 
 
-def _local_rows(job: BulkJob, sources: Sequence[str], stop: Callable[[], bool]) -> Generator[list[Row]]:
-    predictor = open_predictor(job, job.model, threads=job.threads)
+def _local_rows(
+    model: Path, sources: Sequence[str], options: PredictOptions, stop: Callable[[], bool]
+) -> Generator[list[Row]]:
+    predictor = options.open(model, threads=options.threads)
     with predictor.side_by_side() as at_once:
-        workers = job.workers or (job.threads if at_once else None) or available_cores()
-        yield from predict_rows(predictor, sources, job, workers=workers, side_by_side=at_once, stop=stop)
+        workers = options.workers or (options.threads if at_once else None) or available_cores()
+        yield from predict_rows(predictor, sources, options, workers=workers, side_by_side=at_once, stop=stop)
 
 
 def _predict_batch(
-    predictor: Predictor, sources: Sequence[str], job: BulkJob, turn: AbstractContextManager[object]
+    predictor: Predictor, sources: Sequence[str], options: PredictOptions, turn: AbstractContextManager[object]
 ) -> list[Row]:
     """Read images, run the model and make rows, all in one thread."""
     read = [_prepare(predictor, source) for source in sources]
@@ -228,7 +219,7 @@ def _predict_batch(
     with turn:
         answers = iter(predictor.compute(good) if good else ())
     return [
-        _row(predictor, image, next(answers), job)
+        _row(predictor, image, next(answers), options)
         if isinstance(image, Prepared)
         else {"source": as_utf8(source), "error": as_utf8(str(image).removeprefix(f"{source}: "))}
         for source, image in zip(sources, read, strict=True)
@@ -242,39 +233,39 @@ def _prepare(predictor: Predictor, source: str) -> Prepared | ImageError:
         return error
 
 
-def _row(predictor: Predictor, image: Prepared, outputs: Outputs, job: BulkJob) -> Row:
+def _row(predictor: Predictor, image: Prepared, outputs: Outputs, options: PredictOptions) -> Row:
     height, width = image.info.size
     result = predictor.finish(image.info, outputs)
     row: Row = {"source": as_utf8(result.source), "width": width, "height": height}
-    row |= result.to_row(top=job.top, min_score=job.min_score)
-    if job.masks is not None and isinstance(result, SegmentationResult):
-        mask = job.masks / mask_name(result.source)
+    row |= result.to_row(top=options.top, min_score=options.min_score)
+    if options.masks is not None and isinstance(result, SegmentationResult):
+        mask = options.masks / _mask_name(result.source)
         result.save_mask(mask)
         row["mask"] = as_utf8(str(mask))
     return row
 
 
-def mask_name(source: str) -> str:
+def _mask_name(source: str) -> str:
     """Name the mask of a source: the same in every run, but different for equal names in different folders."""
     digest = hashlib.sha256(source.encode("utf-8", "surrogateescape")).hexdigest()[:10]
     stem = as_utf8(Path(source).stem).encode()[:_MAX_STEM_BYTES].decode(errors="ignore")
     return f"{stem}-{digest}.png"
 
 
-def _record(job: BulkJob, card: ModelCard) -> Json:
+def _record(model: Path, card: ModelCard, options: PredictOptions) -> Json:
     """Return the settings that the rows depend on."""
     digest = hashlib.sha256()
-    for path in files_of(job.model):
+    for path in files_of(model):
         with reading_from(path):
             digest.update(path.read_bytes())
     return {
         "version": 1,
         "task": card.task,
-        "model": str(job.model),
+        "model": str(model),
         "digest": digest.hexdigest(),
-        "top": job.top if "top" in RESULT_TYPES[card.task].options else None,
-        "min_score": job.min_score,
-        "masks": None if job.masks is None else str(job.masks),
+        "top": options.top if "top" in RESULT_TYPES[card.task].options else None,
+        "min_score": options.min_score,
+        "masks": None if options.masks is None else str(options.masks),
     }
 
 

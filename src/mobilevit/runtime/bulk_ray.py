@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import pyarrow
     import ray
 
-    from mobilevit.runtime.bulk import BulkJob
+    from mobilevit.runtime.bulk import PredictOptions
     from mobilevit.runtime.bulk_parts import Row
 
 _MAX_SOURCES = 256
@@ -34,8 +34,8 @@ _STORE_BYTES = 512 * 2**20
 
 
 @contextmanager
-def connected(job: BulkJob) -> Iterator[None]:
-    """Join the job's cluster, or start one on this machine alone.
+def connected(options: PredictOptions) -> Iterator[None]:
+    """Join the cluster, or start one on this machine alone.
 
     Raises:
         MobileViTError: Ray is not installed, or there is no such cluster.
@@ -43,7 +43,7 @@ def connected(job: BulkJob) -> Iterator[None]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # it warns of the way Ray Data itself starts its workers
     ray = import_runtime("ray", "ray")
-    address = job.ray_address or os.environ.get("RAY_ADDRESS")
+    address = options.ray_address or os.environ.get("RAY_ADDRESS")
     starts = not ray.is_initialized()
     if starts:
         try:
@@ -55,7 +55,7 @@ def connected(job: BulkJob) -> Iterator[None]:
                     logging_level="error",
                     object_store_memory=_STORE_BYTES,
                     include_dashboard=False,
-                    num_cpus=job.workers,
+                    num_cpus=options.workers,
                 )
         except (ConnectionError, ValueError, RuntimeError) as error:
             problem = f"no Ray cluster at {address}" if address else "Ray does not start"
@@ -69,7 +69,9 @@ def connected(job: BulkJob) -> Iterator[None]:
                 ray.shutdown()
 
 
-def ray_rows(job: BulkJob, sources: Sequence[str], stop: Callable[[], bool]) -> Generator[list[Row]]:
+def ray_rows(
+    model: Path, sources: Sequence[str], options: PredictOptions, stop: Callable[[], bool]
+) -> Generator[list[Row]]:
     """Yield the rows of each piece of work, in the order in which pieces are finished."""
     import pyarrow as pa
     import ray
@@ -80,9 +82,9 @@ def ray_rows(job: BulkJob, sources: Sequence[str], stop: Callable[[], bool]) -> 
     context.enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     resources: dict[str, float] = ray.cluster_resources()
-    gpus = 0 if job.device == "cpu" else int(resources.get("GPU", 0))
+    gpus = 0 if options.device == "cpu" else int(resources.get("GPU", 0))
     room = gpus or max(1, int(resources.get("CPU", 1)))
-    workers = min(job.workers or room, room)  # Ray would wait for more
+    workers = min(options.workers or room, room)  # Ray would wait for more
     size = max(1, min(_MAX_SOURCES, -(-len(sources) // (workers * _MIN_PIECES))))
     # Names are sent as bytes: file names need not be UTF-8.
     pieces = [
@@ -90,10 +92,10 @@ def ray_rows(job: BulkJob, sources: Sequence[str], stop: Callable[[], bool]) -> 
         for start in range(0, len(sources), size)
     ]
     # In a list, so that it stays a reference until a worker fetches it.
-    files = [ray.put({str(path.relative_to(job.model.parent)): path.read_bytes() for path in files_of(job.model)})]
+    files = [ray.put({str(path.relative_to(model.parent)): path.read_bytes() for path in files_of(model)})]
     rows = ray.data.from_arrow(pieces).map_batches(
         _Worker,
-        fn_constructor_args=(job, files, str(Path.cwd()), _READERS_PER_GPU if gpus else 1),
+        fn_constructor_args=(model.name, files, options, str(Path.cwd()), _READERS_PER_GPU if gpus else 1),
         batch_size=None,
         batch_format="pyarrow",
         compute=ray.data.ActorPoolStrategy(size=workers),
@@ -109,10 +111,10 @@ def ray_rows(job: BulkJob, sources: Sequence[str], stop: Callable[[], bool]) -> 
 class _Worker:
     """A model in a process of its own; its files are sent to it, as other machines may not have them."""
 
-    def __init__(self, job: BulkJob, files: list[ray.ObjectRef], folder: str, at_once: int) -> None:
+    def __init__(
+        self, model: str, files: list[ray.ObjectRef], options: PredictOptions, folder: str, at_once: int
+    ) -> None:
         import ray
-
-        from mobilevit.runtime.bulk import open_predictor
 
         with suppress(OSError):  # relative paths are relative to the user's folder, where it is shared
             os.chdir(folder)
@@ -121,13 +123,13 @@ class _Worker:
             path = Path(self._folder.name, name)
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(data)
-        self._job, self._at_once = job, at_once
-        self._predictor = open_predictor(job, Path(self._folder.name, job.model.name), threads=job.threads or 1)
+        self._options, self._at_once = options, at_once
+        self._predictor = options.open(Path(self._folder.name, model), threads=options.threads or 1)
 
     def __call__(self, names: pyarrow.Table) -> pyarrow.Table:
         from mobilevit.runtime.bulk import predict_rows
         from mobilevit.runtime.bulk_parts import to_table
 
         sources = [os.fsdecode(name) for name in names["source"].to_pylist()]
-        batches = predict_rows(self._predictor, sources, self._job, workers=self._at_once, side_by_side=False)
+        batches = predict_rows(self._predictor, sources, self._options, workers=self._at_once, side_by_side=False)
         return to_table([row for rows in batches for row in rows], self._predictor.card.task)

@@ -6,36 +6,71 @@ the next layer, which is faster than one large batch with all threads (benchmark
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Iterable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
 from pathlib import Path
+from queue import SimpleQueue
 from types import ModuleType
-from typing import Protocol
 
 import numpy as np
 
 from mobilevit.errors import MissingPackageError, MobileViTError, one_line
 from mobilevit.machine import available_cores
 from mobilevit.results.base import Array
-from mobilevit.runtime.artifact import Artifact, Format
+from mobilevit.runtime.artifact import Artifact
+
+Run = Callable[[Array], Sequence[Array]]
+"""Computes a part of a batch; the outputs are in the artifact's order."""
 
 
-class Engine(Protocol):
-    """An artifact, loaded into its engine."""
+class Engine(ABC):
+    """An artifact, loaded into its engine.
+
+    Args:
+        path: the artifact.
+        artifact: its description.
+        threads: CPU threads.
+        device: "auto", "cpu", or another that the engine knows.
+    """
+
+    def __init__(self, path: Path, artifact: Artifact, threads: int, device: str) -> None:
+        self._path, self._artifact, self._threads, self._device = path, artifact, threads, device
+        self._part_size: int | None = artifact.batch_size or 1
+        """Images that are computed at once; None: a whole batch."""
+
+    @abstractmethod
+    def _streams(self, count: int) -> Sequence[Run]:
+        """Return what computes parts side by side, a thread each: `count` functions, or fewer."""
 
     def run(self, images: Array) -> list[Array]:
         """Compute a batch, a multiple of the artifact's own batch size; the outputs are in the artifact's order."""
-        ...
+        size = self._part_size or len(images)
+        parts = [images[start : start + size] for start in range(0, len(images), size)]
+        runs = self._streams(min(self._threads, len(parts)))
+        found = [runs[0](part) for part in parts] if len(runs) == 1 else _side_by_side(runs, parts)
+        outputs = [list(output) for output in zip(*found, strict=True)]
+        if "selected" in self._artifact.outputs:  # its image numbers start from zero in each part
+            place = self._artifact.outputs.index("selected")
+            outputs[place] = [rows + np.array([number * size, 0, 0]) for number, rows in enumerate(outputs[place])]
+        return [np.concatenate(output) if len(output) > 1 else output[0] for output in outputs]
 
 
-_ENGINES: dict[Format, str] = {
-    "onnx": "onnx_engine.OnnxEngine",
-    "openvino": "openvino_engine.OpenvinoEngine",
-    "executorch": "executorch_engine.ExecutorchEngine",
-    "litert": "litert_engine.LitertEngine",
-    "coreml": "coreml_engine.CoremlEngine",
-    "pt2": "pt2_engine.Pt2Engine",
-}
+def _side_by_side(runs: Sequence[Run], parts: Sequence[Array]) -> list[Sequence[Array]]:
+    free: SimpleQueue[Run] = SimpleQueue()
+    for run in runs:
+        free.put(run)
+
+    def compute(part: Array) -> Sequence[Array]:
+        run = free.get()
+        try:
+            return run(part)
+        finally:
+            free.put(run)
+
+    with ThreadPoolExecutor(len(runs)) as pool:
+        return list(pool.map(compute, parts))
 
 
 def open_engine(path: Path, artifact: Artifact, *, threads: int | None, device: str, trust_pt2: bool = False) -> Engine:
@@ -45,24 +80,19 @@ def open_engine(path: Path, artifact: Artifact, *, threads: int | None, device: 
         MobileViTError: the engine is not installed, cannot read the file, or does not run on this system; or the file
             is a `torch.export` program, and nobody says that it can be trusted.
     """
-    if artifact.format == "pt2" and not trust_pt2:
+    name = artifact.format
+    if name == "pt2" and not trust_pt2:
         raise MobileViTError(
             f"{path}: refused, as loading a .pt2 file can run code that came with it; if you made it yourself or trust "
             "who did, set `trust_pt2`"
         )
-    if threads is not None and threads < 1:
-        raise MobileViTError(f"`threads` is {threads}; give 1 or more")
-    module, _, name = _ENGINES[artifact.format].partition(".")
-    make = getattr(importlib.import_module(f"mobilevit.runtime.{module}"), name)
+    kind: type[Engine] = getattr(import_module(f"mobilevit.runtime.{name}_engine"), f"{name.capitalize()}Engine")
     try:
-        engine: Engine = make(path, artifact, threads or available_cores(), device)
-    except (MobileViTError, KeyboardInterrupt):
+        return kind(path, artifact, threads or available_cores(), device)
+    except MobileViTError:
         raise
     except Exception as error:  # every engine has its own exceptions
-        raise MobileViTError(
-            f"{path}: {artifact.format} cannot load it ({one_line(error)}); export it again"
-        ) from error
-    return engine
+        raise MobileViTError(f"{path}: {name} cannot load it ({one_line(error)}); export it again") from error
 
 
 def import_runtime(module: str, extra: str) -> ModuleType:
@@ -72,17 +102,7 @@ def import_runtime(module: str, extra: str) -> ModuleType:
         MissingPackageError: it is not installed.
     """
     try:
-        return importlib.import_module(module)
+        return import_module(module)
     except ImportError:
-        raise MissingPackageError(f"{module} is not installed; pip install 'mobilevit[{extra}]'") from None
-
-
-def chunks(images: Array, size: int) -> list[Array]:
-    """Split a batch into parts of `size` images."""
-    return [images[start : start + size] for start in range(0, len(images), size)]
-
-
-def join(parts: Iterable[Sequence[Array]]) -> list[Array]:
-    """Concatenate the outputs of several runs."""
-    outputs = list(zip(*parts, strict=True))
-    return [np.concatenate(list(part)) if len(part) > 1 else part[0] for part in outputs]
+        package = module.partition(".")[0]
+        raise MissingPackageError(f"{package} is not installed; pip install 'mobilevit[{extra}]'") from None

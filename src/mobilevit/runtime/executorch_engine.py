@@ -14,10 +14,10 @@ from typing import ClassVar
 from mobilevit.errors import MobileViTError
 from mobilevit.results.base import Array
 from mobilevit.runtime.artifact import Artifact
-from mobilevit.runtime.engine import chunks, import_runtime, join
+from mobilevit.runtime.engine import Engine, Run, import_runtime
 
 
-class ExecutorchEngine:
+class ExecutorchEngine(Engine):
     """ExecuTorch on the CPU.
 
     The process has one pool of threads, and replacing it breaks programs that were loaded before: an engine whose pool
@@ -30,6 +30,7 @@ class ExecutorchEngine:
     """Identifies the current pool."""
 
     def __init__(self, path: Path, artifact: Artifact, threads: int, device: str) -> None:
+        super().__init__(path, artifact, threads, device)
         import_runtime("executorch", "executorch")
         if device not in ("auto", "cpu"):
             raise MobileViTError(f"`device` is {device!r}, but ExecuTorch files are made for the cpu")
@@ -37,7 +38,6 @@ class ExecutorchEngine:
             warnings.simplefilter("ignore")  # that it is experimental
             self._library = import_runtime("executorch.extension.pybindings.portable_lib", "executorch")
             self._runtime = import_runtime("executorch.runtime", "executorch").Runtime.get()
-        self._path, self._artifact, self._threads = path, artifact, threads
         with self._turn:
             self._load()
 
@@ -50,15 +50,16 @@ class ExecutorchEngine:
             self._program = self._runtime.load_program(self._path)
             self._method = self._program.load_method("forward")
 
-    def run(self, images: Array) -> list[Array]:
+    def _streams(self, _count: int) -> list[Run]:
+        return [self._run_part]
+
+    def _run_part(self, part: Array) -> list[Array]:
         import torch
 
         with self._turn:
             if self._my_pool is not self._pool:
                 self._load()
-            parts = chunks(images, self._artifact.batch_size or 1)
-            found = [self._method.execute([torch.from_numpy(chunk)]) for chunk in parts]
-        return join([part.numpy() for part in parts] for parts in found)
+            return [output.numpy() for output in self._method.execute([torch.from_numpy(part)])]
 
 
 @contextlib.contextmanager

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections import deque
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-import numpy as np
 
 from mobilevit.errors import MobileViTError
 from mobilevit.results.base import Array
 from mobilevit.runtime.artifact import Artifact
-from mobilevit.runtime.engine import chunks, import_runtime, join
+from mobilevit.runtime.engine import Engine, Run, import_runtime
 
 if TYPE_CHECKING:
     import openvino
@@ -20,13 +18,12 @@ if TYPE_CHECKING:
 log = logging.getLogger("mobilevit")
 
 
-class OpenvinoEngine:
+class OpenvinoEngine(Engine):
     """OpenVINO on any of its devices."""
 
     def __init__(self, path: Path, artifact: Artifact, threads: int, device: str) -> None:
-        runtime = import_runtime("openvino", "openvino")
-        self._artifact, self._threads = artifact, threads
-        self._core: openvino.Core = runtime.Core()
+        super().__init__(path, artifact, threads, device)
+        self._core: openvino.Core = import_runtime("openvino", "openvino").Core()
         self._device = "CPU" if device in ("auto", "cpu") else device.upper()
         if self._device not in self._core.available_devices:
             raise MobileViTError(
@@ -51,29 +48,10 @@ class OpenvinoEngine:
     def _has_bfloat16(self) -> bool:
         return "BF16" in self._core.get_property(self._device, "OPTIMIZATION_CAPABILITIES")
 
-    def run(self, images: Array) -> list[Array]:
-        parts = chunks(images, self._artifact.batch_size or 1)
-        streams = min(self._threads, len(parts))
-        compiled = self._compile(streams)
-        if len(parts) == 1:
-            found = compiled(parts[0])
-            return [np.array(found[port]) for port in compiled.outputs]
-        # Not with AsyncInferQueue: its threads take the GIL at their end, and a program that deletes the model right
-        # after that hangs.
-        free = [compiled.create_infer_request() for _ in range(streams)]
-        computing: deque[openvino.InferRequest] = deque()
-        results: list[list[Array]] = []
+    def _streams(self, count: int) -> list[Run]:
+        compiled = self._compile(count)
+        return [partial(_run, compiled.create_infer_request()) for _ in range(count)]
 
-        def finish() -> openvino.InferRequest:
-            request = computing.popleft()
-            request.wait()
-            results.append([np.array(tensor.data) for tensor in request.output_tensors])
-            return request
 
-        for chunk in parts:
-            request = free.pop() if free else finish()
-            request.start_async({0: chunk})
-            computing.append(request)
-        while computing:
-            finish()
-        return join(results)
+def _run(request: openvino.InferRequest, part: Array) -> list[Array]:
+    return list(request.infer({0: part}, share_inputs=True).values())

@@ -6,10 +6,10 @@ from pathlib import Path
 
 from mobilevit.results.base import Array
 from mobilevit.runtime.artifact import Artifact
-from mobilevit.runtime.engine import chunks, join
+from mobilevit.runtime.engine import Engine, Run
 
 
-class Pt2Engine:
+class Pt2Engine(Engine):
     """`torch.export`, run by PyTorch. Loading a file can run code that it brings, so `open_engine` asks first."""
 
     def __init__(self, path: Path, artifact: Artifact, threads: int, device: str) -> None:
@@ -17,18 +17,22 @@ class Pt2Engine:
 
         from mobilevit.devices import pick_device
 
-        self._torch, self._artifact = torch, artifact
-        self._device = pick_device("cpu" if device == "auto" else device)
+        super().__init__(path, artifact, threads, device)
+        self._part_size = artifact.batch_size
+        self._on = pick_device("cpu" if device == "auto" else device)
         torch.set_num_threads(threads)
         program = torch.export.load(path)
-        if self._device.type != "cpu":
+        if self._on.type != "cpu":
             from torch.export.passes import move_to_device_pass
 
-            program = move_to_device_pass(program, self._device)
+            program = move_to_device_pass(program, self._on)
         self._module = program.module()
 
-    def run(self, images: Array) -> list[Array]:
-        torch, size = self._torch, self._artifact.batch_size or len(images)
+    def _streams(self, _count: int) -> list[Run]:
+        return [self._run_part]
+
+    def _run_part(self, part: Array) -> list[Array]:
+        import torch
+
         with torch.inference_mode():
-            outputs = [self._module(torch.from_numpy(chunk).to(self._device)) for chunk in chunks(images, size)]
-        return join([part.numpy(force=True) for part in parts] for parts in outputs)
+            return [output.numpy(force=True) for output in self._module(torch.from_numpy(part).to(self._on))]

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 import logging
 import os
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol, cast
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from mobilevit.explaining.explain import Explanation
+    from mobilevit.torch_session import TorchSession
 
 log = logging.getLogger("mobilevit")
 
@@ -35,13 +35,10 @@ EngineChoice = Literal["torch", "compile", "auto"]
 class Session(Protocol):
     """The interface that `Predictor` and evaluation need, for any engine."""
 
-    @property
-    def card(self) -> ModelCard:
-        """Task, classes and preprocessing of the model."""
-
-    @property
-    def engine(self) -> str:
-        """The engine: "torch", or format and precision of an exported file, such as "onnx fp32"."""
+    card: ModelCard
+    """Task, classes and preprocessing of the model."""
+    engine: str
+    """The engine: "torch", or format and precision of an exported file, such as "onnx fp32"."""
 
     def run(self, pixels: NDArray[np.uint8]) -> dict[str, Array]:
         """Compute the outputs for resized images.
@@ -81,30 +78,26 @@ class ArtifactSession:
     ) -> None:
         path = Path(path)
         self.artifact = artifacts.read_sidecar(path)
+        self.card, self.engine = self.artifact.card, f"{self.artifact.format} {self.artifact.precision}"
         self._engine = open_engine(path, self.artifact, threads=threads, device=device, trust_pt2=trust_pt2)
-
-    @property
-    def card(self) -> ModelCard:
-        """Task, classes and preprocessing of the model."""
-        return self.artifact.card
-
-    @property
-    def engine(self) -> str:
-        """Format and precision, such as "onnx fp32"."""
-        return f"{self.artifact.format} {self.artifact.precision}"
 
     def run(self, pixels: NDArray[np.uint8]) -> dict[str, Array]:
         """Compute the outputs, named as in `artifact.outputs`; see `Session`."""
-        self._check(pixels)
-        count, batch_size = len(pixels), self.artifact.batch_size
+        size, wanted = pixels.shape[1:3], self.artifact.image_size
+        if wanted is not None and size != wanted:
+            raise MobileViTError(
+                f"images of {size[0]} x {size[1]} for a model exported at {wanted[0]} x {wanted[1]} only; export "
+                "with `dynamic` size for any size"
+            )
         images: Array = pixels if self.artifact.baked else self.card.preprocessing.normalize(pixels)
-        missing = 0 if batch_size is None else -count % batch_size
-        images = np.concatenate([images, np.repeat(images[-1:], missing, axis=0)]) if missing else images
-        images = np.ascontiguousarray(images)
-        if "selected" in self.artifact.outputs:
-            return self._run_selecting(images, count)
-        outputs = self._engine.run(images)
-        return {name: part[:count] for name, part in zip(self.artifact.outputs, outputs, strict=True)}
+        missing = -len(images) % (self.artifact.batch_size or 1)
+        if missing:
+            images = np.concatenate([images, np.repeat(images[-1:], missing, axis=0)])
+        found = self._engine.run(np.ascontiguousarray(images))
+        outputs = dict(zip(self.artifact.outputs, found, strict=True))
+        selected = outputs.pop("selected", None)
+        outputs = {name: output[: len(pixels)] for name, output in outputs.items()}
+        return outputs if selected is None else outputs | {"selected": selected[selected[:, 0] < len(pixels)]}
 
     def side_by_side(self) -> AbstractContextManager[bool]:
         """Yield False: engines divide a batch between cores themselves."""
@@ -113,24 +106,6 @@ class ArtifactSession:
     def explain(self, _source: Source, _pixel: tuple[int, int] | None, /) -> Explanation:
         """Raise an error: an exported file gives no access to its layers."""
         raise MobileViTError("an exported file cannot be explained; use the checkpoint it was exported from")
-
-    def _run_selecting(self, images: Array, count: int) -> dict[str, Array]:
-        """Run batch after batch, as the image numbers in "selected" start from zero in each."""
-        size = self.artifact.batch_size or len(images)
-        found: list[Sequence[Array]] = []
-        for start in range(0, len(images), size):
-            boxes, scores, selected = self._engine.run(images[start : start + size])
-            found.append((boxes, scores, selected + np.array([start, 0, 0])))
-        boxes, scores, selected = (np.concatenate(part) for part in zip(*found, strict=True))
-        return {"boxes_xyxy": boxes[:count], "scores": scores[:count], "selected": selected[selected[:, 0] < count]}
-
-    def _check(self, pixels: NDArray[np.uint8]) -> None:
-        size, wanted = pixels.shape[1:3], self.artifact.image_size
-        if wanted is not None and size != wanted:
-            raise MobileViTError(
-                f"images of {size[0]} x {size[1]} for a model exported at {wanted[0]} x {wanted[1]} only; export "
-                "with `dynamic` size for any size"
-            )
 
 
 def open_session(
@@ -145,7 +120,7 @@ def open_session(
     if threads is not None and threads < 1:
         raise MobileViTError(f"`threads` is {threads}; give 1 or more")
     if not isinstance(model, str | os.PathLike):
-        return _torch_floor("a model").open_torch_session(model, device=device, threads=threads, engine=engine)
+        return _torch_session("a model").open(model, device=device, threads=threads, engine=engine)
     path = Path(model)
     if artifacts.is_artifact(path):
         if engine != "torch":
@@ -157,7 +132,7 @@ def open_session(
         if trust_pt2 or artifact.suffix != ".pt2":
             return ArtifactSession(artifact, threads=threads or its_threads, trust_pt2=trust_pt2)
         log.warning("%s: not used, as loading a .pt2 file can run code that came with it; see trust_pt2", artifact)
-    return _torch_floor(str(path)).open_torch_session(path, device=device, threads=threads, engine=engine)
+    return _torch_session(str(path)).open(path, device=device, threads=threads, engine=engine)
 
 
 def read_card(path: str | os.PathLike[str]) -> ModelCard:
@@ -167,27 +142,16 @@ def read_card(path: str | os.PathLike[str]) -> ModelCard:
         MobileViTError: the file cannot be read, or is a checkpoint and torch is not installed.
     """
     path = Path(path)
-    return artifacts.read_sidecar(path).card if artifacts.is_artifact(path) else _torch_floor(str(path)).read_card(path)
+    if artifacts.is_artifact(path):
+        return artifacts.read_sidecar(path).card
+    return _torch_session(str(path)).read_card(path)
 
 
-class _TorchFloor(Protocol):
-    """The functions of `mobilevit.torch_session`, the only module above that this floor opens."""
-
-    def open_torch_session(
-        self,
-        model: Path | nn.Module,
-        *,
-        device: str,
-        threads: int | None,
-        engine: EngineChoice,
-    ) -> Session: ...
-
-    def read_card(self, path: Path) -> ModelCard: ...
-
-
-def _torch_floor(what: str) -> _TorchFloor:
+def _torch_session(what: str) -> type[TorchSession]:
+    """Import the only class above that this floor opens."""
     try:
-        return cast(_TorchFloor, importlib.import_module("mobilevit.torch_session"))
+        found: type[TorchSession] = import_module("mobilevit.torch_session").TorchSession
+        return found
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith("mobilevit"):
             raise
