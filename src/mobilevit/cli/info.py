@@ -11,7 +11,7 @@ from tyro.conf import Positional
 import mobilevit
 from mobilevit.card import ModelCard, card_of
 from mobilevit.cli.options import height_and_width
-from mobilevit.cli.printing import new_table, print_json, print_table
+from mobilevit.cli.printing import print_json, print_rows
 from mobilevit.imaging.preprocessing import Preprocessing
 from mobilevit.runtime.artifact import Artifact, artifact_files, is_artifact, read_sidecar
 
@@ -101,22 +101,27 @@ def _print_card(card: ModelCard) -> None:
 
 
 def _print_summary(summary: Summary) -> None:
-    table = new_table("layer", "kind", "output (C, H, W)", "parameters", "MACs", "activations")
-    for row in summary.layers:
-        shape = " x ".join(map(str, row.shape))
-        table.add_row(row.name, row.kind, shape, f"{row.parameters:,}", f"{row.macs:,}", f"{row.activations:,}")
-    table.add_section()
-    table.add_row("total", "", "", f"{summary.parameters:,}", f"{summary.macs:,}", f"{summary.activations:,}")
-    print_table(table)
+    print_rows(
+        ["layer", "kind", "output (C, H, W)", "parameters", "MACs", "activations"],
+        [
+            [row.name, row.kind, " x ".join(map(str, row.shape)), *_counts(row.parameters, row.macs, row.activations)]
+            for row in summary.layers
+        ],
+        total=["total", "", "", *_counts(summary.parameters, summary.macs, summary.activations)],
+    )
     print("\nOne product of queries and keys, in multiply-adds; C is the transformer's width")
-    table = new_table("block", "map", "patch", "C", "plain attention", "same-offset attention", "saved")
+    rows = []
     for block in summary.attention:
         (h, w), (ph, pw) = block.map_size, block.patch_size
         p, n = block.num_sequences, block.num_tokens
-        table.add_row(
+        rows.append([
             block.name, f"{h} x {w}", f"{ph} x {pw}", str(block.embed_dim),
             f"{h * w} * {h * w} * C = {block.plain_cost_per_channel:,} C",
             f"{p} * {n} * {n} * C = {block.cost_per_channel:,} C",
             f"{block.plain_cost_per_channel / block.cost_per_channel:.0f} x",
-        )  # fmt: skip
-    print_table(table)
+        ])  # fmt: skip
+    print_rows(["block", "map", "patch", "C", "plain attention", "same-offset attention", "saved"], rows)
+
+
+def _counts(*numbers: int) -> list[str]:
+    return [f"{number:,}" for number in numbers]

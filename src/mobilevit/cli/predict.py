@@ -14,7 +14,7 @@ from typing import Annotated, cast
 from tyro.conf import Positional, arg
 
 from mobilevit.cli.errors import UsageError
-from mobilevit.cli.printing import print_json, print_json_line
+from mobilevit.cli.printing import print_json
 from mobilevit.errors import ImageError
 from mobilevit.files import as_utf8, reading_from, write_json
 from mobilevit.imaging.decode import Source
@@ -93,7 +93,7 @@ class Predict:
     def _print(self, result: Result, width: int) -> None:
         top, min_score = self.options.top, self.options.min_score
         if self.json:
-            print_json_line(result.to_dict(top=top, min_score=min_score))
+            print_json(result.to_dict(top=top, min_score=min_score), indent=None)
         else:
             described = result.describe(top=top, min_score=min_score)
             print(as_utf8(f"{result.source:<{width}}  {described}"), flush=True)
@@ -102,7 +102,7 @@ class Predict:
         print(f"error: {error}", file=sys.stderr)
         if self.json:
             name, _, reason = str(error).partition(": ")
-            print_json_line({"source": name, "error": reason})
+            print_json({"source": name, "error": reason}, indent=None)
 
     def _save(self, result: Result, taken: set[str]) -> None:
         """Write the files of --save and --masks; images of the same name in different folders get a number."""

@@ -9,24 +9,17 @@ from typing import TYPE_CHECKING
 from mobilevit.files import Json, as_utf8
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from mobilevit.tasks.report import Report
 
 
-def print_json(value: Json) -> None:
-    """Print indented JSON, for a program that reads all the output at once."""
-    print(as_json(value, indent=2))
-
-
-def print_json_line(value: Json) -> None:
-    """Print one line of JSON at once, for a program that reads line by line."""
-    print(as_json(value), flush=True)
-
-
-def as_json(value: Json, indent: int | None = None) -> str:
-    """Convert a value to JSON."""
+def as_json(value: Json, indent: int | None = 2) -> str:
+    """Convert a value to JSON; in one line if `indent` is None."""
     return as_utf8(json.dumps(value, indent=indent, ensure_ascii=False))
+
+
+def print_json(value: Json, indent: int | None = 2) -> None:
+    """Print JSON at once, for a program that reads along."""
+    print(as_json(value, indent), flush=True)
 
 
 def print_report(report: Report) -> None:
@@ -41,29 +34,19 @@ def print_report(report: Report) -> None:
         print_rows(heading, rows)
 
 
-def print_rows(heading: list[str], rows: list[list[str]]) -> None:
-    """Print a table; the first column has names, the others have numbers."""
-    table = new_table(*heading)
-    for row in rows:
-        table.add_row(*row)
-    print_table(table)
-
-
-def new_table(first: str, *others: str) -> Table:
-    """Create a table without rows, with columns of these names."""
+def print_rows(heading: list[str], rows: list[list[str]], total: list[str] | None = None) -> None:
+    """Print a table, and a last row below a line; the columns have numbers, except the first and "kind"."""
     from rich import box
+    from rich.console import Console
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD)
-    table.add_column(first)
-    for name in others:
-        table.add_column(name, justify="left" if name == "kind" else "right")
-    return table
-
-
-def print_table(table: Table) -> None:
-    """Print a table at the width of the terminal."""
-    from rich.console import Console
-
+    for number, name in enumerate(heading):
+        table.add_column(name, justify="left" if number == 0 or name == "kind" else "right")
+    for row in rows:
+        table.add_row(*row)
+    if total is not None:
+        table.add_section()
+        table.add_row(*total)
     # In a file or a pipe, rich would cut tables off at 80 columns.
     Console(width=None if sys.stdout.isatty() else 140).print(table)

@@ -11,7 +11,7 @@ import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 from mobilevit.card import ModelCard
 from mobilevit.errors import MobileViTError
@@ -116,12 +116,11 @@ def read_sidecar(path: Path) -> Artifact:
         path.stat()
     if not sidecar.exists():
         raise MobileViTError(f"{path}: its sidecar {sidecar.name} is missing; copy it beside the file, or export again")
+    with reading_from(sidecar):
+        text = sidecar.read_text(encoding="utf-8", errors="replace")
     try:
-        with reading_from(sidecar):
-            values = json.loads(sidecar.read_text(encoding="utf-8"))
+        values = json.loads(text)
         version = int(values["artifact_version"] if "artifact_version" in values else values["artefact_version"])
-    except MobileViTError:
-        raise
     except (ValueError, KeyError, TypeError):
         raise MobileViTError(f"{sidecar}: damaged, or not a sidecar of this package; export again") from None
     if version > ARTIFACT_VERSION:
@@ -148,6 +147,3 @@ def _digest_of_file(path: Path) -> str:
         with reading_from(part), part.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
-
-
-assert set(SUFFIXES.values()) == set(get_args(Format))

@@ -21,13 +21,15 @@ RECORD = "_run.json"
 """The settings that the rows depend on. Readers of parquet folders skip names that begin with an underscore."""
 
 _LOCK = "_lock"
+_SECONDS = 60.0
+"""How much work may be lost if the process is killed."""
 
 Row = Json
 """The row of one image, by the columns of `schema_of`; missing columns are null."""
 
 
 def schema_of(task: TaskName) -> pyarrow.Schema:
-    """Return the columns of a task's rows; those of the task are null in rows with an `error`.
+    """Return the columns of a task's rows; in rows with an `error`, all but `source` are null.
 
     Raises:
         MissingPackageError: pyarrow is not installed.
@@ -51,25 +53,14 @@ def schema_of(task: TaskName) -> pyarrow.Schema:
     return pa.schema([("source", text), *size, *columns[task], ("error", text)])
 
 
-def to_table(rows: Sequence[Row], task: TaskName) -> pyarrow.Table:
-    """Convert rows to a table."""
-    return import_runtime("pyarrow", "bulk").Table.from_pylist(list(rows), schema=schema_of(task))
-
-
 class Parts:
     """Collect rows, and write them as the next part whenever there are enough.
 
     They are kept as plain values: small arrow tables between large arrays that come and go would fragment the memory.
-
-    Args:
-        folder: an existing folder.
-        task: decides the columns.
-        rows: size of a part; it has fewer rows if they took longer than `seconds`.
-        seconds: how much work may be lost if the process is killed.
     """
 
-    def __init__(self, folder: Path, task: TaskName, *, rows: int, seconds: float = 60.0) -> None:
-        self._folder, self._task, self._rows, self._seconds = folder, task, rows, seconds
+    def __init__(self, folder: Path, task: TaskName, *, rows: int) -> None:
+        self._folder, self._task, self._rows = folder, task, rows
         self._number = max((int(path.stem.partition("-")[2]) for path in find_parts(folder)), default=-1) + 1
         self._waiting: list[Row] = []
         self._since = time.monotonic()
@@ -77,7 +68,7 @@ class Parts:
     def add(self, rows: Sequence[Row]) -> None:
         """Keep rows for the next part, and write the part if it is due."""
         self._waiting += rows
-        if len(self._waiting) >= self._rows or time.monotonic() - self._since >= self._seconds:
+        if len(self._waiting) >= self._rows or time.monotonic() - self._since >= _SECONDS:
             self.flush()
 
     def flush(self) -> None:
@@ -85,9 +76,10 @@ class Parts:
         self._since = time.monotonic()
         if not self._waiting:
             return
+        import pyarrow as pa
         import pyarrow.parquet as pq
 
-        table = to_table(self._waiting, self._task)
+        table = pa.Table.from_pylist(self._waiting, schema=schema_of(self._task))
         path = self._folder / f"part-{self._number:06}.parquet"
         write_atomically(path, lambda aside: pq.write_table(table, aside, compression="zstd"))
         self._waiting, self._number = [], self._number + 1
@@ -124,10 +116,14 @@ def open_folder(folder: Path, record: Mapping[str, object], *, overwrite: bool) 
     Raises:
         MobileViTError: it contains other files, or rows with other settings, or another process is writing into it.
     """
+    recorded = folder / RECORD
     with ExitStack() as stack:
         with writing_to(folder):
-            _check_entries(folder)
+            if folder.exists() and not folder.is_dir():
+                raise MobileViTError(f"{folder}: is a file; `out` is a folder for parquet files")
             folder.mkdir(parents=True, exist_ok=True)
+            if not recorded.exists() and any(not path.name.startswith((".", _LOCK)) for path in folder.iterdir()):
+                raise MobileViTError(f"{folder}: contains other files; choose a new folder for `out`")
             try:
                 stack.enter_context(file_lock(folder / _LOCK, wait=False))
             except BlockingIOError:
@@ -135,35 +131,24 @@ def open_folder(folder: Path, record: Mapping[str, object], *, overwrite: bool) 
                     f"{folder}: another process is writing into it; wait, or choose another `out`"
                 ) from None
             leftovers = [*folder.glob(".*part-*")]  # half-written by a process that was killed
-            replaced = [*find_parts(folder), folder / RECORD] if overwrite else []
+            replaced = [*find_parts(folder), recorded] if overwrite else []
             for path in (*leftovers, *replaced):
                 path.unlink(missing_ok=True)
-        if (folder / RECORD).exists():
-            _compare(folder, _read_record(folder / RECORD), record)
+        if recorded.exists():
+            _compare(folder, record)
         else:
-            write_json(folder / RECORD, record)
+            write_json(recorded, record)
         yield
 
 
-def _check_entries(folder: Path) -> None:
-    if folder.exists() and not folder.is_dir():
-        raise MobileViTError(f"{folder}: is a file; `out` is a folder for parquet files")
-    if not folder.is_dir() or (folder / RECORD).exists():
-        return
-    if any(not path.name.startswith((".", _LOCK)) for path in folder.iterdir()):
-        raise MobileViTError(f"{folder}: contains other files; choose a new folder for `out`")
-
-
-def _read_record(path: Path) -> Json:
+def _compare(folder: Path, now: Mapping[str, object]) -> None:
+    path = folder / RECORD
     with reading_from(path):
         text = path.read_text(encoding="utf-8", errors="replace")
     try:
-        return dict(json.loads(text))
+        before: Json = dict(json.loads(text))
     except (ValueError, TypeError):
         raise MobileViTError(f"{path}: damaged; `overwrite` replaces all predictions in this folder") from None
-
-
-def _compare(folder: Path, before: Mapping[str, object], now: Mapping[str, object]) -> None:
     for name, value in now.items():
         if name != "model" and before.get(name) != value:
             change = f"{name} is now {value}, was {before.get(name)}" if name != "digest" else "it is another model"

@@ -11,6 +11,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -44,29 +45,20 @@ def connected(options: PredictOptions) -> Iterator[None]:
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # it warns of the way Ray Data itself starts its workers
     ray = import_runtime("ray", "ray")
     address = options.ray_address or os.environ.get("RAY_ADDRESS")
-    starts = not ray.is_initialized()
-    if starts:
-        try:
-            if address:
-                ray.init(address, log_to_driver=False, logging_level="error")
-            else:
-                ray.init(
-                    log_to_driver=False,
-                    logging_level="error",
-                    object_store_memory=_STORE_BYTES,
-                    include_dashboard=False,
-                    num_cpus=options.workers,
-                )
-        except (ConnectionError, ValueError, RuntimeError) as error:
-            problem = f"no Ray cluster at {address}" if address else "Ray does not start"
-            raise MobileViTError(f"{problem} ({one_line(error)})") from None
+    alone: dict[str, object] = {}
+    if not address:
+        alone = {"object_store_memory": _STORE_BYTES, "include_dashboard": False, "num_cpus": options.workers}
+    try:
+        ray.init(address, log_to_driver=False, logging_level="error", **alone)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        problem = f"no Ray cluster at {address}" if address else "Ray does not start"
+        raise MobileViTError(f"{problem} ({one_line(error)})") from None
     # Ray prints messages about unfinished tasks after a stop; they must not get into the report.
     with redirect_stdout(sys.stderr):
         try:
             yield
         finally:
-            if starts:
-                ray.shutdown()
+            ray.shutdown()
 
 
 def ray_rows(
@@ -127,9 +119,11 @@ class _Worker:
         self._predictor = options.open(Path(self._folder.name, model), threads=options.threads or 1)
 
     def __call__(self, names: pyarrow.Table) -> pyarrow.Table:
+        import pyarrow as pa
+
         from mobilevit.runtime.bulk import predict_rows
-        from mobilevit.runtime.bulk_parts import to_table
+        from mobilevit.runtime.bulk_parts import schema_of
 
         sources = [os.fsdecode(name) for name in names["source"].to_pylist()]
         batches = predict_rows(self._predictor, sources, self._options, workers=self._at_once, side_by_side=False)
-        return to_table([row for rows in batches for row in rows], self._predictor.card.task)
+        return pa.Table.from_pylist(list(chain.from_iterable(batches)), schema=schema_of(self._predictor.card.task))

@@ -18,7 +18,7 @@ def find_sources(arguments: Iterable[str]) -> list[str]:
     Raises:
         MobileViTError: a folder without images, a glob that matches nothing, or a place that cannot be listed.
     """
-    found = [source for place in arguments for source in (find_remote(place) if is_url(place) else find_local(place))]
+    found = [source for place in arguments for source in (_find_remote(place) if is_url(place) else find_local(place))]
     return list(dict.fromkeys(found))
 
 
@@ -43,12 +43,7 @@ def find_local(argument: str) -> list[str]:
     return [argument]
 
 
-def find_remote(url: str) -> list[str]:
-    """Find the images below a prefix or of a glob; anything else is a file, even if it does not exist.
-
-    Raises:
-        MobileViTError: there are none, or the place cannot be listed.
-    """
+def _find_remote(url: str) -> list[str]:
     try:
         return with_retries(url, lambda: _list(url))
     except OSError as error:
@@ -56,6 +51,7 @@ def find_remote(url: str) -> list[str]:
 
 
 def _list(url: str) -> list[str]:
+    """List the images below a prefix or of a glob; anything else is a file, even if it does not exist."""
     system, path = file_system(url)
     if glob.has_magic(path):
         matches = sorted(system.unstrip_protocol(match) for match in system.glob(path) if system.isfile(match))
@@ -64,7 +60,12 @@ def _list(url: str) -> list[str]:
         return matches
     if url.startswith(("http://", "https://")) or not system.isdir(path):  # web servers do not list files
         return [url]
-    inside = [system.unstrip_protocol(name) for name in sorted(system.find(path)) if _is_image(name, path)]
+    inside = []
+    for name in sorted(system.find(path)):
+        below = PurePosixPath(name.removeprefix(path))
+        is_hidden = any(part.startswith(".") for part in below.parts)
+        if below.suffix.lower() in IMAGE_SUFFIXES and not is_hidden:
+            inside.append(system.unstrip_protocol(name))
     if not inside:
         raise MobileViTError(f"{url}: no images below this place")
     return inside
@@ -86,8 +87,3 @@ def read_source(source: str) -> str | bytes:
         raise ImageError(f"{source}: cannot be read ({one_line(error)})") from error
     except MobileViTError as error:
         raise ImageError(str(error)) from error
-
-
-def _is_image(name: str, folder: str) -> bool:
-    hidden = any(part.startswith(".") for part in PurePosixPath(name.removeprefix(folder)).parts)
-    return not hidden and PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES

@@ -64,12 +64,11 @@ def find_tuned(checkpoint: str | os.PathLike[str]) -> tuple[Path, int | None] | 
         if stale:
             log.warning("%s: not used, %s; %s", file, stale, again)
             return None
-        if "artefact" in values:  # the spelling of version 0.1
-            values["artifact"] = values["artefact"]
-        if values["artifact"] is None:
+        name = values["artefact"] if "artefact" in values else values["artifact"]  # version 0.1 has the former
+        if name is None:
             log.info("%s: PyTorch itself was the fastest here", file)
             return None
-        artifact, threads = file.parent / values["artifact"], values["threads"]
+        artifact, threads = file.parent / name, values["threads"]
         read_sidecar(artifact)
     except (ValueError, KeyError, TypeError, OSError) as error:
         log.warning("%s: not used, damaged (%s); %s", file, " ".join(str(error).split()), again)
