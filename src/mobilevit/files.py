@@ -131,11 +131,7 @@ def cache_folder() -> Path:
 def file_lock(path: str | os.PathLike[str], *, wait: bool = True) -> Iterator[None]:
     """Hold a lock that all processes of this machine share; the system releases it when the process ends.
 
-    Windows has no such locks; there the block runs without one.
-
-    Args:
-        path: the lock file; it is created if missing, and left in place.
-        wait: block until the lock is free.
+    The lock file is created if missing, and left in place. On Windows, which has no such locks, the block runs anyway.
 
     Raises:
         BlockingIOError: another process holds the lock, and `wait` is off.

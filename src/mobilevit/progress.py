@@ -14,15 +14,7 @@ _SECONDS_BETWEEN_LINES = 15.0
 
 
 class Progress:
-    """Count towards `total` and show the speed; a context manager.
-
-    Args:
-        label: the work, such as "epoch 3/20".
-        total: how many items there are.
-        unit: what an item is, in the plural.
-        done: how many items were done before, in a resumed run.
-        silent: count, but show nothing.
-    """
+    """Count towards `total` and show the speed; `done` items were done before, in a resumed run."""
 
     def __init__(self, label: str, total: int, unit: str = "images", done: int = 0, *, silent: bool = False) -> None:
         self.label, self.total, self.unit, self.done = label, total, unit, done

@@ -163,8 +163,8 @@ import sys, time
 from pathlib import Path
 from mobilevit.runtime import bulk
 from mobilevit.runtime.sources import find_sources
-prepare = bulk._prepare
-bulk._prepare = lambda *a: (time.sleep(0.05), prepare(*a))[1]
+prepare = bulk.Predictor.prepare
+bulk.Predictor.prepare = lambda *a, **k: (time.sleep(0.05), prepare(*a, **k))[1]
 model, photos, out = map(Path, sys.argv[1:])
 bulk.PART_ROWS = 4
 options = bulk.PredictOptions(batch_size=2, workers=1, threads=1)
@@ -279,8 +279,7 @@ def test_few_images_wait_in_memory(photos: Path, models: Path, monkeypatch: pyte
             yield name
 
     predictor = Predictor(models / "classification.safetensors", batch_size=4, device="cpu")
-    prepared = bulk._prepare(predictor, str(photos / "a" / "0.png"))
-    assert isinstance(prepared, bulk.Prepared)
+    prepared = predictor.prepare(str(photos / "a" / "0.png"), "a", keep_image=False)
     assert (prepared.info.image, prepared.info.size) == (None, (48, 48))
     batches = bulk.predict_rows(predictor, endless(), options(), workers=2, side_by_side=True)
     for number in range(1, 6):

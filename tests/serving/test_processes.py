@@ -106,7 +106,6 @@ def test_workers_do_not_outlive_their_parent(checkpoints: dict[str, Path]) -> No
 def test_connections_in_the_systems_queue_are_accepted() -> None:
     """Closing the socket would reset them, as they are established for their clients."""
     with listen("127.0.0.1", 0) as sock, contextlib.ExitStack() as held:
-        sock.listen()
         sock.setblocking(False)
         clients = [held.enter_context(socket.create_connection(sock.getsockname())) for _ in range(3)]
         accepted = [held.enter_context(connection) for connection in _accept_all(sock)]

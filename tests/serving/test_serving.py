@@ -417,29 +417,6 @@ def test_workers_without_a_temporary_folder(
     assert told.endswith("set TMPDIR to a folder that can be written\n")
 
 
-def test_two_that_start_at_once(checkpoints: dict[str, Path]) -> None:
-    """Both have bound the address before one of them listens."""
-    script = f"""
-from mobilevit.cli import main
-from mobilevit.serving import server, service
-
-other, load = server.listen("127.0.0.1", 0), service.open_predictors
-
-def load_more_slowly_than_the_other(*arguments):
-    other.listen()
-    return load(*arguments)
-
-service.open_predictors = load_more_slowly_than_the_other
-port = str(other.getsockname()[1])
-raise SystemExit(main(["serve", {str(checkpoints["classification"])!r}, "--threads", "1", "--port", port]))
-"""
-    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
-    (told,) = [line for line in ended.stderr.splitlines() if not line.startswith("{")]
-    assert (ended.returncode, ended.stdout) == (2, "")
-    assert told.startswith("error: port ")
-    assert told.endswith("is in use; stop the program that uses it, or choose another --port")
-
-
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_what_cannot_be_loaded_ends_in_one_line(checkpoints: dict[str, Path], tmp_path: Path, workers: str) -> None:
     (tmp_path / "bad.safetensors").write_bytes(b"nonsense")

@@ -25,13 +25,12 @@ from mobilevit.files import Json, as_utf8, reading_from
 from mobilevit.machine import available_cores
 from mobilevit.progress import Progress
 from mobilevit.results import RESULT_TYPES, check_options
-from mobilevit.results.base import Outputs
+from mobilevit.results.base import Result
 from mobilevit.results.segmentation import SegmentationResult
 from mobilevit.runtime.artifact import artifact_files, is_artifact, sidecar_of
 from mobilevit.runtime.bulk_parts import Parts, Row, finished, open_folder, schema_of
-from mobilevit.runtime.predictor import Predictor, Prepared
+from mobilevit.runtime.predictor import Predictor
 from mobilevit.runtime.session import read_card
-from mobilevit.runtime.sources import read_source
 
 PART_ROWS = 10_000
 """Rows of a part; a part has fewer if they take more than a minute."""
@@ -96,15 +95,12 @@ class BulkReport:
 
     out: Path
     num_sources: int
-    """All images."""
     num_before: int
     """Images that were done before this run."""
     num_written: int
     """Rows of this run, including those with errors."""
     num_errors: int
-    """Rows of this run without a prediction."""
     seconds: float
-    """From the first image to the last."""
     stopped: bool
     """Whether a signal ended the run; the same command continues it."""
 
@@ -214,32 +210,19 @@ def _predict_batch(
     predictor: Predictor, sources: Sequence[str], options: PredictOptions, turn: AbstractContextManager[object]
 ) -> list[Row]:
     """Read images, run the model and make rows, all in one thread."""
-    read = [_prepare(predictor, source) for source in sources]
-    good = [image for image in read if isinstance(image, Prepared)]
-    with turn:
-        answers = iter(predictor.compute(good) if good else ())
-    return [
-        _row(predictor, image, next(answers), options)
-        if isinstance(image, Prepared)
-        else {"source": as_utf8(source), "error": as_utf8(str(image).removeprefix(f"{source}: "))}
-        for source, image in zip(sources, read, strict=True)
-    ]
+    # A row needs no image, and large images would fill the memory.
+    results = predictor.predict_batch([(source, source) for source in sources], keep_images=False, turn=turn)
+    return [_row(source, result, options) for source, result in zip(sources, results, strict=True)]
 
 
-def _prepare(predictor: Predictor, source: str) -> Prepared | ImageError:
-    try:  # a row needs no image, and large images would fill the memory
-        return predictor.prepare(read_source(source), source, keep_image=False)
-    except ImageError as error:
-        return error
-
-
-def _row(predictor: Predictor, image: Prepared, outputs: Outputs, options: PredictOptions) -> Row:
-    height, width = image.info.size
-    result = predictor.finish(image.info, outputs)
-    row: Row = {"source": as_utf8(result.source), "width": width, "height": height}
+def _row(source: str, result: Result | ImageError, options: PredictOptions) -> Row:
+    if isinstance(result, ImageError):
+        return {"source": as_utf8(source), "error": as_utf8(str(result).removeprefix(f"{source}: "))}
+    height, width = result.info.size
+    row: Row = {"source": as_utf8(source), "width": width, "height": height}
     row |= result.to_row(top=options.top, min_score=options.min_score)
     if options.masks is not None and isinstance(result, SegmentationResult):
-        mask = options.masks / _mask_name(result.source)
+        mask = options.masks / _mask_name(source)
         result.save_mask(mask)
         row["mask"] = as_utf8(str(mask))
     return row

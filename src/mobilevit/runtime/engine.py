@@ -26,14 +26,7 @@ Run = Callable[[Array], Sequence[Array]]
 
 
 class Engine(ABC):
-    """An artifact, loaded into its engine.
-
-    Args:
-        path: the artifact.
-        artifact: its description.
-        threads: CPU threads.
-        device: "auto", "cpu", or another that the engine knows.
-    """
+    """An artifact, loaded into its engine, which knows the devices "auto" and "cpu", and perhaps others."""
 
     def __init__(self, path: Path, artifact: Artifact, threads: int, device: str) -> None:
         self._path, self._artifact, self._threads, self._device = path, artifact, threads, device

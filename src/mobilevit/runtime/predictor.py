@@ -6,7 +6,7 @@ import io
 import itertools
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, overload
 
@@ -19,11 +19,14 @@ from mobilevit.imaging.decode import EncodedImage, Source, read_image
 from mobilevit.results import RESULT_TYPES
 from mobilevit.results.base import ImageInfo, Outputs, Result
 from mobilevit.runtime.session import EngineChoice, open_session
+from mobilevit.runtime.sources import read_source
 
 if TYPE_CHECKING:
     from torch import nn
 
     from mobilevit.explaining.explain import Explanation
+
+_NO_TURN = nullcontext()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +107,7 @@ class Predictor:
         """Predict for one image, or for each in a list.
 
         Args:
-            source: a path, encoded bytes, a PIL image, a numpy array (H, W, 3) of uint8 RGB, or a list of these.
+            source: a path, a URL, encoded bytes, a PIL image, a numpy array (H, W, 3) of uint8 RGB, or a list of these.
 
         Returns:
             `ClassificationResult`, `DetectionResult` or `SegmentationResult`, by the model's task.
@@ -121,18 +124,29 @@ class Predictor:
 
     def stream(self, sources: Iterable[Source]) -> Iterator[Result | ImageError]:
         """Predict for any number of images in constant memory; yield results, or errors, in order."""
-        numbered = enumerate(sources, start=1)
-        while chunk := list(itertools.islice(numbered, self.batch_size)):
-            read: list[Prepared | ImageError] = []
-            for number, source in chunk:
-                try:
-                    read.append(self.prepare(source, _name(source, number)))
-                except ImageError as error:
-                    read.append(error)
-            good = [image for image in read if isinstance(image, Prepared)]
+        named = ((source, _name(source, number)) for number, source in enumerate(sources, start=1))
+        while batch := list(itertools.islice(named, self.batch_size)):
+            yield from self.predict_batch(batch)
+
+    def predict_batch(
+        self,
+        named: Sequence[tuple[Source, str]],
+        *,
+        keep_images: bool = True,
+        turn: AbstractContextManager[object] = _NO_TURN,
+    ) -> Iterator[Result | ImageError]:
+        """Predict for images with names that go through the model together, while holding `turn`."""
+        read: list[Prepared | ImageError] = []
+        for source, name in named:
+            try:
+                read.append(self.prepare(source, name, keep_image=keep_images))
+            except ImageError as error:
+                read.append(error)
+        good = [image for image in read if isinstance(image, Prepared)]
+        with turn:
             outputs = iter(self.compute(good) if good else ())
-            for image in read:
-                yield self.finish(image.info, next(outputs)) if isinstance(image, Prepared) else image
+        for image in read:
+            yield self.finish(image.info, next(outputs)) if isinstance(image, Prepared) else image
 
     # The three steps of a prediction, for callers that run each in a thread of its own, as the server does.
 
@@ -147,7 +161,7 @@ class Predictor:
         Raises:
             ImageError: it cannot be read.
         """
-        image = read_image(source, name)
+        image = read_image(read_source(source) if isinstance(source, str) else source, name)
         info = ImageInfo(source=name, size=(image.height, image.width), image=image if keep_image else None)
         return Prepared(info=info, pixels=self.card.preprocessing.resize(image))
 

@@ -55,18 +55,7 @@ class Session(Protocol):
 
 
 class ArtifactSession:
-    """An exported file in its own engine.
-
-    Args:
-        path: the artifact; its sidecar is beside it.
-        threads: CPU threads; None: as many as cores.
-        device: "auto" or "cpu", or another that the engine knows, such as "cuda".
-        trust_pt2: load a .pt2 file, although that can run code that came with it.
-
-    Raises:
-        MobileViTError: file or sidecar missing, edited, or newer than this package; the engine is not installed or has
-            no such device.
-    """
+    """An exported file in its own engine; see `Predictor` for arguments and errors."""
 
     def __init__(
         self,

@@ -35,13 +35,8 @@ Answer = tuple[ImageInfo, Outputs] | ImageError
 class Batcher:
     """Run one model on batches; all methods are called in the event loop.
 
-    Args:
-        name: the model's name in metrics.
-        predictor: the model.
-        config: limits.
-        readers: threads that decode and resize.
-        computer: one thread, which computes.
-        turn: held while a model computes: the models of a process take turns.
+    Threads of `readers` decode and resize, the one of `computer` runs the model. It holds `turn`, as the models of a
+    process take turns.
     """
 
     def __init__(

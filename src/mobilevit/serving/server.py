@@ -31,7 +31,7 @@ _IDLE_GRACE_S = 1.0
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Bind a socket to an address; it does not listen yet.
+    """Listen on an address; connections wait until a worker accepts them.
 
     Raises:
         MobileViTError: the address is in use, not allowed, or not an address of this machine.
@@ -41,26 +41,22 @@ def listen(host: str, port: int) -> socket.socket:
         sock = socket.socket(family, socket.SOCK_STREAM)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind(address)
+        sock.listen()
         return sock
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
-            raise _in_use(host, port) from None
-        if error.errno == errno.EACCES:
-            raise MobileViTError(f"port {port} of {host} is not allowed; choose a `port` from 1024 on") from None
-        raise MobileViTError(f"`host` is {host!r}: {one_line(error)}; give an address of this machine") from None
-
-
-def _in_use(host: str, port: int) -> MobileViTError:
-    return MobileViTError(f"port {port} of {host} is in use; stop the program that uses it, or choose another `port`")
+            message = f"port {port} of {host} is in use; stop the program that uses it, or choose another `port`"
+        elif error.errno == errno.EACCES:
+            message = f"port {port} of {host} is not allowed; choose a `port` from 1024 on"
+        else:
+            message = f"`host` is {host!r}: {one_line(error)}; give an address of this machine"
+        raise MobileViTError(message) from None
 
 
 def serve(config: ServeConfig, models: Mapping[str, Path], on_ready: Callable[[str], None]) -> int:
-    """Serve until SIGTERM or SIGINT, then answer the accepted requests. Return the exit status.
+    """Serve the models, files by name, until SIGTERM or SIGINT, then answer the accepted requests.
 
-    Args:
-        config: settings.
-        models: file of each model, by its name.
-        on_ready: called once, with the address, when requests are accepted.
+    `on_ready` is called once, with the address, when requests are accepted. Returns the exit status.
 
     Raises:
         MobileViTError: the address is not free, or a file is not a model.
@@ -132,12 +128,6 @@ def _run_one(config: ServeConfig, models: Mapping[str, Path], sock: socket.socke
     # Other threads need the interpreter for short moments only; the event loop need not wait 5 ms for it.
     sys.setswitchinterval(0.001)
     app = create_app(config, models, open_predictors(config, models))
-    try:
-        sock.listen()  # two services can bind to one address, but only the first to listen gets it
-    except OSError as error:
-        if error.errno != errno.EADDRINUSE:
-            raise
-        raise _in_use(config.host, config.port) from None
     settings = uvicorn.Config(
         app,
         log_config=None,

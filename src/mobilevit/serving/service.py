@@ -36,13 +36,7 @@ _MAX_EXPLANATIONS = 4
 
 
 class Service:
-    """The models by name; made in the event loop.
-
-    Args:
-        config: settings.
-        models: file of each model, by its name.
-        predictors: the result of `open_predictors`.
-    """
+    """The models by name, with their files and `open_predictors`; made in the event loop."""
 
     def __init__(self, config: ServeConfig, models: Mapping[str, Path], predictors: Mapping[str, Predictor]) -> None:
         self.config = config
