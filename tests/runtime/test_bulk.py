@@ -223,6 +223,7 @@ def test_images_of_a_store(photos: Path, models: Path, tmp_path: Path) -> None:
     assert gone["error"] == "no such file"
     run(models, tmp_path / "local", [str(path) for path in sorted(photos.rglob("*.png"))[:5]])
     assert [row["top"] for row in rows] == [row["top"] for row in rows_in(tmp_path / "local")]
+    assert Predictor(models / "classification.safetensors", device="cpu")(sources[0]).label == rows[0]["label"]
     with pytest.raises(ValueError, match=r"memory://bucket/\*\.webp: matches no file"):
         find_sources(["memory://bucket/*.webp"])
     (url,) = find_sources([f"{(photos / 'a').as_uri()}/0.p*"])

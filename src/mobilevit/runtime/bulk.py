@@ -256,9 +256,6 @@ def _record(model: Path, card: ModelCard, options: PredictOptions) -> Json:
 def _stop_on_signals() -> Iterator[Callable[[], bool]]:
     """Record Ctrl-C and SIGTERM, so that the loop can stop after a batch; a second signal ends the process at once."""
     received = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield received.is_set
-        return
 
     def record(number: int, _: object) -> None:
         received.set()
