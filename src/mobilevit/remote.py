@@ -6,10 +6,13 @@ import os
 import re
 import time
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from mobilevit.errors import MissingPackageError, MobileViTError, one_line
 from mobilevit.files import disk_is_full
+
+if TYPE_CHECKING:
+    from fsspec import AbstractFileSystem
 
 Value = TypeVar("Value")
 
@@ -22,7 +25,7 @@ def is_url(place: str | os.PathLike[str]) -> bool:
     return isinstance(place, str) and re.match(r"[A-Za-z][\w+.-]*://", place) is not None
 
 
-def file_system(url: str) -> tuple[Any, str]:
+def file_system(url: str) -> tuple[AbstractFileSystem, str]:
     """Return the fsspec file system that reads a URL, and the path in it.
 
     Raises:
@@ -35,7 +38,7 @@ def file_system(url: str) -> tuple[Any, str]:
             f"{url}: reading from elsewhere needs fsspec; pip install 'mobilevit[bulk]'"
         ) from None
     protocol = url.partition("://")[0]
-    options: dict[str, Any] = {}
+    options: dict[str, object] = {}
     try:
         if protocol in ("http", "https"):
             import aiohttp

@@ -110,11 +110,9 @@ class _FormParser(MultiPartParser):
 async def _read_form(request: Request, body: AsyncGenerator[bytes], max_files: int) -> list[Upload]:
     try:
         form = await _FormParser(request.headers, body, max_files=max_files, max_fields=16).parse()
-    except MultiPartException as error:
-        if error.message.startswith("Too many files"):
+    except (MultiPartException, ValueError, LookupError) as error:  # the latter two: odd headers
+        if str(error).startswith("Too many files"):
             raise HTTPException(413, f"more than {max_files} images in a request") from None
-        raise HTTPException(400, f"malformed form: {error.message}") from None
-    except (ValueError, KeyError, IndexError, LookupError, UnicodeError) as error:  # odd headers
         raise HTTPException(400, f"malformed form: {error}") from None
     try:
         for name, value in form.multi_items():
