@@ -12,7 +12,6 @@ FOLDER holds one sub-folder per class. mobilevit_xxs from scratch at 128 pixels;
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import statistics
 import time
@@ -229,7 +228,7 @@ def explain_samplers(arguments: argparse.Namespace) -> None:
 def time_all(arguments: argparse.Namespace) -> None:
     """Steps of every experiment that changes their cost, in turns; sizes weigh as often as the sampler draws them."""
     from mobilevit.tasks.classification import classification_loss
-    from mobilevit.training.optim import WeightAverage, make_optimizer
+    from mobilevit.training.learner import WeightAverage, make_optimizer
 
     train_set, _ = parts(config_of("standard sampler", arguments))
     num_classes = len(train_set.classes)
@@ -250,7 +249,7 @@ def time_all(arguments: argparse.Namespace) -> None:
         else:
             model = mobilevit.create_model("mobilevit_xxs", num_classes=num_classes, patch_size=config.patch_size)
         model.train()
-        average = WeightAverage(model, copy.deepcopy(model), config.optimizer.ema_momentum)
+        average = WeightAverage(model, config.optimizer.ema_momentum)
         models[name] = (model, make_optimizer(model, config.optimizer, torch.device("cpu")), average)
     usual = {name: max(plan, key=plan.__getitem__) for name, plan in plans.items()}
     for number in range(arguments.rounds + 1):

@@ -35,8 +35,8 @@ from mobilevit.data.loaders import Batch, BatchLoader, ahead_on, default_num_wor
 from mobilevit.tasks.classification import CLASSIFICATION
 from mobilevit.training.config import HardwareSettings, TrainConfig
 from mobilevit.training.distributed import World
-from mobilevit.training.learner import Learner, make_learner
-from mobilevit.training.loop import prepare
+from mobilevit.training.learner import Learner
+from mobilevit.training.loop import Run
 
 NUM_CLASSES = 1000
 OURS = "mobilevit"
@@ -111,7 +111,7 @@ def learner_of(name: str, side: str, batch_size: int, arguments: argparse.Namesp
         hardware=HardwareSettings(amp="bf16", compile=how == "compiled"),
     ).resolve("classification")
     network = None if origin == OURS else timm_in(origin.removeprefix("timm "), name)
-    learner = make_learner(config, data, world=World(), device=torch.device(arguments.device), network=network)
+    learner = Learner(config, data, world=World(), device=torch.device(arguments.device), network=network)
     learner.train_mode()
     return learner
 
@@ -227,7 +227,7 @@ def read(learner: Learner, path: Path, arguments: argparse.Namespace) -> dict[st
     }
     for count in dict.fromkeys((default_num_workers(learner.device), max(1, cores - 1))):
         config = dataclasses.replace(learner.config, data=path, val_data=path, num_workers=count)
-        loader = prepare(config, World(), learner.device).loader
+        loader = Run(config, World(), learner.device).loader
         alone = images_per_second(loader.epoch() for _ in epochs(loader))
         fed = images_per_second(learned(learner, loader) for _ in epochs(loader))
         found[f"{count} processes"] = {

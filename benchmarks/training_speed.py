@@ -21,7 +21,7 @@ import record
 from mobilevit.benchmarking import peers
 from mobilevit.tasks.classification import classification_loss
 from mobilevit.training.config import OptimizerSettings
-from mobilevit.training.optim import WeightAverage, make_optimizer
+from mobilevit.training.learner import WeightAverage, make_optimizer
 
 
 def main() -> None:
@@ -70,7 +70,7 @@ class Step:
     def __init__(self, network: nn.Module, side: str, arguments: argparse.Namespace) -> None:
         settings = OptimizerSettings()
         self.network, self.amp = network.train(), arguments.amp
-        self.average = WeightAverage(network, copy.deepcopy(network), settings.ema_momentum)
+        self.average = WeightAverage(network, settings.ema_momentum)
         self.optimizer = make_optimizer(network, settings, torch.device("cpu"))
         plain = side == "timm"
         self.memory_format = torch.contiguous_format if plain else torch.channels_last

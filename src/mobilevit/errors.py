@@ -37,6 +37,12 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f"did you mean {near[0]}? " if near else ""
 
 
+def unknown(kind: str, name: str, known: Iterable[str]) -> MobileViTError:
+    """Make the error for a name that does not exist: the nearest is suggested, and all are listed."""
+    known = list(known)
+    return MobileViTError(f"unknown {kind} {name!r}; {did_you_mean(name, known)}There are {', '.join(known)}")
+
+
 def some(names: Sequence[str], limit: int = 5) -> str:
     """List the first few names, and how many more there are."""
     more = f" and {len(names) - limit} more" if len(names) > limit else ""

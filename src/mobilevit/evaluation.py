@@ -83,11 +83,6 @@ def evaluate(
 def find_part(path: str | os.PathLike[str], split: str, card: ModelCard) -> tuple[AnyImages, str]:
     """Read the images to measure a model on, labeled in the order of its classes, and say in words which they are.
 
-    Args:
-        path: labeled images, as for training.
-        split: see `evaluate`.
-        card: of the model.
-
     Raises:
         MobileViTError: no such part, or classes that the model does not know.
     """
@@ -103,14 +98,7 @@ def evaluate_session(
     num_workers: int | None = None,
     label: str = "evaluate",
 ) -> Evaluation:
-    """Run a model, in whatever engine, over labeled images.
-
-    Args:
-        session: the model.
-        data: the images, labeled in the order of its classes; see `find_part`.
-        batch_size: images that go through the model together.
-        num_workers: processes that read images; by default, by the number of cores.
-        label: of the progress bar.
+    """Run a model, in whatever engine, over images labeled in the order of its classes; see `find_part`.
 
     Raises:
         MobileViTError: a wrong setting, or not a single image can be read.
@@ -154,12 +142,7 @@ def _prepare(
 
 
 def measure(session: Session, loader: BatchLoader, *, label: str = "evaluate") -> Evaluation:
-    """Run a model over all images of a loader; several processes each get the report on all images.
-
-    Args:
-        session: the model.
-        loader: the images, through the preprocessing of the session's card; see `evaluation_loader`.
-        label: of the progress bar.
+    """Run a model over all images of an `evaluation_loader`; several processes each get the report on all images.
 
     Raises:
         MobileViTError: not a single image can be read.

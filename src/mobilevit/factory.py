@@ -11,14 +11,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from mobilevit.card import ModelCard, card_of, default_classes
-from mobilevit.errors import MobileViTError
-from mobilevit.models import Model, build_model, model_config
-from mobilevit.models.deeplabv3 import DeepLabv3Config
-from mobilevit.models.heads import HEADS, known_task
-from mobilevit.models.mobilevit import MobileViT, PatchSize
-from mobilevit.models.ssdlite import SSDLiteConfig
-from mobilevit.weights import checkpoint
+from mobilevit.card import ModelCard, default_classes
+from mobilevit.errors import MobileViTError, some, unknown
+from mobilevit.models import HEADS, MODELS, HeadConfig, Model
+from mobilevit.models.mobilevit import MobileViT, MobileViTConfig, PatchSize
 from mobilevit.weights.checkpoint import Weights, find_misfit
 from mobilevit.weights.reading import backbone_of, read_file, read_weights
 
@@ -34,7 +30,7 @@ def create_model(
     weights: str | os.PathLike[str] | Weights | None = None,
     patch_size: tuple[PatchSize, PatchSize, PatchSize] | None = None,
     output_stride: int | None = None,
-    head: SSDLiteConfig | DeepLabv3Config | None = None,
+    head: HeadConfig | None = None,
 ) -> Model:
     """Build a model, with random, public or your own weights.
 
@@ -58,31 +54,60 @@ def create_model(
         MobileViTError: unknown name or task, options that contradict each other, or weights that cannot be read or
             belong to another architecture.
     """
-    config, task, num_classes = model_config(name), known_task(task), _count(num_classes, classes)
+    if name not in MODELS:
+        raise unknown("model", name, MODELS)
+    if task not in HEADS:
+        raise MobileViTError(f"unknown task {task!r}; choose from {', '.join(HEADS)}")
+    if classes is not None:
+        if num_classes not in (None, len(classes)):
+            raise MobileViTError(
+                f"`num_classes` is {num_classes}, but `classes` has {len(classes)} names; leave `num_classes` out"
+            )
+        num_classes = len(classes)
+    if num_classes is not None and num_classes < 1:
+        raise MobileViTError(f"`num_classes` is {num_classes}; give 1 or more")
+
     # What the caller leaves open comes from weights for the same task, else it is the published.
+    config, defaults = MODELS[name], HEADS[task]
     source = weights if isinstance(weights, Weights) or weights is None else read_weights(weights, name)
-    similar = source if source is not None and source.card.task == task else None
     if source is not None:
         config = source.config
-    if output_stride is None:
-        output_stride = HEADS[task].output_stride if similar is None else similar.config.output_stride
-    if similar is not None:
-        _refuse_missing_background(similar, num_classes)
-        num_classes = num_classes or len(similar.card.classes)
-        head = head or similar.head_for(output_stride)
-    config = dataclasses.replace(config, output_stride=output_stride, patch_size=patch_size or config.patch_size)
-    model = build_model(config, task=task, num_classes=num_classes or HEADS[task].num_classes, head=head)
-
-    names = None if classes is None else tuple(classes)
-    model.card = ModelCard(
-        name=name,
-        task=task,
-        classes=names or default_classes(model.num_classes),
-        preprocessing=HEADS[task].preprocessing,
+    if source is not None and source.card.task == task:
+        output_stride = output_stride or config.output_stride
+        num_classes = num_classes or len(source.card.classes)
+        head = head or source.head_for(output_stride)
+    config = dataclasses.replace(
+        config, output_stride=output_stride or defaults.output_stride, patch_size=patch_size or config.patch_size
     )
+    num_classes = num_classes or defaults.num_classes
+    names = tuple(classes) if classes is not None else None
+    card = ModelCard(
+        name=name, task=task, classes=names or default_classes(num_classes), preprocessing=defaults.preprocessing
+    )
+    model = build_model(config, card, head)
     if source is not None:
         model.card = _fill(model, source, names)
     return model.eval()
+
+
+def build_model(config: MobileViTConfig, card: ModelCard, head: HeadConfig | None = None) -> Model:
+    """Make a model with fresh weights for the card's task and classes.
+
+    Args:
+        config: shape of the backbone.
+        card: of the model.
+        head: shape of the part after the backbone; None: the published one.
+
+    Raises:
+        MobileViTError: a head of another task, or a backbone that does not suit the task.
+    """
+    task = HEADS[card.task]
+    if head is not None and type(head) is not task.config_type:
+        remedy = f"give a {task.config_type.__name__}" if task.config_type else "leave it out"
+        raise MobileViTError(f"`head` is a {type(head).__name__}, which does not suit {card.task}; {remedy}")
+    model = task.build(config, len(card.classes), head)
+    model.card = card
+    return model
 
 
 def load(path: str | os.PathLike[str]) -> Model:
@@ -96,34 +121,13 @@ def load(path: str | os.PathLike[str]) -> Model:
         MobileViTError: the file is missing, damaged, unsafe, or no MobileViT.
     """
     source = read_file(path)
-    if source.described:
-        return checkpoint.restore(source)
-    return create_model(source.card.name, task=source.card.task, weights=source)
-
-
-def _count(num_classes: int | None, classes: Sequence[str] | None) -> int | None:
-    """Agree on a number of classes; None: the caller says nothing of it."""
-    if classes is not None and num_classes not in (None, len(classes)):
-        raise MobileViTError(
-            f"`num_classes` is {num_classes}, but `classes` has {len(classes)} names; leave `num_classes` out"
-        )
-    count = num_classes if classes is None else len(classes)
-    if count is not None and count < 1:
-        raise MobileViTError(f"`num_classes` is {count}; give 1 or more")
-    return count
-
-
-def _refuse_missing_background(source: Weights, num_classes: int | None) -> None:
-    """Refuse a detector of 80 outputs, which is probably one of COCO's 80 classes, trained without the background."""
-    head, state = HEADS[source.card.task], source.state
-    count = head.count_classes(state)
-    if source.described or not head.other_rows or count != head.num_classes - 1 or count == num_classes:
-        return
-    raise MobileViTError(
-        f"{source.origin}: {len(state[head.class_tensor])} = {head.anchors} x (4 + {count + 1}) outputs, where "
-        f"{count + 2} = {count + 1} classes and the background are needed; if they are {count} classes and the "
-        f"background, give `num_classes`={count}"
-    )
+    if not source.described:
+        return create_model(source.card.name, task=source.card.task, weights=source)
+    model = build_model(source.config, source.card, source.head)
+    if reason := find_misfit(model.state_dict(), source.state):
+        raise MobileViTError(f"{path}: header and weights do not fit ({reason}); save it again")
+    model.load_state_dict(source.state)
+    return model.eval()
 
 
 def _fill(model: Model, source: Weights, classes: tuple[str, ...] | None) -> ModelCard:
@@ -137,44 +141,45 @@ def _fill(model: Model, source: Weights, classes: tuple[str, ...] | None) -> Mod
     Raises:
         MobileViTError: the weights have other shapes.
     """
-    card, fresh, names = card_of(model), model.state_dict(), source.card.classes
+    card, fresh, names = model.card, model.state_dict(), source.card.classes
     head, backbone = HEADS[card.task], backbone_of(source.state)
     same_task = source.card.task == card.task and len(backbone) < len(source.state)
     kept = _kept_classes(names, classes, model.num_classes)
 
-    prefix = "" if isinstance(model, MobileViT) else "backbone."
-    in_backbone = {prefix + key for key in backbone_of(fresh)}
-    state = source.state if same_task else {prefix + key: value for key, value in backbone.items()}
     # The auxiliary head only helps training, so it may come and go.
-    state = {key: value for key, value in state.items() if key in fresh or not key.startswith("aux_head.")}
-    for key, value in fresh.items():
-        if (not same_task and key not in in_backbone) or (key.startswith("aux_head.") and key not in state):
-            state[key] = value
-        elif same_task and head.class_tensors.match(key):
-            if not names:
+    if same_task:
+        state = {key: value for key, value in source.state.items() if key in fresh or not key.startswith("aux_head.")}
+        for key, value in fresh.items():
+            if key.startswith("aux_head.") and key not in state:
                 state[key] = value
-            elif key in state:
-                state[key] = _keep_rows(state[key], value, kept, head.other_rows, (len(names), model.num_classes))
+            elif key.rpartition(".")[0] in head.class_layers:
+                if not names:
+                    state[key] = value
+                elif key in state:
+                    counts = len(names), model.num_classes
+                    state[key] = _keep_rows(state[key], value, kept, head.other_rows, counts)
+    else:
+        prefix = "" if isinstance(model, MobileViT) else "backbone."
+        ours = backbone_of(fresh)
+        state = {key: value for key, value in fresh.items() if key.removeprefix(prefix) not in ours}
+        state |= {prefix + key: value for key, value in backbone.items()}
     if reason := find_misfit(fresh, state):
         raise MobileViTError(f"{source.origin}: not weights of this architecture ({reason}); change one of them")
     model.load_state_dict(state)
 
-    origin = {key: value for key, value in source.card.provenance.items() if key in _ORIGIN}
+    carried = ("weights", "family", "source", "license")
+    origin = {key: value for key, value in source.card.provenance.items() if key in carried}
     provenance = {"weights": Path(source.origin).name, **origin}
+    theirs = source.card.preprocessing
     if not same_task:
         told = "%s: weights for %s; the backbone is kept, the rest of the model for %s starts afresh"
         log.warning(told, source.origin, source.card.task, card.task)
-        theirs = source.card.preprocessing
-        preprocessing = dataclasses.replace(card.preprocessing, mean=theirs.mean, std=theirs.std)
-        return dataclasses.replace(card, preprocessing=preprocessing, provenance=provenance)
+        theirs = dataclasses.replace(card.preprocessing, mean=theirs.mean, std=theirs.std)
+        return dataclasses.replace(card, preprocessing=theirs, provenance=provenance)
     _log_kept(source.origin, names, kept, model.num_classes)
     if len(kept) == len(names) == model.num_classes:  # all classes are kept, so what was measured still holds
         return dataclasses.replace(source.card, classes=classes or names, provenance=provenance)
-    return dataclasses.replace(card, preprocessing=source.card.preprocessing, provenance=provenance)
-
-
-_ORIGIN = ("weights", "family", "source", "license")
-"""Entries that a model takes over from the provenance of its starting weights."""
+    return dataclasses.replace(card, preprocessing=theirs, provenance=provenance)
 
 
 def _kept_classes(theirs: Sequence[str], ours: Sequence[str] | None, num_classes: int) -> dict[int, int]:
@@ -226,8 +231,7 @@ def _log_kept(origin: str, names: Sequence[str], kept: Mapping[int, int], num_cl
         if any(ours != theirs for ours, theirs in kept.items()):
             log.info("%s: the same %d classes in another order; their answers are reordered", origin, num_classes)
     elif kept:
-        some = [names[index] for index in kept.values()]
-        listed = ", ".join(some[:10]) + (f" and {len(some) - 10} more" if len(some) > 10 else "")
+        listed = some([names[index] for index in kept.values()], limit=10)
         more = f"; {fresh} class{'es start' if fresh > 1 else ' starts'} afresh" if fresh else ""
         level = logging.WARNING if fresh else logging.INFO
         log.log(level, "%s: kept the answers for %s%s", origin, listed, more)

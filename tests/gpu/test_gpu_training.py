@@ -16,8 +16,8 @@ from torch import distributed, nn
 import mobilevit
 from mobilevit.data.loaders import Batch, BatchLoader, ahead_on
 from mobilevit.training.distributed import World, any_of, on_first, spread
-from mobilevit.training.learner import Learner, make_learner
-from mobilevit.training.loop import prepare
+from mobilevit.training.learner import Learner
+from mobilevit.training.loop import Run
 from training_settings import with_settings
 
 pytestmark = pytest.mark.gpu
@@ -31,11 +31,11 @@ def learner_of(
 ) -> tuple[Learner, BatchLoader]:
     """A learner with the same weights on every device, and the batches that it learns from."""
     plain = mobilevit.TrainConfig(data=data, image_size=64, batch_size=8, num_workers=0, device=str(device))
-    run = prepare(with_settings(plain, **{"amp": "off", **settings}), World(), device)
+    run = Run(with_settings(plain, **{"amp": "off", **settings}), World(), device)
     learner = run.learner
     if world is not None:
         torch.manual_seed(run.config.seed)
-        learner = make_learner(run.config, run.train_set, world=world, device=device)
+        learner = Learner(run.config, run.train_set, world=world, device=device)
     learner.train_mode()
     run.loader.start(0)
     return learner, run.loader

@@ -9,7 +9,7 @@ from torch import nn
 
 import mobilevit
 from golden_weights import fill_with_golden_weights
-from mobilevit.models import MODELS, Model, build_model
+from mobilevit.models import HEADS, MODELS, Model
 from mobilevit.models.deeplabv3 import DeepLabv3Config
 from mobilevit.models.mobilevit import Attention, MobileViT
 
@@ -32,9 +32,9 @@ def heads_of_every_kind() -> list[Model]:
     xxs = MODELS["mobilevit_xxs"]
     with_aux = DeepLabv3Config(aux_head=True)
     return [
-        build_model(xxs, task="detection", num_classes=3),
-        build_model(dataclasses.replace(xxs, output_stride=16), task="segmentation", num_classes=5, head=with_aux),
-        build_model(dataclasses.replace(xxs, output_stride=8), task="segmentation", num_classes=5),
+        HEADS["detection"].build(xxs, 3, None),
+        HEADS["segmentation"].build(dataclasses.replace(xxs, output_stride=16), 5, with_aux),
+        HEADS["segmentation"].build(dataclasses.replace(xxs, output_stride=8), 5, None),
     ]
 
 

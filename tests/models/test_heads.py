@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from mobilevit.class_names import COCO_CLASSES, VOC_CLASSES
-from mobilevit.models import MODELS, build_model
+from mobilevit.factory import create_model
+from mobilevit.models import HEADS, MODELS, imagenet_classes
 from mobilevit.models.deeplabv3 import DeepLabv3, DeepLabv3Config
-from mobilevit.models.heads import HEADS, imagenet_classes
 from mobilevit.models.mobilevit import MobileViT
 from mobilevit.models.ssdlite import SSDLite, SSDLiteConfig
 
@@ -16,26 +16,24 @@ def test_the_rows_of_the_classes(task: str, kind: type[torch.nn.Module]) -> None
     head = DeepLabv3Config(aux_head=True) if task == "segmentation" else None
     states = {}
     for count in (2, 7):
-        model = build_model(MODELS["mobilevit_xxs"], task=task, num_classes=count, head=head)
+        model = HEADS[task].build(MODELS["mobilevit_xxs"], count, head)
         assert isinstance(model, kind)
         states[count] = model.state_dict()
         assert HEADS[task].count_classes(states[count]) == count
     differ = {key for key, value in states[2].items() if value.shape != states[7][key].shape}
-    assert differ == {key for key in states[2] if HEADS[task].class_tensors.match(key)}
-    assert HEADS[task].class_tensor in differ
+    assert differ == {key for key in states[2] if key.rpartition(".")[0] in HEADS[task].class_layers}
     assert HEADS[task].count_classes({}) == 0
 
 
 def test_a_head_of_another_task_is_refused() -> None:
-    xxs = MODELS["mobilevit_xxs"]
-    with pytest.raises(ValueError, match="DeepLabv3Config, which does not suit detection; give a SSDLiteConfig"):
-        build_model(xxs, task="detection", num_classes=3, head=DeepLabv3Config())
-    with pytest.raises(ValueError, match="SSDLiteConfig, which does not suit segmentation; give a DeepLabv3Config"):
-        build_model(xxs, task="segmentation", num_classes=3, head=SSDLiteConfig())
-    with pytest.raises(ValueError, match="does not suit classification; leave it out"):
-        build_model(xxs, task="classification", num_classes=3, head=SSDLiteConfig())
-    with pytest.raises(ValueError, match="unknown task 'pose'; choose from classification, detection, segmentation"):
-        build_model(xxs, task="pose", num_classes=3)
+    for task, head, remedy in (
+        ("detection", DeepLabv3Config(), "give a SSDLiteConfig"),
+        ("segmentation", SSDLiteConfig(), "give a DeepLabv3Config"),
+        ("classification", SSDLiteConfig(), "leave it out"),
+    ):
+        message = f"{type(head).__name__}, which does not suit {task}; {remedy}"
+        with pytest.raises(ValueError, match=message):
+            create_model("mobilevit_xxs", task=task, num_classes=3, head=head)
 
 
 def test_names_of_public_classes() -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mobilevit.models import MODELS, list_models, model_config
+from mobilevit.models import MODELS, list_models
 from mobilevit.models.mobilevit import Dropout, MobileViT, MobileViTBlock, fold, unfold
 
 PARAMETERS = {"mobilevit_xxs": 1_272_024, "mobilevit_xs": 2_317_848, "mobilevit_s": 5_578_632}
@@ -21,8 +21,6 @@ def test_parameter_counts_are_the_published_ones(name: str, expected: int) -> No
 
 def test_names() -> None:
     assert list_models() == ["mobilevit_s", "mobilevit_xs", "mobilevit_xxs"]
-    with pytest.raises(ValueError, match="did you mean mobilevit_xs"):
-        model_config("mobilevit-xs")
 
 
 def reference_unfold(x: Tensor, ph: int, pw: int) -> Tensor:

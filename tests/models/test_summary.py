@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from mobilevit.models import MODELS, Model, build_model
+from mobilevit.models import HEADS, MODELS, Model
 from mobilevit.models.deeplabv3 import DeepLabv3Config
 from mobilevit.models.mobilevit import MobileViTConfig
 from mobilevit.models.summary import Summary, summarize
@@ -16,7 +16,7 @@ PUBLISHED_GMACS = {"mobilevit_xxs": 0.42, "mobilevit_xs": 1.05, "mobilevit_s": 2
 
 def classifier(config: MobileViTConfig, num_classes: int) -> Model:
     with torch.device("meta"):
-        return build_model(config, task="classification", num_classes=num_classes)
+        return HEADS["classification"].build(config, num_classes, None)
 
 
 @pytest.mark.parametrize(("name", "published"), PUBLISHED_GMACS.items())
@@ -34,7 +34,7 @@ def assert_rows_add_up(summary: Summary) -> None:
 
 
 def test_detector() -> None:
-    model = build_model(MODELS["mobilevit_s"], task="detection", num_classes=80).train()
+    model = HEADS["detection"].build(MODELS["mobilevit_s"], 80, None).train()
     summary = summarize(model, (320, 320))
     assert model.training
     assert next(model.parameters()).device.type == "cpu", "the model itself is as it was"
@@ -53,7 +53,7 @@ def test_segmenter() -> None:
     config = dataclasses.replace(MODELS["mobilevit_xxs"], output_stride=8)
     head = DeepLabv3Config(aspp_channels=512, atrous_rates=(12, 24, 36), aux_head=True)
     with torch.device("meta"):
-        model = build_model(config, task="segmentation", num_classes=21, head=head)
+        model = HEADS["segmentation"].build(config, 21, head)
     summary = summarize(model, (512, 384))
     assert summary.parameters == 3_516_954
     assert_rows_add_up(summary)

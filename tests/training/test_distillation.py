@@ -13,12 +13,16 @@ import mobilevit
 from mobilevit.imaging.preprocessing import Preprocessing
 from mobilevit.models.inputs import normalize
 from mobilevit.training.config import DistillationSettings, TrainConfig
-from mobilevit.training.distillation import distillation_loss, open_teacher
+from mobilevit.training.distillation import Teacher, distillation_loss, open_teacher
 from mobilevit.training.loop import train
 from training_settings import with_settings
 
 SIX = ("circle", "cross", "ring", "square", "star", "triangle")
 PLAIN = Preprocessing(size=(32, 32))
+
+
+def opened(name: str, given: Preprocessing, weights: Path | None = None) -> Teacher:
+    return open_teacher(DistillationSettings(teacher=name, teacher_weights=weights), SIX, given)
 
 
 def test_the_loss_is_the_softened_divergence() -> None:
@@ -45,7 +49,7 @@ def test_a_teacher_sees_images_as_its_own_training_did(tmp_path: Path) -> None:
     network = timm.create_model("resnet18", num_classes=6).eval()
     save_file(network.state_dict(), tmp_path / "resnet.safetensors")
     ours = Preprocessing(size=(64, 64), mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
-    teacher = open_teacher("timm/resnet18", SIX, ours, weights=tmp_path / "resnet.safetensors")
+    teacher = opened("timm/resnet18", ours, tmp_path / "resnet.safetensors")
     pixels = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
     mean, std = (torch.tensor(network.pretrained_cfg[key])[:, None, None] for key in ("mean", "std"))
     with torch.no_grad():
@@ -56,7 +60,7 @@ def test_a_teacher_sees_images_as_its_own_training_did(tmp_path: Path) -> None:
 def test_a_teacher_of_one_size_gets_it(tmp_path: Path) -> None:
     network = timm.create_model("vit_tiny_patch16_224", num_classes=6).eval()
     save_file(network.state_dict(), tmp_path / "vit.safetensors")
-    teacher = open_teacher("timm/vit_tiny_patch16_224", SIX, PLAIN, weights=tmp_path / "vit.safetensors")
+    teacher = opened("timm/vit_tiny_patch16_224", PLAIN, tmp_path / "vit.safetensors")
     pixels = torch.rand(2, 3, 64, 64)
     with torch.no_grad():
         expected = network((F.interpolate(pixels, (224, 224), mode="bilinear", antialias=True) - 0.5) / 0.5)
@@ -66,29 +70,29 @@ def test_a_teacher_of_one_size_gets_it(tmp_path: Path) -> None:
 def test_a_teacher_of_other_classes(tmp_path: Path) -> None:
     save_file(timm.create_model("resnet18", num_classes=9).state_dict(), tmp_path / "nine.safetensors")
     with pytest.raises(ValueError, match=r"nine.safetensors: not of this network \(.*fc"):
-        open_teacher("timm/resnet18", SIX, PLAIN, weights=tmp_path / "nine.safetensors")
+        opened("timm/resnet18", PLAIN, tmp_path / "nine.safetensors")
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("timm/no_such_model", "timm has no such model"),
+        ("timm/no_such_model", "timm has no such classifier"),
         ("torchvision/no_such_model", "no such classifier"),
         ("missing.safetensors", "missing.safetensors"),
     ],
 )
 def test_unknown_teachers(name: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        open_teacher(name, SIX, PLAIN)
+        opened(name, PLAIN)
 
 
 def test_weights_of_another_network(tmp_path: Path) -> None:
     save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match=r"other.safetensors: not of this network"):
-        open_teacher("timm/resnet18", SIX, PLAIN, weights=tmp_path / "other.safetensors")
+        opened("timm/resnet18", PLAIN, tmp_path / "other.safetensors")
     (tmp_path / "bad.pth").write_bytes(b"no pickle")
-    with pytest.raises(ValueError, match=r"bad.pth: cannot be read"):
-        open_teacher("torchvision/resnet18", SIX, PLAIN, weights=tmp_path / "bad.pth")
+    with pytest.raises(ValueError, match=r"bad.pth: this pickle may run code"):
+        opened("torchvision/resnet18", PLAIN, tmp_path / "bad.pth")
 
 
 def test_a_student_learns_from_a_teacher_alone(tiny: TrainConfig, tmp_path: Path) -> None:
@@ -128,14 +132,14 @@ def test_the_teachers_answer_counts_by_its_share(tiny: TrainConfig, tmp_path: Pa
     from mobilevit.data.loaders import Batch
     from mobilevit.tasks.classification import classification_loss
     from mobilevit.training.distributed import World
-    from mobilevit.training.learner import make_learner
+    from mobilevit.training.learner import Learner
 
     mobilevit.save(mobilevit.create_model("mobilevit_xxs", classes=SIX), tmp_path / "teacher.safetensors")
     config = with_settings(
         tiny, teacher=str(tmp_path / "teacher.safetensors"), distillation_share=0.3, distillation_temperature=4.0
     ).resolve("classification")
     data, _ = load_train_val(config.data, task=None, val_path=None, val_fraction=0.2, seed=0)
-    learner = make_learner(config, data, world=World(), device=torch.device("cpu"))
+    learner = Learner(config, data, world=World(), device=torch.device("cpu"))
     learner.model.eval()  # no dropout, so that the loss can be computed again
     pixels = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
     batch = Batch(images=pixels, targets=torch.arange(4), indices=[0, 1, 2, 3], errors=[])

@@ -24,9 +24,8 @@ from mobilevit.data.loaders import BatchLoader
 from mobilevit.models.inputs import normalize
 from mobilevit.training import distributed
 from mobilevit.training.config import TrainConfig
-from mobilevit.training.learner import build_model
+from mobilevit.training.learner import _build_model, learning_rate, make_optimizer
 from mobilevit.training.loop import train
-from mobilevit.training.optim import learning_rate, make_optimizer
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -96,8 +95,9 @@ def by_hand(config: TrainConfig) -> dict[str, torch.Tensor]:
     config = config.resolve("classification", 2)
     train_set, _ = load_train_val(config.data, val_path=None, val_fraction=config.val_fraction, seed=config.seed)
     torch.manual_seed(config.seed)
-    model = build_model(config, train_set).train()
-    preprocessing = card_of(model).preprocessing
+    model, card = _build_model(config, train_set, None)
+    model.train()
+    preprocessing = card.preprocessing
     optimizer = make_optimizer(model, config.optimizer, torch.device("cpu"))
     objective = train_set.task.objective(
         config, preprocessing, num_classes=6, targets=train_set.targets, device=torch.device("cpu")

@@ -9,7 +9,7 @@ from mobilevit.data.datasets import load_train_val
 from mobilevit.data.loaders import Batch
 from mobilevit.training.config import TrainConfig
 from mobilevit.training.distributed import World
-from mobilevit.training.learner import Learner, _amp_dtype, make_learner
+from mobilevit.training.learner import Learner, _amp_dtype
 from training_settings import with_settings
 
 CPU = torch.device("cpu")
@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 def learner_of(config: TrainConfig, *, world: World | None = None) -> Learner:
     config = config.resolve("classification")
     train_set, _ = load_train_val(config.data, val_path=None, val_fraction=config.val_fraction, seed=config.seed)
-    return make_learner(config, train_set, world=world or World(), device=CPU)
+    return Learner(config, train_set, world=world or World(), device=CPU)
 
 
 def batch_of(count: int) -> Batch:

@@ -22,7 +22,7 @@ from mobilevit.cli import main
 from mobilevit.data.loaders import default_num_workers
 from mobilevit.training.config import TrainConfig
 from mobilevit.training.distributed import World
-from mobilevit.training.loop import _random_state, _set_random_state, prepare, train
+from mobilevit.training.loop import Run, _random_state, _set_random_state, train
 from mobilevit.training.run_folder import RunFolder, TrainingInterrupted
 from training_settings import with_settings
 
@@ -274,8 +274,8 @@ def test_readers_share_the_cores_not_the_most_of_one_process(
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(96)), raising=False)
     assert [default_num_workers(cuda, sharing=processes) for processes in (1, 8, 32)] == [8, 8, 3]
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "32")
-    assert prepare(dataclasses.replace(tiny, num_workers=None), World(), cpu).num_workers == 1
-    assert prepare(dataclasses.replace(tiny, num_workers=2), World(), cpu).num_workers == 2
+    assert Run(dataclasses.replace(tiny, num_workers=None), World(), cpu).num_workers == 1
+    assert Run(dataclasses.replace(tiny, num_workers=2), World(), cpu).num_workers == 2
 
 
 def test_a_system_that_does_not_tell_its_memory(tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:

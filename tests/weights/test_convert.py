@@ -13,7 +13,7 @@ from torch import Tensor
 
 from golden_weights import GOLDEN, fill_with_golden_weights, golden_images, golden_manifest, golden_weights
 from mobilevit.models.mobilevit import XS, XXS, MobileViT, MobileViTConfig, S
-from mobilevit.weights.convert import Family, convert_state_dict, detect_family, unwrap_state_dict
+from mobilevit.weights.convert import Family, convert_state_dict, recognize, unwrap_state_dict
 
 CONFIGS: dict[str, MobileViTConfig] = {"xxs": XXS, "xs": XS, "s": S}
 SIZES = [(256, 256), (192, 320), (250, 230)]
@@ -95,8 +95,8 @@ def test_there_and_back_is_bit_exact(peer: Family, size: str) -> None:
     state = weights_of(peer, size)
     before = {key: value.clone() for key, value in state.items()}
     ours = convert_state_dict(state, to="mobilevit")
-    assert detect_family(state) == peer
-    assert detect_family(ours) == "mobilevit"
+    assert recognize(state)[0] == peer
+    assert recognize(ours)[0] == "mobilevit"
     assert ours.keys() == MobileViT(CONFIGS[size]).state_dict().keys()
     assert_identical(convert_state_dict(ours, to=peer), before)
     for other in PEERS:
@@ -154,7 +154,7 @@ def test_output_stride_agrees_with_transformers(size: str, output_stride: int, s
     transformers = pytest.importorskip("transformers")
     theirs = fill_with_golden_weights(transformers.MobileViTModel(transformers_config(size, output_stride)))
     # A backbone alone: its names have no prefix, and there is no classifier.
-    assert detect_family(theirs.state_dict()) == "transformers"
+    assert recognize(theirs.state_dict())[0] == "transformers"
     ours = our_model(size, theirs.state_dict(), output_stride=output_stride, num_classes=0)
     assert list(ours.feature_channels) == strides
     assert ours.feature_channels[output_stride] == CONFIGS[size].channels[-1]

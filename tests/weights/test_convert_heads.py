@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from golden_weights import fill_with_golden_weights, golden_images, golden_manifest, golden_outputs, golden_weights
-from mobilevit.models import MODELS, Model, build_model
+from mobilevit.models import HEADS, MODELS, Model
 from mobilevit.models.deeplabv3 import DeepLabv3, DeepLabv3Config
-from mobilevit.weights.convert import convert_state_dict, detect_family, detect_task, unwrap_state_dict
+from mobilevit.weights.convert import convert_state_dict, recognize, unwrap_state_dict
 
 OS8_AUX = DeepLabv3Config(aspp_channels=512, atrous_rates=(12, 24, 36), aux_head=True)
 FORMS: dict[str, tuple[str, int, DeepLabv3Config | None]] = {
@@ -37,7 +37,7 @@ def cvnets_weights(form: str, size: str) -> dict[str, Tensor]:
 def fresh_model(form: str, size: str) -> Model:
     task, output_stride, head = FORMS[form]
     config = dataclasses.replace(MODELS[f"mobilevit_{size}"], output_stride=output_stride)
-    return build_model(config, task=task, num_classes=80 if task == "detection" else 21, head=head)
+    return HEADS[task].build(config, 80 if task == "detection" else 21, head)
 
 
 def golden_model(form: str, size: str) -> Model:
@@ -59,8 +59,8 @@ def assert_identical(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -
 def test_there_and_back_is_bit_exact(form: str, size: str) -> None:
     state = cvnets_weights(form, size)
     ours = convert_state_dict(state, to="mobilevit")
-    assert (detect_family(state), detect_task(state)) == ("cvnets", FORMS[form][0])
-    assert (detect_family(ours), detect_task(ours)) == ("mobilevit", FORMS[form][0])
+    assert recognize(state) == ("cvnets", FORMS[form][0])
+    assert recognize(ours) == ("mobilevit", FORMS[form][0])
     assert ours.keys() == fresh_model(form, size).state_dict().keys()
     assert_identical(convert_state_dict(ours, to="cvnets"), state)
     first = "encoder.conv_1.block.conv.weight"
@@ -117,7 +117,7 @@ def test_transformers_computes_the_same_on_bgr(size: str, image: tuple[int, int]
     theirs, ours = transformers_model(size), fresh_model("segmentation.deeplabv3_os16", size).eval()
     assert isinstance(ours, DeepLabv3)
     state = theirs.state_dict()
-    assert (detect_family(state), detect_task(state)) == ("transformers", "segmentation")
+    assert recognize(state) == ("transformers", "segmentation")
     ours.load_state_dict(convert_state_dict(state, to="mobilevit"))
     x = golden_images(1, *image)
     with torch.inference_mode():

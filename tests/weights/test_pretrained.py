@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from mobilevit.imaging.preprocessing import Preprocessing
-from mobilevit.models import MODELS
+from mobilevit.models import HEADS, MODELS
 from mobilevit.weights.pretrained import (
     PRETRAINED,
     list_pretrained,
@@ -187,8 +187,9 @@ def test_names() -> None:
     for name, weights in PRETRAINED.items():
         assert weights.name == name
         assert name.startswith(f"{weights.architecture}.")
-        assert (weights.task, weights.preprocessing) == PREPROCESSING[name.rpartition(".")[2]]
-        assert (weights.preprocessing.mean, weights.preprocessing.std) == ((0, 0, 0), (1, 1, 1))
+        preprocessing = HEADS[weights.task].published_preprocessing
+        assert (weights.task, preprocessing) == PREPROCESSING[name.rpartition(".")[2]]
+        assert (preprocessing.mean, preprocessing.std) == ((0, 0, 0), (1, 1, 1))
     assert [r.name for r in PRETRAINED["mobilevit_s.cvnets_in1k"].repositories] == [
         "timm/mobilevit_s.cvnets_in1k",
         "apple/mobilevit-small",
@@ -207,13 +208,14 @@ def test_facts_agree_with_timm() -> None:
     timm = pytest.importorskip("timm")
     classifiers = [weights for weights in PRETRAINED.values() if weights.task == "classification"]
     assert len(classifiers) == 3
+    preprocessing = HEADS["classification"].published_preprocessing
     for weights in classifiers:
         theirs = timm.get_pretrained_cfg(weights.name)
         assert theirs.hf_hub_id == weights.repositories[0].name
-        assert theirs.input_size[1:] == weights.preprocessing.size
-        assert theirs.crop_pct == weights.preprocessing.crop_fraction
-        assert theirs.interpolation == weights.preprocessing.interpolation
-        assert (theirs.mean, theirs.std) == (weights.preprocessing.mean, weights.preprocessing.std)
+        assert theirs.input_size[1:] == preprocessing.size
+        assert theirs.crop_pct == preprocessing.crop_fraction
+        assert theirs.interpolation == preprocessing.interpolation
+        assert (theirs.mean, theirs.std) == (preprocessing.mean, preprocessing.std)
 
 
 def test_a_file_on_no_hub_is_downloaded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -263,7 +265,7 @@ def test_a_download_that_breaks_off_leaves_nothing(tmp_path: Path, monkeypatch: 
     Thread(target=server.serve_forever, daemon=True).start()
     address = f"http://127.0.0.1:{server.server_port}/ssd.pt"
     monkeypatch.setitem(PRETRAINED, name, dataclasses.replace(PRETRAINED[name], address=address))
-    with pytest.raises(ValueError, match=r"broke off after 600 of 1,000 bytes\); fetch http"):
+    with pytest.raises(ValueError, match=r"600 bytes read, 400 more expected\)\); fetch http"):
         resolve(name)
     server.shutdown()
     server.server_close()

@@ -28,7 +28,7 @@ class Convert:
         """Convert, and print what was recognized."""
         from mobilevit import factory
         from mobilevit.weights import checkpoint
-        from mobilevit.weights.convert import convert_state_dict, detect_family, unwrap_state_dict
+        from mobilevit.weights.convert import convert_state_dict, recognize, unwrap_state_dict
 
         if self.target.suffix != ".safetensors":
             raise MobileViTError(f"{self.target}: name the target .safetensors")
@@ -39,5 +39,5 @@ class Convert:
         else:
             converted = convert_state_dict(state, to=self.to, source_channel_order=self.source_channel_order)
             checkpoint.save_tensors(converted, self.target)
-        print(f"{self.source} ({detect_family(state)}) -> {self.target} ({self.to})")
+        print(f"{self.source} ({recognize(state)[0]}) -> {self.target} ({self.to})")
         return 0

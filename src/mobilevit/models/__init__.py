@@ -1,12 +1,19 @@
-"""The architectures by name."""
+"""The tables that models are built from: architectures by name, and what each task adds to a backbone."""
 
 from __future__ import annotations
 
-from mobilevit.errors import MobileViTError, did_you_mean
-from mobilevit.models.heads import HeadConfig, Model, build_model
-from mobilevit.models.mobilevit import XS, XXS, MobileViTConfig, S
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
 
-__all__ = ["MODELS", "HeadConfig", "Model", "build_model", "list_models", "model_config"]
+from torch import Tensor
+
+from mobilevit.card import TaskName, default_classes
+from mobilevit.class_names import COCO_CLASSES, VOC_CLASSES
+from mobilevit.imaging.preprocessing import Preprocessing
+from mobilevit.models.deeplabv3 import DeepLabv3, DeepLabv3Config
+from mobilevit.models.mobilevit import XS, XXS, MobileViT, MobileViTBackbone, MobileViTConfig, S
+from mobilevit.models.ssdlite import SSDLite, SSDLiteConfig
 
 MODELS: dict[str, MobileViTConfig] = {
     "mobilevit_s": S,
@@ -14,20 +21,105 @@ MODELS: dict[str, MobileViTConfig] = {
     "mobilevit_xxs": XXS,
 }
 
+Model = MobileViT | SSDLite | DeepLabv3
+"""A model for any of the tasks."""
+
+HeadConfig = SSDLiteConfig | DeepLabv3Config
+"""The shape of a model beyond its backbone."""
+
 
 def list_models() -> list[str]:
     """Return the names that `create_model` takes."""
     return sorted(MODELS)
 
 
-def model_config(name: str) -> MobileViTConfig:
-    """Look up the shape of a named model.
+@cache
+def imagenet_classes() -> tuple[str, ...]:
+    """Return the labels of ImageNet-1k by output index, as torchvision publishes them."""
+    from torchvision.models import MobileNet_V2_Weights  # slow to import
 
-    Raises:
-        MobileViTError: no such model; the nearest name is suggested.
-    """
-    if name not in MODELS:
-        raise MobileViTError(
-            f"unknown model {name!r}; {did_you_mean(name, MODELS)}There are {', '.join(list_models())}"
-        )
-    return MODELS[name]
+    return tuple(MobileNet_V2_Weights.IMAGENET1K_V1.meta["categories"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Head:
+    """How models for one task are built, and their defaults."""
+
+    build: Callable[[MobileViTConfig, int, HeadConfig | None], Model]
+    """Makes a model from a backbone's shape, the number of classes and a head's shape (None: the published one)."""
+    config_type: type[HeadConfig] | None
+    """Type of the head's shape; None if the head has none of its own."""
+    num_classes: int
+    """Classes of the data behind the public weights, which a new model has, too."""
+    class_names: Callable[[], tuple[str, ...]]
+    """Names of these classes."""
+    output_stride: int
+    """Output stride of a new model."""
+    preprocessing: Preprocessing
+    """Preprocessing of a new model."""
+    published_preprocessing: Preprocessing
+    """Preprocessing with which the public weights reach their published accuracy."""
+    class_layers: tuple[str, ...]
+    """Layers whose tensors have rows for each class: for each anchor `other_rows` rows, then one for each class."""
+    anchors: int = 1
+    """Anchors in the first of them."""
+    other_rows: int = 0
+    """Rows of an anchor before those of the classes: four of the box and one of the background."""
+
+    def count_classes(self, state: Mapping[str, Tensor]) -> int:
+        """Count the classes of weights; 0 if they have no classifier."""
+        rows = len(state.get(f"{self.class_layers[0]}.weight", ()))
+        return max(rows // self.anchors - self.other_rows, 0)
+
+    def guess_classes(self, num_classes: int) -> tuple[str, ...]:
+        """Name the classes of weights that do not: those of the public data if their number fits, else placeholders."""
+        return self.class_names() if num_classes == self.num_classes else default_classes(num_classes)
+
+
+def _build_detector(config: MobileViTConfig, num_classes: int, head: HeadConfig | None) -> Model:
+    assert head is None or isinstance(head, SSDLiteConfig)
+    return SSDLite(MobileViTBackbone(config), num_classes, head)
+
+
+def _build_segmenter(config: MobileViTConfig, num_classes: int, head: HeadConfig | None) -> Model:
+    assert head is None or isinstance(head, DeepLabv3Config)
+    return DeepLabv3(MobileViTBackbone(config), num_classes, head)
+
+
+_DETECTION_INPUT = Preprocessing(size=(320, 320), resize_mode="stretch", interpolation="bilinear")
+_SEGMENTATION_INPUT = Preprocessing(size=(512, 512), resize_mode="stretch", interpolation="bilinear")
+
+HEADS: dict[TaskName, Head] = {
+    "classification": Head(
+        build=lambda config, num_classes, _: MobileViT(config, num_classes),
+        config_type=None,
+        num_classes=1000,
+        class_names=imagenet_classes,
+        output_stride=32,
+        preprocessing=Preprocessing(),
+        published_preprocessing=Preprocessing(crop_fraction=0.9),
+        class_layers=("classifier",),
+    ),
+    "detection": Head(
+        build=_build_detector,
+        config_type=SSDLiteConfig,
+        num_classes=len(COCO_CLASSES),
+        class_names=lambda: COCO_CLASSES,
+        output_stride=32,
+        preprocessing=_DETECTION_INPUT,
+        published_preprocessing=_DETECTION_INPUT,
+        class_layers=tuple(f"heads.{level}.predict" for level in range(6)),
+        anchors=SSDLiteConfig().anchors_per_cell[0],
+        other_rows=5,
+    ),
+    "segmentation": Head(
+        build=_build_segmenter,
+        config_type=DeepLabv3Config,
+        num_classes=len(VOC_CLASSES),
+        class_names=lambda: VOC_CLASSES,
+        output_stride=16,
+        preprocessing=_SEGMENTATION_INPUT,
+        published_preprocessing=_SEGMENTATION_INPUT,
+        class_layers=("classifier", "aux_head.2"),
+    ),
+}

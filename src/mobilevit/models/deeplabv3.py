@@ -94,14 +94,12 @@ class ASPP(nn.Module):
 class DeepLabv3(nn.Module):
     """A backbone, ASPP on its last map, and a classifier whose logits are resized to the input.
 
-    Args:
-        backbone: has `forward_features` and `feature_channels`; its output stride is that of the map.
-        num_classes: K, background included if there is one.
-        config: width and dilations of the head; None: the paper's, at the backbone's output stride.
+    K is `num_classes`, background included if there is one.
+
     Shape: RGB in 0..1, (B, 3, H, W), H and W >= 32 -> `SegmentationOutput`.
     """
 
-    card: ModelCard | None = None
+    card: ModelCard
     """Name, task, classes and preprocessing; set by `create_model` and `load`."""
 
     def __init__(self, backbone: MobileViTBackbone, num_classes: int, config: DeepLabv3Config | None = None) -> None:
@@ -116,22 +114,14 @@ class DeepLabv3(nn.Module):
         self.classifier = nn.Conv2d(config.aspp_channels, num_classes, 1)
         self.aux_head = None
         if config.aux_head:
-            self.aux_head = nn.Sequential(
-                ConvNormAct(backbone.config.channels[-2], config.aux_channels, 3, act="relu"),
-                nn.Dropout2d(config.dropout),
-                nn.Conv2d(config.aux_channels, num_classes, 1),
-            )
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Give fresh weights to everything but the backbone."""
+            aux_conv = ConvNormAct(backbone.config.channels[-2], config.aux_channels, 3, act="relu")
+            aux_classifier = nn.Conv2d(config.aux_channels, num_classes, 1)
+            self.aux_head = nn.Sequential(aux_conv, nn.Dropout2d(config.dropout), aux_classifier)
         initialize(self.aspp)
         initialize_prediction(self.classifier)
         if self.aux_head is not None:
             initialize(self.aux_head)
-            last = self.aux_head[-1]
-            assert isinstance(last, nn.Conv2d)
-            initialize_prediction(last)
+            initialize_prediction(aux_classifier)
 
     def forward(self, x: Tensor) -> SegmentationOutput:
         size = (x.shape[2], x.shape[3])

@@ -85,16 +85,8 @@ S = MobileViTConfig(channels=(32, 64, 96, 128, 160), embed_dims=(144, 192, 240),
 class ConvNormAct(nn.Module):
     """Convolution with "same" padding, BatchNorm and activation; the last two are optional.
 
-    Args:
-        in_channels: channels of the input.
-        out_channels: channels of the output.
-        kernel_size: side of the kernel, in pixels.
-        stride: step of the convolution, in pixels.
-        dilation: distance between the pixels that a kernel reads.
-        groups: groups of channels that are convolved apart.
-        norm: add BatchNorm.
-        act: "silu" in the backbone, "relu" in the heads of detection and segmentation, None for no activation.
-        bias: add a bias to the convolution.
+    Activation is SiLU in the backbone, and ReLU in the heads of detection and segmentation.
+
     Shape: (B, in_channels, H, W) -> (B, out_channels, ceil(H / stride), ceil(W / stride)).
     """
 
@@ -109,12 +101,11 @@ class ConvNormAct(nn.Module):
         groups: int = 1,
         norm: bool = True,
         act: Literal["silu", "relu"] | None = "silu",
-        bias: bool = False,
     ) -> None:
         super().__init__()
         padding = (kernel_size - 1) // 2 * dilation
         self.conv = nn.Conv2d(
-            in_channels, out_channels, kernel_size, stride, padding, dilation=dilation, groups=groups, bias=bias
+            in_channels, out_channels, kernel_size, stride, padding, dilation=dilation, groups=groups, bias=False
         )
         self.norm = nn.BatchNorm2d(out_channels) if norm else nn.Identity()
         self.act = {"silu": nn.SiLU, "relu": nn.ReLU, None: nn.Identity}[act]()
@@ -245,13 +236,8 @@ class MobileViTBlock(nn.Module):
     A pixel attends only to the pixels at its own offset inside the other patches: P sequences of N tokens.
     As in the official code, a map that patches do not divide is resized bilinearly to the next multiple, and back.
 
-    Args:
-        in_channels: C.
-        embed_dim: D, the width of the transformer; divisible by `num_heads`.
-        depth: number of transformer layers (L in the paper).
-        num_heads: attention heads of each layer.
-        patch_size: side of a patch in pixels, or (height, width).
-        dropout: probability, after attention and after the feed-forward network.
+    `depth` is the number of transformer layers (L in the paper), `patch_size` a side in pixels or (height, width).
+
     Shape: (B, C, H, W) -> (B, C, H, W), any H and W.
 
     Raises:
@@ -259,14 +245,7 @@ class MobileViTBlock(nn.Module):
     """
 
     def __init__(
-        self,
-        in_channels: int,
-        *,
-        embed_dim: int,
-        depth: int,
-        num_heads: int,
-        patch_size: PatchSize,
-        dropout: float,
+        self, in_channels: int, *, embed_dim: int, depth: int, num_heads: int, patch_size: PatchSize, dropout: float
     ) -> None:
         super().__init__()
         if embed_dim % num_heads:
@@ -299,12 +278,10 @@ class MobileViTBlock(nn.Module):
 class MobileViTBackbone(nn.Module):
     """The five stages that classification, detection and segmentation share; each halves the map and adds channels.
 
-    Args:
-        config: the shape of the backbone, such as `XXS`, `XS` or `S`.
     Shape: RGB in 0..1, (B, 3, H, W), H and W >= 32 -> the maps of `forward_features`.
     """
 
-    card: ModelCard | None = None
+    card: ModelCard
     """Name, task, classes and preprocessing; set by `create_model` and `load`."""
 
     def __init__(self, config: MobileViTConfig) -> None:

@@ -90,12 +90,7 @@ CENTER_VARIANCE, SIZE_VARIANCE = 0.1, 0.2
 def make_anchors(map_sizes: Sequence[tuple[int, int]], config: SSDLiteConfig) -> Tensor:
     """Make the boxes that detection starts from: several at every cell of every level's map, clipped to 0..1.
 
-    Args:
-        map_sizes: (height, width) of each level's map.
-        config: scales and ratios.
-
-    Returns:
-        (A, 4), center and size in 0..1; level by level, row by row, cell by cell.
+    Shape: (height, width) of each level's map -> (A, 4), center and size; level by level, row by row, cell by cell.
     """
     return torch.tensor(_anchor_table(tuple(map_sizes), config))
 
@@ -139,17 +134,15 @@ def decode_boxes(box_regression: Tensor, anchors_cxcywh: Tensor) -> Tensor:
 class SSDLite(nn.Module):
     """A backbone, further maps made from its deepest one, and a head for classes and boxes on each of six levels.
 
-    Args:
-        backbone: has `forward_features` and `feature_channels` with maps at strides 16 and 32.
-        num_classes: K, without the background.
-        config: levels and anchors.
+    K is `num_classes`, without the background.
+
     Shape: RGB in 0..1, (B, 3, H, W), H and W >= 32 -> `DetectionOutput`.
 
     Raises:
         MobileViTError: the backbone has no maps at strides 16 and 32.
     """
 
-    card: ModelCard | None = None
+    card: ModelCard
     """Name, task, classes and preprocessing; set by `create_model` and `load`."""
 
     def __init__(self, backbone: MobileViTBackbone, num_classes: int, config: SSDLiteConfig | None = None) -> None:
@@ -177,10 +170,6 @@ class SSDLite(nn.Module):
         for channels, head_channels, anchors in zip(levels, config.head_channels, config.anchors_per_cell, strict=True):
             last = len(self.heads) == len(levels) - 1
             self.heads.append(DetectionHead(channels, head_channels, anchors, num_classes + 1, separable=not last))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Give fresh weights to everything but the backbone."""
         for part in (self.extra, self.pool, self.heads):
             initialize(part)
         for head in self.heads:

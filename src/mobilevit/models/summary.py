@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from mobilevit.models import Model
 from mobilevit.models.deeplabv3 import ASPP
-from mobilevit.models.heads import Model
 from mobilevit.models.mobilevit import MobileViTBackbone, MobileViTBlock
 
 

@@ -158,6 +158,9 @@ class DetectionTask(Task[Boxes, Boxes]):
             loss=lambda output, targets: detection_loss(output, targets.boxes_cxcywh, targets.labels),
         )
 
+    def head(self, _: TrainingSettings) -> None:
+        """Leave the head to the weights, or the default."""
+
     def read_truth(self, target: Boxes, _: tuple[int, int]) -> Boxes:
         return target
 

@@ -7,7 +7,7 @@ import json
 import math
 import types
 import typing
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -229,11 +229,14 @@ class TrainConfig:
         )
 
     def _refuse_other_tasks(self, task: TaskName) -> None:
+        changes = self.changes()
         for name in sorted({name for defaults in DEFAULTS.values() for name in defaults.settings}):
-            changed = dict(_changes(self, [name]))
+            value = getattr(self, name)
+            settings = [one.name for one in dataclasses.fields(value)] if dataclasses.is_dataclass(value) else [name]
+            changed = [setting for setting in settings if setting in changes]
             if changed and name not in DEFAULTS[task].settings:
                 others = " and ".join(other for other, defaults in DEFAULTS.items() if name in defaults.settings)
-                raise MobileViTError(f"`{next(iter(changed))}` is for {others}; this is {task}, so leave it out")
+                raise MobileViTError(f"`{changed[0]}` is for {others}; this is {task}, so leave it out")
 
     def validate(self) -> None:
         """Check every value that can be checked without looking at data or devices.
@@ -241,7 +244,7 @@ class TrainConfig:
         Raises:
             MobileViTError: names the setting, its value and what it must be.
         """
-        values = self.flat()
+        values, changes = self.flat(), self.changes()
         for names, allowed, holds in _ALLOWED:
             for name in names.split():
                 _require(values, name, allowed, all(holds(number) for number in _numbers(values[name])))
@@ -249,22 +252,20 @@ class TrainConfig:
         _require(values, "scale_range", "two numbers above 0, in order", 0 < low <= high)
         is_possible = self.resize_mode != "crop" or self.task == "auto" or DEFAULTS[self.task].can_crop
         _require(values, "resize_mode", "stretch or pad for masks", is_possible)
-        defaults = {**dict(_leaves(DistillationSettings())), **dict(_leaves(SizeSettings()))}
         for names, needed, is_given in (
             ("teacher_weights distillation_share distillation_temperature", "teacher", self.distillation.teacher),
             ("train_sizes max_batch_size", "multi_scale", self.sizes.multi_scale != "off"),
         ):
             for name in names.split():
-                is_possible = bool(is_given) or values[name] == defaults[name]
-                _require(values, name, f"left out without `{needed}`", is_possible)
+                _require(values, name, f"left out without `{needed}`", bool(is_given) or name not in changes)
 
     def flat(self) -> dict[str, object]:
         """All settings by name, those of the groups among them; the command line's flags are the same names."""
-        return dict(_leaves(self))
+        return {name: value for name, value, _ in _leaves(self)}
 
     def changes(self) -> dict[str, object]:
         """The settings that differ from their defaults, by name."""
-        return dict(_changes(self))
+        return {name: value for name, value, default in _leaves(self) if value != default}
 
     def to_json(self) -> str:
         """Write indented JSON that `from_json` reads back."""
@@ -279,19 +280,16 @@ class TrainConfig:
         """
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
-        except OSError:
-            raise MobileViTError(
-                f"{path}: no such configuration; `config` takes the config.json of a run folder"
-            ) from None
-        except ValueError as error:
-            raise MobileViTError(f"{path}: not the configuration of a run ({error})") from None
-        try:
             if not isinstance(values, dict) or "data" not in values:
                 raise MobileViTError("it names no data")
             if values.pop("decode", "cpu") != "cpu":  # a setting of version 0.1
                 raise MobileViTError("decode is device, which went with version 0.1; remove it")
             return _from_values(cls, values)
-        except MobileViTError as error:
+        except OSError:
+            raise MobileViTError(
+                f"{path}: no such configuration; `config` takes the config.json of a run folder"
+            ) from None
+        except ValueError as error:
             raise MobileViTError(f"{path}: not the configuration of a run ({error})") from None
 
 
@@ -331,28 +329,15 @@ def _height_width(size: int | tuple[int, int]) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else size
 
 
-def _leaves(group: object) -> Iterator[tuple[str, object]]:
-    """Name and value of every setting of a group and of the groups in it."""
+def _leaves(group: object) -> Iterator[tuple[str, object, object]]:
+    """Name, value and default of every setting of a group and of the groups in it."""
     assert dataclasses.is_dataclass(group)
     for one in dataclasses.fields(group):
         value = getattr(group, one.name)
         if dataclasses.is_dataclass(value):
             yield from _leaves(value)
         else:
-            yield one.name, value
-
-
-def _changes(group: object, names: Container[str] | None = None) -> Iterator[tuple[str, object]]:
-    """Return the `_leaves` that differ from their defaults, perhaps only of some fields of `group`."""
-    assert dataclasses.is_dataclass(group)
-    for one in dataclasses.fields(group):
-        if names is not None and one.name not in names:
-            continue
-        value = getattr(group, one.name)
-        if dataclasses.is_dataclass(value):
-            yield from _changes(value)
-        elif value != one.default:
-            yield one.name, value
+            yield one.name, value, one.default
 
 
 _Group = typing.TypeVar("_Group")

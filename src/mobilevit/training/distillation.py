@@ -5,19 +5,20 @@ The teacher sees what the student sees, crop for crop (arXiv:2106.05237).
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mobilevit import factory
-from mobilevit.card import card_of
-from mobilevit.errors import MobileViTError
+from mobilevit.errors import MissingPackageError, MobileViTError, one_line, some
+from mobilevit.factory import load
+from mobilevit.files import Json
 from mobilevit.imaging.preprocessing import Preprocessing
+from mobilevit.training.config import DistillationSettings
+from mobilevit.weights import checkpoint
+from mobilevit.weights.convert import unwrap_state_dict
 
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -40,8 +41,8 @@ class Teacher(nn.Module):
     Args:
         network: (B, 3, H, W) -> logits (B, K).
         given: how the images it gets are normalized.
-        mean: what its own training subtracted from RGB in 0..1.
-        std: what that divided by.
+        mean: of its own training, of RGB in 0..1.
+        std: of its own training.
         size: the only (height, width) it takes; None: any.
     """
 
@@ -68,44 +69,41 @@ class Teacher(nn.Module):
         return logits
 
 
-def open_teacher(
-    name: str, classes: Sequence[str], given: Preprocessing, *, weights: str | Path | None = None
-) -> Teacher:
-    """A teacher by name.
+def open_teacher(settings: DistillationSettings, classes: Sequence[str], given: Preprocessing) -> Teacher:
+    """Open the teacher of the settings.
 
     Args:
-        name: "timm/NAME", "torchvision/NAME", or a checkpoint that `mobilevit.load` reads.
+        settings: which teacher, and its weights; without these, the published ones.
         classes: the student's, in its order.
         given: how the student's images are normalized.
-        weights: of a timm or torchvision network fine-tuned on these classes, a .safetensors or .pth. Without it, the
-            published ones, which have to be for as many classes.
 
     Raises:
-        ValueError: no such network, weights cannot be had or read, or other classes.
+        MobileViTError: no such network, weights cannot be had or read, or other classes.
     """
+    name, weights = settings.teacher, settings.teacher_weights
+    assert name is not None
     library, _, network_name = name.partition("/")
     if library in ("timm", "torchvision") and network_name:
-        opened = (_timm if library == "timm" else _torchvision)(network_name, len(classes), weights)
-        network, mean, std, size = opened
+        network, mean, std, size = _open(library, network_name, len(classes), weights)
         teacher = Teacher(network, given=given, mean=mean, std=std, size=size)
     else:
         if weights is not None:
             raise MobileViTError(
                 f"`teacher_weights` is for timm/... and torchvision/...; {name} is a file with its own"
             )
-        model = factory.load(name)
-        card = card_of(model)
+        model = load(name)
+        card = model.card
         if tuple(card.classes) != tuple(classes):
             raise MobileViTError(
-                f"`teacher` {name}: knows {_few(card.classes)}, the data have {_few(classes)}; a teacher has the same "
-                "classes in the same order: train it on these data"
+                f"`teacher` {name}: knows {len(card.classes)} classes ({some(card.classes, 3)}), the data have "
+                f"{len(classes)} ({some(classes, 3)}); a teacher has the same classes in the same order: train it on "
+                "these data"
             )
         teacher = Teacher(model, given=given, mean=card.preprocessing.mean, std=card.preprocessing.std)
     with torch.no_grad():
-        size = teacher.size or given.size
-        answer = teacher(torch.zeros(1, 3, *size))
-    if not isinstance(answer, Tensor) or tuple(answer.shape) != (1, len(classes)):
-        found = tuple(answer.shape)[1:] if isinstance(answer, Tensor) else type(answer).__name__
+        answer = teacher(torch.zeros(1, 3, *(teacher.size or given.size)))
+    if not isinstance(answer, Tensor) or answer.shape != (1, len(classes)):
+        found = tuple(answer.shape[1:]) if isinstance(answer, Tensor) else type(answer).__name__
         raise MobileViTError(
             f"`teacher` {name}: answers with {found}, the data have {len(classes)} classes; fine-tune it on these data "
             "and give the result with `teacher_weights`"
@@ -113,77 +111,43 @@ def open_teacher(
     return teacher
 
 
-Opened = tuple[nn.Module, Sequence[float], Sequence[float], tuple[int, int] | None]
-"""A network, the mean and std of its images, and its only input size, if it has one."""
+def _open(
+    library: str, name: str, num_classes: int, weights: str | Path | None
+) -> tuple[nn.Module, Sequence[float], Sequence[float], tuple[int, int] | None]:
+    """Open a network of timm or torchvision.
 
+    Returns:
+        The network, the mean and std of its images, and its only input size, if it has one.
+    """
+    make: Callable[..., nn.Module]
+    published: dict[str, object]
+    if library == "timm":
+        try:
+            import timm
+        except ImportError:
+            raise MissingPackageError("a teacher from timm needs timm; pip install timm") from None
+        is_known, make, published = timm.is_model(name), timm.create_model, {"pretrained": True}
+    else:
+        from torchvision import models
 
-def _timm(name: str, num_classes: int, weights: str | Path | None) -> Opened:
+        is_known, make, published = name in models.list_models(models), models.get_model, {"weights": "DEFAULT"}
+    if not is_known:
+        raise MobileViTError(f"`teacher` {library}/{name}: {library} has no such classifier; see its `list_models`")
     try:
-        import timm
-    except ImportError:
-        raise MobileViTError("a teacher from timm needs timm; pip install timm") from None
-    if not timm.is_model(name):
-        raise MobileViTError(f"`teacher` timm/{name}: timm has no such model; timm.list_models() names all")
-    with _cannot_be_had(f"timm/{name}"):
-        if weights is None:
-            network = timm.create_model(name, pretrained=True)
-        else:
-            network = timm.create_model(name, num_classes=num_classes)
+        network = make(name, **(published if weights is None else {"num_classes": num_classes}))
+    except Exception as error:  # of the hub's client, of urllib, or of the network's own constructor
+        raise MobileViTError(
+            f"`teacher` {library}/{name}: its weights cannot be had ({one_line(error)}); download them where there is "
+            "a network, or give a file with `teacher_weights`"
+        ) from error
     if weights is not None:
-        _fill(network, weights)
-    told: dict[str, Any] = network.pretrained_cfg
+        content, _ = checkpoint.read(weights)
+        try:
+            network.load_state_dict(unwrap_state_dict(content))
+        except (RuntimeError, MobileViTError) as error:
+            raise MobileViTError(f"`teacher_weights` {weights}: not of this network ({one_line(error)})") from None
+    if library == "torchvision":
+        return network, _IMAGENET_MEAN, _IMAGENET_STD, (224, 224) if name.startswith(("vit_", "maxvit")) else None
+    told: Json = network.pretrained_cfg  # type: ignore[assignment]
     size = tuple(told["input_size"][1:]) if told.get("fixed_input_size") else None
     return network, told.get("mean", _IMAGENET_MEAN), told.get("std", _IMAGENET_STD), size
-
-
-def _torchvision(name: str, num_classes: int, weights: str | Path | None) -> Opened:
-    from torchvision import models
-
-    if name not in models.list_models(models):
-        raise MobileViTError(f"`teacher` torchvision/{name}: torchvision has no such classifier")
-    with _cannot_be_had(f"torchvision/{name}"):
-        if weights is None:
-            network = models.get_model(name, weights="DEFAULT")
-        else:
-            network = models.get_model(name, weights=None, num_classes=num_classes)
-    if weights is not None:
-        _fill(network, weights)
-    size = (224, 224) if name.startswith(("vit_", "maxvit")) else None
-    return network, _IMAGENET_MEAN, _IMAGENET_STD, size
-
-
-@contextlib.contextmanager
-def _cannot_be_had(name: str) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:  # of the hub's client, of urllib, or of the network's own constructor
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise MobileViTError(
-            f"`teacher` {name}: its weights cannot be had ({reason}); download them where there is a network, or give "
-            "a file with `teacher_weights`"
-        ) from error
-
-
-def _fill(network: nn.Module, path: str | Path) -> None:
-    """Load a state dict, without running what a file may bring along."""
-    try:
-        if Path(path).suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            state: Any = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise MobileViTError(f"`teacher_weights` {path}: cannot be read ({type(error).__name__})") from error
-    for key in ("state_dict", "model"):
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
-    try:
-        network.load_state_dict(state)
-    except (RuntimeError, TypeError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise MobileViTError(f"`teacher_weights` {path}: not of this network ({reason})") from None
-
-
-def _few(names: Sequence[str]) -> str:
-    return f"{len(names)} classes ({', '.join(names[:3])}{' ...' if len(names) > 3 else ''})"

@@ -18,10 +18,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import TypeVar, cast
+from typing import TypeVar
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import distributed, nn
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
@@ -34,9 +34,6 @@ T = TypeVar("T")
 
 TIME_TO_MEET = timedelta(minutes=10)
 """For processes of one round to find each other, and for each exchange between them."""
-
-SECONDS_TO_STOP = 20
-"""After SIGTERM, which torchrun sends when another process has died, and which is followed by SIGKILL after 30."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,17 +62,15 @@ def joined(device: str) -> Iterator[tuple[World, torch.device]]:
         MobileViTError: no such device, or more processes than GPUs.
         SystemExit: another process has ended.
     """
+    chosen = pick_device(device)
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        chosen = pick_device(device)
         world = _meet()[1] if distributed.is_torchelastic_launched() else World()
         # What is told no device, such as a stream, takes the current one, which else is the first GPU.
         with torch.cuda.device(chosen) if chosen.type == "cuda" else nullcontext():
             yield world, chosen
         return
-    local_rank = int(os.environ["LOCAL_RANK"])
-    chosen = pick_device(device)
     if chosen.type == "cuda":
-        chosen = pick_device(f"cuda:{local_rank}")
+        chosen = pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
         torch.cuda.set_device(chosen)
     # What is not on a GPU (settings, states, agreements) goes through gloo.
     backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
@@ -133,16 +128,17 @@ def _meet() -> tuple[PrefixStore, World]:
 
 
 def _is_lost_connection(error: RuntimeError) -> bool:
-    if isinstance(error, distributed.DistNetworkError | distributed.DistBackendError):
-        return True
-    return any(
-        words in str(error) for words in ("Connection closed by peer", "Connection reset", "Broken pipe", "gloo")
-    )
+    words = ("Connection closed by peer", "Connection reset", "Broken pipe", "gloo")
+    is_networks = isinstance(error, distributed.DistNetworkError | distributed.DistBackendError)
+    return is_networks or any(word in str(error) for word in words)
 
 
 def end_soon() -> None:
-    """End this process in a while, whatever it is waiting for; for SIGTERM, when others may be gone already."""
-    timer = threading.Timer(SECONDS_TO_STOP, os._exit, (1,))
+    """End this process in a while, whatever it is waiting for.
+
+    For SIGTERM, which torchrun sends when another process has died, and follows by SIGKILL after 30 seconds.
+    """
+    timer = threading.Timer(20, os._exit, (1,))
     timer.daemon = True
     timer.start()
 
@@ -170,20 +166,20 @@ def on_first(world: World, function: Callable[[], T]) -> T:
     """
     if world.size == 1:
         return function()
-    outcome: list[tuple[T | None, bool]] = [(None, False)]
+    outcome: list[T] = []
     error: MobileViTError | None = None
     if world.is_first:
         try:
-            outcome = [(function(), True)]
+            outcome = [function()]
         except MobileViTError as raised:
             error = raised
-    distributed.broadcast_object_list(outcome)
-    result, is_good = outcome[0]
+    message = [outcome]
+    distributed.broadcast_object_list(message)
     if error is not None:
         raise error
-    if not is_good:
+    if not message[0]:
         raise SystemExit(2)
-    return cast(T, result)
+    return message[0][0]
 
 
 def require_same(world: World, what: str, values: dict[str, object]) -> None:
@@ -192,8 +188,6 @@ def require_same(world: World, what: str, values: dict[str, object]) -> None:
     Raises:
         MobileViTError: they differ; in the first process, naming what and where. The others end.
     """
-    if world.size == 1:
-        return
     everyone = gathered(world, values)
 
     def compare() -> None:
@@ -229,12 +223,8 @@ def any_of(world: World, *wishes: bool) -> list[bool]:
 def spread(world: World, module: nn.Module) -> None:
     """Make a module's weights and statistics those of the first process."""
     if world.size > 1:
-        for tensor in _tensors(module):
-            distributed.broadcast(tensor, src=0)
-
-
-def _tensors(module: nn.Module) -> list[Tensor]:
-    return [*(parameter.data for parameter in module.parameters()), *module.buffers()]
+        for tensor in (*module.parameters(), *module.buffers()):
+            distributed.broadcast(tensor.data, src=0)
 
 
 def wrap(world: World, forward: nn.Module, device: torch.device, *, accumulates: bool) -> nn.Module:

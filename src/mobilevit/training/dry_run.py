@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import statistics
 import time
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
@@ -16,15 +17,15 @@ from torch import Tensor, nn
 from mobilevit.data.loaders import Batch, Size, Step, ahead_on
 from mobilevit.devices import peak_memory_mb
 from mobilevit.evaluation import evaluation_loader
+from mobilevit.files import Json
 from mobilevit.models.inputs import normalize
 from mobilevit.progress import Progress
 from mobilevit.torch_session import TorchSession
 from mobilevit.training import distributed
 from mobilevit.training.config import TrainConfig
 from mobilevit.training.learner import Learner
-from mobilevit.training.loop import Run, prepare
+from mobilevit.training.loop import Run
 
-WARM_UP_STEPS = 2
 SECONDS_TO_MEASURE = 60.0
 STEPS_TO_MEASURE = 5
 """Steps of each size; fewer if the time is over."""
@@ -80,7 +81,7 @@ class DryRun:
         """Time of the whole run."""
         return self.config.epochs * self.seconds_per_epoch / 3600
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Json:
         """Return plain values for JSON."""
         config = json.loads(self.config.to_json())
         told = {"config": config, "seconds_per_epoch": round(self.seconds_per_epoch, 1), "hours": round(self.hours, 3)}
@@ -89,7 +90,9 @@ class DryRun:
     def lines(self) -> list[str]:
         """Describe the run in lines of text."""
         changed = self.config.changes()
-        told = [f"{'*' if name in changed else ' '} {name:<24} {value}" for name, value in self.config.flat().items()]
+        settings = [
+            f"{'*' if name in changed else ' '} {name:<24} {value}" for name, value in self.config.flat().items()
+        ]
         steps = [
             f"  {plan.size[0]} x {plan.size[1]}, {plan.batch_size} images: {plan.steps_per_epoch:,} steps an epoch, "
             f"{plan.seconds_per_step * 1e3:,.0f} ms each{'' if plan.measured else ' (by pixels)'}"
@@ -99,7 +102,7 @@ class DryRun:
         peak = "" if self.peak_memory_mb is None else f"; {self.peak_memory_mb:,.0f} MB were taken while measuring"
         return [
             "settings (* not the default)",
-            *told,
+            *settings,
             "",
             f"{self.num_train:,} images of {self.num_classes} classes to train on, {self.num_val:,} to validate on",
             f"{self.parameters:,} parameters, {self.trainable_parameters:,} of them trained; on {self.device}",
@@ -121,12 +124,12 @@ def dry_run(config: TrainConfig) -> DryRun:
     """
     config.validate()
     with distributed.joined(config.device) as (world, device):
-        run = prepare(config, world, device)
+        run = Run(config, world, device)
         config, learner, steps = run.config, run.learner, run.loader.start(0)
         seconds, largest = _measure(run, steps)
-        validation = _validation_seconds(run)
-        trained = [p for p in learner.model.parameters() if p.requires_grad]
-        bytes_of_state = sum(t.nbytes for t in (*learner.model.parameters(), *learner.model.buffers()))
+        everything = list(learner.model.parameters())
+        trained = [p for p in everything if p.requires_grad]
+        bytes_of_state = sum(t.nbytes for t in (*everything, *learner.model.buffers()))
         copies = 1 + (learner.average is not None)
         updates_per_epoch = -(-len(steps) // config.optimizer.grad_accum_steps)
         return DryRun(
@@ -136,14 +139,14 @@ def dry_run(config: TrainConfig) -> DryRun:
             num_train=len(run.train_set),
             num_val=len(run.val_set),
             num_classes=len(run.train_set.classes),
-            parameters=sum(p.numel() for p in learner.model.parameters()),
+            parameters=sum(p.numel() for p in everything),
             trainable_parameters=sum(p.numel() for p in trained),
             sizes=_plans(run, steps, seconds),
             updates=updates_per_epoch * config.epochs,
             weights_mb=round((copies * bytes_of_state + 3 * sum(p.nbytes for p in trained)) / 1e6, 1),
             activations_mb=_activations_mb(learner, largest),
             peak_memory_mb=peak_memory_mb(device),
-            validation_seconds=round(validation, 3),
+            validation_seconds=round(_validation_seconds(run), 3),
         )
 
 
@@ -151,78 +154,66 @@ def _measure(run: Run, steps: list[Step]) -> tuple[dict[Size | None, list[float]
     """Time steps of each size, from when the step before was done; also return the batch with most pixels."""
     learner = run.learner
     seconds: dict[Size | None, list[float]] = {step.size: [] for step in steps}
-    first: dict[Size | None, list[float]] = {step.size: [] for step in steps}  # while things warm up, or are compiled
+    first: dict[Size | None, list[float]] = {}  # while things warm up, or are compiled, perhaps for minutes
     largest: Batch | None = None
     learner.train_mode()
-    begun = time.monotonic()
-    enough = STEPS_TO_MEASURE * len(seconds)
-    with Progress("measuring", enough, "steps", silent=not learner.world.is_first) as progress:
-        before = time.monotonic()
-        for number, (batch, step) in enumerate(zip(ahead_on(run.device, run.loader.epoch()), steps, strict=False)):
+    with Progress("measuring", STEPS_TO_MEASURE * len(seconds), "steps", silent=not run.world.is_first) as progress:
+        spent, before = 0.0, time.monotonic()
+        for batch, step in zip(ahead_on(run.device, run.loader.epoch()), steps, strict=False):
             learner.step(batch, share=1.0, learning_rate=1e-12)
-            if learner.device.type == "cuda":
-                torch.cuda.synchronize(learner.device)
+            if run.device.type == "cuda":
+                torch.cuda.synchronize(run.device)
             now = time.monotonic()
-            compiles = learner.config.hardware.compile and not first[step.size] and not seconds[step.size]
-            if compiles:
-                begun += now - before  # for some minutes, which are not what is to be measured
-            if compiles or number < WARM_UP_STEPS:
-                first[step.size].append(now - before)
+            if step.size not in first:
+                first[step.size] = [now - before]
             else:
                 seconds[step.size].append(now - before)
+                spent += now - before
                 progress.advance(1)
             before = now
             if largest is None or batch.images.numel() > largest.images.numel():
                 largest = batch
             done = all(len(found) >= STEPS_TO_MEASURE for found in seconds.values())
-            if distributed.any_of(learner.world, done or now - begun > SECONDS_TO_MEASURE)[0]:
+            if distributed.any_of(run.world, done or spent > SECONDS_TO_MEASURE)[0]:
                 break
     return seconds if any(seconds.values()) else first, largest
 
 
 def _plans(run: Run, steps: list[Step], seconds: dict[Size | None, list[float]]) -> tuple[SizePlan, ...]:
-    config = run.config
-    usual = config.training_size
-    batch_sizes = {batch.size: batch.batch_size for batch in config.step_sizes()} or {None: config.batch_size}
+    usual = run.config.training_size
+    batch_sizes = {batch.size: batch.batch_size for batch in run.config.step_sizes()} or {None: run.config.batch_size}
     counts = Counter(step.size for step in steps)
-    pixels = {size: batch * (size or usual)[0] * (size or usual)[1] for size, batch in batch_sizes.items()}
-    rates = [statistics.median(found) / pixels[size] for size, found in seconds.items() if found]
-    plans = []
-    for size, batch_size in batch_sizes.items():
-        found = seconds.get(size)
-        one = statistics.median(found) if found else statistics.median(rates) * pixels[size]
-        plans.append(
-            SizePlan(
-                size=size or usual,
-                batch_size=min(batch_size, -(-max(step.stop for step in steps) // run.world.size)),
-                steps_per_epoch=counts[size],
-                seconds_per_step=round(one, 4),
-                measured=bool(found),
-            )
+    pixels = {size: batch * math.prod(size or usual) for size, batch in batch_sizes.items()}
+    rate = statistics.median(statistics.median(found) / pixels[size] for size, found in seconds.items() if found)
+    most = -(-max(step.stop for step in steps) // run.world.size)
+    return tuple(
+        SizePlan(
+            size=size or usual,
+            batch_size=min(batch_size, most),
+            steps_per_epoch=counts[size],
+            seconds_per_step=round(statistics.median(seconds.get(size) or [rate * pixels[size]]), 4),
+            measured=bool(seconds.get(size)),
         )
-    return tuple(plans)
+        for size, batch_size in batch_sizes.items()
+    )
 
 
 def _validation_seconds(run: Run) -> float:
     """Estimate the time of one validation by all processes, from two batches read by this one."""
-    learner, val_set = run.learner, run.val_set
+    learner = run.learner
     loader = evaluation_loader(
-        val_set, learner.card, batch_size=2 * run.config.batch_size, num_workers=0, device=run.device
+        run.val_set, learner.card, batch_size=2 * run.config.batch_size, num_workers=0, device=run.device
     )
-    session = TorchSession(learner.evaluated, learner.card, device=learner.device, amp_dtype=learner.amp_dtype)
+    session = TorchSession(learner.evaluated, learner.card, device=run.device, amp_dtype=learner.amp_dtype)
     spent, images, before = 0.0, 0, time.monotonic()
-    for number, batch in enumerate(loader.epoch()):
-        session.run(batch.images.permute(0, 2, 3, 1).numpy())
-        if learner.device.type == "cuda":
-            torch.cuda.synchronize(learner.device)
+    for number, batch in enumerate(islice(loader.epoch(), 3)):
+        session.run(batch.images.permute(0, 2, 3, 1).numpy())  # which waits for the device
         now = time.monotonic()
         if number or len(loader) == 1:
             spent, images = spent + now - before, images + len(batch)
         before = now
-        if number == 2:
-            break
     workers = max(1, run.num_workers) if run.device.type == "cuda" else 1
-    return spent / max(images, 1) * len(val_set) / run.world.size / workers
+    return spent / max(images, 1) * len(run.val_set) / run.world.size / workers
 
 
 def _activations_mb(learner: Learner, batch: Batch | None) -> float:

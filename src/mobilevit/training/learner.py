@@ -1,59 +1,82 @@
-"""A model with its optimizer and its moving average, and one training step."""
+"""One training step, and what it works on: model, optimizer, learning rate and moving average of the weights."""
 
 from __future__ import annotations
 
 import copy
-import dataclasses
+import math
 from collections.abc import Callable, Collection
 from contextlib import nullcontext
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from mobilevit import factory
-from mobilevit.card import ModelCard, card_of
+from mobilevit.card import ModelCard
 from mobilevit.data.imageset import AnyImages
 from mobilevit.data.loaders import Batch
 from mobilevit.errors import MobileViTError
+from mobilevit.factory import create_model
 from mobilevit.imaging.preprocessing import Preprocessing
 from mobilevit.models import Model
 from mobilevit.models.inputs import normalize
-from mobilevit.tasks.task import Objective
 from mobilevit.training import distributed
-from mobilevit.training.config import TrainConfig
+from mobilevit.training.config import OptimizerSettings, TrainConfig
 from mobilevit.training.distillation import distillation_loss, open_teacher
 from mobilevit.training.distributed import World
-from mobilevit.training.optim import WeightAverage, is_head, make_optimizer
+from mobilevit.training.run_folder import State
 
 Network = Callable[[int], nn.Module]
 """Makes another network than this package's from the number of classes: (B, 3, H, W) -> (B, K)."""
 
 
-@dataclass(kw_only=True)
 class Learner:
-    """A model on its device with everything that changes it."""
+    """A model with initial weights on its device, and everything that changes it.
 
-    config: TrainConfig
-    world: World
-    device: torch.device
-    model: nn.Module
-    card: ModelCard
-    objective: Objective
-    optimizer: torch.optim.AdamW
-    average: WeightAverage | None
-    """Exponential moving average of the weights; None if it is off."""
-    scaler: torch.amp.GradScaler
-    """Scales the loss for fp16; does nothing otherwise."""
-    amp_dtype: torch.dtype | None
-    """Type that autocast computes in; None: float32."""
-    forward: nn.Module
-    """The model, perhaps compiled, perhaps averaging gradients with other processes."""
-    teacher: nn.Module | None
-    """Normalized as the model's images are, (B, 3, H, W) -> logits (B, K)."""
-    _last_batch: Batch | None = field(default=None, init=False)
+    Raises:
+        MobileViTError: weights or teacher cannot be had or do not fit; something that the device does not have.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        data: AnyImages,
+        *,
+        world: World,
+        device: torch.device,
+        network: Network | None = None,
+    ) -> None:
+        self.config, self.world, self.device = config, world, device
+        self.amp_dtype = _amp_dtype(config.hardware.amp, device)
+        model, self.card = _build_model(config, data, network)
+        model = model.to(device)
+        if config.freeze_backbone:
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad = _is_head(name)
+        if config.hardware.sync_batch_norm and world.size > 1:
+            if device.type != "cuda":
+                raise MobileViTError("`sync_batch_norm` needs GPUs; leave it out")
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
+        self.model = model
+        self.teacher: nn.Module | None = None
+        if config.distillation.teacher is not None:
+            with torch.random.fork_rng(devices=[]):  # a student starts from the same weights, whoever teaches it
+                self.teacher = open_teacher(config.distillation, data.classes, self.preprocessing).to(device)
+        self.objective = data.task.objective(
+            config, self.preprocessing, num_classes=len(data.classes), targets=data.targets, device=device
+        )
+        self.optimizer = make_optimizer(model, config.optimizer, device)
+        self.average = WeightAverage(model, config.optimizer.ema_momentum) if config.optimizer.ema else None
+        # It scales the loss for fp16, and does nothing otherwise.
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.amp_dtype is torch.float16)
+        # The model, perhaps compiled, perhaps averaging gradients with other processes.
+        self.forward = distributed.wrap(
+            world,
+            CompiledForSizes(model, _usual_shapes(config)) if config.hardware.compile else model,
+            device,
+            accumulates=config.optimizer.grad_accum_steps > 1,
+        )
+        self._last_batch: Batch | None = None
 
     @property
     def preprocessing(self) -> Preprocessing:
@@ -70,7 +93,7 @@ class Learner:
         self.model.train()
         if self.config.freeze_backbone:
             for name, child in getattr(self.model, "backbone", self.model).named_children():
-                if not is_head(f"{name}."):
+                if not _is_head(f"{name}."):
                     child.eval()
 
     def step(self, batch: Batch, *, share: float, learning_rate: float | None) -> Tensor | None:
@@ -85,8 +108,7 @@ class Learner:
             The batch's mean loss, a scalar; None if it had too few images to learn from.
         """
         learns = len(batch) > 1  # statistics of one image are none
-        if learns:
-            self._last_batch = batch
+        self._last_batch = batch if learns else self._last_batch
         loss = None
         # Other processes wait for this one's gradients, even if there are none.
         if learns or self.world.size > 1:
@@ -115,12 +137,10 @@ class Learner:
         images, targets = normalize(batch.images, self.preprocessing), batch.targets
         if self.objective.mix is not None:
             images, targets = self.objective.mix(images, targets)
-        with torch.autocast(self.device.type, dtype=self.amp_dtype, enabled=self.amp_dtype is not None):
+        with self._autocast():
             outputs = self.forward(images)
-            told = None
-            if self.teacher is not None:
-                with torch.no_grad():
-                    told = self.teacher(images)
+            with torch.no_grad():
+                told = None if self.teacher is None else self.teacher(images)
         loss = self.objective.loss(outputs, targets)
         if told is None:
             return loss
@@ -131,12 +151,15 @@ class Learner:
     def _blank_loss(self) -> Tensor:
         """A loss whose gradients are multiplied by zero, before any batch could be learned from."""
         images = torch.zeros(2, 3, *self.preprocessing.size, device=self.device)
-        with torch.autocast(self.device.type, dtype=self.amp_dtype, enabled=self.amp_dtype is not None):
+        with self._autocast():
             outputs = self.forward(images)
         parts = [outputs] if isinstance(outputs, Tensor) else [part for part in outputs if part is not None]
         return torch.stack([part.float().mean() for part in parts]).sum()
 
-    def state_dict(self) -> dict[str, Any]:
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, dtype=self.amp_dtype, enabled=self.amp_dtype is not None)
+
+    def state_dict(self) -> State:
         """Return the state that resuming needs."""
         return {
             "model": self.model.state_dict(),
@@ -145,7 +168,7 @@ class Learner:
             "average": self.average.state_dict() if self.average else None,
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: State) -> None:
         """Restore what `state_dict` returned."""
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -154,68 +177,35 @@ class Learner:
             self.average.load_state_dict(state["average"])
 
 
-def make_learner(
-    config: TrainConfig,
-    data: AnyImages,
-    *,
-    world: World,
-    device: torch.device,
-    network: Network | None = None,
-) -> Learner:
-    """Build a model with initial weights and everything that trains it, on the device.
-
-    Raises:
-        MobileViTError: weights or teacher cannot be had or do not fit; something that the device does not have.
-    """
-    amp_dtype = _amp_dtype(config.hardware.amp, device)
-    if config.hardware.sync_batch_norm and world.size > 1 and device.type != "cuda":
-        raise MobileViTError("`sync_batch_norm` needs GPUs; leave it out")
+def _build_model(config: TrainConfig, data: AnyImages, network: Network | None) -> tuple[nn.Module, ModelCard]:
+    """Build the model of the settings, or another network, and make its card for this run."""
+    model: nn.Module
     if network is None:
-        model: nn.Module = build_model(config, data)
-        card = card_of(model)
-    else:
-        assert config.resize_mode != "auto"
-        model = network(len(data.classes))
-        preprocessing = Preprocessing(
-            size=config.input_size, resize_mode=config.resize_mode, crop_fraction=config.crop_fraction
+        model = create_model(
+            config.model,
+            task=data.task.name,
+            classes=data.classes,
+            weights=f"{config.model}.cvnets_in1k" if config.weights == "pretrained" else config.weights,
+            patch_size=config.patch_size,
+            output_stride=config.segmentation.output_stride,
+            head=data.task.head(config),
         )
-        card = ModelCard(name=config.model, task=data.task.name, classes=data.classes, preprocessing=preprocessing)
-    model, preprocessing = model.to(device), card.preprocessing
-    if config.freeze_backbone:
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad = is_head(name)
-    if config.hardware.sync_batch_norm and world.size > 1:
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
-    teacher, distillation = None, config.distillation
-    if distillation.teacher is not None:
-        with torch.random.fork_rng(devices=[]):  # a student starts from the same weights, whoever teaches it
-            teacher = open_teacher(
-                distillation.teacher, data.classes, preprocessing, weights=distillation.teacher_weights
-            )
-        teacher = teacher.to(device)
-    return Learner(
-        config=config,
-        world=world,
-        device=device,
-        model=model,
-        card=card,
-        objective=data.task.objective(
-            config, preprocessing, num_classes=len(data.classes), targets=data.targets, device=device
-        ),
-        optimizer=make_optimizer(model, config.optimizer, device),
-        average=WeightAverage(model, copy.deepcopy(model), config.optimizer.ema_momentum)
-        if config.optimizer.ema
-        else None,
-        scaler=torch.amp.GradScaler(device.type, enabled=amp_dtype is torch.float16),
-        amp_dtype=amp_dtype,
-        forward=distributed.wrap(
-            world,
-            CompiledForSizes(model, _usual_shapes(config)) if config.hardware.compile else model,
-            device,
-            accumulates=config.optimizer.grad_accum_steps > 1,
-        ),
-        teacher=teacher,
+        card = model.card
+    else:
+        model = network(len(data.classes))
+        card = ModelCard(name=config.model, task=data.task.name, classes=data.classes)
+    assert config.resize_mode != "auto"
+    # The weights' own normalization stays; size and crop are this run's.
+    preprocessing = replace(
+        card.preprocessing,
+        size=config.input_size,
+        resize_mode=config.resize_mode,
+        crop_fraction=config.crop_fraction,
     )
+    card = replace(card, preprocessing=preprocessing, metrics={})
+    if isinstance(model, Model):
+        model.card = card
+    return model, card
 
 
 class CompiledForSizes(nn.Module):
@@ -234,7 +224,7 @@ class CompiledForSizes(nn.Module):
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 2 * len(shapes) + 2)
         self._compiled = torch.compile(model, dynamic=False)
 
-    def forward(self, x: Tensor) -> Any:
+    def forward(self, x: Tensor) -> object:
         batch, _, height, width = x.shape
         return (self._compiled if (batch, height, width) in self._shapes else self.model)(x)
 
@@ -257,26 +247,88 @@ def _amp_dtype(amp: str, device: torch.device) -> torch.dtype | None:
     return {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
 
 
-def build_model(config: TrainConfig, data: AnyImages) -> Model:
-    """Build the model of the settings, with a card for this run."""
-    weights = f"{config.model}.cvnets_in1k" if config.weights == "pretrained" else config.weights
-    model = factory.create_model(
-        config.model,
-        task=data.task.name,
-        classes=data.classes,
-        weights=weights,
-        patch_size=config.patch_size,
-        output_stride=config.segmentation.output_stride,
-        head=data.task.head(config),
-    )
-    card = card_of(model)
-    assert config.resize_mode != "auto"
-    # The weights' own normalization stays; size and crop are this run's.
-    preprocessing = dataclasses.replace(
-        card.preprocessing,
-        size=config.input_size,
-        resize_mode=config.resize_mode,
-        crop_fraction=config.crop_fraction,
-    )
-    model.card = dataclasses.replace(card, preprocessing=preprocessing, metrics={})
-    return model
+# -- optimizer, learning rate, moving average -------------------------------------------------------------------------
+
+# From input to output, the head after them; `layer_decay` lowers the learning rate by one power for each step back.
+_STAGES = ("stem", "layer1", "layer2", "layer3", "layer4", "layer5", "head_conv")
+
+
+def _is_head(parameter: str) -> bool:
+    """Return whether a parameter of this name belongs to what a task adds to the backbone."""
+    return _stage(parameter) not in _STAGES
+
+
+def _stage(parameter: str) -> str:
+    return parameter.removeprefix("backbone.").partition(".")[0]
+
+
+def make_optimizer(model: nn.Module, settings: OptimizerSettings, device: torch.device) -> torch.optim.AdamW:
+    """AdamW (arXiv:1711.05101) with the published betas, fused into one kernel where the device has one.
+
+    Trainable parameters are grouped by weight decay and by learning rate relative to the schedule's (`lr_factor`).
+    """
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        decays = settings.decay_norm_and_bias or parameter.ndim > 1
+        head_lr_factor = 1.0 if settings.head_lr_factor is None else settings.head_lr_factor
+        stages_to_head = 0 if _is_head(name) else len(_STAGES) - _STAGES.index(_stage(name))
+        factor = settings.layer_decay**stages_to_head if stages_to_head else head_lr_factor
+        groups.setdefault((factor, settings.weight_decay if decays else 0.0), []).append(parameter)
+    told = [
+        {"params": parameters, "lr_factor": factor, "weight_decay": decay}
+        for (factor, decay), parameters in groups.items()
+    ]
+    return torch.optim.AdamW(told, betas=(0.9, 0.999), fused=device.type in ("cpu", "cuda"))
+
+
+def learning_rate(progress: float, config: TrainConfig) -> float:
+    """Linear warm-up from a tenth of the peak, then half a cosine down to `final_lr_fraction` of it.
+
+    By images rather than updates, as updates take more or fewer images where their size varies.
+
+    Args:
+        progress: share of all images of the run, each counted once an epoch, that were seen before the update.
+        config: gives peak, warm-up and end.
+    """
+    peak, warmup, end = config.peak_learning_rate, config.optimizer.warmup_fraction, config.optimizer.final_lr_fraction
+    if progress < warmup:
+        return peak * (0.1 + 0.9 * progress / warmup)
+    progress = (progress - warmup) / max(1 - warmup, 1e-9)
+    return peak * (end + (1 - end) * (1 + math.cos(math.pi * progress)) / 2)
+
+
+class WeightAverage:
+    """Exponential moving average of a model's weights and buffers, kept in a second model.
+
+    The published momentum averages over about 2,000 updates; a run of 1,000 would never leave its initial weights. So
+    the momentum starts high and falls to the published one: max(momentum, 9 / (10 + updates)).
+    """
+
+    def __init__(self, model: nn.Module, momentum: float) -> None:
+        self.momentum, self.updates = momentum, 0
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        pairs = list(zip(self.model.state_dict().values(), model.state_dict().values(), strict=True))
+        averaged = [pair for pair in pairs if pair[0].is_floating_point()]
+        copied = [pair for pair in pairs if not pair[0].is_floating_point()]
+        self._averaged, self._current = ([pair[side] for pair in averaged] for side in (0, 1))
+        self._copies, self._counters = ([pair[side] for pair in copied] for side in (0, 1))
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Move towards the current weights; counters (integers) are copied."""
+        momentum = max(self.momentum, 9 / (10 + self.updates))
+        torch._foreach_lerp_(self._averaged, self._current, momentum)
+        if self._copies:
+            torch._foreach_copy_(self._copies, self._counters)
+        self.updates += 1
+
+    def state_dict(self) -> State:
+        """Return the state that resuming needs."""
+        return {"updates": self.updates, "model": self.model.state_dict()}
+
+    def load_state_dict(self, state: State) -> None:
+        """Restore what `state_dict` returned; tensors are filled in place, so the lists stay as they are."""
+        self.model.load_state_dict(state["model"])
+        self.updates = state["updates"]

@@ -7,10 +7,16 @@ import dataclasses
 import logging
 import math
 import random
+import signal
+import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from types import FrameType
 
 import numpy as np
 import torch
@@ -18,7 +24,7 @@ from torch import Tensor
 
 from mobilevit.card import TaskName
 from mobilevit.data.datasets import load_train_val
-from mobilevit.data.imageset import AnyImages, report_problems
+from mobilevit.data.imageset import report_problems
 from mobilevit.data.loaders import BatchLoader, Segment, ahead_on, default_num_workers
 from mobilevit.devices import peak_memory_mb
 from mobilevit.errors import MobileViTError
@@ -29,10 +35,8 @@ from mobilevit.torch_session import TorchSession
 from mobilevit.training import distributed
 from mobilevit.training.config import TrainConfig
 from mobilevit.training.distributed import World
-from mobilevit.training.learner import Learner, Network, make_learner
-from mobilevit.training.optim import learning_rate
-from mobilevit.training.run_folder import RunFolder, TrainingInterrupted
-from mobilevit.training.stop_signals import StopSignals
+from mobilevit.training.learner import Learner, Network, learning_rate
+from mobilevit.training.run_folder import RunFolder, State, TrainingInterrupted
 
 log = logging.getLogger("mobilevit")
 
@@ -81,7 +85,7 @@ def train(
         again = world.is_restart and RunFolder(config.out).config.exists()
         # The first process decides: others may be on machines that do not see the run folder.
         resume, again = distributed.on_first(world, lambda: (resume or again, again))
-        run = prepare(config, world, device, network=network)
+        run = Run(config, world, device, network=network)
         state = distributed.on_first(world, lambda: run.folder.reopen(run.config, run.fingerprint) if resume else None)
         if state is not None:
             _restore(run, state)
@@ -91,7 +95,7 @@ def train(
             _log_start(run)
         if world.is_first:
             run.folder.open_tensorboard(run.position.epoch)
-        with StopSignals(then=distributed.end_soon if world.size > 1 else None) as stop:
+        with _stop_signals(world) as stop:
             while run.position.epoch < config.epochs and not _is_stuck(run):
                 rate = _train_epoch(run, stop)
                 _evaluate_epoch(run, rate)
@@ -122,100 +126,73 @@ class Position:
         return self.loss_sum / max(self.loss_count, 1)
 
 
-@dataclass(kw_only=True)
 class Run:
-    """Everything a run works with, on one process."""
+    """Everything a run works with, on one process: labels, model, reading processes; nothing is written yet.
 
-    config: TrainConfig
-    """With nothing left open."""
-    world: World
-    device: torch.device
-    folder: RunFolder
-    train_set: AnyImages
-    val_set: AnyImages
-    fingerprint: str
-    """Tells the images to train on from others."""
-    learner: Learner
-    num_workers: int
-    """Processes that read images."""
-    loader: BatchLoader
-    """The images to train on, in an order and at sizes that depend on nothing but the seed."""
-    val_loader: BatchLoader
-    position: Position = field(default_factory=Position)
-    unreadable: set[str] = field(default_factory=set)
-    """One line for each training image that could not be read, in the epochs before this one."""
-    images_per_second: float = 0.0
-    last_saved: float = field(default_factory=time.monotonic)
+    Raises:
+        MobileViTError: data, weights or a teacher cannot be had, or settings that do not go with them or the device.
+    """
+
+    def __init__(
+        self, config: TrainConfig, world: World, device: torch.device, *, network: Network | None = None
+    ) -> None:
+        self.train_set, self.val_set = load_train_val(
+            config.data,
+            task=None if config.task == "auto" else config.task,
+            val_path=config.val_data,
+            val_fraction=config.val_fraction,
+            seed=config.seed,
+        )
+        config = config.resolve(self.train_set.task.name, world.size)
+        config.validate()
+        self.config, self.world, self.device, self.folder = config, world, device, RunFolder(config.out)
+        self.fingerprint = self.train_set.fingerprint()
+        settings = {f"`{name}`": value for name, value in config.flat().items()}
+        distributed.require_same(world, "a setting", settings | {"the data": self.fingerprint})
+
+        torch.manual_seed(config.seed)
+        random.seed(config.seed)
+        np.random.seed(config.seed)
+        self.learner = Learner(config, self.train_set, world=world, device=device, network=network)
+        if not world.is_first:
+            torch.manual_seed(distributed.seed_of(world, config.seed))  # dropout, and mixing of images
+
+        self.num_workers = config.num_workers
+        if self.num_workers is None:
+            self.num_workers = default_num_workers(device, sharing=distributed.local_size())
+        # In an order and at sizes that depend on nothing but the seed.
+        self.loader = BatchLoader(
+            self.train_set,
+            self.learner.objective.transform,
+            collate=self.learner.objective.collate,
+            batch_size=config.batch_size,
+            num_workers=self.num_workers,
+            shuffle_seed=config.seed,
+            sizes=config.step_sizes(),
+            pin_memory=device.type == "cuda",
+            shard=(world.rank, world.size),
+        )
+        self.position = Position()
+        self.unreadable: set[str] = set()
+        """One line for each training image that could not be read, in the epochs before this one."""
+        self.images_per_second = 0.0
+        self.last_saved = time.monotonic()
 
     @property
     def label(self) -> str:
         """Label of progress bars."""
         return f"epoch {self.position.epoch + 1}/{self.config.epochs}"
 
-
-# -- before the first step --------------------------------------------------------------------------------------------
-
-
-def prepare(config: TrainConfig, world: World, device: torch.device, *, network: Network | None = None) -> Run:
-    """Read the labels, build the model and what trains it, and start reading processes; write nothing.
-
-    Raises:
-        MobileViTError: data, weights or a teacher cannot be had, or settings that do not go with them or the device.
-    """
-    train_set, val_set = load_train_val(
-        config.data,
-        task=None if config.task == "auto" else config.task,
-        val_path=config.val_data,
-        val_fraction=config.val_fraction,
-        seed=config.seed,
-    )
-    config = config.resolve(train_set.task.name, world.size)
-    config.validate()
-    fingerprint = train_set.fingerprint()
-    settings = {f"`{name}`": value for name, value in config.flat().items()}
-    distributed.require_same(world, "a setting", settings | {"the data": fingerprint})
-
-    torch.manual_seed(config.seed)
-    random.seed(config.seed)
-    np.random.seed(config.seed)
-    learner = make_learner(config, train_set, world=world, device=device, network=network)
-    if not world.is_first:
-        torch.manual_seed(distributed.seed_of(world, config.seed))  # dropout, and mixing of images
-
-    num_workers = config.num_workers
-    if num_workers is None:
-        num_workers = default_num_workers(device, sharing=distributed.local_size())
-    loader = BatchLoader(
-        train_set,
-        learner.objective.transform,
-        collate=learner.objective.collate,
-        batch_size=config.batch_size,
-        num_workers=num_workers,
-        shuffle_seed=config.seed,
-        sizes=config.step_sizes(),
-        pin_memory=device.type == "cuda",
-        shard=(world.rank, world.size),
-    )
-    val_loader = evaluation_loader(
-        val_set,
-        learner.card,
-        batch_size=2 * config.batch_size,
-        num_workers=num_workers,
-        device=device,
-    )
-    return Run(
-        config=config,
-        world=world,
-        device=device,
-        folder=RunFolder(config.out),
-        train_set=train_set,
-        val_set=val_set,
-        fingerprint=fingerprint,
-        learner=learner,
-        num_workers=num_workers,
-        loader=loader,
-        val_loader=val_loader,
-    )
+    @cached_property
+    def val_loader(self) -> BatchLoader:
+        """The images to validate on, in their order."""
+        return evaluation_loader(
+            self.val_set,
+            self.learner.card,
+            batch_size=2 * self.config.batch_size,
+            num_workers=self.num_workers,
+            device=self.device,
+        )
 
 
 def _log_start(run: Run) -> None:
@@ -235,43 +212,7 @@ def _log_start(run: Run) -> None:
 # -- one epoch --------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, kw_only=True)
-class _PlannedStep:
-    """One step of all processes."""
-
-    num_images: int
-    done: int
-    """Images of the epoch that are done after it."""
-    num_batches: int
-    """Steps whose gradients make one update, this one among them."""
-    is_update: bool
-    """Whether the update follows."""
-    learning_rate: float
-
-
-def _plan_epoch(run: Run) -> list[_PlannedStep]:
-    """The steps of this epoch, or of what other numbers of processes have left of it."""
-    config, position, num_images = run.config, run.position, run.loader.num_images
-    steps = run.loader.start(position.epoch, position.segments, position.step)
-    before = num_images - (steps[-1].stop if steps else 0)  # in segments that have ended
-    planned = []
-    for first in range(0, len(steps), config.optimizer.grad_accum_steps):
-        update = steps[first : first + config.optimizer.grad_accum_steps]
-        progress = (position.epoch + (before + update[0].start) / num_images) / config.epochs
-        planned += [
-            _PlannedStep(
-                num_images=step.stop - step.start,
-                done=before + step.stop,
-                num_batches=len(update),
-                is_update=step is update[-1],
-                learning_rate=learning_rate(progress, config),
-            )
-            for step in update
-        ]
-    return planned
-
-
-def _train_epoch(run: Run, stop: StopSignals) -> float:
+def _train_epoch(run: Run, stop: _Stop) -> float:
     """Learn from every image once, or from those that are left of the epoch; return the last learning rate.
 
     Raises:
@@ -279,39 +220,47 @@ def _train_epoch(run: Run, stop: StopSignals) -> float:
         TrainingInterrupted: a signal came; the state is saved.
     """
     config, world, learner, position = run.config, run.world, run.learner, run.position
-    plan = _plan_epoch(run)
-    accumulate = config.optimizer.grad_accum_steps
+    num_images, accumulate = run.loader.num_images, config.optimizer.grad_accum_steps
+    steps = run.loader.start(position.epoch, position.segments, position.step)
+    before = num_images - (steps[-1].stop if steps else 0)  # in segments that have ended
+
+    def rate_at(index: int) -> float:
+        """Learning rate of the update that a step is part of."""
+        seen = before + steps[index - index % accumulate].start
+        return learning_rate((position.epoch + seen / num_images) / config.epochs, config)
+
     steps_between_looks = accumulate * max(1, _STEPS_BETWEEN_LOOKS // accumulate)  # so that an update ends there
     learner.train_mode()
     unseen: list[tuple[Tensor, list[int]]] = []  # losses the host has not looked at yet, and their images
     errors: set[str] = set()
-    with Progress(run.label, run.loader.num_images, done=position.images, silent=not world.is_first) as progress:
+    with Progress(run.label, num_images, done=position.images, silent=not world.is_first) as progress:
         for index, batch in enumerate(ahead_on(run.device, run.loader.epoch()), start=position.step):
-            step = plan[index]
+            step, rate, is_last = steps[index], rate_at(index), index + 1 == len(steps)
+            first = index - index % accumulate
+            num_batches = min(accumulate, len(steps) - first)  # whose gradients make one update
+            is_update = index + 1 == first + num_batches
             errors.update(batch.errors)
             # The mean over all processes is that over all images, also where one has an image more.
-            share = (len(batch) + len(batch.errors)) * world.size / step.num_images / step.num_batches
-            loss = learner.step(batch, share=share, learning_rate=step.learning_rate if step.is_update else None)
+            share = (len(batch) + len(batch.errors)) * world.size / (step.stop - step.start) / num_batches
+            loss = learner.step(batch, share=share, learning_rate=rate if is_update else None)
             if loss is not None:
                 unseen.append((loss, batch.indices))
-            position.step, position.images = index + 1, step.done
-            is_last = index + 1 == len(plan)
+            position.step, position.images = index + 1, before + step.stop
             asked = world.size == 1 and stop.requested  # several processes have to look at the same time
             if run.device.type == "cpu" or (index + 1) % steps_between_looks == 0 or is_last or asked:
                 _take_losses(run, unseen)
                 unseen.clear()
-                if step.is_update:
+                if is_update:
                     is_due = time.monotonic() - run.last_saved >= config.checkpoint_minutes * 60
                     must_stop, must_save = distributed.any_of(world, stop.requested, is_due)
                     if must_stop or must_save:
                         _save(run)
                     if must_stop:
                         raise TrainingInterrupted(run.folder.config) if world.is_first else SystemExit(1)
-            note = f"loss {position.loss:.4f}  lr {step.learning_rate:.2e}"
-            progress.advance(position.images - progress.done, note)
+            progress.advance(position.images - progress.done, f"loss {position.loss:.4f}  lr {rate:.2e}")
         run.images_per_second = progress.per_second or run.images_per_second
     _close_epoch(run, errors)
-    return plan[-1].learning_rate if plan else float(learner.optimizer.param_groups[0]["lr"])
+    return rate_at(len(steps) - 1) if steps else float(learner.optimizer.param_groups[0]["lr"])
 
 
 def _take_losses(run: Run, losses: list[tuple[Tensor, list[int]]]) -> None:
@@ -354,7 +303,14 @@ def _evaluate_epoch(run: Run, learning_rate: float) -> None:
     if report.score > position.best_score:
         position.best_score, position.best_epoch = report.score, epoch
         if run.world.is_first:
-            run.folder.save_best(learner.evaluated, report, _provenance(run))
+            provenance = {  # to find the held-out images again, and where the weights come from
+                "data_fingerprint": run.fingerprint,
+                "val_fraction": str(run.config.val_fraction),
+                "seed": str(run.config.seed),
+                "epoch": str(epoch + 1),
+                "trained_on": run.config.data_name,
+            }
+            run.folder.save_best(learner.evaluated, report, provenance)
     if run.world.is_first:
         run.folder.append(
             {
@@ -377,17 +333,6 @@ def _evaluate_epoch(run: Run, learning_rate: float) -> None:
         run.folder.draw_curves(run.train_set.task)
 
 
-def _provenance(run: Run) -> dict[str, str]:
-    """Say how to find the held-out images again, and where the weights come from."""
-    return {
-        "data_fingerprint": run.fingerprint,
-        "val_fraction": str(run.config.val_fraction),
-        "seed": str(run.config.seed),
-        "epoch": str(run.position.epoch + 1),
-        "trained_on": run.config.data_name,
-    }
-
-
 def _is_stuck(run: Run) -> bool:
     patience, position = run.config.early_stopping, run.position
     if patience is None or position.step or position.epoch - 1 - position.best_epoch < patience:
@@ -397,6 +342,35 @@ def _is_stuck(run: Run) -> bool:
 
 
 # -- stopping, resuming, ending ---------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Stop:
+    requested: bool = False
+
+
+@contextmanager
+def _stop_signals(world: World) -> Iterator[_Stop]:
+    """Let Ctrl-C and SIGTERM ask for an end instead of ending the process; a second Ctrl-C ends it."""
+    stop = _Stop()
+
+    def request(number: int, _: FrameType | None) -> None:
+        if stop.requested and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        if world.size > 1 and not stop.requested:
+            distributed.end_soon()
+        stop.requested = True
+        print("\nstopping after this step; press Ctrl-C again to stop without saving", file=sys.stderr, flush=True)
+
+    if threading.current_thread() is not threading.main_thread():  # which alone handles signals
+        yield stop
+        return
+    before = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _save(run: Run) -> None:
@@ -409,7 +383,7 @@ def _save(run: Run) -> None:
     run.last_saved = time.monotonic()
 
 
-def _restore(run: Run, state: dict[str, Any]) -> None:
+def _restore(run: Run, state: State) -> None:
     """Continue from what `_save` wrote, perhaps by another number of processes."""
     run.learner.load_state_dict(state)
     position, ranks = Position(**state["position"]), state["ranks"]
@@ -428,18 +402,16 @@ def _restore(run: Run, state: dict[str, Any]) -> None:
         run.folder.forget_from(position.epoch)
 
 
-def _random_state(device: torch.device) -> dict[str, Tensor | None]:
+def _random_state(device: torch.device) -> State:
     # Of its own GPU only: a run may go on where there are fewer, or on another one.
     cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
     return {"cpu": torch.get_rng_state(), "cuda": cuda}
 
 
-def _set_random_state(state: dict[str, Tensor | None], device: torch.device) -> None:
-    cpu, cuda = state["cpu"], state["cuda"]
-    assert cpu is not None
-    torch.set_rng_state(cpu)
-    if cuda is not None and device.type == "cuda":
-        torch.cuda.set_rng_state(cuda, device)
+def _set_random_state(state: State, device: torch.device) -> None:
+    torch.set_rng_state(state["cpu"])
+    if state["cuda"] is not None and device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"], device)
 
 
 def _finish(run: Run) -> TrainResult:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 
-from mobilevit.errors import MobileViTError, did_you_mean
+from mobilevit.errors import unknown
 from mobilevit.tasks.settings import ClassificationSettings
 from mobilevit.training.config import HardwareSettings, OptimizerSettings, SizeSettings, TrainConfig
-
-_ON_8 = "torchrun --standalone --nproc-per-node 8 -m mobilevit"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,100 +16,93 @@ class Recipe:
 
     about: str
     """Purpose, in one line."""
-    command: str
-    """Command to type."""
-    hardware: str
+    folder: str
+    """Name of the folders of data and run in the command to type."""
+    num_processes: int = 1
+    hardware: str = "a laptop, or 1 GPU"
     """Hardware that it was made for."""
-    time: str
+    time: str = "not measured; see --dry-run"
     """How long it takes there, if that was measured."""
-    result: str
+    result: str = "depends on the images; not measured"
     """Expected accuracy, and who measured it."""
     settings: TrainConfig
     """All settings but `data`, which the user names."""
 
 
-_YOURS = Path("data")
+def _for_all_models(recipe: Recipe, results: Mapping[str, float]) -> dict[str, Recipe]:
+    """Fill in the name and the published result of each model."""
+    return {
+        f"{recipe.folder}_{model}": replace(
+            recipe,
+            about=recipe.about.format(model=model),
+            result=recipe.result.format(result),
+            settings=replace(recipe.settings, model=model),
+        )
+        for model, result in results.items()
+    }
 
-_NOT_TIMED = "not measured; see --dry-run"
 
-_IMAGENET = TrainConfig(
-    data=_YOURS,
-    task="classification",
-    epochs=300,
-    batch_size=128,
-    learning_rate=2e-3,
-    classification=ClassificationSettings(min_crop_area=0.08),
-    optimizer=OptimizerSettings(warmup_fraction=3000 / (300 * 935), final_lr_fraction=0.1),
-    sizes=SizeSettings(multi_scale="paper"),
+_IMAGENET = Recipe(
+    about="The paper's {model} on ImageNet-1k, from scratch, sizes 160 to 320.",
+    folder="imagenet",
+    num_processes=8,
+    hardware="8 GPUs, 128 images at 256 pixels on each",
+    result="{} % top-1 (arXiv:2110.02178, table 4)",
+    # arXiv:2110.02178, sections 4.1 and A; on one GPU, --grad-accum-steps 8. An epoch has 935 updates, as sizes vary.
+    settings=TrainConfig(
+        data="",
+        task="classification",
+        epochs=300,
+        batch_size=128,
+        learning_rate=2e-3,
+        classification=ClassificationSettings(min_crop_area=0.08),
+        optimizer=OptimizerSettings(warmup_fraction=3000 / (300 * 935), final_lr_fraction=0.1),
+        sizes=SizeSettings(multi_scale="paper"),
+    ),
 )
-"""All three sizes (arXiv:2110.02178, sections 4.1 and A), for eight processes; on one GPU, --grad-accum-steps 8.
-
-An epoch has 935 updates, as sizes vary.
-"""
-
-_COCO = TrainConfig(
-    data=_YOURS,
-    task="detection",
-    weights="pretrained",
-    epochs=200,
-    batch_size=32,
-    learning_rate=9e-4,
-    optimizer=OptimizerSettings(warmup_fraction=500 / (200 * 917), final_lr_fraction=0.1),
-    hardware=HardwareSettings(sync_batch_norm=True),
+_COCO = Recipe(
+    about="The paper's SSDLite on COCO at 320 pixels, from {model}'s ImageNet weights.",
+    folder="coco",
+    num_processes=4,
+    hardware="4 GPUs, 32 images on each; on one, --batch-size 128",
+    result="AP {} (arXiv:2110.02178, table 1)",
+    # 128 images a step, on all GPUs together, as for segmentation (arXiv:2110.02178, sections 4.2 and A).
+    settings=TrainConfig(
+        data="",
+        task="detection",
+        weights="pretrained",
+        epochs=200,
+        batch_size=32,
+        learning_rate=9e-4,
+        optimizer=OptimizerSettings(warmup_fraction=500 / (200 * 917), final_lr_fraction=0.1),
+        hardware=HardwareSettings(sync_batch_norm=True),
+    ),
 )
-"""128 images a step, on all GPUs together, as for segmentation (arXiv:2110.02178, sections 4.2 and A)."""
-
 _VOC = replace(
     _COCO,
-    task="segmentation",
-    epochs=50,
-    optimizer=OptimizerSettings(warmup_fraction=500 / (50 * 83), final_lr_fraction=0.1),
+    about="The paper's DeepLabv3 on VOC and SBD at 512 pixels, from {model}'s ImageNet weights.",
+    folder="voc",
+    result="mean IoU {} with COCO's images added (arXiv:2110.02178, table 2); less without",
+    settings=replace(
+        _COCO.settings,
+        task="segmentation",
+        epochs=50,
+        optimizer=OptimizerSettings(warmup_fraction=500 / (50 * 83), final_lr_fraction=0.1),
+    ),
 )
 
 RECIPES: dict[str, Recipe] = {
-    **{
-        f"imagenet_{model}": Recipe(
-            about=f"The paper's {model} on ImageNet-1k, from scratch, sizes 160 to 320.",
-            command=f"{_ON_8} train --data imagenet/ --recipe imagenet_{model} --out runs/imagenet",
-            hardware="8 GPUs, 128 images at 256 pixels on each",
-            time=_NOT_TIMED,
-            result=f"{top1} % top-1 (arXiv:2110.02178, table 4)",
-            settings=replace(_IMAGENET, model=model),
-        )
-        for model, top1 in (("mobilevit_xxs", 69.0), ("mobilevit_xs", 74.8), ("mobilevit_s", 78.4))
-    },
-    **{
-        f"coco_{model}": Recipe(
-            about=f"The paper's SSDLite on COCO at 320 pixels, from {model}'s ImageNet weights.",
-            command=f"{_ON_8.replace('8', '4')} train --data coco/ --recipe coco_{model} --out runs/coco",
-            hardware="4 GPUs, 32 images on each; on one, --batch-size 128",
-            time=_NOT_TIMED,
-            result=f"AP {ap} (arXiv:2110.02178, table 1)",
-            settings=replace(_COCO, model=model),
-        )
-        for model, ap in (("mobilevit_xxs", 19.9), ("mobilevit_xs", 24.8), ("mobilevit_s", 27.7))
-    },
-    **{
-        f"voc_{model}": Recipe(
-            about=f"The paper's DeepLabv3 on VOC and SBD at 512 pixels, from {model}'s ImageNet weights.",
-            command=f"{_ON_8.replace('8', '4')} train --data voc/ --recipe voc_{model} --out runs/voc",
-            hardware="4 GPUs, 32 images on each; on one, --batch-size 128",
-            time=_NOT_TIMED,
-            result=f"mean IoU {miou} with COCO's images added (arXiv:2110.02178, table 2); less without",
-            settings=replace(_VOC, model=model),
-        )
-        for model, miou in (("mobilevit_xxs", 73.6), ("mobilevit_xs", 77.1), ("mobilevit_s", 79.1))
-    },
+    **_for_all_models(_IMAGENET, {"mobilevit_xxs": 69.0, "mobilevit_xs": 74.8, "mobilevit_s": 78.4}),
+    **_for_all_models(_COCO, {"mobilevit_xxs": 19.9, "mobilevit_xs": 24.8, "mobilevit_s": 27.7}),
+    **_for_all_models(_VOC, {"mobilevit_xxs": 73.6, "mobilevit_xs": 77.1, "mobilevit_s": 79.1}),
     "cifar10": Recipe(
         about="mobilevit_xxs on CIFAR-10's 32-pixel images, enlarged to 160, from scratch.",
-        command="mobilevit train --data cifar10/ --recipe cifar10 --out runs/cifar10",
+        folder="cifar10",
         hardware="1 GPU, 16 cores",
-        time=_NOT_TIMED,
         result="not measured; others report 93.99 % top-1 at 256 pixels in 100 epochs",
         settings=TrainConfig(
-            data=_YOURS,
+            data="",
             task="classification",
-            model="mobilevit_xxs",
             image_size=160,
             crop_fraction=1.0,
             epochs=80,
@@ -124,14 +115,13 @@ RECIPES: dict[str, Recipe] = {
     ),
     "flowers": Recipe(
         about="mobilevit_xxs on some thousand small photographs, at 128 pixels, from scratch.",
-        command="mobilevit train --data flowers/ --recipe flowers --out runs/flowers",
+        folder="flowers",
         hardware="2 cores",
         time="25 minutes for 4,300 images (benchmarks/results/flowers-mobilevit.json)",
         result="72.6 % top-1 on 4,300 flowers of 5 classes (same file)",
         settings=TrainConfig(
-            data=_YOURS,
+            data="",
             task="classification",
-            model="mobilevit_xxs",
             image_size=128,
             epochs=25,
             batch_size=16,
@@ -142,16 +132,11 @@ RECIPES: dict[str, Recipe] = {
     ),
     "small_classification": Recipe(
         about="Some hundred to some thousand images, from ImageNet weights.",
-        command="mobilevit train --data images/ --recipe small_classification --out runs/images",
-        hardware="a laptop, or 1 GPU",
-        time=_NOT_TIMED,
-        result="depends on the images; not measured",
+        folder="images",
         settings=TrainConfig(
-            data=_YOURS,
+            data="",
             task="classification",
             weights="pretrained",
-            epochs=20,
-            batch_size=32,
             learning_rate=4e-4,
             early_stopping=8,
             optimizer=OptimizerSettings(layer_decay=0.8),
@@ -160,32 +145,16 @@ RECIPES: dict[str, Recipe] = {
     ),
     "small_detection": Recipe(
         about="Some hundred images with boxes, from ImageNet weights.",
-        command="mobilevit train --data cells/ --recipe small_detection --out runs/cells",
-        hardware="a laptop, or 1 GPU",
-        time=_NOT_TIMED,
-        result="depends on the images; not measured",
+        folder="cells",
         settings=TrainConfig(
-            data=_YOURS,
-            task="detection",
-            weights="pretrained",
-            epochs=60,
-            batch_size=16,
-            learning_rate=5e-4,
+            data="", task="detection", weights="pretrained", epochs=60, batch_size=16, learning_rate=5e-4
         ),
     ),
     "small_segmentation": Recipe(
         about="Some hundred images with masks, from ImageNet weights.",
-        command="mobilevit train --data streets/ --recipe small_segmentation --out runs/streets",
-        hardware="a laptop, or 1 GPU",
-        time=_NOT_TIMED,
-        result="depends on the images; not measured",
+        folder="streets",
         settings=TrainConfig(
-            data=_YOURS,
-            task="segmentation",
-            weights="pretrained",
-            epochs=60,
-            batch_size=16,
-            learning_rate=2e-4,
+            data="", task="segmentation", weights="pretrained", epochs=60, batch_size=16, learning_rate=2e-4
         ),
     ),
 }
@@ -198,15 +167,22 @@ def find_recipe(name: str) -> Recipe:
         MobileViTError: no such recipe; the nearest name is suggested.
     """
     if name not in RECIPES:
-        raise MobileViTError(f"unknown recipe {name!r}; {did_you_mean(name, RECIPES)}there are {', '.join(RECIPES)}")
+        raise unknown("recipe", name, RECIPES)
     return RECIPES[name]
 
 
 def describe_recipes() -> str:
     """List all recipes as text."""
-    rows = ("command", "hardware", "time", "result")
     parts = []
     for name, recipe in RECIPES.items():
-        told = [f"    {row:<9} {getattr(recipe, row)}" for row in rows]
-        parts.append("\n".join([f"{name}: {recipe.about}", *told]))
+        launcher = "mobilevit"
+        if recipe.num_processes > 1:
+            launcher = f"torchrun --standalone --nproc-per-node {recipe.num_processes} -m mobilevit"
+        parts.append(
+            f"{name}: {recipe.about}\n"
+            f"    command   {launcher} train --data {recipe.folder}/ --recipe {name} --out runs/{recipe.folder}\n"
+            f"    hardware  {recipe.hardware}\n"
+            f"    time      {recipe.time}\n"
+            f"    result    {recipe.result}"
+        )
     return "\n\n".join(parts)

@@ -11,13 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file
-from safetensors.torch import save as serialize
 from torch import nn
 
-from mobilevit import __version__, factory
-from mobilevit.card import card_of
+from mobilevit import __version__
 from mobilevit.errors import Interrupted, MissingPackageError, MobileViTError
-from mobilevit.files import write_bytes, write_json, write_text
+from mobilevit.factory import load
+from mobilevit.files import Json, write_bytes, write_json, write_text
 from mobilevit.models import Model
 from mobilevit.plotting import new_figure, save_figure
 from mobilevit.tasks.report import Report
@@ -26,7 +25,11 @@ from mobilevit.training.config import TrainConfig
 from mobilevit.weights import checkpoint
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from torch.utils.tensorboard import SummaryWriter
+
+State = dict[str, Any]
+"""What resuming needs, in tensors and plain values; see `last.pt`."""
 
 # Settings that may differ when a run goes on, because the weights do not depend on them.
 _FREE_ON_RESUME = {"out", "data", "val_data", "device", "num_workers", "checkpoint_minutes", "early_stopping"}
@@ -70,15 +73,11 @@ class RunFolder:
         write_json(self.path / "environment.json", environment())
         write_text(self.metrics, "")
 
-    def reopen(self, config: TrainConfig, fingerprint: str) -> dict[str, Any] | None:
+    def reopen(self, config: TrainConfig, fingerprint: str) -> State | None:
         """Return the state to continue from; None if the run never came to a checkpoint.
 
-        Args:
-            config: must decide the weights as the run's own.
-            fingerprint: of the images to train on, which must be the run's own.
-
         Raises:
-            MobileViTError: no run here, or other settings or images than the run's.
+            MobileViTError: no run here, or `config` or `fingerprint` of the images would lead to other weights.
         """
         if not self.config.exists():
             raise MobileViTError(f"`out` {self.path}: no run to resume; leave `resume` out to start one")
@@ -90,14 +89,12 @@ class RunFolder:
         if not self.last.exists():
             return None
         try:
-            state: dict[str, Any] = torch.load(self.last, map_location="cpu", weights_only=True)
+            state: State = torch.load(self.last, map_location="cpu", weights_only=True)
         except Exception as error:
             raise MobileViTError(
                 f"{self.last}: damaged ({type(error).__name__}); start again with `overwrite`"
             ) from None
-        if "ranks" not in state:
-            raise MobileViTError(f"{self.last}: written by an older version; start again with `overwrite`")
-        if "pictures" in state["position"]:  # as version 0.1 called it
+        if "pictures" in state["position"]:  # the name in version 0.1
             state["position"]["images"] = state["position"].pop("pictures")
         if state["data"] != fingerprint:
             raise MobileViTError(f"{config.data}: not the images this run began with; resume with the same data")
@@ -129,7 +126,7 @@ class RunFolder:
         if self._tensorboard is not None:
             self._tensorboard.close()
 
-    def rows(self) -> list[dict[str, Any]]:
+    def rows(self) -> list[Json]:
         """The lines of `metrics.jsonl`: one an epoch."""
         if not self.metrics.exists():
             return []
@@ -139,7 +136,7 @@ class RunFolder:
         """Drop the lines of epochs that are about to be run again."""
         write_text(self.metrics, "".join(json.dumps(r) + "\n" for r in self.rows() if r["epoch"] < epoch))
 
-    def save_last(self, state: dict[str, Any]) -> None:
+    def save_last(self, state: State) -> None:
         """Write what `--resume` needs."""
         data = io.BytesIO()
         torch.save(state, data)
@@ -156,13 +153,12 @@ class RunFolder:
                 score_threshold=report.min_score,
             )
             return
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-        write_bytes(self.best, serialize(tensors, {"format": "pt"}))
+        checkpoint.save_tensors(model.state_dict(), self.best)
 
     def load_best(self, model: nn.Module) -> nn.Module:
         """Read the best weights, for evaluation: into `model`, unless the file says which model they are of."""
         if isinstance(model, Model):
-            return factory.load(self.best)
+            return load(self.best)
         model.load_state_dict(load_file(self.best))
         return model.eval()
 
@@ -173,25 +169,25 @@ class RunFolder:
             return
         from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+        def line(axes: Axes, key: str, color: str, label: str = "") -> None:
+            values = [row[key] for row in rows]
+            axes.plot(epochs, values, marker="o" if len(rows) < 30 else "", color=color, label=label)
+
         epochs = [row["epoch"] + 1 for row in rows]
+        best = max(rows, key=lambda row: row[task.score_name])
         figure = new_figure(11, 3.4)
         loss, score, rate = figure.subplots(1, 3)
-        marker = "o" if len(rows) < 30 else ""
-        loss.plot(epochs, [row["train_loss"] for row in rows], marker=marker, ls="-", color="#0072b2", label="training")
+        line(loss, "train_loss", "#0072b2", "training")
         if "loss" in rows[0]:
-            loss.plot(epochs, [row["loss"] for row in rows], marker=marker, ls="-", color="#d55e00", label="validation")
-        loss.set(title="loss", xlabel="epoch")
+            line(loss, "loss", "#d55e00", "validation")
         loss.legend()
-        name = task.score_name
-        score.plot(epochs, [row[name] for row in rows], marker=marker, ls="-", color="#d55e00")
-        best = max(rows, key=lambda row: row[name])
-        score.set(
-            title=f"validation {task.score_title}: best {best[name]:.1%} in epoch {best['epoch'] + 1}", xlabel="epoch"
-        )
+        line(score, task.score_name, "#d55e00")
         score.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-        rate.plot(epochs, [row["learning_rate"] for row in rows], marker=marker, ls="-", color="#009e73")
-        rate.set(title="learning rate at the epoch's end", xlabel="epoch")
-        for axes in (loss, score, rate):
+        line(rate, "learning_rate", "#009e73")
+        best_score = f"best {best[task.score_name]:.1%} in epoch {best['epoch'] + 1}"
+        titles = ("loss", f"validation {task.score_title}: {best_score}", "learning rate at the epoch's end")
+        for axes, title in zip((loss, score, rate), titles, strict=True):
+            axes.set(title=title, xlabel="epoch")
             axes.grid(alpha=0.3)
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         save_figure(figure, self.path / "curves.png")
@@ -200,7 +196,7 @@ class RunFolder:
         """Write `README.md`: what the model is, what it was trained on, how good it is, how to use it."""
         if not isinstance(model, Model):
             return
-        card = card_of(model)
+        card = model.card
         figures = "\n".join(f"| {name} | {value:.4f} |" for name, value in card.metrics.items())
         origin = "\n".join(f"- {name}: {value}" for name, value in card.provenance.items())
         best = self.best.name
@@ -249,7 +245,7 @@ The figures hold for images like the ones it was trained on. {task.limits}
         )
 
 
-def environment() -> dict[str, Any]:
+def environment() -> Json:
     """Versions and hardware, for the record."""
     names = ("torch", "torchvision", "numpy", "pillow", "safetensors")
     return {

@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from mobilevit import __version__
 from mobilevit.card import ModelCard, card_of
 from mobilevit.errors import MobileViTError
-from mobilevit.files import write_bytes
+from mobilevit.files import Json, write_bytes
 from mobilevit.imaging.preprocessing import Preprocessing
+from mobilevit.models import HEADS, HeadConfig, Model
 from mobilevit.models.deeplabv3 import DeepLabv3Config
-from mobilevit.models.heads import HEADS, HeadConfig, Model, build_model
 from mobilevit.models.mobilevit import MobileViTConfig
 
 FORMAT_VERSION = 1
@@ -87,12 +87,18 @@ def save(
     if not isinstance(model, Model):
         raise MobileViTError(f"cannot save a {type(model).__name__}; only models of this package describe themselves")
     card = card_of(model)
+    origin = {
+        "mobilevit": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "saved": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
     card = dataclasses.replace(
         card,
         classes=tuple(classes) if classes is not None else card.classes,
         preprocessing=preprocessing or card.preprocessing,
         metrics=dict(metrics) if metrics is not None else card.metrics,
-        provenance={**card.provenance, **(provenance or {})},
+        provenance={**card.provenance, **(provenance or {}), **origin},
         score_threshold=card.score_threshold if score_threshold is None else score_threshold,
     )
     if len(card.classes) != model.num_classes:
@@ -102,13 +108,6 @@ def save(
         **card.to_dict(),
         "config": dataclasses.asdict(model.config),
         "head": None if model.head_config is None else dataclasses.asdict(model.head_config),
-        "provenance": {
-            **card.provenance,
-            "mobilevit": __version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-            "saved": datetime.now(UTC).isoformat(timespec="seconds"),
-        },
     }
     return save_tensors(model.state_dict(), path, {"mobilevit": json.dumps(header, ensure_ascii=False)})
 
@@ -122,7 +121,7 @@ def save_tensors(
     return write_bytes(path, serialize(plain, {"format": "pt", **(metadata or {})}))
 
 
-def read(path: str | os.PathLike[str]) -> tuple[Mapping[str, Any], dict[str, Any] | None]:
+def read(path: str | os.PathLike[str]) -> tuple[Mapping[str, Tensor], Json | None]:
     """Read the tensors of any checkpoint file, and the header if this package wrote it.
 
     Returns:
@@ -159,7 +158,7 @@ def read(path: str | os.PathLike[str]) -> tuple[Mapping[str, Any], dict[str, Any
     return content, None
 
 
-def describe(tensors: Mapping[str, Tensor], header: Mapping[str, Any], path: str | os.PathLike[str]) -> Weights:
+def describe(tensors: Mapping[str, Tensor], header: Json, path: str | os.PathLike[str]) -> Weights:
     """Read the header of a checkpoint of this package.
 
     Raises:
@@ -176,24 +175,9 @@ def describe(tensors: Mapping[str, Tensor], header: Mapping[str, Any], path: str
         described=True,
         state=dict(tensors),
         card=ModelCard.from_dict(header),
-        config=MobileViTConfig(**_with_tuples(header["config"])),
-        head=None if head_type is None or head is None else head_type(**_with_tuples(head)),
+        config=MobileViTConfig(**_tuples(header["config"])),
+        head=None if head_type is None or head is None else head_type(**_tuples(head)),
     )
-
-
-def restore(weights: Weights) -> Model:
-    """Build the model that a checkpoint describes, and fill it.
-
-    Raises:
-        MobileViTError: header and tensors do not fit.
-    """
-    card = weights.card
-    model = build_model(weights.config, task=card.task, num_classes=len(card.classes), head=weights.head)
-    if reason := find_misfit(model.state_dict(), weights.state):
-        raise MobileViTError(f"{weights.origin}: header and weights do not fit ({reason}); save it again")
-    model.load_state_dict(weights.state)
-    model.card = card
-    return model.eval()
 
 
 def find_misfit(wanted: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> str:
@@ -211,10 +195,8 @@ def find_misfit(wanted: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> 
     return f"{min(strangers)} belongs to no part of it" if strangers else ""
 
 
-def _with_tuples(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Turn the lists of JSON back into the tuples they were."""
-    return {key: _tuples(value) for key, value in values.items()}
-
-
 def _tuples(value: Any) -> Any:
-    return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value
+    """Turn the lists of JSON back into the tuples they were."""
+    if isinstance(value, dict):
+        return {key: _tuples(item) for key, item in value.items()}
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value

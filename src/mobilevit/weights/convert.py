@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from itertools import islice
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -35,10 +35,11 @@ _WRAPPERS = (
 )
 # Prefixes that wrappers of a whole model add; removed only if every name has one, so that no two names can collide.
 _PREFIXES = ("module.", "model.", "backbone.")
+_QKV = ("query", "key", "value")
 
 
 def convert_state_dict(
-    state_dict: Mapping[str, Any], *, to: Family, source_channel_order: Literal["rgb", "bgr"] | None = None
+    state_dict: Mapping[str, object], *, to: Family, source_channel_order: Literal["rgb", "bgr"] | None = None
 ) -> dict[str, Tensor]:
     """Rename weights from any known family to another; there and back is bit-exact.
 
@@ -60,7 +61,7 @@ def convert_state_dict(
     if source_channel_order not in (None, "rgb", "bgr"):
         raise MobileViTError(f"`source_channel_order` is {source_channel_order!r}; it can be None, 'rgb' or 'bgr'")
     tensors = unwrap_state_dict(state_dict)
-    family, task = _recognize(tensors)
+    family, task = recognize(tensors)
     tensors = _fuse_qkv({key: value for key, value in tensors.items() if not IGNORED.match(key)})
     rows = rows_by_name(family, task)
     if strangers := [key for key in tensors if _module(key) not in rows]:
@@ -88,26 +89,12 @@ def convert_state_dict(
     return _split_qkv(converted) if to == "transformers" else converted
 
 
-def detect_family(state_dict: Mapping[str, Any]) -> Family:
-    """Tell whose names an unwrapped state dict uses; a part of a model will do.
+def recognize(state_dict: Mapping[str, object]) -> tuple[Family, TaskName]:
+    """Tell whose names an unwrapped state dict uses, and its task; a backbone alone counts as a classifier's.
 
     Raises:
         MobileViTError: most keys are of no known family.
     """
-    return _recognize(state_dict)[0]
-
-
-def detect_task(state_dict: Mapping[str, Any]) -> TaskName:
-    """Tell the task of an unwrapped state dict by its keys; a backbone alone counts as a classifier's.
-
-    Raises:
-        MobileViTError: most keys are of no known family.
-    """
-    return _recognize(state_dict)[1]
-
-
-def _recognize(state_dict: Mapping[str, Any]) -> tuple[Family, TaskName]:
-    """Find the family and task whose names cover most of the keys."""
     candidates = [(family, task) for task in KEY_MAP for family in _FAMILIES]
     known = {candidate: sum(_module(key) in rows_by_name(*candidate) for key in state_dict) for candidate in candidates}
     best = max(candidates, key=known.__getitem__)
@@ -119,7 +106,7 @@ def _recognize(state_dict: Mapping[str, Any]) -> tuple[Family, TaskName]:
     return best
 
 
-def unwrap_state_dict(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
+def unwrap_state_dict(checkpoint: Mapping[str, object]) -> dict[str, Tensor]:
     """Find the weights inside a training checkpoint, averaged (EMA) ones if it has them, under their plain names.
 
     Undoes nesting, and the prefixes that DataParallel, `torch.compile`, Lightning and `AveragedModel` leave.
@@ -138,15 +125,13 @@ def unwrap_state_dict(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
     return tensors
 
 
-def _weights_in(content: Mapping[str, Any]) -> dict[str, Tensor]:
+def _weights_in(content: Mapping[str, object]) -> dict[str, Tensor]:
     for name in _WRAPPERS:
-        if isinstance(content.get(name), Mapping) and (found := _weights_in(content[name])):
+        inner = content.get(name)
+        if isinstance(inner, Mapping) and (found := _weights_in(inner)):
             return found
     # AveragedModel counts its updates in a tensor among the weights.
     return {key: value for key, value in content.items() if isinstance(value, Tensor) and key != "n_averaged"}
-
-
-_QKV = ("query", "key", "value")
 
 
 def _fuse_qkv(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:

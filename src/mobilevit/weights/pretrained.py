@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 from typing import NamedTuple
 from urllib.request import urlopen
 
 from mobilevit.card import TaskName
-from mobilevit.errors import MobileViTError, did_you_mean
-from mobilevit.files import DiskFullError, cache_folder, write_bytes
-from mobilevit.imaging.preprocessing import Preprocessing
-from mobilevit.models.heads import HEADS
-from mobilevit.progress import Progress
+from mobilevit.errors import MobileViTError, one_line, unknown
+from mobilevit.files import cache_folder, write_bytes
 
 log = logging.getLogger("mobilevit")
 
@@ -48,19 +47,15 @@ class PretrainedWeights:
     """Address of the file, where it is on no hub."""
     source: str
     """Who made them, and with what."""
-    license: str = "Apple sample code license, https://github.com/apple/ml-cvnets/blob/main/LICENSE"
-    """Name and address of the terms that the repositories refer to."""
-
-    @property
-    def preprocessing(self) -> Preprocessing:
-        """Preprocessing with which they reach their published accuracy."""
-        return HEADS[self.task].published_preprocessing
 
     @property
     def url(self) -> str:
         """Address that a browser downloads the file from."""
         return self.address or self.repositories[0].url
 
+
+LICENSE = "Apple sample code license, https://github.com/apple/ml-cvnets/blob/main/LICENSE"
+"""Name and address of the terms that all repositories refer to."""
 
 _SIZES = {"s": "small", "xs": "x-small", "xxs": "xx-small"}
 _AUTHORS = "by the paper's authors with apple/ml-cvnets"
@@ -111,8 +106,7 @@ def find(name: str) -> PretrainedWeights:
         MobileViTError: unknown name; the nearest is suggested.
     """
     if name not in PRETRAINED:
-        hint = did_you_mean(name, PRETRAINED)
-        raise MobileViTError(f"unknown weights {name!r}; {hint}There are {', '.join(list_pretrained())}")
+        raise unknown("weights", name, list_pretrained())
     return PRETRAINED[name]
 
 
@@ -127,7 +121,7 @@ def resolve(name: str) -> Path:
     """
     weights = find(name)
     placed = cache_folder() / f"{name}{Path(weights.url).suffix}"
-    for path in (cache_folder() / f"{name}.safetensors", placed):
+    for path in (placed.with_name(f"{name}.safetensors"), placed):
         if path.is_file():
             return path
 
@@ -140,22 +134,22 @@ def resolve(name: str) -> Path:
     try:
         if constants.HF_HUB_OFFLINE:
             raise ConnectionError("HF_HUB_OFFLINE is set")
-        path, url = _from_hub(weights) if weights.repositories else _from_author(weights, placed)
-    except DiskFullError:
-        raise
-    except OSError as error:
+        if weights.repositories:
+            path, url = _from_hub(weights.repositories)
+        else:
+            url = weights.url
+            with urlopen(url, timeout=10) as answer:
+                path = write_bytes(placed, answer.read())  # which raises HTTPException if less comes than promised
+    except (OSError, HTTPException) as error:
         raise MobileViTError(
-            f"{name} cannot be downloaded ({error}); fetch {weights.url} and place it at {placed}"
+            f"{name} cannot be downloaded ({one_line(error)}); fetch {weights.url} and place it at {placed}"
         ) from None
-    log.warning("%s: downloaded from %s; %s; %s", name, url, weights.source, weights.license)
+    log.warning("%s: downloaded from %s; %s; %s", name, url, weights.source, LICENSE)
     return path
 
 
-def _from_hub(weights: PretrainedWeights) -> tuple[Path, str]:
-    """Download from the first repository that has the file.
-
-    Returns:
-        The file in the cache of `huggingface_hub`, and the address it comes from.
+def _from_hub(repositories: Sequence[Repository]) -> tuple[Path, str]:
+    """Download from the first repository that has the file; return it and its address.
 
     Raises:
         ConnectionError: none has it, or the hub does not answer; with the reason of the first, which suits the advice.
@@ -163,28 +157,14 @@ def _from_hub(weights: PretrainedWeights) -> tuple[Path, str]:
     from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
     from huggingface_hub.errors import HfHubHTTPError
 
-    reason = ""
-    for repository in weights.repositories:
+    reasons = []
+    for repository in repositories:
         try:
             # Asked once by hand: hf_hub_download would repeat the question for half a minute where there is no network.
             get_hf_file_metadata(hf_hub_url(*repository))
             return Path(hf_hub_download(*repository)), repository.url
         except Exception as error:  # the HTTP library below huggingface_hub changes with its version
-            reason = reason or (str(error).strip() or type(error).__name__).splitlines()[0]
+            reasons.append((str(error).strip() or type(error).__name__).splitlines()[0])
             if not isinstance(error, HfHubHTTPError):
                 break  # no answer from the hub, so none about the other repository either
-    raise ConnectionError(reason)
-
-
-def _from_author(weights: PretrainedWeights, placed: Path) -> tuple[Path, str]:
-    """Download from the author's server to `placed`."""
-    with urlopen(weights.url, timeout=10) as answer:
-        size = int(answer.headers.get("Content-Length") or 0)
-        data = bytearray()
-        with Progress(f"download {weights.name}", size // 1024, "KiB", silent=not size) as progress:
-            while part := answer.read(2**18):
-                data += part
-                progress.advance(len(data) // 1024 - progress.done)
-    if size and len(data) != size:
-        raise ConnectionError(f"the connection broke off after {len(data):,} of {size:,} bytes")
-    return write_bytes(placed, bytes(data)), weights.url
+    raise ConnectionError(reasons[0])

@@ -12,13 +12,12 @@ from torch import Tensor
 
 from mobilevit.card import ModelCard
 from mobilevit.errors import MobileViTError
-from mobilevit.models import MODELS, HeadConfig
+from mobilevit.models import HEADS, MODELS, HeadConfig
 from mobilevit.models.deeplabv3 import DeepLabv3Config
-from mobilevit.models.heads import HEADS
 from mobilevit.models.mobilevit import MobileViTBackbone, MobileViTConfig
 from mobilevit.weights import checkpoint, pretrained
 from mobilevit.weights.checkpoint import Weights
-from mobilevit.weights.convert import convert_state_dict, detect_family, detect_task, unwrap_state_dict
+from mobilevit.weights.convert import convert_state_dict, recognize, unwrap_state_dict
 
 
 def read_weights(weights: str | os.PathLike[str], architecture: str) -> Weights:
@@ -39,7 +38,7 @@ def read_weights(weights: str | os.PathLike[str], architecture: str) -> Weights:
             f"weights {weights} belong to {public.architecture}, not {architecture}; change one of them"
         )
     source = read_file(pretrained.resolve(public.name), architecture)
-    provenance = {"weights": public.name, "source": public.source, "license": public.license}
+    provenance = {"weights": public.name, "source": public.source, "license": pretrained.LICENSE}
     card = dataclasses.replace(source.card, provenance=provenance)
     return dataclasses.replace(source, origin=public.name, card=card)
 
@@ -69,7 +68,7 @@ def read_file(path: str | os.PathLike[str], architecture: str | None = None) -> 
 
     tensors = unwrap_state_dict(content)
     state = convert_state_dict(tensors, to="mobilevit")
-    task = detect_task(state)
+    family, task = recognize(tensors)
     name = architecture or _architecture_of(state, path)
     config, head = _published_shape(state, MODELS[name])
     card = ModelCard(
@@ -77,7 +76,7 @@ def read_file(path: str | os.PathLike[str], architecture: str | None = None) -> 
         task=task,
         classes=HEADS[task].guess_classes(HEADS[task].count_classes(state)),
         preprocessing=HEADS[task].published_preprocessing,
-        provenance={"weights": Path(path).name, "family": detect_family(tensors)},
+        provenance={"weights": Path(path).name, "family": family},
     )
     return Weights(origin=str(path), described=False, state=state, card=card, config=config, head=head)
 
