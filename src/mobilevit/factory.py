@@ -14,6 +14,7 @@ from torch import Tensor
 from mobilevit.card import ModelCard, default_classes
 from mobilevit.errors import MobileViTError, some, unknown
 from mobilevit.models import HEADS, MODELS, HeadConfig, Model
+from mobilevit.models.deeplabv3 import DeepLabv3Config
 from mobilevit.models.mobilevit import MobileViT, MobileViTConfig, PatchSize
 from mobilevit.weights.checkpoint import Weights, find_misfit
 from mobilevit.weights.reading import backbone_of, read_file, read_weights
@@ -75,7 +76,10 @@ def create_model(
     if source is not None and source.card.task == task:
         output_stride = output_stride or config.output_stride
         num_classes = num_classes or len(source.card.classes)
-        head = head or source.head_for(output_stride)
+        theirs = source.head
+        if isinstance(theirs, DeepLabv3Config):
+            theirs = theirs.scaled(config.output_stride / output_stride)
+        head = head or theirs
     config = dataclasses.replace(
         config, output_stride=output_stride or defaults.output_stride, patch_size=patch_size or config.patch_size
     )
@@ -91,12 +95,7 @@ def create_model(
 
 
 def build_model(config: MobileViTConfig, card: ModelCard, head: HeadConfig | None = None) -> Model:
-    """Make a model with fresh weights for the card's task and classes.
-
-    Args:
-        config: shape of the backbone.
-        card: of the model.
-        head: shape of the part after the backbone; None: the published one.
+    """Make a model with fresh weights for the card's task and classes; `head` None: the published one.
 
     Raises:
         MobileViTError: a head of another task, or a backbone that does not suit the task.
@@ -132,11 +131,6 @@ def load(path: str | os.PathLike[str]) -> Model:
 
 def _fill(model: Model, source: Weights, classes: tuple[str, ...] | None) -> ModelCard:
     """Fill a fresh model with what weights have for it, log what starts afresh, and make the card of the result.
-
-    Args:
-        model: has the card of a new model.
-        source: weights of the same architecture, for any task and classes.
-        classes: names that the caller gave, if any.
 
     Raises:
         MobileViTError: the weights have other shapes.
@@ -201,17 +195,9 @@ def _kept_classes(theirs: Sequence[str], ours: Sequence[str] | None, num_classes
 def _keep_rows(
     theirs: Tensor, fresh: Tensor, kept: Mapping[int, int], other_rows: int, num_classes: tuple[int, int]
 ) -> Tensor:
-    """Take the rows of the kept classes, and those that answer for no class, from other weights.
+    """Make a tensor like `fresh`, with the rows of the kept classes, and those for no class, of `theirs`.
 
-    Args:
-        theirs: a tensor with a row for each class: for each anchor `other_rows`, then one for each class.
-        fresh: the same of the new model.
-        kept: index of a class in `fresh` -> in `theirs`.
-        other_rows: rows of an anchor that answer for no class.
-        num_classes: of `theirs` and of `fresh`.
-
-    Returns:
-        A tensor like `fresh`; `theirs` where its shape does not fit.
+    `num_classes` is that of `theirs` and that of `fresh`. Where the shapes do not fit, the result is `theirs`.
     """
     anchors = fresh.shape[0] // (other_rows + num_classes[1])
     if theirs.shape != (anchors * (other_rows + num_classes[0]), *fresh.shape[1:]):

@@ -24,7 +24,7 @@ from mobilevit.weights.reading import read_file
 
 
 class TorchSession:
-    """A model in PyTorch, fused.
+    """A copy of a model in PyTorch, fused.
 
     Args:
         model: of any task; it stays as it is.

@@ -6,12 +6,12 @@ import copy
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from mobilevit.files import Json
 from mobilevit.models import Model
 from mobilevit.models.deeplabv3 import ASPP
 from mobilevit.models.mobilevit import MobileViTBackbone, MobileViTBlock
@@ -62,18 +62,13 @@ class Summary:
     macs: int
     activations: int
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Json:
         """Plain values for JSON."""
         return asdict(self)
 
 
 def summarize(model: Model, input_size: tuple[int, int]) -> Summary:
-    """Measure a model without computing: a copy of it runs on tensors that have shapes but no values.
-
-    Args:
-        model: for any task; also on the "meta" device.
-        input_size: (height, width) of one image.
-    """
+    """Measure a model without computing: a copy of it runs on tensors that have shapes but no values."""
     model = copy.deepcopy(model).to("meta").eval()
     shapes: dict[str, tuple[int, ...]] = {}
     for name, module in _layers(model):

@@ -163,11 +163,6 @@ class TrainConfig:
                 object.__setattr__(self, name, Path(place))
 
     @property
-    def data_name(self) -> str:
-        """The last part of the data's path or URL."""
-        return Path(self.data).name
-
-    @property
     def peak_learning_rate(self) -> float:
         """The learning rate given, or the paper's scaled to this batch: by the square root, the rule for Adam.
 

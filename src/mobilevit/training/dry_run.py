@@ -23,7 +23,6 @@ from mobilevit.progress import Progress
 from mobilevit.torch_session import TorchSession
 from mobilevit.training import distributed
 from mobilevit.training.config import TrainConfig
-from mobilevit.training.learner import Learner
 from mobilevit.training.loop import Run
 
 SECONDS_TO_MEASURE = 60.0
@@ -127,6 +126,7 @@ def dry_run(config: TrainConfig) -> DryRun:
         run = Run(config, world, device)
         config, learner, steps = run.config, run.learner, run.loader.start(0)
         seconds, largest = _measure(run, steps)
+        images = normalize(largest.images, learner.preprocessing)
         everything = list(learner.model.parameters())
         trained = [p for p in everything if p.requires_grad]
         bytes_of_state = sum(t.nbytes for t in (*everything, *learner.model.buffers()))
@@ -144,13 +144,13 @@ def dry_run(config: TrainConfig) -> DryRun:
             sizes=_plans(run, steps, seconds),
             updates=updates_per_epoch * config.epochs,
             weights_mb=round((copies * bytes_of_state + 3 * sum(p.nbytes for p in trained)) / 1e6, 1),
-            activations_mb=_activations_mb(learner, largest),
+            activations_mb=round(saved_bytes(learner.model, images, amp_dtype=learner.amp_dtype) / 1e6, 1),
             peak_memory_mb=peak_memory_mb(device),
             validation_seconds=round(_validation_seconds(run), 3),
         )
 
 
-def _measure(run: Run, steps: list[Step]) -> tuple[dict[Size | None, list[float]], Batch | None]:
+def _measure(run: Run, steps: list[Step]) -> tuple[dict[Size | None, list[float]], Batch]:
     """Time steps of each size, from when the step before was done; also return the batch with most pixels."""
     learner = run.learner
     seconds: dict[Size | None, list[float]] = {step.size: [] for step in steps}
@@ -176,6 +176,7 @@ def _measure(run: Run, steps: list[Step]) -> tuple[dict[Size | None, list[float]
             done = all(len(found) >= STEPS_TO_MEASURE for found in seconds.values())
             if distributed.any_of(run.world, done or spent > SECONDS_TO_MEASURE)[0]:
                 break
+    assert largest is not None
     return seconds if any(seconds.values()) else first, largest
 
 
@@ -214,14 +215,6 @@ def _validation_seconds(run: Run) -> float:
         before = now
     workers = max(1, run.num_workers) if run.device.type == "cuda" else 1
     return spent / max(images, 1) * len(run.val_set) / run.world.size / workers
-
-
-def _activations_mb(learner: Learner, batch: Batch | None) -> float:
-    if batch is None:
-        return 0.0
-    learner.train_mode()
-    images = normalize(batch.images, learner.preprocessing)
-    return round(saved_bytes(learner.model, images, amp_dtype=learner.amp_dtype) / 1e6, 1)
 
 
 def saved_bytes(model: nn.Module, images: Tensor, *, amp_dtype: torch.dtype | None = None) -> int:

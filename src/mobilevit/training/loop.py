@@ -157,16 +157,17 @@ class Run:
         if not world.is_first:
             torch.manual_seed(distributed.seed_of(world, config.seed))  # dropout, and mixing of images
 
-        self.num_workers = config.num_workers
-        if self.num_workers is None:
-            self.num_workers = default_num_workers(device, sharing=distributed.local_size())
+        num_workers = config.num_workers
+        if num_workers is None:
+            num_workers = default_num_workers(device, sharing=distributed.local_size())
+        self.num_workers = num_workers
         # In an order and at sizes that depend on nothing but the seed.
         self.loader = BatchLoader(
             self.train_set,
             self.learner.objective.transform,
             collate=self.learner.objective.collate,
             batch_size=config.batch_size,
-            num_workers=self.num_workers,
+            num_workers=num_workers,
             shuffle_seed=config.seed,
             sizes=config.step_sizes(),
             pin_memory=device.type == "cuda",
@@ -308,7 +309,7 @@ def _evaluate_epoch(run: Run, learning_rate: float) -> None:
                 "val_fraction": str(run.config.val_fraction),
                 "seed": str(run.config.seed),
                 "epoch": str(epoch + 1),
-                "trained_on": run.config.data_name,
+                "trained_on": Path(run.config.data).name,
             }
             run.folder.save_best(learner.evaluated, report, provenance)
     if run.world.is_first:

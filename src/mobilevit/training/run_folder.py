@@ -239,7 +239,7 @@ The figures hold for images like the ones it was trained on. {task.limits}
 ## Where it comes from
 
 {origin}
-- data: {config.data_name}
+- data: {Path(config.data).name}
 - settings: [config.json](config.json), versions: [environment.json](environment.json)
 """,
         )

@@ -25,7 +25,6 @@ from mobilevit.errors import MobileViTError
 from mobilevit.files import Json, write_bytes
 from mobilevit.imaging.preprocessing import Preprocessing
 from mobilevit.models import HEADS, HeadConfig, Model
-from mobilevit.models.deeplabv3 import DeepLabv3Config
 from mobilevit.models.mobilevit import MobileViTConfig
 
 FORMAT_VERSION = 1
@@ -45,12 +44,6 @@ class Weights:
     config: MobileViTConfig
     head: HeadConfig | None
     """None: the published one, or a task that needs none."""
-
-    def head_for(self, output_stride: int) -> HeadConfig | None:
-        """Adapt the shape of the head to another output stride."""
-        if isinstance(self.head, DeepLabv3Config):
-            return self.head.scaled(self.config.output_stride / output_stride)
-        return self.head
 
 
 def save(

@@ -21,9 +21,7 @@ class Repository(NamedTuple):
     """A weights file on the Hugging Face Hub."""
 
     name: str
-    """Owner and name of the repository."""
     file: str
-    """Name of the file in it."""
 
     @property
     def url(self) -> str:

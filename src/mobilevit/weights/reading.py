@@ -16,21 +16,19 @@ from mobilevit.models import HEADS, MODELS, HeadConfig
 from mobilevit.models.deeplabv3 import DeepLabv3Config
 from mobilevit.models.mobilevit import MobileViTBackbone, MobileViTConfig
 from mobilevit.weights import checkpoint, pretrained
-from mobilevit.weights.checkpoint import Weights
+from mobilevit.weights.checkpoint import Weights, find_misfit
 from mobilevit.weights.convert import convert_state_dict, recognize, unwrap_state_dict
 
 
 def read_weights(weights: str | os.PathLike[str], architecture: str) -> Weights:
-    """Read public weights by name, or those in a file; see `read_file`.
-
-    Args:
-        weights: a name from `list_pretrained()`, or a file.
-        architecture: name of the model that they must belong to.
+    """Read the weights of a model, public ones by name, or those in a file; see `read_file`.
 
     Raises:
         MobileViTError: no such file or name, unreadable, no MobileViT, or another architecture.
     """
-    if str(weights) not in pretrained.PRETRAINED and _looks_like_a_file(weights):
+    path = Path(weights)
+    is_file = path.exists() or path.suffix in (".safetensors", ".pt", ".pth", ".bin", ".ckpt") or len(path.parts) > 1
+    if str(weights) not in pretrained.PRETRAINED and is_file:
         return read_file(weights, architecture)
     public = pretrained.find(str(weights))
     if public.architecture != architecture:
@@ -50,9 +48,7 @@ def read_file(path: str | os.PathLike[str], architecture: str | None = None) -> 
     those of ImageNet, COCO or VOC where their number fits, the patch size is taken for 2, 2, 2, and the output stride
     of a DeepLabv3 for 8 if it has 512 channels, else for 16.
 
-    Args:
-        path: of the file.
-        architecture: name of the model that the weights must belong to; None: it follows from the shapes.
+    The weights must belong to `architecture`, the name of a model; if it is None, it follows from the shapes.
 
     Raises:
         MobileViTError: missing, damaged, unsafe, no MobileViT, or another architecture.
@@ -92,23 +88,14 @@ def backbone_of(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def _looks_like_a_file(weights: str | os.PathLike[str]) -> bool:
-    path = Path(weights)
-    return path.exists() or path.suffix in (".safetensors", ".pt", ".pth", ".bin", ".ckpt") or len(path.parts) > 1
-
-
 def _architecture_of(state: Mapping[str, Tensor], path: str | os.PathLike[str]) -> str:
-    shapes = _shapes(backbone_of(state))
+    backbone = backbone_of(state)
     for name, config in MODELS.items():
         with torch.device("meta"):
             ours = MobileViTBackbone(config).state_dict()
-        if _shapes(ours) == shapes:
+        if not find_misfit(ours, backbone):
             return name
     raise MobileViTError(f"{path}: its shapes fit none of {', '.join(MODELS)}; give the weights of one of these")
-
-
-def _shapes(state: Mapping[str, Tensor]) -> dict[str, torch.Size]:
-    return {key: value.shape for key, value in state.items() if not key.endswith("num_batches_tracked")}
 
 
 def _published_shape(state: Mapping[str, Tensor], config: MobileViTConfig) -> tuple[MobileViTConfig, HeadConfig | None]:
