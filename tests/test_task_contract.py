@@ -20,8 +20,8 @@ from mobilevit.cli import main
 from mobilevit.data import shapes
 from mobilevit.data.datasets import find_splits
 from mobilevit.data.loaders import BatchLoader
+from mobilevit.devices import normalize
 from mobilevit.evaluation import evaluation_loader, measure
-from mobilevit.models.inputs import normalize
 from mobilevit.runtime.predictor import Predictor, Result
 from mobilevit.torch_session import TorchSession
 from mobilevit.training.config import TrainConfig

@@ -1,13 +1,16 @@
-"""Devices: picking one, their names and memory."""
+"""Devices: picking one, their names and memory, and pixels on them."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 
 from mobilevit.errors import MobileViTError
+from mobilevit.imaging.preprocessing import Preprocessing
 from mobilevit.machine import peak_memory
 
 
@@ -15,24 +18,37 @@ def pick_device(name: str) -> torch.device:
     """The device for a name: "auto" (the best there is), "cpu", "cuda", "cuda:1" or "mps".
 
     Raises:
-        ValueError: it is not on this machine.
+        MobileViTError: it is not on this machine.
     """
     if name == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise MobileViTError(f"`device` is {name!r}: unknown; it can be auto, cpu, cuda, cuda:1 or mps") from None
+    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name):
+        raise MobileViTError(f"`device` is {name!r}: unknown; it can be auto, cpu, cuda, cuda:1 or mps")
+    device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         found = f"there are {torch.cuda.device_count()}" if torch.cuda.is_available() else "PyTorch sees no CUDA GPU"
         raise MobileViTError(f"`device` is {name!r}: {found}; use 'cpu', or check the driver with nvidia-smi")
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise MobileViTError(f"`device` is {name!r}: this machine has no Apple GPU; use 'cpu'")
-    if device.type not in ("cpu", "cuda", "mps"):
-        raise MobileViTError(f"`device` is {name!r}: unknown; it can be auto, cpu, cuda, cuda:1 or mps")
     return device
+
+
+def normalize(pixels: Tensor, preprocessing: Preprocessing) -> Tensor:
+    """Scale to 0..1, subtract mean, divide by std: `Preprocessing.normalize` for tensors; the memory layout stays.
+
+    Shape: uint8 (B, 3, H, W) -> float32 (B, 3, H, W), on the same device.
+    """
+    x = pixels.float() / 255
+    if any(preprocessing.mean) or any(s != 1 for s in preprocessing.std):
+        on_gpu = x.device.type == "cuda"  # where the host would otherwise wait for all that was started before
+        mean, std = (
+            torch.tensor(values).to(x.device, non_blocking=on_gpu)[:, None, None]
+            for values in (preprocessing.mean, preprocessing.std)
+        )
+        x = (x - mean) / std
+    return x
 
 
 def gpu_names() -> list[str]:
@@ -41,10 +57,7 @@ def gpu_names() -> list[str]:
 
 
 def peak_memory_mb(device: torch.device) -> float | None:
-    """The most that this process has taken so far of a GPU's memory, or, on a CPU, of the machine's, in megabytes.
-
-    None where the system does not say.
-    """
+    """The most MB this process has taken so far of a GPU's memory, or, on a CPU, of the machine's; None: unknown."""
     if device.type == "cuda":
         return round(torch.cuda.max_memory_reserved(device) / 1e6, 1)
     peak = peak_memory()

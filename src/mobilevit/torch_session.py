@@ -14,11 +14,10 @@ from torch import Tensor, nn
 
 from mobilevit import factory
 from mobilevit.card import ModelCard, card_of
-from mobilevit.devices import gpu_memory_errors, pick_device
+from mobilevit.devices import gpu_memory_errors, normalize, pick_device
 from mobilevit.explaining.explain import Explanation, explain
 from mobilevit.imaging.decode import Source
 from mobilevit.models.fuse import fuse
-from mobilevit.models.inputs import normalize
 from mobilevit.runtime.session import EngineChoice
 from mobilevit.weights.reading import read_file
 

@@ -20,6 +20,7 @@ from golden_weights import fill_with_golden_weights
 from mobilevit.card import TaskName
 from mobilevit.cli import main
 from mobilevit.data import shapes as drawn
+from mobilevit.devices import normalize
 from mobilevit.errors import ImageError
 from mobilevit.exporting import export as exporting
 from mobilevit.exporting import pt2
@@ -29,7 +30,6 @@ from mobilevit.imaging.decode import find_images
 from mobilevit.imaging.preprocessing import Preprocessing
 from mobilevit.machine import available_cores
 from mobilevit.models import Model
-from mobilevit.models.inputs import normalize
 from mobilevit.runtime.artifact import SUFFIXES, is_artifact, read_sidecar, sidecar_of
 from mobilevit.runtime.session import ArtifactSession
 from test_cli import refused

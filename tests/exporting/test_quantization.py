@@ -18,6 +18,7 @@ from torch import Tensor
 import mobilevit
 from mobilevit.card import card_of
 from mobilevit.data.shapes import render_scene
+from mobilevit.devices import normalize
 from mobilevit.errors import MobileViTError
 from mobilevit.exporting import onnx as onnx_format
 from mobilevit.exporting import openvino as openvino_format
@@ -25,7 +26,6 @@ from mobilevit.exporting.export import export
 from mobilevit.exporting.graph import Plan, export_graph
 from mobilevit.exporting.quantization import float_modules, is_below
 from mobilevit.exporting.sensitivity import choose_float, save_plot, sensitivity
-from mobilevit.models.inputs import normalize
 from mobilevit.runtime.artifact import Artifact, write_sidecar
 from mobilevit.runtime.session import ArtifactSession
 

@@ -18,12 +18,12 @@ from PIL import Image, features
 from torchvision.transforms import InterpolationMode, v2
 
 from mobilevit.data.shapes import render_scene
+from mobilevit.devices import normalize
 from mobilevit.errors import ImageError
 from mobilevit.files import ReadError
 from mobilevit.imaging import decode
 from mobilevit.imaging.decode import MAX_PIXELS, find_images, open_image, read_image
 from mobilevit.imaging.preprocessing import Preprocessing
-from mobilevit.models.inputs import normalize
 from sample_images import encoded, noise_jpeg, smooth
 from unprivileged import locked_folder
 

@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 from torch.nn import functional as F
 
 import mobilevit
+from mobilevit.devices import normalize
 from mobilevit.imaging.preprocessing import Preprocessing
-from mobilevit.models.inputs import normalize
 from mobilevit.training.config import DistillationSettings, TrainConfig
 from mobilevit.training.distillation import Teacher, distillation_loss, open_teacher
 from mobilevit.training.loop import train

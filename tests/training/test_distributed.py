@@ -21,7 +21,7 @@ import mobilevit
 from mobilevit.card import card_of
 from mobilevit.data.datasets import load_train_val
 from mobilevit.data.loaders import BatchLoader
-from mobilevit.models.inputs import normalize
+from mobilevit.devices import normalize
 from mobilevit.training import distributed
 from mobilevit.training.config import TrainConfig
 from mobilevit.training.learner import _build_model, learning_rate, make_optimizer

@@ -190,14 +190,14 @@ def test_names() -> None:
         preprocessing = HEADS[weights.task].published_preprocessing
         assert (weights.task, preprocessing) == PREPROCESSING[name.rpartition(".")[2]]
         assert (preprocessing.mean, preprocessing.std) == ((0, 0, 0), (1, 1, 1))
-    assert [r.name for r in PRETRAINED["mobilevit_s.cvnets_in1k"].repositories] == [
-        "timm/mobilevit_s.cvnets_in1k",
-        "apple/mobilevit-small",
-    ]
-    assert PRETRAINED["mobilevit_xxs.cvnets_voc"].url == (
+    assert PRETRAINED["mobilevit_s.cvnets_in1k"].urls == (
+        "https://huggingface.co/timm/mobilevit_s.cvnets_in1k/resolve/main/model.safetensors",
+        "https://huggingface.co/apple/mobilevit-small/resolve/main/pytorch_model.bin",
+    )
+    assert PRETRAINED["mobilevit_xxs.cvnets_voc"].urls[0] == (
         "https://huggingface.co/apple/deeplabv3-mobilevit-xx-small/resolve/main/pytorch_model.bin"
     )
-    assert PRETRAINED["mobilevit_xs.cvnets_coco"].url.endswith("/models/cvnets/detection/ssd_mobilevit_xs_320.pt")
+    assert PRETRAINED["mobilevit_xs.cvnets_coco"].urls[0].endswith("/models/cvnets/detection/ssd_mobilevit_xs_320.pt")
     with pytest.raises(ValueError, match=r"^unknown weights 'mobilevit_xs\.cvnet'; did you mean mobilevit_xs\.cvnets"):
         resolve("mobilevit_xs.cvnet")
     with pytest.raises(ValueError, match=r"^unknown weights '123'; There are mobilevit_s\.cvnets_coco, "):
@@ -211,7 +211,7 @@ def test_facts_agree_with_timm() -> None:
     preprocessing = HEADS["classification"].published_preprocessing
     for weights in classifiers:
         theirs = timm.get_pretrained_cfg(weights.name)
-        assert theirs.hf_hub_id == weights.repositories[0].name
+        assert weights.urls[0].startswith(f"https://huggingface.co/{theirs.hf_hub_id}/")
         assert theirs.input_size[1:] == preprocessing.size
         assert theirs.crop_pct == preprocessing.crop_fraction
         assert theirs.interpolation == preprocessing.interpolation
@@ -227,7 +227,7 @@ def test_a_file_on_no_hub_is_downloaded_once(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr("mobilevit.weights.pretrained.log.warning", lambda text, *of: told.append(text % of))
     placed = tmp_path / "home" / f"{name}.pt"
     with hub({"ssd.pt": b"weights"}) as (endpoint, _):
-        monkeypatch.setitem(PRETRAINED, name, dataclasses.replace(PRETRAINED[name], address=f"{endpoint}/ssd.pt"))
+        monkeypatch.setitem(PRETRAINED, name, dataclasses.replace(PRETRAINED[name], urls=(f"{endpoint}/ssd.pt",)))
         assert resolve(name) == placed
     assert placed.read_bytes() == b"weights"
     assert len(told) == 1
@@ -264,7 +264,7 @@ def test_a_download_that_breaks_off_leaves_nothing(tmp_path: Path, monkeypatch: 
     server = ThreadingHTTPServer(("127.0.0.1", 0), BreaksOff)
     Thread(target=server.serve_forever, daemon=True).start()
     address = f"http://127.0.0.1:{server.server_port}/ssd.pt"
-    monkeypatch.setitem(PRETRAINED, name, dataclasses.replace(PRETRAINED[name], address=address))
+    monkeypatch.setitem(PRETRAINED, name, dataclasses.replace(PRETRAINED[name], urls=(address,)))
     with pytest.raises(ValueError, match=r"600 bytes read, 400 more expected\)\); fetch http"):
         resolve(name)
     server.shutdown()

@@ -13,7 +13,6 @@ from tyro.conf import OmitArgPrefixes, arg
 from mobilevit.cli.errors import UsageError
 from mobilevit.cli.printing import as_json, print_json, print_report
 from mobilevit.training.config import TrainConfig
-from mobilevit.training.recipes import find_recipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +64,11 @@ def train_defaults(arguments: list[str]) -> Train:
         file = str(Path(out) / "config.json")
     recipe = value_of("--recipe", arguments)
     if file is None:
-        settings = TrainConfig(data="") if recipe is None else find_recipe(recipe).settings
+        settings = TrainConfig(data="")
+        if recipe is not None:
+            from mobilevit.training.recipes import find_recipe
+
+            settings = find_recipe(recipe).settings
         return Train(settings=dataclasses.replace(settings, data=tyro.MISSING), recipe=recipe)
     if recipe is not None:
         raise UsageError("--recipe and --config both give settings; leave one of them out")

@@ -9,17 +9,15 @@ Letters used in shape comments:
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mobilevit.card import ModelCard
 from mobilevit.errors import MobileViTError
 from mobilevit.models.mobilevit import ConvNormAct, MobileViTBackbone, initialize, initialize_prediction
-
-if TYPE_CHECKING:
-    from mobilevit.card import ModelCard
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,16 +18,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mobilevit.card import ModelCard
 from mobilevit.errors import MobileViTError
-
-if TYPE_CHECKING:
-    from mobilevit.card import ModelCard
 
 PatchSize = int | tuple[int, int]
 

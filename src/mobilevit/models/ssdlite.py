@@ -15,18 +15,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from mobilevit.card import ModelCard
 from mobilevit.errors import MobileViTError
 from mobilevit.models.mobilevit import ConvNormAct, MobileViTBackbone, initialize, initialize_prediction
-
-if TYPE_CHECKING:
-    from mobilevit.card import ModelCard
 
 
 @dataclass(frozen=True, kw_only=True)

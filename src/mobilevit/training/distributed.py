@@ -55,8 +55,7 @@ class World:
 def joined(device: str) -> Iterator[tuple[World, torch.device]]:
     """Meet the other processes, if torchrun has started any, and part from them in the end.
 
-    Args:
-        device: as in `TrainConfig`; "auto" and "cuda" give each process a GPU of its own.
+    Of the devices that `TrainConfig` has, "auto" and "cuda" give each process a GPU of its own.
 
     Raises:
         MobileViTError: no such device, or more processes than GPUs.

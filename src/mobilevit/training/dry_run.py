@@ -15,10 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from mobilevit.data.loaders import Batch, Size, Step, ahead_on
-from mobilevit.devices import peak_memory_mb
+from mobilevit.devices import normalize, peak_memory_mb
 from mobilevit.evaluation import evaluation_loader
 from mobilevit.files import Json
-from mobilevit.models.inputs import normalize
 from mobilevit.progress import Progress
 from mobilevit.torch_session import TorchSession
 from mobilevit.training import distributed

@@ -15,11 +15,11 @@ from torch.nn.parallel import DistributedDataParallel
 from mobilevit.card import ModelCard
 from mobilevit.data.imageset import AnyImages
 from mobilevit.data.loaders import Batch
+from mobilevit.devices import normalize
 from mobilevit.errors import MobileViTError
 from mobilevit.factory import create_model
 from mobilevit.imaging.preprocessing import Preprocessing
 from mobilevit.models import Model
-from mobilevit.models.inputs import normalize
 from mobilevit.training import distributed
 from mobilevit.training.config import OptimizerSettings, TrainConfig
 from mobilevit.training.distillation import distillation_loss, open_teacher
@@ -52,7 +52,7 @@ class Learner:
         model = model.to(device)
         if config.freeze_backbone:
             for name, parameter in model.named_parameters():
-                parameter.requires_grad = _is_head(name)
+                parameter.requires_grad = _stages_to_head(name) == 0
         if config.hardware.sync_batch_norm and world.size > 1:
             if device.type != "cuda":
                 raise MobileViTError("`sync_batch_norm` needs GPUs; leave it out")
@@ -93,7 +93,7 @@ class Learner:
         self.model.train()
         if self.config.freeze_backbone:
             for name, child in getattr(self.model, "backbone", self.model).named_children():
-                if not _is_head(f"{name}."):
+                if _stages_to_head(name) > 0:
                     child.eval()
 
     def step(self, batch: Batch, *, share: float, learning_rate: float | None) -> Tensor | None:
@@ -211,11 +211,7 @@ def _build_model(config: TrainConfig, data: AnyImages, network: Network | None) 
 class CompiledForSizes(nn.Module):
     """A model with one compiled graph for each of some input shapes; others, such as a last batch, run as they are.
 
-    Left to itself, the compiler makes one slower graph for all sizes, or gives up after a few.
-
-    Args:
-        model: whose parameters these are, too.
-        shapes: (B, H, W) of each.
+    Left to itself, the compiler makes one slower graph for all sizes, or gives up after a few. Shapes are (B, H, W).
     """
 
     def __init__(self, model: nn.Module, shapes: Collection[tuple[int, int, int]]) -> None:
@@ -253,13 +249,10 @@ def _amp_dtype(amp: str, device: torch.device) -> torch.dtype | None:
 _STAGES = ("stem", "layer1", "layer2", "layer3", "layer4", "layer5", "head_conv")
 
 
-def _is_head(parameter: str) -> bool:
-    """Return whether a parameter of this name belongs to what a task adds to the backbone."""
-    return _stage(parameter) not in _STAGES
-
-
-def _stage(parameter: str) -> str:
-    return parameter.removeprefix("backbone.").partition(".")[0]
+def _stages_to_head(parameter: str) -> int:
+    """Count the stages from a parameter's to the head; 0 if it belongs to what a task adds to the backbone."""
+    stage = parameter.removeprefix("backbone.").partition(".")[0]
+    return len(_STAGES) - _STAGES.index(stage) if stage in _STAGES else 0
 
 
 def make_optimizer(model: nn.Module, settings: OptimizerSettings, device: torch.device) -> torch.optim.AdamW:
@@ -272,9 +265,9 @@ def make_optimizer(model: nn.Module, settings: OptimizerSettings, device: torch.
         if not parameter.requires_grad:
             continue
         decays = settings.decay_norm_and_bias or parameter.ndim > 1
-        head_lr_factor = 1.0 if settings.head_lr_factor is None else settings.head_lr_factor
-        stages_to_head = 0 if _is_head(name) else len(_STAGES) - _STAGES.index(_stage(name))
-        factor = settings.layer_decay**stages_to_head if stages_to_head else head_lr_factor
+        factor = settings.layer_decay ** _stages_to_head(name)
+        if _stages_to_head(name) == 0 and settings.head_lr_factor is not None:
+            factor = settings.head_lr_factor
         groups.setdefault((factor, settings.weight_decay if decays else 0.0), []).append(parameter)
     told = [
         {"params": parameters, "lr_factor": factor, "weight_decay": decay}
@@ -286,11 +279,8 @@ def make_optimizer(model: nn.Module, settings: OptimizerSettings, device: torch.
 def learning_rate(progress: float, config: TrainConfig) -> float:
     """Linear warm-up from a tenth of the peak, then half a cosine down to `final_lr_fraction` of it.
 
-    By images rather than updates, as updates take more or fewer images where their size varies.
-
-    Args:
-        progress: share of all images of the run, each counted once an epoch, that were seen before the update.
-        config: gives peak, warm-up and end.
+    `progress` is the share of all images of the run, each counted once an epoch, that were seen before the update. It
+    counts images, as updates take more or fewer of them where their size varies.
     """
     peak, warmup, end = config.peak_learning_rate, config.optimizer.warmup_fraction, config.optimizer.final_lr_fraction
     if progress < warmup:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from mobilevit import __version__
+from mobilevit.devices import gpu_names
 from mobilevit.errors import Interrupted, MissingPackageError, MobileViTError
 from mobilevit.factory import load
 from mobilevit.files import Json, write_bytes, write_json, write_text
@@ -255,5 +256,5 @@ def environment() -> Json:
         "processor": platform.machine(),
         "packages": {name: metadata.version(name) for name in names},
         "threads": torch.get_num_threads(),
-        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "gpus": gpu_names(),
     }

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
-from typing import NamedTuple
 from urllib.request import urlopen
 
 from mobilevit.card import TaskName
@@ -15,18 +14,6 @@ from mobilevit.errors import MobileViTError, one_line, unknown
 from mobilevit.files import cache_folder, write_bytes
 
 log = logging.getLogger("mobilevit")
-
-
-class Repository(NamedTuple):
-    """A weights file on the Hugging Face Hub."""
-
-    name: str
-    file: str
-
-    @property
-    def url(self) -> str:
-        """Address that a browser downloads the file from."""
-        return f"https://huggingface.co/{self.name}/resolve/main/{self.file}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,22 +26,16 @@ class PretrainedWeights:
     """Key of `MODELS`."""
     task: TaskName
     """Task they were trained for; `create_model` takes their backbone for any other."""
-    repositories: tuple[Repository, ...] = ()
-    """Places where the same numbers are published, in order of preference."""
-    address: str | None = None
-    """Address of the file, where it is on no hub."""
+    urls: tuple[str, ...]
+    """Addresses at which the same numbers are published, in order of preference."""
     source: str
     """Who made them, and with what."""
-
-    @property
-    def url(self) -> str:
-        """Address that a browser downloads the file from."""
-        return self.address or self.repositories[0].url
 
 
 LICENSE = "Apple sample code license, https://github.com/apple/ml-cvnets/blob/main/LICENSE"
 """Name and address of the terms that all repositories refer to."""
 
+_HUB = "https://huggingface.co/"
 _SIZES = {"s": "small", "xs": "x-small", "xxs": "xx-small"}
 _AUTHORS = "by the paper's authors with apple/ml-cvnets"
 # As given by the README of ml-cvnets 0.1; later versions no longer mention these files.
@@ -68,9 +49,9 @@ PRETRAINED: dict[str, PretrainedWeights] = {
             name=f"mobilevit_{size}.cvnets_in1k",
             architecture=f"mobilevit_{size}",
             task="classification",
-            repositories=(
-                Repository(f"timm/mobilevit_{size}.cvnets_in1k", "model.safetensors"),
-                Repository(f"apple/mobilevit-{apple_size}", "pytorch_model.bin"),
+            urls=(
+                f"{_HUB}timm/mobilevit_{size}.cvnets_in1k/resolve/main/model.safetensors",
+                f"{_HUB}apple/mobilevit-{apple_size}/resolve/main/pytorch_model.bin",
             ),
             source=f"trained on ImageNet-1k {_AUTHORS}",
         ),
@@ -78,14 +59,14 @@ PRETRAINED: dict[str, PretrainedWeights] = {
             name=f"mobilevit_{size}.cvnets_coco",
             architecture=f"mobilevit_{size}",
             task="detection",
-            address=f"{_DETECTORS}/ssd_mobilevit_{size}_320.pt",
+            urls=(f"{_DETECTORS}/ssd_mobilevit_{size}_320.pt",),
             source=f"SSDLite trained on ImageNet-1k, then COCO 2017, {_AUTHORS}",
         ),
         PretrainedWeights(
             name=f"mobilevit_{size}.cvnets_voc",
             architecture=f"mobilevit_{size}",
             task="segmentation",
-            repositories=(Repository(f"apple/deeplabv3-mobilevit-{apple_size}", "pytorch_model.bin"),),
+            urls=(f"{_HUB}apple/deeplabv3-mobilevit-{apple_size}/resolve/main/pytorch_model.bin",),
             source=f"DeepLabv3 trained on ImageNet-1k, then PASCAL VOC 2012, {_AUTHORS}",
         ),
     )
@@ -118,36 +99,42 @@ def resolve(name: str) -> Path:
         MobileViTError: unknown name, or no file and no way to download it; says where to put one.
     """
     weights = find(name)
-    placed = cache_folder() / f"{name}{Path(weights.url).suffix}"
+    placed = cache_folder() / f"{name}{Path(weights.urls[0]).suffix}"
     for path in (placed.with_name(f"{name}.safetensors"), placed):
         if path.is_file():
             return path
 
     from huggingface_hub import constants, try_to_load_from_cache  # slow to import, and seldom needed
 
-    for repository in weights.repositories:
-        cached = try_to_load_from_cache(repository.name, repository.file)
+    on_hub = [url for url in weights.urls if url.startswith(_HUB)]
+    for url in on_hub:
+        cached = try_to_load_from_cache(*_repository_and_file(url))
         if isinstance(cached, str):
             return Path(cached)
     try:
         if constants.HF_HUB_OFFLINE:
             raise ConnectionError("HF_HUB_OFFLINE is set")
-        if weights.repositories:
-            path, url = _from_hub(weights.repositories)
+        if on_hub:
+            path, url = _from_hub(on_hub)
         else:
-            url = weights.url
+            url = weights.urls[0]
             with urlopen(url, timeout=10) as answer:
                 path = write_bytes(placed, answer.read())  # which raises HTTPException if less comes than promised
     except (OSError, HTTPException) as error:
         raise MobileViTError(
-            f"{name} cannot be downloaded ({one_line(error)}); fetch {weights.url} and place it at {placed}"
+            f"{name} cannot be downloaded ({one_line(error)}); fetch {weights.urls[0]} and place it at {placed}"
         ) from None
     log.warning("%s: downloaded from %s; %s; %s", name, url, weights.source, LICENSE)
     return path
 
 
-def _from_hub(repositories: Sequence[Repository]) -> tuple[Path, str]:
-    """Download from the first repository that has the file; return it and its address.
+def _repository_and_file(url: str) -> tuple[str, str]:
+    repository, _, file = url.removeprefix(_HUB).partition("/resolve/main/")
+    return repository, file
+
+
+def _from_hub(urls: Sequence[str]) -> tuple[Path, str]:
+    """Download from the first address that has the file; return it and the address.
 
     Raises:
         ConnectionError: none has it, or the hub does not answer; with the reason of the first, which suits the advice.
@@ -156,11 +143,11 @@ def _from_hub(repositories: Sequence[Repository]) -> tuple[Path, str]:
     from huggingface_hub.errors import HfHubHTTPError
 
     reasons = []
-    for repository in repositories:
+    for url in urls:
         try:
             # Asked once by hand: hf_hub_download would repeat the question for half a minute where there is no network.
-            get_hf_file_metadata(hf_hub_url(*repository))
-            return Path(hf_hub_download(*repository)), repository.url
+            get_hf_file_metadata(hf_hub_url(*_repository_and_file(url)))
+            return Path(hf_hub_download(*_repository_and_file(url))), url
         except Exception as error:  # the HTTP library below huggingface_hub changes with its version
             reasons.append((str(error).strip() or type(error).__name__).splitlines()[0])
             if not isinstance(error, HfHubHTTPError):
