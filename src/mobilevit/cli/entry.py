@@ -87,9 +87,10 @@ def _parse(command: type[Command], name: str, arguments: list[str]) -> Command |
     defaults: dict[str, Any] = {}
     if name == "train":
         from mobilevit.cli.train import train_defaults, value_of
-        from mobilevit.training.recipes import describe_recipes
 
         if value_of("--recipe", arguments) == "list":
+            from mobilevit.training.recipes import describe_recipes
+
             print(describe_recipes())
             return None
         defaults["default"] = train_defaults(arguments)
