@@ -78,7 +78,7 @@ class BoxTable:
 
     def report(self, file: str | Path, kind: str, detail: str = "", remedy: str = "") -> None:
         """Note a `Problem`."""
-        self.problems.append(Problem(file=str(file), kind=kind, detail=detail, remedy=remedy))
+        self.problems.append(Problem(str(file), kind, detail, remedy))
 
 
 def box_splits(
@@ -173,7 +173,7 @@ def size_problem(file: str, stated: tuple[int, int], actual: tuple[int, int]) ->
     if stated == actual[::-1]:
         remedy = "boxes taken as they are, though the image seems to have been turned (EXIF) since; draw them again"
     detail = f"{stated[0]} x {stated[1]}, the image {actual[0]} x {actual[1]}"
-    return Problem(file=file, kind="annotation of another size than its image", detail=detail, remedy=remedy)
+    return Problem(file, "annotation of another size than its image", detail, remedy)
 
 
 def image_size(path: Path) -> tuple[int, int]:

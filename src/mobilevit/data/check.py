@@ -166,7 +166,7 @@ def check(path: str | os.PathLike[str], task: TaskName | None = None) -> CheckRe
     for part, data in splits.items():
         if not statistics[part].objects_of:  # with boxes, reading them reports it
             unseen = [name for name, count in statistics[part].images_of.items() if not count]
-            problems += [Problem(file=data.origin, kind="class without images", detail=name) for name in unseen]
+            problems += [Problem(data.origin, "class without images", name) for name in unseen]
     return CheckReport(
         path=str(path),
         task=first.task.name,
@@ -205,7 +205,7 @@ def _look_at(data: AnyImages, number: int) -> _Look:
     except (ImageError, OSError) as error:
         reason = getattr(error, "strerror", None) or str(error).removeprefix(f"{file}: ")
         remedy = "training leaves it out; remove or replace it"
-        look.problems.append(Problem(file=file, kind="image that cannot be read", detail=reason, remedy=remedy))
+        look.problems.append(Problem(file, "image that cannot be read", reason, remedy))
     if data.sizes is not None and look.size and data.sizes[number] != look.size:
         look.problems.append(size_problem(file, data.sizes[number], look.size))
     if isinstance(data.targets[number], Mask):
@@ -224,8 +224,7 @@ def _look_at_mask(mask: Mask, look: _Look) -> None:
         turned = size == look.size[::-1]
         remedy = "the image has been turned (EXIF) since; turn the mask" if turned else "save it in the image's size"
         sizes = f"{size[0]} x {size[1]}, the image {look.size[0]} x {look.size[1]}"
-        kind = "mask of another size than its image"
-        look.problems.append(Problem(file=str(mask.path), kind=kind, detail=sizes, remedy=remedy))
+        look.problems.append(Problem(str(mask.path), "mask of another size than its image", sizes, remedy))
     counts = np.bincount(values.ravel(), minlength=256)
     class_of = np.frombuffer(mask.class_of, np.uint8)
     look.pixels = np.bincount(class_of, weights=counts, minlength=256).astype(np.int64)
@@ -256,7 +255,7 @@ def _duplicates(splits: Mapping[str, AnyImages], looks: Mapping[str, Sequence[_L
                 remedy = f"remove one of them, or what is measured on {part} will be too good"
             elif _caption(data, number) != _caption(data, other):
                 kind, remedy = "same image in two classes", "keep the one that is right"
-            problems.append(Problem(file=_file_of(data, number), kind=kind, detail=detail, remedy=remedy))
+            problems.append(Problem(_file_of(data, number), kind, detail, remedy))
     return problems
 
 
@@ -265,8 +264,7 @@ def _odd_files(path: Path) -> list[Problem]:
     inside = sorted(path.glob("*/**/*"))
     odd = [file for file in inside if file.suffix.lower() not in IMAGE_SUFFIXES and file.is_file()]
     visible = [file for file in odd if not any(name.startswith(".") for name in file.relative_to(path).parts)]
-    kind = "file of no known kind of image"
-    return [Problem(file=str(file), kind=kind, remedy="passed over") for file in visible]
+    return [Problem(str(file), "file of no known kind of image", remedy="passed over") for file in visible]
 
 
 def _of_images(looks: Sequence[_Look]) -> SplitStatistics:

@@ -38,7 +38,7 @@ def classification_splits(path: Path) -> dict[str, ImageSet[int]]:
     problems: tuple[Problem, ...] = ()
     if len(parts) > 1 and "test" in parts and not _has_labels(parts["test"]):
         remedy = "left out; put the images into one sub-folder per class"
-        problems = (Problem(file=str(parts.pop("test")[0]), kind="test part without classes", remedy=remedy),)
+        problems = (Problem(str(parts.pop("test")[0]), "test part without classes", remedy=remedy),)
     sets = {part: _read_part(part, places) for part, places in parts.items()}
     classes = _sorted_classes({name for data in sets.values() for name in data.classes})
     classes = sets["train"].classes if "train" in sets else classes

@@ -109,23 +109,21 @@ def detection_splits(path: Path) -> dict[str, ImageSet[Boxes]]:
     Raises:
         MobileViTError: none of these layouts, no image, no usable box, or a part that names nothing that exists.
     """
-    splits = _boxes_of_file(path) if path.is_file() else _boxes_of_folder(path)
+    splits = _read_boxes(path)
     if not any(boxes.labels.size for data in splits.values() for boxes in data.targets):
         first = next((f"; first trouble: {problem}" for data in splits.values() for problem in data.problems), "")
         raise MobileViTError(f"{path}: {sum(map(len, splits.values()))} images, but not one usable box{first}")
     return splits
 
 
-def _boxes_of_file(path: Path) -> dict[str, ImageSet[Boxes]]:
-    if path.suffix.lower() == ".json":
-        return read_coco_file(path)
-    if path.suffix.lower() in (".yaml", ".yml"):
-        return read_yolo_yaml(path)
-    raise MobileViTError(f"{path}: not a file with boxes; give a folder, a COCO .json or a YOLO .yaml")
-
-
-def _boxes_of_folder(path: Path) -> dict[str, ImageSet[Boxes]]:
-    """Try the formats in this order, as a folder in one of them often holds traces of those after it."""
+def _read_boxes(path: Path) -> dict[str, ImageSet[Boxes]]:
+    if path.is_file():
+        if path.suffix.lower() == ".json":
+            return read_coco_file(path)
+        if path.suffix.lower() in (".yaml", ".yml"):
+            return read_yolo_yaml(path)
+        raise MobileViTError(f"{path}: not a file with boxes; give a folder, a COCO .json or a YOLO .yaml")
+    # In this order, as a folder in one of the formats often holds traces of those after it.
     if files := find_coco(path):
         return read_coco(path, files)
     if files := find_yolo_yaml(path):
@@ -187,10 +185,8 @@ def load_train_val(
         whole = len(train)
         train, val = split(train, val_fraction=val_fraction, seed=seed)
         if "test" in splits:
-            message = (
-                "%s: no val part: %d of the %d train images are held out for validation; the test part is not used"
-            )
-            log.info(message, path, len(val), whole)
+            held_out = f"{len(val)} of the {whole} train images are held out for validation"
+            log.info("%s: no val part: %s; the test part is not used", path, held_out)
     train.check_classes()
     return train, val
 
@@ -224,7 +220,6 @@ def part_to_evaluate(
 
 
 def _undivided(splits: Mapping[str, AnyImages]) -> AnyImages | None:
-    """Return the part to train on."""
     return splits.get("train", splits.get("all"))
 
 

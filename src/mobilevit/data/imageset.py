@@ -56,13 +56,10 @@ class ImageSet(Generic[Target]):
     names: Sequence[str]
     """A name for each image: a path relative to the origin, or a row."""
     targets: Sequence[Target]
-    """The target of each image."""
     classes: tuple[str, ...]
-    """Class names."""
     open: Callable[[int], Source]
     """From the number of an image to what `read_image` takes; can be pickled for processes that are not forked."""
     problems: tuple[Problem, ...] = field(default=(), repr=False)
-    """Problems found in the annotations."""
     sizes: Sequence[tuple[int, int]] | None = field(default=None, repr=False)
     """(width, height) of each image, if the annotations say it."""
     shards: Sequence[range] | None = field(default=None, repr=False)

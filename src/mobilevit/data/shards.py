@@ -203,13 +203,10 @@ def _with_known_labels(contents: Contents, known: Mapping[str, str]) -> Contents
         if name is not None:
             records.append(record._replace(label=name))
             continue
-        problem = Problem(
-            file=f"{contents.shard.place}: {record.name.rpartition('.')[0]}",
-            kind="label outside the classes",
-            detail=f"{record.label}; there are {len({*known.values()})} classes",
-            remedy=f"left out; add its name to {CLASSES}, a line each, or correct it",
-        )
-        problems.append(problem)
+        where = f"{contents.shard.place}: {record.name.rpartition('.')[0]}"
+        detail = f"{record.label}; there are {len({*known.values()})} classes"
+        remedy = f"left out; add its name to {CLASSES}, a line each, or correct it"
+        problems.append(Problem(where, "label outside the classes", detail, remedy))
     return Contents(shard=contents.shard, records=records, problems=problems)
 
 
@@ -290,5 +287,6 @@ def _without_missing_end(shard: ShardFile, records: list[Record]) -> Contents:
     if size is None or shard.num_bytes is None or size >= shard.num_bytes:
         return Contents(shard=shard, records=records, problems=[])
     kept = [record for record in records if record.offset + record.size <= size]
-    problem = cut_short(shard.place, f"{shard.num_bytes - size:,} bytes are missing", lost=len(records) - len(kept))
-    return Contents(shard=shard, records=kept, problems=[problem])
+    detail = f"{shard.num_bytes - size:,} bytes are missing"
+    problems = [cut_short(shard.place, detail, lost=len(records) - len(kept))]
+    return Contents(shard=shard, records=kept, problems=problems)

@@ -48,7 +48,7 @@ class Contents:
 def cut_short(place: str, detail: str, lost: int = 0) -> Problem:
     """Describe a shard that ends too early."""
     what = f"its last {lost} images are left out" if lost else "what is whole is used"
-    return Problem(file=place, kind=CUT_SHORT, detail=detail, remedy=f"{what}; copy the shard again")
+    return Problem(place, CUT_SHORT, detail, f"{what}; copy the shard again")
 
 
 def read_contents(place: str) -> Contents:
@@ -82,7 +82,7 @@ def _scan(stream: FileIO, shard: ShardFile) -> Contents:
     members, end = _members(stream, shard)
 
     def leave_out(key: str, kind: str) -> None:
-        problems.append(Problem(file=f"{shard.place}: {key}", kind=kind, remedy="left out"))
+        problems.append(Problem(f"{shard.place}: {key}", kind, remedy="left out"))
 
     last = ""
     for name, offset, size in members:
