@@ -381,25 +381,11 @@ def halves() -> np.ndarray:
 def test_label_maps_are_blended(opacity: float) -> None:
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 40, 3), np.uint8))
     before = np.array(image)
-    drawn = np.asarray(draw_label_map(image, halves(), CLASSES, opacity=opacity, legend=False)).astype(int)
+    drawn = np.asarray(draw_label_map(image, halves(), CLASSES, opacity=opacity)).astype(int)
     assert np.array_equal(drawn[:, 20:], before[:, 20:])
     expected = before[:, :20] * (1 - opacity) + np.array(class_colors(3)[1]) * opacity
     assert np.abs(drawn[:, :20] - expected).max() <= 0.51
     assert np.array_equal(image, before)
-
-
-@pytest.mark.parametrize(("width", "height"), [(64, 64), (600, 500), (3000, 1000)])
-def test_the_legend_of_a_label_map_can_be_left_out(width: int, height: int) -> None:
-    image = Image.new("RGB", (width, height), GROUND)
-    label_map = np.zeros((height, width), np.uint8)
-    label_map[: height // 2] = 2
-    without, with_it = (draw_label_map(image, label_map, CLASSES, legend=legend) for legend in (False, True))
-    assert without.size == (width, height)
-    assert with_it.width == width
-    assert with_it.height > height + 12
-    assert with_it.crop((0, 0, width, height)).tobytes() == without.tobytes()
-    strip = with_it.crop((0, height, width, with_it.height))
-    assert [is_color(strip, color).any() for color in class_colors(3)] == [True, False, True]
 
 
 def test_nothing_to_draw() -> None:
@@ -414,7 +400,7 @@ def test_the_background_has_neither_color_nor_entry(name: str) -> None:
     classes = [name, "dog", "background noise"]
     assert draw_label_map(image, label_map, classes).tobytes() == image.tobytes()
     label_map[:, :10], label_map[:, 10:15] = 1, 2
-    drawn = draw_label_map(image, label_map, classes, legend=False)
+    drawn = draw_label_map(image, label_map, classes)
     assert np.array_equal(~is_color(drawn, GROUND), label_map != 0)
     assert background(classes) == [0]
 

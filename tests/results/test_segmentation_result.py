@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import numpy as np
@@ -65,6 +66,9 @@ def test_result_says_what_covers_how_much(tmp_path):
     with Image.open(tmp_path / "mask.png") as mask:
         assert mask.mode == "P"
         assert (np.asarray(mask) == label_map).all()
+    assert result.draw().height > 40 + 12  # a legend
+    hidden = dataclasses.replace(result, classes=("background", "sky", "background"))
+    assert hidden.draw().tobytes() == result.image.tobytes()
     drawn = np.asarray(result.draw(tmp_path / "drawn.png").convert("RGB"))
     assert (drawn[20, 10] != drawn[20, 46]).any()
     original = np.asarray(result.image)[20, 10].astype(int)

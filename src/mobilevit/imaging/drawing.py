@@ -156,16 +156,9 @@ def draw_outlines(image: Image.Image, boxes_xyxy: ArrayLike) -> Image.Image:
 
 
 def draw_label_map(
-    image: Image.Image,
-    label_map: NDArray[np.uint8],
-    classes: Sequence[str],
-    *,
-    opacity: float = 0.55,
-    legend: bool = True,
+    image: Image.Image, label_map: NDArray[np.uint8], classes: Sequence[str], *, opacity: float = 0.55
 ) -> Image.Image:
-    """Color a copy of an image by class, above a legend with the share of each class, the largest first.
-
-    The background gets no color, nor do pixels with `IGNORE`.
+    """Color a copy of an image by class; the background gets no color, nor do pixels with `IGNORE`.
 
     Shape: label_map (H, W), the size of the image.
     """
@@ -174,14 +167,7 @@ def draw_label_map(
     weight = np.full(256, opacity, np.float32)
     weight[[IGNORE, *background(classes)]] = 0
     weights = weight[label_map][..., None]
-    out = Image.fromarray((np.asarray(image) * (1 - weights) + colors[label_map] * weights).round().astype(np.uint8))
-    if not legend:
-        return out
-    counts = np.bincount(label_map.ravel(), minlength=256)[: len(classes)]
-    counts[background(classes)] = 0
-    labels = np.argsort(-counts, kind="stable")[: np.count_nonzero(counts)].tolist()
-    texts = {label: f"{classes[label]} {counts[label] / label_map.size:.1%}" for label in labels}
-    return with_legend(out, texts, len(classes))
+    return Image.fromarray((np.asarray(image) * (1 - weights) + colors[label_map] * weights).round().astype(np.uint8))
 
 
 def background(classes: Sequence[str]) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -84,14 +85,10 @@ class Result(ABC):
             )
 
     @classmethod
-    def elements_per_image(cls, card: ModelCard) -> int:
-        """Count the output elements of one image, which limit the batch size."""
-        return len(card.classes)
-
-    @classmethod
     def max_batch_size(cls, card: ModelCard) -> int:
         """Bound the batch so that its outputs take at most a quarter of a gigabyte of float32."""
-        return max(1, 2**26 // cls.elements_per_image(card))
+        pixels = math.prod(card.preprocessing.size) if cls.covers_image else 1
+        return max(1, 2**26 // (pixels * len(card.classes)))
 
     @classmethod
     @abstractmethod

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
-from typing import ClassVar, NamedTuple, Self
+from typing import ClassVar, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +15,7 @@ from PIL import Image
 
 from mobilevit.card import ModelCard
 from mobilevit.files import Json
-from mobilevit.imaging.drawing import class_colors, draw_label_map, save_image
+from mobilevit.imaging.drawing import background, class_colors, draw_label_map, save_image, with_legend
 from mobilevit.imaging.preprocessing import Placement
 from mobilevit.results.base import ImageInfo, Outputs, Result, float32
 
@@ -26,11 +26,7 @@ _LOGITS_AT_ONCE = 2**22
 def decode_label_map(outputs: Outputs, placement: Placement) -> NDArray[np.uint8]:
     """Find the class of every pixel of the original image.
 
-    Args:
-        outputs: "logits" (K, h, w), or "label_map" (h, w) if the model returns classes itself.
-        placement: where the image is in the input.
-
-    Shape: -> (H, W).
+    Shape: "logits" (K, h, w), or "label_map" (h, w) if the model returns classes itself -> (H, W).
     """
     rows, columns = placement.filled  # without padding
     if "label_map" in outputs:
@@ -48,36 +44,32 @@ def _enlarge(logits: NDArray[np.float32], size: tuple[int, int]) -> NDArray[np.u
     best = _best_class(logits)
     if size == best.shape:
         return best
-    y, x = _taps(size[0], best.shape[0]), _taps(size[1], best.shape[1])
-    label_map: NDArray[np.uint8] = best[y.before][:, x.before]
-    differs_across = best[:, x.before] != best[:, x.after]  # (h, W)
-    differs_down = best[y.before] != best[y.after]  # (H, w)
-    row, column = np.nonzero(differs_across[y.before] | differs_across[y.after] | differs_down[:, x.before])
-    flat, width = logits.reshape(len(logits), -1), best.shape[1]
+    above, below, down = _taps(size[0], best.shape[0])
+    left, right, across = _taps(size[1], best.shape[1])
+    label_map: NDArray[np.uint8] = best[above][:, left]
+    differs_across = best[:, left] != best[:, right]  # (h, W)
+    differs_down = best[above] != best[below]  # (H, w)
+    row, column = np.nonzero(differs_across[above] | differs_across[below] | differs_down[:, left])
     step = max(1, _LOGITS_AT_ONCE // len(logits))
+    flat, width = logits.reshape(len(logits), -1), best.shape[1]  # indexing with one array is much faster
     for start in range(0, len(row), step):
         i, j = row[start : start + step], column[start : start + step]
-        upper, lower, left, right = y.before[i] * width, y.after[i] * width, x.before[j], x.after[j]
-        above = _mix(flat[:, upper + left], flat[:, upper + right], x.weight[j])
-        below = _mix(flat[:, lower + left], flat[:, lower + right], x.weight[j])
-        label_map[i, j] = _best_class(_mix(above, below, y.weight[i]))
+        rows_above, rows_below = above[i] * width, below[i] * width
+        upper = _mix(flat[:, rows_above + left[j]], flat[:, rows_above + right[j]], across[j])
+        lower = _mix(flat[:, rows_below + left[j]], flat[:, rows_below + right[j]], across[j])
+        label_map[i, j] = _best_class(_mix(upper, lower, down[i]))
     return label_map
 
 
-class _Taps(NamedTuple):
-    """For each output pixel along an axis: the two input pixels around its center, and the weight of the second."""
+def _taps(length: int, input_length: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]:
+    """For each pixel along an axis, find the two input pixels around its center, and the weight of the second.
 
-    before: NDArray[np.int64]
-    after: NDArray[np.int64]
-    weight: NDArray[np.float32]
-
-
-def _taps(length: int, input_length: int) -> _Taps:
-    """Compute taps with half-pixel centers, as `torch.nn.functional.interpolate` does with align_corners=False."""
+    Centers are at half pixels, as in `torch.nn.functional.interpolate` with align_corners=False.
+    """
     place = (np.arange(length, dtype=np.float32) + np.float32(0.5)) * np.float32(input_length / length)
     place = (place - np.float32(0.5)).clip(0, input_length - 1)
     before = place.astype(np.int64)
-    return _Taps(before, np.minimum(before + 1, input_length - 1), (place - before).astype(np.float32))
+    return before, np.minimum(before + 1, input_length - 1), (place - before).astype(np.float32)
 
 
 def _mix(first: NDArray[np.float32], second: NDArray[np.float32], weight: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -106,12 +98,6 @@ class SegmentationResult(Result):
     options: ClassVar[frozenset[str]] = frozenset({"masks"})
 
     @classmethod
-    def elements_per_image(cls, card: ModelCard) -> int:
-        """Count the logits of one image: classes times pixels of the input."""
-        height, width = card.preprocessing.size
-        return len(card.classes) * height * width
-
-    @classmethod
     def from_outputs(cls, outputs: Outputs, card: ModelCard, info: ImageInfo) -> Self:
         """Decode "logits" (K, h, w) or "label_map" (h, w)."""
         label_map = decode_label_map(outputs, card.preprocessing.placement(info.size))
@@ -124,7 +110,11 @@ class SegmentationResult(Result):
         return {self.classes[i]: float(counts[i]) for i in np.argsort(-counts, kind="stable") if counts[i]}
 
     def _drawn(self, *, top: int, min_score: float | None, opacity: float) -> Image.Image:
-        return draw_label_map(self.image, self.label_map, self.classes, opacity=opacity)
+        tinted = draw_label_map(self.image, self.label_map, self.classes, opacity=opacity)
+        texts = {self.classes.index(name): f"{name} {share:.1%}" for name, share in self.shares.items()}
+        for label in background(self.classes):
+            texts.pop(label, None)
+        return with_legend(tinted, texts, len(self.classes))
 
     def mask(self) -> Image.Image:
         """Make a palette image of the label map: values are class indices, colors those of `draw`."""

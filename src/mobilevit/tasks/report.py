@@ -154,12 +154,8 @@ def save_confusion_matrix(
 ) -> None:
     """Write `confusion_matrix.csv`, and `confusion_matrix.png` of up to `MOST_IN_MATRIX` classes.
 
-    Args:
-        confusion: counts, (K, K); rows are the true classes, columns the predicted ones.
-        names: of the classes.
-        folder: where to.
-        title: stands above the image.
-        as_shares: write the share of the row into each square instead of the count, which is long for pixels.
+    Rows are the true classes, columns the predicted ones. `as_shares` writes the share of the row into each square
+    instead of the count, which is long for pixels.
     """
     rows = [[name, *counts] for name, counts in zip(names, confusion.tolist(), strict=True)]
     save_csv(folder / "confusion_matrix.csv", [["true \\ predicted", *names], *rows])

@@ -80,7 +80,7 @@ class SegmentationTask(Task[Mask, NDArray[np.uint8]]):
     ) -> tuple[Image.Image, set[int]]:
         label_map = np.asarray(Image.fromarray(target.read()).resize(image.size, Image.Resampling.NEAREST))
         labels = set(np.unique(label_map).tolist()) - {IGNORE}
-        return draw_label_map(image, label_map, classes, legend=False), labels
+        return draw_label_map(image, label_map, classes), labels
 
     def has_legend(self, num_classes: int) -> bool:
         return True

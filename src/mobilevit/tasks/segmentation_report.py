@@ -151,7 +151,7 @@ class SegmentationMeter(Meter[NDArray[np.uint8]]):
             for label_map in (predicted, truth):
                 shown.update(np.unique(label_map).tolist())
                 nearest = np.asarray(Image.fromarray(label_map).resize(small.size, Image.Resampling.NEAREST))
-                cells.append(draw_label_map(small, nearest, self.classes, opacity=0.7, legend=False))
+                cells.append(draw_label_map(small, nearest, self.classes, opacity=0.7))
             captions += [[f"mean IoU {seen.miou:.1%}"], ["predicted"], ["truth"]]
         sheet = contact_sheet(cells, captions, [DARK] * len(cells), columns=6, cell=cell)
         labels = sorted(shown - {IGNORE, *background(self.classes)})
