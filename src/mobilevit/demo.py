@@ -152,8 +152,8 @@ def _flag(name: str, value: object) -> str:
 
 def _sheet(predictions: list[Result]) -> Image.Image:
     """Every image with what the model says of it; classes in green where right, red with the truth where wrong."""
-    if isinstance(predictions[0], ClassificationResult):
-        found = [prediction for prediction in predictions if isinstance(prediction, ClassificationResult)]
+    found = [prediction for prediction in predictions if isinstance(prediction, ClassificationResult)]
+    if found:
         return prediction_sheet(
             [prediction.image for prediction in found],
             [prediction.probabilities for prediction in found],

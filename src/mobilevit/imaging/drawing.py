@@ -218,6 +218,7 @@ def save_image(image: Image.Image, path: str | os.PathLike[str]) -> Path:
 
 
 def _shorten(text: str, size: int, width: int) -> str:
+    """Cut a text to fit a width in pixels, ending in dots."""
     face = font(size, text)
     if face.getlength(text) <= width:
         return text

@@ -16,12 +16,7 @@ from PIL import Image
 from mobilevit.errors import MobileViTError
 from mobilevit.files import Json
 
-RESAMPLING = {
-    "nearest": Image.Resampling.NEAREST,
-    "bilinear": Image.Resampling.BILINEAR,
-    "bicubic": Image.Resampling.BICUBIC,
-    "lanczos": Image.Resampling.LANCZOS,
-}
+RESAMPLING = {name: Image.Resampling[name.upper()] for name in ("nearest", "bilinear", "bicubic", "lanczos")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,10 +105,7 @@ class Preprocessing:
         return Placement(image=image, region=region, size=self.size, filled=filled)
 
     def resize(self, image: Image.Image) -> NDArray[np.uint8]:
-        """Crop, resize and pad according to `resize_mode`, in one resampling step.
-
-        Shape: RGB image of any size -> (height, width, 3).
-        """
+        """Crop, resize and pad an RGB image by `resize_mode`, in one resampling step. Shape: (height, width, 3)."""
         placement = self.placement((image.height, image.width))
         resample = RESAMPLING[self.interpolation]
         resized = np.array(image.resize(placement.filled[::-1], resample, placement.region))
@@ -124,10 +116,7 @@ class Preprocessing:
         return whole
 
     def normalize(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Scale to 0..1, subtract mean, divide by std.
-
-        Shape: (B, H, W, 3) -> (B, 3, H, W), contiguous.
-        """
+        """Scale to 0..1, subtract mean, divide by std. Shape: (B, H, W, 3) -> (B, 3, H, W), contiguous."""
         x = np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)).astype(np.float32)
         x /= np.float32(255)
         if any(self.mean) or any(s != 1 for s in self.std):

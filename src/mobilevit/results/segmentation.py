@@ -54,9 +54,9 @@ def _enlarge(logits: NDArray[np.float32], size: tuple[int, int]) -> NDArray[np.u
     flat, width = logits.reshape(len(logits), -1), best.shape[1]  # indexing with one array is much faster
     for start in range(0, len(row), step):
         i, j = row[start : start + step], column[start : start + step]
-        rows_above, rows_below = above[i] * width, below[i] * width
-        upper = _mix(flat[:, rows_above + left[j]], flat[:, rows_above + right[j]], across[j])
-        lower = _mix(flat[:, rows_below + left[j]], flat[:, rows_below + right[j]], across[j])
+        i_above, i_below, j_left, j_right = above[i] * width, below[i] * width, left[j], right[j]
+        upper = _mix(flat[:, i_above + j_left], flat[:, i_above + j_right], across[j])
+        lower = _mix(flat[:, i_below + j_left], flat[:, i_below + j_right], across[j])
         label_map[i, j] = _best_class(_mix(upper, lower, down[i]))
     return label_map
 

@@ -106,11 +106,13 @@ class ClassificationMeter(Meter[int]):
         """Stack the logits of some images. Shape: (M, K)."""
         return np.array([self.images[index][0] for index in indices], np.float32).reshape(-1, len(self.classes))
 
-    def worst(self, count: int = 24) -> list[int]:
-        """The wrongly classified images the model was surest of, surest first."""
-        confidences = dict(zip(self.indices, softmax(self._logits(self.indices)).max(axis=1), strict=True))
-        wrong = [index for index in self.indices if self.images[index][0].argmax() != self.images[index][1]]
-        return sorted(wrong, key=lambda index: -confidences[index])[:count]
+    def errors(self) -> dict[int, float]:
+        """The probability of the class that the model took an image for, if that was wrong."""
+        errors = {}
+        for index, probabilities in zip(self.indices, softmax(self._logits(self.indices)), strict=True):
+            is_right = probabilities.argmax() == self.images[index][1]
+            errors[index] = 0.0 if is_right else float(probabilities.max())
+        return errors
 
     def report(self) -> ClassificationReport:
         labels = torch.tensor([self.images[index][1] for index in self.indices], dtype=torch.int64)

@@ -147,11 +147,10 @@ class DetectionMeter(Meter[Boxes]):
         # Six places are what files hold; rounded down, so that the detection itself stays in.
         return math.floor(float(ranked[best]) * 1e6) / 1e6
 
-    def worst(self, count: int = 24) -> list[int]:
-        """The images with most objects missed and detections of none at the best threshold."""
+    def errors(self) -> dict[int, float]:
+        """The objects missed and the detections of none, at the best threshold."""
         threshold = self.best_threshold()
-        errors = {index: sum(image.count(threshold)[1:]) for index, image in self.images.items()}
-        return sorted((index for index in errors if errors[index]), key=lambda index: (-errors[index], index))[:count]
+        return {index: sum(image.count(threshold)[1:]) for index, image in self.images.items()}
 
     def report(self) -> DetectionReport:
         precisions, recalls = self._coco()

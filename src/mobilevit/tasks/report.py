@@ -130,8 +130,13 @@ class Meter(ABC, Generic[Truth]):
         """Take in the model's outputs for the image with this number in the data."""
 
     @abstractmethod
+    def errors(self) -> dict[int, float]:
+        """Compute how wrong the model was about each image; 0 where it was right."""
+
     def worst(self, count: int = 24) -> list[int]:
         """List the images that the model was most wrong about, worst first, without those that it got right."""
+        errors = self.errors()
+        return sorted((index for index in errors if errors[index]), key=lambda index: (-errors[index], index))[:count]
 
     @abstractmethod
     def report(self) -> Report:

@@ -28,9 +28,7 @@ from mobilevit.tasks.task import Objective, Task, TrainingSettings
 from mobilevit.tasks.transforms import SegmentationTransform
 
 
-def segmentation_loss(
-    output: SegmentationOutput, label_maps: Tensor, *, aux_weight: float = 0.4, class_weights: Tensor | None = None
-) -> Tensor:
+def segmentation_loss(output: SegmentationOutput, label_maps: Tensor, *, aux_weight: float = 0.4) -> Tensor:
     """Cross-entropy of every pixel that is not ignored, and of the auxiliary head where there is one.
 
     Shape: label_maps (B, H, W) of class numbers and `IGNORE` -> scalar, in float32. A batch of ignored pixels alone has
@@ -38,9 +36,9 @@ def segmentation_loss(
     """
     targets = label_maps.long()
     counted = (targets != IGNORE).any()
-    loss = F.cross_entropy(output.logits.float(), targets, weight=class_weights, ignore_index=IGNORE)
+    loss = F.cross_entropy(output.logits.float(), targets, ignore_index=IGNORE)
     if output.aux_logits is not None:
-        aux = F.cross_entropy(output.aux_logits.float(), targets, weight=class_weights, ignore_index=IGNORE)
+        aux = F.cross_entropy(output.aux_logits.float(), targets, ignore_index=IGNORE)
         loss = loss + aux_weight * aux
     return torch.where(counted, loss, output.logits.float().sum() * 0)
 

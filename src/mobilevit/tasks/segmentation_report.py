@@ -108,10 +108,9 @@ class SegmentationMeter(Meter[NDArray[np.uint8]]):
             miou=_mean(_ious(dense.reshape(num_classes, num_classes)), 1.0),
         )
 
-    def worst(self, count: int = 24) -> list[int]:
-        """The images with the lowest mean IoU, lowest first, without those that are all right."""
-        wrong = [index for index in self.indices if self.images[index].miou < 1]
-        return sorted(wrong, key=lambda index: self.images[index].miou)[:count]
+    def errors(self) -> dict[int, float]:
+        """What each image's mean IoU lacks to 1."""
+        return {index: 1 - image.miou for index, image in self.images.items()}
 
     def report(self) -> SegmentationReport:
         num_classes = len(self.classes)
