@@ -23,14 +23,10 @@ from mobilevit.weights.reading import read_file
 
 
 class TorchSession:
-    """A copy of a model in PyTorch, fused.
+    """A fused copy of a model in PyTorch.
 
-    Args:
-        model: of any task; it stays as it is.
-        card: how its images are prepared, and what its outputs mean.
-        device: to compute on.
-        amp_dtype: autocast to this type; None: compute as the weights are.
-        compiled: through `torch.compile`; the first call with each input shape then takes a minute.
+    It computes as the weights are, or under autocast to `amp_dtype`. Where `torch.compile` is used, the first call with
+    each input shape takes a minute.
     """
 
     engine = "torch"

@@ -7,7 +7,7 @@ import json
 import math
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -240,19 +240,24 @@ class TrainConfig:
             MobileViTError: names the setting, its value and what it must be.
         """
         values, changes = self.flat(), self.changes()
+
+        def require(name: str, allowed: str, holds: bool) -> None:
+            if not holds:
+                raise MobileViTError(f"`{name}` is {values[name]}; it must be {allowed}")
+
         for names, allowed, holds in _ALLOWED:
             for name in names.split():
-                _require(values, name, allowed, all(holds(number) for number in _numbers(values[name])))
+                require(name, allowed, all(holds(number) for number in _numbers(values[name])))
         low, high = self.segmentation.scale_range
-        _require(values, "scale_range", "two numbers above 0, in order", 0 < low <= high)
+        require("scale_range", "two numbers above 0, in order", 0 < low <= high)
         is_possible = self.resize_mode != "crop" or self.task == "auto" or DEFAULTS[self.task].can_crop
-        _require(values, "resize_mode", "stretch or pad for masks", is_possible)
+        require("resize_mode", "stretch or pad for masks", is_possible)
         for names, needed, is_given in (
             ("teacher_weights distillation_share distillation_temperature", "teacher", self.distillation.teacher),
             ("train_sizes max_batch_size", "multi_scale", self.sizes.multi_scale != "off"),
         ):
             for name in names.split():
-                _require(values, name, f"left out without `{needed}`", bool(is_given) or name not in changes)
+                require(name, f"left out without `{needed}`", bool(is_given) or name not in changes)
 
     def flat(self) -> dict[str, object]:
         """All settings by name, those of the groups among them; the command line's flags are the same names."""
@@ -305,11 +310,6 @@ _ALLOWED: tuple[tuple[str, str, Callable[[float], bool]], ...] = (
     ("seed", "from 0 to 4294967295", lambda x: 0 <= x < 2**32),
 )
 """Names of settings, what each of their numbers must be, in words and as a test. None is always allowed."""
-
-
-def _require(values: Mapping[str, object], name: str, allowed: str, holds: bool) -> None:
-    if not holds:
-        raise MobileViTError(f"`{name}` is {values[name]}; it must be {allowed}")
 
 
 def _numbers(value: object) -> Iterator[float]:

@@ -36,14 +36,11 @@ def distillation_loss(student: Tensor, teacher: Tensor, *, temperature: float) -
 
 
 class Teacher(nn.Module):
-    """A network that is fed what another one is fed, normalized and sized as its own training was.
+    """A network that gets images normalized as `given`, and is fed them normalized and sized as in its own training.
 
-    Args:
-        network: (B, 3, H, W) -> logits (B, K).
-        given: how the images it gets are normalized.
-        mean: of its own training, of RGB in 0..1.
-        std: of its own training.
-        size: the only (height, width) it takes; None: any.
+    `mean` and `std` are those of its training, of RGB in 0..1; `size` is the only (height, width) it takes.
+
+    Shape: (B, 3, H, W) -> logits (B, K).
     """
 
     def __init__(
@@ -70,12 +67,7 @@ class Teacher(nn.Module):
 
 
 def open_teacher(settings: DistillationSettings, classes: Sequence[str], given: Preprocessing) -> Teacher:
-    """Open the teacher of the settings.
-
-    Args:
-        settings: which teacher, and its weights; without these, the published ones.
-        classes: the student's, in its order.
-        given: how the student's images are normalized.
+    """Open the teacher of the settings, for the classes of a student, whose images are normalized as `given`.
 
     Raises:
         MobileViTError: no such network, weights cannot be had or read, or other classes.

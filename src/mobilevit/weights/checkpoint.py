@@ -115,10 +115,7 @@ def save_tensors(
 
 
 def read(path: str | os.PathLike[str]) -> tuple[Mapping[str, Tensor], Json | None]:
-    """Read the tensors of any checkpoint file, and the header if this package wrote it.
-
-    Returns:
-        The content of the file as it is, and the parsed header or None.
+    """Read the content of any checkpoint file as it is, and the header if this package wrote it.
 
     Raises:
         MobileViTError: missing, truncated, or a pickle that would run code.
