@@ -117,6 +117,7 @@ def test_report_as_json() -> None:
     }
     without = classification_report(torch.randn(9, 3), torch.randint(3, (9,)), list("abc"))
     assert list(without.summary) == ["top1", "loss", "calibration_error"]
+    assert "top5" not in without.to_dict()
 
 
 # -- meter ------------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from mobilevit.files import Json
 from mobilevit.imaging.drawing import GREEN, RED, contact_sheet
 from mobilevit.imaging.preprocessing import Placement
 from mobilevit.results.base import Outputs, float32
@@ -55,6 +56,10 @@ class ClassificationReport(Report):
 
     score_name = "top1"
     summarized = ("top1", "top5", "loss", "calibration_error")
+
+    def to_dict(self) -> Json:
+        """Plain values for JSON, without a top-5 that is None."""
+        return {name: value for name, value in super().to_dict().items() if value is not None}
 
     def save_plots(self, folder: Path) -> None:
         """Write `confusion_matrix.csv`, and `confusion_matrix.png` if it is legible."""
