@@ -29,11 +29,7 @@ Row = Json
 
 
 def schema_of(task: TaskName) -> pyarrow.Schema:
-    """Return the columns of a task's rows; in rows with an `error`, all but `source` are null.
-
-    Raises:
-        MissingPackageError: pyarrow is not installed.
-    """
+    """Return the columns of a task's rows; in rows with an `error`, all but `source` are null."""
     pa = import_runtime("pyarrow", "bulk")
     text, number = pa.string(), pa.float32()
     objects = [("label", text), ("score", number), *((edge, number) for edge in ("left", "top", "right", "bottom"))]
@@ -91,11 +87,7 @@ def find_parts(folder: Path) -> list[Path]:
 
 
 def finished(folder: Path) -> set[str]:
-    """Read the sources of all finished parts, in the form of `as_utf8`.
-
-    Raises:
-        MobileViTError: a file in the folder is not a part.
-    """
+    """Read the sources of all finished parts, in the form of `as_utf8`."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 

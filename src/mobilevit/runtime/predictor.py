@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 
     from mobilevit.explaining.explain import Explanation
 
-_NO_TURN = nullcontext()
-
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
@@ -133,7 +131,7 @@ class Predictor:
         named: Sequence[tuple[Source, str]],
         *,
         keep_images: bool = True,
-        turn: AbstractContextManager[object] = _NO_TURN,
+        turn: AbstractContextManager[object] | None = None,
     ) -> Iterator[Result | ImageError]:
         """Predict for images with names that go through the model together, while holding `turn`."""
         read: list[Prepared | ImageError] = []
@@ -143,7 +141,7 @@ class Predictor:
             except ImageError as error:
                 read.append(error)
         good = [image for image in read if isinstance(image, Prepared)]
-        with turn:
+        with turn or nullcontext():
             outputs = iter(self.compute(good) if good else ())
         for image in read:
             yield self.finish(image.info, next(outputs)) if isinstance(image, Prepared) else image

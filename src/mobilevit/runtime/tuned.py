@@ -50,8 +50,7 @@ def find_tuned(checkpoint: str | os.PathLike[str]) -> tuple[Path, int | None] | 
     or of other content of the checkpoint.
 
     Returns:
-        The artifact and its number of threads. None: use PyTorch, as there is no valid result, or as PyTorch was the
-        fastest.
+        The artifact and its number of threads. None: there is no valid result, or PyTorch was the fastest.
     """
     checkpoint = Path(checkpoint)
     file = tuned_file(checkpoint)

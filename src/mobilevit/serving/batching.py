@@ -65,20 +65,12 @@ class Batcher:
         self._work = asyncio.create_task(self._compute_batches())
 
     def check_room(self, count: int = 1) -> None:
-        """Check that `count` more images would be accepted.
-
-        Raises:
-            HTTPException: 503, they would not.
-        """
+        """Refuse with 503 unless `count` more images would be accepted."""
         if self._pending + count > self._config.max_queue:
             raise busy(max(1, math.ceil(self._pending * self._seconds_each)))
 
     async def predict(self, uploads: Sequence[Upload]) -> list[Answer]:
-        """Accept images, all or none, and compute their outputs; work that has not begun is skipped if it is canceled.
-
-        Raises:
-            HTTPException: 503, there is no room for all of them.
-        """
+        """Accept images, all or none, and compute their outputs; if it is canceled, what has not begun is skipped."""
         self.check_room(len(uploads))
         self._count(len(uploads))
         tasks = [asyncio.create_task(self._answer(upload)) for upload in uploads]
@@ -87,11 +79,7 @@ class Batcher:
         return await asyncio.gather(*tasks)
 
     def open(self, upload: Upload) -> EncodedImage:
-        """Read an image's header, and check the number of pixels.
-
-        Raises:
-            ImageError: there are too many, or the header cannot be read.
-        """
+        """Read an image's header, and check the number of pixels; errors are those of `open_image`."""
         return open_image(upload.data, upload.name, max_pixels=min(self._config.max_pixels, MAX_PIXELS))
 
     def close(self) -> None:

@@ -62,11 +62,7 @@ class Service:
             pool.shutdown(wait=False, cancel_futures=True)
 
     def batcher(self, name: str | None) -> Batcher:
-        """Return the batcher of a model; None: of the first model.
-
-        Raises:
-            HTTPException: 404, there is no such model.
-        """
+        """Return the batcher of a model, or refuse with 404; None: of the first model."""
         name = next(iter(self._batchers)) if name is None else name
         if name not in self._batchers:
             raise HTTPException(404, f"no model {name!r}; there are {', '.join(self._batchers)}")
@@ -94,11 +90,7 @@ class Service:
     async def predict(
         self, batcher: Batcher, uploads: Sequence[Upload], *, top: int, min_score: float | None
     ) -> list[Json]:
-        """Predict; return an item of the response for each image.
-
-        Raises:
-            HTTPException: 400 or 413, no image can be read; 503, the queue is full.
-        """
+        """Return an item of the response for each image, or refuse: 400 or 413, none can be read; 503, a full queue."""
         predictor = batcher.predictor
         answers = await batcher.predict(uploads)
         unreadable = [answer for answer in answers if isinstance(answer, ImageError)]
@@ -118,23 +110,14 @@ class Service:
         return items
 
     def check_explainable(self, batcher: Batcher) -> None:
-        """Refuse a request before its upload is read.
-
-        Raises:
-            HTTPException: 404, an exported file; 503, too many are in progress.
-        """
+        """Refuse a request before its upload is read: 404, an exported file; 503, too many are in progress."""
         if is_artifact(self._models[batcher.name]):
             raise HTTPException(404, f"{batcher.name}: exported files cannot be explained; serve the checkpoint")
         if len(self._explaining) >= _MAX_EXPLANATIONS:
             raise busy(5)
 
     async def explain(self, batcher: Batcher, upload: Upload, pixel: tuple[int, int] | None) -> Json:
-        """Explain the prediction for an image, for `/v1/explain`.
-
-        Raises:
-            HTTPException: 400 or 413, the image cannot be read; 422, the pixel is outside the part that the model
-                sees; otherwise as in `check_explainable`.
-        """
+        """Explain a prediction, or refuse: 400 or 413, the image cannot be read; 422, the model sees no such pixel."""
         self.check_explainable(batcher)
         work = self._explainer.submit(self._explain, batcher, upload, pixel)
         # Counted until it is done, even if the client has disconnected: a thread cannot be stopped.
