@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
 import os
-import pickle
 import signal
 import subprocess
 import sys
@@ -26,9 +24,10 @@ from mobilevit.benchmarking import contenders, peers, rounds, worker
 from mobilevit.benchmarking.benchmark import benchmark
 from mobilevit.benchmarking.config import BenchmarkConfig
 from mobilevit.benchmarking.contenders import Contender, Network
-from mobilevit.benchmarking.measurement import BenchmarkReport, Failure, Measurement
+from mobilevit.benchmarking.measurement import BenchmarkReport, Failure, Measurement, table
 from mobilevit.benchmarking.plot import save_plot
-from mobilevit.benchmarking.rounds import Worker, WorkerError, measure
+from mobilevit.benchmarking.rounds import measure
+from mobilevit.benchmarking.worker import Worker, WorkerError
 from mobilevit.cli import main
 from mobilevit.data.shapes import render_scene
 from mobilevit.errors import MobileViTError
@@ -139,7 +138,9 @@ def test_files_tables_and_json(report: BenchmarkReport, kept: Path) -> None:
     assert written["measurements"][2]["images_per_second"] == round(1e3 / report.measurements[2].median_ms, 3)
     assert (kept / "out" / "benchmark.png").stat().st_size > 10_000
     assert (kept / "out" / "exported" / "mobilevit_xxs.onnx").is_file()
-    heading, rows = report.table(report.cases[0])
+    ((title, measurements),) = report.cases().items()
+    assert title == "batch 1, 1 thread, cpu"
+    heading, rows = table(measurements)
     assert all(len(row) == len(heading) for row in rows)
     assert heading[-1] == "top1"
     assert "GPU, MB" not in heading
@@ -159,7 +160,7 @@ def test_files_tables_and_json(report: BenchmarkReport, kept: Path) -> None:
         ({"batch_sizes": ()}, "`batch_sizes` is empty"),
         ({"threads": (-1,)}, "`threads` is -1"),
         ({"rounds": 0}, "`rounds` is 0"),
-        ({"max_workers": 1}, "`max_workers` is 1"),
+        ({"max_workers": 1}, "`max_workers` is 1; give 2 or more"),
         ({"device": "mps"}, "mps"),
         ({"calibration": Path("nowhere")}, "`calibration`: nowhere is no folder of images"),
         ({"cvnets": Path("nowhere")}, "no clone of https://github.com/apple/ml-cvnets"),
@@ -230,24 +231,22 @@ def test_who_takes_part(tmp_path: Path) -> None:
 def test_a_worker_answers_and_survives_mistakes(checkpoint: Path, tmp_path: Path) -> None:
     contender = dataclasses.replace(EAGER, network=dataclasses.replace(NETWORK, checkpoint=str(checkpoint)))
     missing = dataclasses.replace(EAGER, network=dataclasses.replace(NETWORK, checkpoint=str(tmp_path / "none.pt")))
-    requests = [("load", (missing,)), ("load", (contender,)), ("time", (3,))]
-    replies = io.BytesIO()
-    worker.serve(io.BytesIO(b"".join(map(pickle.dumps, requests))), replies)
-    replies.seek(0)
-    (failed, message), (loads, loaded), (times, turn) = (pickle.load(replies) for _ in range(3))
-    assert (failed, loads, times) == (False, True, True)
-    assert "none.pt" in message
-    assert loaded.weight_bytes > 10**6
-    assert [part.shape for part in loaded.answers] == [(1, 3)]
-    assert len(turn.times_ms) == 3
-    assert turn.gpu_memory is None
+    with closing(Worker(1)) as process:
+        with pytest.raises(WorkerError, match=r"none\.pt"):
+            process.ask("load", missing)
+        loaded = process.ask("load", contender)
+        assert loaded.weight_bytes > 10**6
+        assert [part.shape for part in loaded.answers] == [(1, 3)]
+        turn = process.ask("time", 3)
+        assert len(turn.times_ms) == 3
+        assert turn.gpu_memory is None
 
 
 @pytest.mark.parametrize("origin", ["timm", "transformers"])
 def test_peers_compute_the_same(origin: str, checkpoint: Path) -> None:
     pytest.importorskip(origin)
-    ours, _ = worker.build(dataclasses.replace(NETWORK, checkpoint=str(checkpoint)))
-    peer, preprocessing = worker.build(dataclasses.replace(NETWORK, origin=origin, checkpoint=str(checkpoint)))
+    ours, _ = peers.build(dataclasses.replace(NETWORK, checkpoint=str(checkpoint)))
+    peer, preprocessing = peers.build(dataclasses.replace(NETWORK, origin=origin, checkpoint=str(checkpoint)))
     assert preprocessing.size == (64, 64)
     images = torch.rand(2, 3, 64, 64)
     with torch.inference_mode():
@@ -300,7 +299,7 @@ def test_the_death_of_a_worker_is_explained() -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 def test_a_worker_does_not_outlive_its_parent() -> None:
-    code = "from mobilevit.benchmarking.rounds import Worker; print(Worker(1).pid, flush=True); input()"
+    code = "from mobilevit.benchmarking.worker import Worker; print(Worker(1).pid, flush=True); input()"
     parent = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert parent.stdout is not None
     assert parent.stdin is not None
@@ -380,6 +379,6 @@ def test_plots_with_and_without_accuracy(tmp_path: Path) -> None:
         with Image.open(tmp_path / f"{name}.png") as image:
             sizes[name] = image.size
     assert sizes["both"][0] > 1.5 * sizes["bars"][0]
-    heading, rows = both.table((1, 1))
+    heading, rows = table(both.cases()["batch 1, 1 thread, cpu"])
     assert [row[heading.index("engine")] for row in rows] == ["onnx", "eager"]
     assert both.notes() == ["failed: mobilevit_xxs eager fp32: why", "left out: litert: not installed"]

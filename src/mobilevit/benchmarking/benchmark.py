@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import os
 import re
 import tempfile
 from collections.abc import Sequence
 from contextlib import closing
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -16,20 +16,12 @@ import torch
 
 from mobilevit import factory
 from mobilevit.benchmarking import peers
-from mobilevit.benchmarking.config import BenchmarkConfig
-from mobilevit.benchmarking.contenders import (
-    Contender,
-    Network,
-    check_folder,
-    check_precisions,
-    enter,
-    our_network,
-    pick_engines,
-)
+from mobilevit.benchmarking.config import BenchmarkConfig, check_settings
+from mobilevit.benchmarking.contenders import AMP_DTYPES, Contender, Network, enter, our_network, pick_engines
 from mobilevit.benchmarking.measurement import BenchmarkReport, Failure, Measurement
 from mobilevit.benchmarking.plot import save_plot
-from mobilevit.benchmarking.rounds import Worker, WorkerError, measure
-from mobilevit.benchmarking.worker import AMP_DTYPES
+from mobilevit.benchmarking.rounds import measure
+from mobilevit.benchmarking.worker import Worker, WorkerError
 from mobilevit.card import card_of
 from mobilevit.devices import gpu_names, pick_device
 from mobilevit.errors import MobileViTError
@@ -45,7 +37,7 @@ from mobilevit.weights import checkpoint
 
 log = logging.getLogger("mobilevit")
 
-PATCHES_B = (8, 4, 2)
+_PATCHES_B = (8, 4, 2)
 """The paper's configuration B; A is (2, 2, 2)."""
 
 _PACKAGES = ("mobilevit", "torch", "onnxruntime", "onnxruntime-gpu", "openvino", "executorch", "ai-edge-litert", "timm",
@@ -66,7 +58,10 @@ def benchmark(model: str | os.PathLike[str], config: BenchmarkConfig | None = No
         MobileViTError: a setting is wrong, a named engine or peer is not installed, or nothing could be measured.
     """
     config = config or BenchmarkConfig()
-    device = _check(config)
+    check_settings(config)
+    if "int8" in config.precisions and config.calibration is None:
+        raise MobileViTError("int8 needs calibration; give `calibration`, a folder of images like those it will see")
+    device = _pick_device(config.device)
     engines, left_out = pick_engines(config.engines, device)
     named = str(model) in MODELS
     if named and config.data is not None:
@@ -80,17 +75,11 @@ def benchmark(model: str | os.PathLike[str], config: BenchmarkConfig | None = No
         contenders, impossible = enter(networks, engines, config, device)
         if not contenders:
             raise MobileViTError(f"nothing to measure: {', '.join(impossible)}")
-        for line in (left_out := [*left_out, *absent, *impossible]):
+        left_out += [*absent, *impossible]
+        for line in left_out:
             log.info("left out: %s", line)
         folder = Path(temporary) if config.out is None else config.out / "exported"
-        ready, failures = _export_all(contenders, folder, config.calibration)
-        results = _measure_cases(ready, config)
-        measurements = [result for result in results if isinstance(result, Measurement)]
-        failures += [result for result in results if isinstance(result, Failure)]
-        for failure in failures:
-            log.warning("failed: %s: %s", failure.contender.name, failure.reason)
-        if not measurements:
-            raise MobileViTError(f"nothing could be measured; {failures[0].contender.name}: {failures[0].reason}")
+        measurements, failures = _measure(contenders, folder, config)
         if config.data is not None:
             measurements = _with_accuracy(measurements, config.data)
     report = BenchmarkReport(
@@ -111,26 +100,10 @@ def benchmark(model: str | os.PathLike[str], config: BenchmarkConfig | None = No
     return report
 
 
-def _check(config: BenchmarkConfig) -> str:
-    """Check the settings that do not depend on the model; returns the device."""
-    for name, counts in (("batch_sizes", config.batch_sizes), ("threads", config.threads), ("rounds", [config.rounds])):
-        for count in counts:
-            if count < 1:
-                raise MobileViTError(f"`{name}` is {count}; give 1 or more")
-    for name, chosen in (("batch_sizes", config.batch_sizes), ("precisions", config.precisions)):
-        if not chosen:
-            raise MobileViTError(f"`{name}` is empty; give one or more")
-    if config.max_workers is not None and config.max_workers < 2:
-        raise MobileViTError(
-            f"`max_workers` is {config.max_workers}; give 2 or more, as the baseline has a process, too"
-        )
-    check_precisions(config.precisions)
-    check_folder("calibration", config.calibration)
-    if "int8" in config.precisions and config.calibration is None:
-        raise MobileViTError("int8 needs calibration; give `calibration`, a folder of images like those it will see")
-    device = pick_device("cpu" if config.device == "auto" and not torch.cuda.is_available() else config.device)
+def _pick_device(name: str) -> str:
+    device = pick_device("cpu" if name == "auto" and not torch.cuda.is_available() else name)
     if device.type not in ("cpu", "cuda"):
-        raise MobileViTError(f"`device` is {config.device!r}; only cpu and cuda are measured")
+        raise MobileViTError(f"`device` is {name!r}; only cpu and cuda are measured")
     return str(device)
 
 
@@ -141,38 +114,59 @@ def _networks(model: Model, config: BenchmarkConfig, folder: Path) -> tuple[list
         name = "compare" if config.cvnets is None else "cvnets"
         raise MobileViTError(f"`{name}` is for classification; this checkpoint does {card.task}")
     size = config.image_size or card.preprocessing.size
+    size = Preprocessing(size=(size, size) if isinstance(size, int) else size).size  # checked
     # A copy, as the weights may have come from elsewhere, or be fresh.
-    ours = dataclasses.replace(
-        our_network(card, checkpoint.save(model, folder / "a.safetensors")),
-        image_size=Preprocessing(size=(size, size) if isinstance(size, int) else size).size,
-        published_top1=peers.PUBLISHED_TOP1.get(card.name) if config.compare else None,
-    )
-    networks, absent = [ours], []
-    if config.patches and model.config.patch_size == PATCHES_B:
+    ours = our_network(card, checkpoint.save(model, folder / "a.safetensors"), size)
+    if config.compare:
+        ours = replace(ours, published_top1=peers.PUBLISHED_TOP1.get(card.name))
+    networks, absent = [ours], list[str]()
+    if config.patches and model.config.patch_size == _PATCHES_B:
         absent.append("patch configuration B: this model has it already")
     elif config.patches:
-        other = factory.create_model(card.name, task=card.task, weights=ours.checkpoint, patch_size=PATCHES_B)
+        other = factory.create_model(card.name, task=card.task, weights=ours.checkpoint, patch_size=_PATCHES_B)
         file = str(checkpoint.save(other, folder / "b.safetensors"))
-        label = f"{card.name} patches {', '.join(map(str, PATCHES_B))}"
-        networks.append(dataclasses.replace(ours, label=label, checkpoint=file, weights="b", published_top1=None))
+        label = f"{card.name} patches {', '.join(map(str, _PATCHES_B))}"
+        networks.append(replace(ours, label=label, checkpoint=file, weights="b", published_top1=None))
     rivals: list[Network] = []
     if config.peers and card.task == "classification":
         rivals, absent_peers = peers.installed_peers(ours)
         absent += absent_peers
     if config.cvnets is not None:
         clone = str(peers.check_cvnets(config.cvnets))
-        rivals.append(dataclasses.replace(ours, label="ml-cvnets", origin="cvnets", clone=clone))
+        rivals.append(replace(ours, label="ml-cvnets", origin="cvnets", clone=clone))
     if rivals and model.config != MODELS[card.name]:
         absent.append(f"{', '.join(r.label for r in rivals)}: have no model of these patches and this stride")
         rivals = []
     return [*networks, *rivals, *(peers.compared_networks() if config.compare else ())], absent
 
 
+def _measure(
+    contenders: Sequence[Contender], folder: Path, config: BenchmarkConfig
+) -> tuple[list[Measurement], list[Failure]]:
+    """Write the files that contenders need, and time those of each case side by side."""
+    ready, failures = _export_all(contenders, folder, config.calibration)
+    measurements: list[Measurement] = []
+    for case in dict.fromkeys(contender.case for contender in ready):
+        side_by_side = [contender for contender in ready if contender.case == case]
+        label = f"batch {case[0]}, threads {case[1]}"
+        for result in measure(side_by_side, rounds=config.rounds, max_workers=config.max_workers, label=label):
+            if isinstance(result, Failure):
+                failures.append(result)
+            else:
+                measurements.append(result)
+    for failure in failures:
+        log.warning("failed: %s: %s", failure.contender.name, failure.reason)
+    if not measurements:
+        raise MobileViTError(f"nothing could be measured; {failures[0].contender.name}: {failures[0].reason}")
+    return measurements, failures
+
+
 def _export_all(
     contenders: Sequence[Contender], folder: Path, calibration: Path | None
 ) -> tuple[list[Contender], list[Failure]]:
     """Write the files that contenders need; each in its own process, as converters take memory and can crash."""
-    files: dict[Contender, str | WorkerError] = {}
+    files: dict[Contender, str] = {}
+    errors: dict[Contender, str] = {}
     wanted = list(dict.fromkeys(contender.of_file for contender in contenders if contender.format))
     with Progress("export", len(wanted), "files") as progress:
         for contender in wanted:
@@ -182,25 +176,11 @@ def _export_all(
                 try:
                     files[contender] = worker.ask("export", contender, folder, name, calibration)
                 except WorkerError as error:
-                    files[contender] = error
+                    errors[contender] = f"export: {error}"
             progress.advance(1, contender.name)
-    ready, failures = [], []
-    for contender in contenders:
-        file = files.get(contender.of_file)
-        if isinstance(file, WorkerError):
-            failures.append(Failure(contender=contender, reason=f"export: {file}"))
-        else:
-            ready.append(dataclasses.replace(contender, artifact=file))
+    failures = [Failure(contender=c, reason=errors[c.of_file]) for c in contenders if c.of_file in errors]
+    ready = [replace(c, artifact=files.get(c.of_file)) for c in contenders if c.of_file not in errors]
     return ready, failures
-
-
-def _measure_cases(contenders: Sequence[Contender], config: BenchmarkConfig) -> list[Measurement | Failure]:
-    results: list[Measurement | Failure] = []
-    for case in dict.fromkeys(contender.case for contender in contenders):
-        side_by_side = [contender for contender in contenders if contender.case == case]
-        label = f"batch {case[0]}, threads {case[1]}"
-        results += measure(side_by_side, rounds=config.rounds, max_workers=config.max_workers, label=label)
-    return results
 
 
 def _with_accuracy(measurements: Sequence[Measurement], data: str) -> list[Measurement]:
@@ -216,7 +196,7 @@ def _with_accuracy(measurements: Sequence[Measurement], data: str) -> list[Measu
                 session = _session(contender)
                 images, _ = find_part(data, "auto", session.card)
                 known[key] = evaluate_session(session, images, label=f"evaluate {' '.join(key)}").report.summary
-            measurement = dataclasses.replace(measurement, metrics=known[key])
+            measurement = replace(measurement, metrics=known[key])
         found.append(measurement)
     return found
 
@@ -224,9 +204,7 @@ def _with_accuracy(measurements: Sequence[Measurement], data: str) -> list[Measu
 def _session(contender: Contender) -> Session:
     if contender.artifact is not None:
         return ArtifactSession(contender.artifact, threads=contender.threads, trust_pt2=True)
-    assert contender.network.checkpoint is not None
-    model = factory.load(contender.network.checkpoint)
-    preprocessing = dataclasses.replace(card_of(model).preprocessing, size=contender.network.image_size)
-    card = dataclasses.replace(card_of(model), preprocessing=preprocessing)
+    model, preprocessing = peers.build(contender.network)
+    card = replace(card_of(model), preprocessing=preprocessing)
     dtype = AMP_DTYPES.get(contender.precision)
     return TorchSession(model, card, device=torch.device(contender.device), amp_dtype=dtype)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from mobilevit.card import TaskName
+from mobilevit.errors import MobileViTError
 
 Precision = Literal["fp32", "bf16", "fp16", "int8"]
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,3 +77,20 @@ class TuneConfig:
     """Turns of each engine."""
     out: Path | None = None
     """Folder for the result. Without it, that of the checkpoint, where engine auto looks."""
+
+
+def check_settings(config: BenchmarkConfig | TuneConfig) -> None:
+    """Raise a `MobileViTError` for settings that suit no model."""
+    for name, value in vars(config).items():
+        if value == () and name != "threads":
+            raise MobileViTError(f"`{name}` is empty; give one or more")
+        if name in ("batch_size", "batch_sizes", "threads", "rounds", "max_workers") and value is not None:
+            least = 2 if name == "max_workers" else 1  # the baseline has a process, too
+            for count in value if isinstance(value, tuple) else (value,):
+                if count < least:
+                    raise MobileViTError(f"`{name}` is {count}; give {least} or more")
+        if name in ("calibration", "images") and value is not None and not value.is_dir():
+            raise MobileViTError(f"`{name}`: {value} is no folder of images")
+    for precision in config.precisions:
+        if precision not in PRECISIONS:
+            raise MobileViTError(f"unknown precision {precision!r}; choose from {', '.join(PRECISIONS)}")

@@ -10,7 +10,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
 
-from mobilevit.benchmarking.config import BenchmarkConfig, Precision
+import torch
+
+from mobilevit.benchmarking.config import PRECISIONS, BenchmarkConfig, Precision
 from mobilevit.card import ModelCard
 from mobilevit.errors import MobileViTError, did_you_mean
 from mobilevit.exporting.options import FORMATS
@@ -24,18 +26,15 @@ Origin = Literal["mobilevit", "timm", "transformers", "cvnets"]
 """Package that a network comes from."""
 
 ENGINES: tuple[Engine, ...] = get_args(Engine)
-PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _CUDA_ENGINES = ("eager", "compile", "onnx", "pt2")
 _PEER_ENGINES = ("eager", "compile", "onnx", "openvino")  # users of peers have no way to the others
 
 _PACKAGES: dict[Engine, tuple[str, ...]] = {
-    "eager": (),
-    "compile": (),
     "onnx": ("onnx", "onnxscript", "onnxruntime"),
     "openvino": ("openvino",),
     "executorch": ("executorch",),
     "litert": ("litert_torch", "ai_edge_litert"),
-    "pt2": (),
 }
 """Modules that convert to a format and run it."""
 
@@ -63,13 +62,13 @@ class Network:
     """0..1, on ImageNet, if it is to be shown."""
 
 
-def our_network(card: ModelCard, checkpoint: Path) -> Network:
+def our_network(card: ModelCard, checkpoint: Path, image_size: tuple[int, int]) -> Network:
     """Describe a model of this package whose weights lie in a file."""
     return Network(
         label=card.name,
         origin="mobilevit",
         architecture=card.name,
-        image_size=card.preprocessing.size,
+        image_size=image_size,
         checkpoint=str(checkpoint),
         weights=checkpoint.stem,
     )
@@ -111,9 +110,9 @@ class Contender:
         return replace(self, threads=1, batch_size=self.batch_size if whole else 1, artifact=None)
 
 
-def missing(engine: Engine, device: str = "cpu") -> str:
+def _why_missing(engine: Engine, device: str) -> str:
     """Say why an engine cannot run here, with a remedy; empty if it can."""
-    absent = [module for module in _PACKAGES[engine] if importlib.util.find_spec(module) is None]
+    absent = [module for module in _PACKAGES.get(engine, ()) if importlib.util.find_spec(module) is None]
     if absent:
         return f"{engine}: {' and '.join(absent)} not installed; pip install 'mobilevit[{engine}]'"
     if engine == "compile" and device == "cpu" and not any(map(shutil.which, ("g++", "c++", "clang++", "cl"))):
@@ -129,31 +128,17 @@ def pick_engines(wanted: Sequence[str], device: str) -> tuple[list[Engine], list
     Raises:
         MobileViTError: one is unknown, or was named and is not installed.
     """
-    choose = f"choose all, or from {', '.join(ENGINES)}"
-    if not wanted:
-        raise MobileViTError(f"`engines` is empty; {choose}")
     for name in wanted:
         if name not in (*ENGINES, "all"):
-            raise MobileViTError(f"unknown engine {name!r}; {did_you_mean(name, ENGINES)}{choose}")
+            raise MobileViTError(
+                f"unknown engine {name!r}; {did_you_mean(name, ENGINES)}choose all, or from {', '.join(ENGINES)}"
+            )
     named = ENGINES if "all" in wanted else [engine for engine in ENGINES if engine in wanted]
-    why = {engine: missing(engine, device) for engine in named}
+    why = {engine: _why_missing(engine, device) for engine in named}
     left_out = [reason for reason in why.values() if reason]
     if left_out and "all" not in wanted:
         raise MobileViTError(left_out[0])
     return [engine for engine in named if not why[engine]], left_out
-
-
-def check_precisions(names: Sequence[str]) -> None:
-    """Raise a `MobileViTError` unless all are known."""
-    for name in names:
-        if name not in PRECISIONS:
-            raise MobileViTError(f"unknown precision {name!r}; choose from {', '.join(PRECISIONS)}")
-
-
-def check_folder(name: str, folder: Path | None) -> None:
-    """Raise a `MobileViTError` if a folder of images that a setting names does not exist."""
-    if folder is not None and not folder.is_dir():
-        raise MobileViTError(f"`{name}`: {folder} is no folder of images")
 
 
 def has_precision(engine: Engine, precision: Precision, device: str) -> bool:
@@ -177,15 +162,8 @@ def enter(
         if not has_precision(engine, precision, device)
     ]
     contenders = [
-        Contender(
-            network=network,
-            engine=engine,
-            precision=precision,
-            batch_size=batch_size,
-            threads=threads,
-            device=device,
-        )
-        for batch_size, threads in itertools.product(config.batch_sizes, config.threads or [available_cores()])
+        Contender(network=network, engine=engine, precision=precision, batch_size=batch, threads=threads, device=device)
+        for batch, threads in itertools.product(config.batch_sizes, config.threads or [available_cores()])
         for engine, precision in combinations
         for network in networks
         if has_precision(engine, precision, device) and _takes_part(network, engine, precision)

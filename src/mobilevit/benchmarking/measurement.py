@@ -41,10 +41,28 @@ class Measurement:
         """At this batch size."""
         return self.contender.batch_size / self.median_ms * 1e3
 
-    def figures(self) -> dict[str, object]:
-        """Return all numbers but accuracy as plain values for JSON."""
-        values = {**asdict(self), "images_per_second": round(self.images_per_second, 3)}
-        return {name: value for name, value in values.items() if name not in ("contender", "metrics")}
+    def to_dict(self) -> dict[str, object]:
+        """Return plain values for JSON."""
+        return {**asdict(self), "images_per_second": round(self.images_per_second, 3)}
+
+    def row(self) -> dict[str, str]:
+        """Format all figures as text, by the heading of their column."""
+        low, high = self.quartiles_ms
+        return {
+            "": self.contender.network.label,
+            "engine": self.contender.engine,
+            "precision": self.contender.precision,
+            "ms": digits(self.median_ms),
+            "half of runs, ms": f"{digits(low)} to {digits(high)}",
+            "images/s": digits(self.images_per_second),
+            "x": "-" if self.speedup is None else f"{self.speedup:.2f}",
+            "start, s": f"{self.start_s:.1f}",
+            "memory, MB": f"{self.memory / 1e6:.0f}",
+            **({} if self.gpu_memory is None else {"GPU, MB": f"{self.gpu_memory / 1e6:.0f}"}),
+            "weights, MB": f"{self.weight_bytes / 1e6:.1f}",
+            "deviation": "-" if self.deviation is None else f"{self.deviation:.0e}",
+            **{name: f"{value:.4f}" for name, value in list(self.metrics.items())[:1]},
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,29 +93,14 @@ class BenchmarkReport:
     left_out: tuple[str, ...]
     """Combinations that do not take part, and why; a line each."""
 
-    @property
-    def cases(self) -> list[tuple[int, int]]:
-        """Batch size and threads of the contenders that were timed side by side, in their order."""
-        return list(dict.fromkeys(measurement.contender.case for measurement in self.measurements))
-
-    def of_case(self, case: tuple[int, int]) -> list[Measurement]:
-        """List the measurements of a case, the fastest first."""
-        found = [measurement for measurement in self.measurements if measurement.contender.case == case]
-        return sorted(found, key=lambda measurement: measurement.median_ms)
-
-    def title(self, case: tuple[int, int]) -> str:
-        """Describe a case."""
-        batch, threads = case
-        where = f"{threads} thread{'s' * (threads > 1)}" if self.device == "cpu" else self.device
-        return f"batch {batch}, {where}"
-
-    def table(self, case: tuple[int, int]) -> tuple[list[str], list[list[str]]]:
-        """Format a case as a heading and rows of text."""
-        measurements = self.of_case(case)
-        metric = next((name for m in measurements for name in m.metrics), "")
-        rows = [_row(m, metric) for m in measurements]
-        used = [name for name in rows[0] if name != "GPU, MB" or any(m.gpu_memory is not None for m in measurements)]
-        return used, [[row[name] for name in used] for row in rows]
+    def cases(self) -> dict[str, list[Measurement]]:
+        """Group what was timed side by side, the fastest first, by a title that tells their case."""
+        cases: dict[str, list[Measurement]] = {}
+        for measurement in self.measurements:
+            batch, threads = measurement.contender.case
+            title = f"batch {batch}, {threads} thread{'s' * (threads > 1)}, {self.device}"
+            cases.setdefault(title, []).append(measurement)
+        return {title: sorted(found, key=lambda m: m.median_ms) for title, found in cases.items()}
 
     def notes(self) -> list[str]:
         """List what failed and what was left out."""
@@ -106,29 +109,14 @@ class BenchmarkReport:
 
     def to_dict(self) -> dict[str, object]:
         """Return plain values for JSON."""
-        measurements = [{**asdict(m), **m.figures()} for m in self.measurements]
-        return {**asdict(self), "measurements": measurements}
+        return {**asdict(self), "measurements": [measurement.to_dict() for measurement in self.measurements]}
 
 
-def _row(m: Measurement, metric: str) -> dict[str, str]:
-    low, high = m.quartiles_ms
-    row = {
-        "": m.contender.network.label,
-        "engine": m.contender.engine,
-        "precision": m.contender.precision,
-        "ms": digits(m.median_ms),
-        "half of runs, ms": f"{digits(low)} to {digits(high)}",
-        "images/s": digits(m.images_per_second),
-        "x": "-" if m.speedup is None else f"{m.speedup:.2f}",
-        "start, s": f"{m.start_s:.1f}",
-        "memory, MB": f"{m.memory / 1e6:.0f}",
-        "GPU, MB": "-" if m.gpu_memory is None else f"{m.gpu_memory / 1e6:.0f}",
-        "weights, MB": f"{m.weight_bytes / 1e6:.1f}",
-        "deviation": "-" if m.deviation is None else f"{m.deviation:.0e}",
-    }
-    if metric:
-        row[metric] = f"{m.metrics[metric]:.4f}" if metric in m.metrics else "-"
-    return row
+def table(measurements: list[Measurement]) -> tuple[list[str], list[list[str]]]:
+    """Format measurements as a heading and rows of text; "-" stands for what was not measured."""
+    rows = [measurement.row() for measurement in measurements]
+    heading = list(max(rows, key=len))
+    return heading, [[row.get(name, "-") for name in heading] for row in rows]
 
 
 def digits(value: float) -> str:

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 import importlib.util
 import os
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from mobilevit import factory
 from mobilevit.benchmarking.contenders import Network
+from mobilevit.card import card_of
 from mobilevit.errors import MissingPackageError, MobileViTError
+from mobilevit.imaging.preprocessing import Preprocessing
 from mobilevit.models import MODELS
+from mobilevit.weights.convert import convert_state_dict
 
 PUBLISHED_TOP1 = {"mobilevit_xxs": 0.690, "mobilevit_xs": 0.748, "mobilevit_s": 0.784}
 """On ImageNet, by the paper."""
@@ -33,17 +37,14 @@ _CVNETS_MODES = {"mobilevit_xxs": "xx_small", "mobilevit_xs": "x_small", "mobile
 
 def installed_peers(ours: Network) -> tuple[list[Network], list[str]]:
     """List the peers of our network that are installed, and a line on each that is not."""
-    networks, absent = [], []
-    if _is_installed("timm"):
-        networks.append(dataclasses.replace(ours, label="timm", origin="timm"))
-        networks.append(dataclasses.replace(ours, label="timm channels_last", origin="timm", channels_last=True))
-    else:
-        absent.append("timm: not installed; pip install 'mobilevit[peers]'")
-    if _is_installed("transformers"):
-        networks.append(dataclasses.replace(ours, label="transformers", origin="transformers"))
-    else:
-        absent.append("transformers: not installed; pip install 'mobilevit[peers]'")
-    return networks, absent
+    peers = [
+        replace(ours, label="timm", origin="timm"),
+        replace(ours, label="timm channels_last", origin="timm", channels_last=True),
+        replace(ours, label="transformers", origin="transformers"),
+    ]
+    absent = [name for name in ("timm", "transformers") if importlib.util.find_spec(name) is None]
+    lines = [f"{name}: not installed; pip install 'mobilevit[peers]'" for name in absent]
+    return [peer for peer in peers if peer.origin not in absent], lines
 
 
 def compared_networks() -> list[Network]:
@@ -52,7 +53,7 @@ def compared_networks() -> list[Network]:
     Raises:
         MissingPackageError: timm is not installed.
     """
-    if not _is_installed("timm"):
+    if importlib.util.find_spec("timm") is None:
         raise MissingPackageError("`compare` takes its networks from timm; pip install 'mobilevit[peers]'")
     return [
         Network(
@@ -68,8 +69,24 @@ def compared_networks() -> list[Network]:
     ]
 
 
-def _is_installed(package: str) -> bool:
-    return importlib.util.find_spec(package) is not None
+def build(network: Network) -> tuple[nn.Module, Preprocessing]:
+    """Build a network in eval mode with the weights of its checkpoint, and the preprocessing of its images."""
+    if network.checkpoint is None:
+        return timm_model(network.architecture).eval(), Preprocessing(size=network.image_size)
+    ours = factory.load(network.checkpoint)
+    card = card_of(ours)
+    preprocessing = replace(card.preprocessing, size=network.image_size)
+    if network.origin == "mobilevit":
+        return ours, preprocessing
+    if network.origin == "timm":
+        peer = timm_model(card.name, len(card.classes))
+    elif network.origin == "transformers":
+        peer = transformers_model(card.name, len(card.classes))
+    else:
+        assert network.clone is not None
+        peer = cvnets_model(card.name, network.clone, len(card.classes))
+    load_weights(peer, convert_state_dict(ours.state_dict(), to=network.origin))
+    return peer.eval(), preprocessing
 
 
 def timm_model(name: str, num_classes: int = 1000) -> nn.Module:

@@ -20,91 +20,65 @@ _SCORES = {"top1": "top-1 accuracy", "ap": "average precision", "miou": "mean Io
 
 def save_plot(report: BenchmarkReport, path: Path) -> None:
     """Write the plot: a row for each case, the fastest on top; whiskers span half of the runs."""
-    cases = [report.of_case(case) for case in report.cases]
-    name = next((name for m in report.measurements for name in m.metrics), "")
-    known = {_score(m, name) for m in report.measurements} - {None}
+    cases = report.cases()
+    metric = next((name for m in report.measurements for name in m.metrics), "")
+    scores = {m.contender: _score(m, metric) for m in report.measurements}
     # A single published figure compares nothing.
-    scored = bool(name) or len(known) > 1
-    heights = [max(1.0 + 0.3 * len(measurements), 3.2 if scored else 0.0) for measurements in cases]
+    scored = bool(metric) or len({*scores.values()} - {None}) > 1
+    heights = [max(1.0 + 0.3 * len(measurements), 3.2 if scored else 0.0) for measurements in cases.values()]
     figure = new_figure(15 if scored else 9, sum(heights) + 0.6)
     grid = figure.subplots(len(cases), 1 + scored, squeeze=False, height_ratios=heights)
-    for row, case, measurements in zip(grid, report.cases, cases, strict=True):
-        _bars(row[0], measurements)
-        row[0].set_title(report.title(case), loc="left", fontsize=10)
+    for row, (title, measurements) in zip(grid, cases.items(), strict=True):
+        row[0].set_title(title, loc="left", fontsize=10)
+        _draw_bars(row[0], measurements)
         if scored:
-            row[1].set_ylabel(_SCORES.get(name, name) if name else "published ImageNet top-1")
-            _speed_and_score(row[1], measurements, name)
+            row[1].set_ylabel(_SCORES.get(metric, metric) if metric else "published ImageNet top-1")
+            _draw_scores(row[1], [(m, score) for m in measurements if (score := scores[m.contender]) is not None])
     figure.suptitle(f"{report.model}: {report.machine.processor}, {report.date}", fontsize=11, parse_math=False)
     save_figure(figure, path)
 
 
-def _score(measurement: Measurement, name: str) -> float | None:
+def _score(measurement: Measurement, metric: str) -> float | None:
     """Look up the measured accuracy, or else the published."""
-    return measurement.metrics.get(name) if name else measurement.contender.network.published_top1
+    return measurement.metrics.get(metric) if metric else measurement.contender.network.published_top1
 
 
-def _bars(axes: Axes, measurements: Sequence[Measurement]) -> None:
-    batch_size = measurements[0].contender.batch_size
-    speeds = [m.images_per_second for m in measurements]
-    # The slower quartile of the times is the lower one of the speeds.
-    slow, fast = ([batch_size / m.quartiles_ms[end] * 1e3 for m in measurements] for end in (1, 0))
-    errors = [
-        [max(speed - end, 0.0) for speed, end in zip(speeds, slow, strict=True)],
-        [max(end - speed, 0.0) for speed, end in zip(speeds, fast, strict=True)],
-    ]
+def _draw_bars(axes: Axes, measurements: Sequence[Measurement]) -> None:
+    places = range(len(measurements))
     bars = axes.barh(
-        range(len(measurements)),
-        speeds,
-        xerr=errors,
+        places,
+        [m.images_per_second for m in measurements],
         color=[_OURS if m.contender.network.origin == "mobilevit" else _OTHERS for m in measurements],
-        error_kw={"ecolor": "#404040", "elinewidth": 1, "capsize": 2.5},
     )
+    for place, m in zip(places, measurements, strict=True):
+        axes.plot([m.contender.batch_size / ms * 1e3 for ms in m.quartiles_ms], [place] * 2, "|-", color="#404040")
     labels = [
         f"{digits(m.images_per_second)}/s, {digits(m.median_ms)} ms"
         + ("" if m.speedup is None else f", {m.speedup:.2f} x")
         for m in measurements
     ]
-    axes.bar_label(bars, labels, padding=5, fontsize=8.5)
-    axes.set_yticks(range(len(measurements)), [m.contender.name for m in measurements], fontsize=9, parse_math=False)
+    axes.bar_label(bars, labels, padding=12, fontsize=8.5)
+    axes.set_yticks(places, [m.contender.name for m in measurements], fontsize=9, parse_math=False)
     axes.set_ylim(len(measurements) - 0.4, -0.6)
     axes.margins(x=0.35)
     baseline = next((m.contender.name for m in measurements if m.speedup == 1), "")
     axes.set_xlabel("images/s" + (f"   (x: times as fast as {baseline})" if baseline else ""), parse_math=False)
 
 
-def _speed_and_score(axes: Axes, measurements: Sequence[Measurement], name: str) -> None:
-    from matplotlib.lines import Line2D
-    from matplotlib.ticker import LogLocator, NullLocator, PercentFormatter, StrMethodFormatter
-
-    shown = [(m, score) for m in measurements if (score := _score(m, name)) is not None]
-    if not shown:
-        axes.set_axis_off()
-        return
-    engines = list(dict.fromkeys(m.contender.engine for m, _ in shown))
+def _draw_scores(axes: Axes, scored: Sequence[tuple[Measurement, float]]) -> None:
+    """Draw a point for each contender: color for the engine, shape for the precision, a label for the network."""
+    engines = list(dict.fromkeys(m.contender.engine for m, _ in scored))
     colors = {e: [part / 255 for part in rgb] for e, rgb in zip(engines, class_colors(len(engines)), strict=True)}
     labeled: set[str] = set()
-    for m, score in shown:
-        contender = m.contender
-        axes.plot(m.median_ms, score, _MARKERS[contender.precision], color=colors[contender.engine], markersize=8)
-        if contender.network.label not in labeled:  # where it is fastest, as these are sorted
-            labeled.add(contender.network.label)
-            axes.annotate(
-                contender.network.label,
-                (m.median_ms, score),
-                xytext=(0, 7),
-                textcoords="offset points",
-                fontsize=8.5,
-                parse_math=False,
-            )
-    axes.set_xscale("log")
+    for m, score in scored:
+        network, engine, precision = m.contender.network.label, m.contender.engine, m.contender.precision
+        axes.plot(m.median_ms, score, _MARKERS[precision], color=colors[engine], label=f"{engine} {precision}")
+        if network not in labeled:  # where it is fastest, as these are sorted
+            labeled.add(network)
+            axes.text(m.median_ms, score, f" {network}", fontsize=8.5, va="bottom", parse_math=False)
+    axes.set(xscale="log", xlabel="ms per batch")
     axes.margins(0.2)
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
-    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-    axes.grid(alpha=0.25)
-    axes.set_xlabel("ms per batch")
-    precisions = dict.fromkeys(m.contender.precision for m, _ in shown)
-    handles = [Line2D([], [], color=colors[e], marker="o", linestyle="", label=e) for e in engines]
-    handles += [Line2D([], [], color="#606060", marker=_MARKERS[p], linestyle="", label=p) for p in precisions]
-    axes.legend(handles=handles, loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=8.5, frameon=False)
+    axes.grid(which="both", alpha=0.25)
+    handles, names = axes.get_legend_handles_labels()
+    once = dict(zip(names, handles, strict=True))
+    axes.legend(once.values(), once, loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=8.5, frameon=False)

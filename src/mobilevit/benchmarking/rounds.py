@@ -1,101 +1,27 @@
 """Timing in turns: every contender has its own process, and a slow moment of the machine meets all of them.
 
-A process loads its contender, warms it up, and waits; only one works at a time. When memory is short, the remaining
-contenders follow in further groups, each beside the same baseline.
+A process loads its contender, warms it up, and waits; only one works at a time. When memory is short, contenders run in
+groups, each with the same baseline.
 """
 
 from __future__ import annotations
 
-import contextlib
-import logging
-import os
-import pickle
-import signal
 import statistics
-import subprocess
-import sys
-import tempfile
-from collections import deque
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
 from mobilevit.benchmarking.contenders import Contender
 from mobilevit.benchmarking.measurement import Failure, Measurement
-from mobilevit.benchmarking.worker import Array, Loaded, Turn
+from mobilevit.benchmarking.worker import Array, Loaded, Turn, Worker, WorkerError
 from mobilevit.machine import free_memory
 from mobilevit.progress import Progress
-
-log = logging.getLogger("mobilevit")
 
 _TURN_MS = 200.0
 """About how long a contender works in each round."""
 _MOST_RUNS = 100
-
-
-class WorkerError(RuntimeError):
-    """A worker could not do what it was asked, or has ended; in one line."""
-
-
-class Worker:
-    """A worker process, seen from its parent.
-
-    Args:
-        threads: it may compute with.
-    """
-
-    def __init__(self, threads: int) -> None:
-        self._said = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115, see close()
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", "from mobilevit.benchmarking.worker import main; main()"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._said,
-            env=os.environ | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)},
-            # A group of its own, so that the processes of torch.compile end with it.
-            start_new_session=True,
-        )
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._requests, self._replies = self._process.stdin, self._process.stdout
-        self.pid = self._process.pid
-
-    def ask(self, method: str, *arguments: object) -> Any:
-        """Call a method of `mobilevit.benchmarking.worker.Runner` there, and return its result.
-
-        Raises:
-            WorkerError: the method has failed, or the process has ended.
-        """
-        try:
-            pickle.dump((method, arguments), self._requests)
-            self._requests.flush()
-            succeeded, result = pickle.load(self._replies)
-        except (BrokenPipeError, EOFError, pickle.UnpicklingError):
-            raise WorkerError(self._how_it_ended()) from None
-        if not succeeded:
-            raise WorkerError(result)
-        return result
-
-    def close(self) -> None:
-        """End the process and all that it has started."""
-        if hasattr(os, "killpg"):
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(self.pid, signal.SIGKILL)
-        self._process.kill()
-        self._process.wait()
-        for stream in (self._requests, self._replies, self._said):
-            with contextlib.suppress(BrokenPipeError):
-                stream.close()
-
-    def _how_it_ended(self) -> str:
-        code = self._process.wait()
-        how = f"exit status {code}" if code >= 0 else signal.Signals(-code).name
-        how += ", perhaps out of memory" if how == "SIGKILL" else ""
-        self._said.seek(0)
-        words = [line.strip() for line in self._said if line.strip()]
-        return f"its process ended ({how})" + (f": {words[-1][:200]}" if words else "")
 
 
 @dataclass(kw_only=True)
@@ -129,46 +55,27 @@ def measure(
         The result of each, in their order.
     """
     results: dict[Contender, Measurement | Failure] = {}
-    waiting, references = deque(contenders), dict[str, list[Array]]()
-    baseline: _Entry | None = None
-    with contextlib.ExitStack() as stack, Progress(label, rounds * len(contenders), "turns") as progress:
-        while waiting:
-            entries = [] if baseline is None else [baseline]
-            with contextlib.ExitStack() as group:
-                while waiting and _has_room(entries, max_workers):
-                    contender = waiting.popleft()
-                    # The baseline stays for all groups.
-                    keeper = stack if contender is contenders[0] else group
+    references: dict[str, list[Array]] = {}
+    with Progress(label, rounds * len(contenders), "turns") as progress:
+        while waiting := [contender for contender in contenders if contender not in results]:
+            with ExitStack() as group:
+                entries: list[_Entry] = []
+                for contender in dict.fromkeys([contenders[0], *waiting]):
+                    if not _has_room(entries, max_workers):
+                        break
                     try:
-                        entries.append(_start(contender, references, keeper))
+                        entries.append(_start(contender, references, group))
                     except WorkerError as error:
-                        results[contender] = Failure(contender=contender, reason=str(error))
+                        results.setdefault(contender, Failure(contender=contender, reason=str(error)))
                         progress.advance(rounds)
-                _take_turns(entries, rounds, progress, counted=entries if baseline is None else entries[1:])
-                if baseline is None and entries and entries[0].contender is contenders[0]:
-                    baseline = entries[0]
+                for _ in range(rounds):
+                    for entry in entries:
+                        _take_turn(entry)
+                        progress.advance(int(entry.contender not in results), entry.contender.name)
+                baseline = next((entry for entry in entries if entry.contender == contenders[0]), None)
                 for entry in entries:
                     results.setdefault(entry.contender, _result(entry, baseline, rounds))
-                if baseline is not None and baseline.failure:
-                    log.warning("%s, the baseline: %s; no more ratios", baseline.contender.name, baseline.failure)
-                    baseline = None
     return [results[contender] for contender in contenders]
-
-
-def _start(contender: Contender, references: dict[str, list[Array]], keeper: contextlib.ExitStack) -> _Entry:
-    """Start a process, and compare the answers with those of plain PyTorch in float32, which starts first."""
-    worker = Worker(contender.threads)
-    try:
-        loaded: Loaded = worker.ask("load", contender)
-    except BaseException:
-        worker.close()
-        raise
-    keeper.callback(worker.close)
-    if (contender.engine, contender.precision) == ("eager", "fp32"):
-        references.setdefault(contender.network.weights, [*loaded.answers])
-    deviation = _deviation(loaded.answers, references.get(contender.network.weights))
-    loaded.answers.clear()
-    return _Entry(contender=contender, worker=worker, loaded=loaded, deviation=deviation)
 
 
 def _has_room(entries: Sequence[_Entry], max_workers: int | None) -> bool:
@@ -180,37 +87,44 @@ def _has_room(entries: Sequence[_Entry], max_workers: int | None) -> bool:
     return free is None or free > 1.5 * max(10**9, *(entry.loaded.warm_up.memory for entry in entries))
 
 
-def _take_turns(entries: Sequence[_Entry], rounds: int, progress: Progress, counted: Sequence[_Entry]) -> None:
-    for entry in entries:
-        entry.turns = []
-    for _ in range(rounds):
-        for entry in entries:
-            if entry.failure:
-                continue
-            runs = max(1, min(_MOST_RUNS, round(_TURN_MS / max(min(entry.loaded.warm_up.times_ms), 1e-3))))
-            try:
-                entry.turns.append(entry.worker.ask("time", runs))
-            except WorkerError as error:
-                entry.failure = str(error)
-            progress.advance(int(entry in counted), entry.contender.name)
+def _start(contender: Contender, references: dict[str, list[Array]], group: ExitStack) -> _Entry:
+    """Start a process, and compare the answers with those of plain PyTorch in float32, which starts first."""
+    worker = Worker(contender.threads)
+    group.callback(worker.close)
+    loaded: Loaded = worker.ask("load", contender)
+    weights = contender.network.weights
+    if (contender.engine, contender.precision) == ("eager", "fp32"):
+        references.setdefault(weights, [*loaded.answers])
+    deviation = _deviation(loaded.answers, references.get(weights))
+    loaded.answers.clear()
+    return _Entry(contender=contender, worker=worker, loaded=loaded, deviation=deviation)
+
+
+def _take_turn(entry: _Entry) -> None:
+    if entry.failure:
+        return
+    runs = round(_TURN_MS / max(min(entry.loaded.warm_up.times_ms), 1e-3))
+    try:
+        entry.turns.append(entry.worker.ask("time", max(1, min(_MOST_RUNS, runs))))
+    except WorkerError as error:
+        entry.failure = str(error)
 
 
 def _result(entry: _Entry, baseline: _Entry | None, rounds: int) -> Measurement | Failure:
     if entry.failure:
         return Failure(contender=entry.contender, reason=entry.failure)
-    medians = entry.medians
-    times = sorted(time for turn in entry.turns for time in turn.times_ms)
-    low, high = np.quantile(times, [0.25, 0.75]).tolist()
+    times = [time for turn in entry.turns for time in turn.times_ms]
+    fastest, low, high, slowest = np.quantile(times, [0, 0.25, 0.75, 1]).round(4).tolist()
     speedup = None
-    if baseline is not None and len(baseline.turns) == rounds:
-        ratios = [reference / own for reference, own in zip(baseline.medians, medians, strict=True)]
+    if baseline is not None and not baseline.failure:
+        ratios = [reference / own for reference, own in zip(baseline.medians, entry.medians, strict=True)]
         speedup = round(statistics.median(ratios), 4)
     return Measurement(
         contender=entry.contender,
-        median_ms=round(statistics.median(medians), 4),
-        quartiles_ms=(round(low, 4), round(high, 4)),
-        fastest_ms=round(times[0], 4),
-        slowest_ms=round(times[-1], 4),
+        median_ms=round(statistics.median(entry.medians), 4),
+        quartiles_ms=(low, high),
+        fastest_ms=fastest,
+        slowest_ms=slowest,
         runs=len(times),
         rounds=rounds,
         speedup=speedup,

@@ -2,28 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import os
 import shutil
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 from mobilevit import factory
-from mobilevit.benchmarking.config import TuneConfig
-from mobilevit.benchmarking.contenders import (
-    PRECISIONS,
-    Contender,
-    Engine,
-    check_folder,
-    check_precisions,
-    has_precision,
-    our_network,
-    pick_engines,
-)
+from mobilevit.benchmarking.config import PRECISIONS, TuneConfig, check_settings
+from mobilevit.benchmarking.contenders import Contender, Engine, has_precision, our_network, pick_engines
 from mobilevit.benchmarking.measurement import Failure, Measurement
 from mobilevit.benchmarking.rounds import measure
 from mobilevit.card import TaskName, card_of
@@ -69,30 +59,35 @@ class Tuned:
 
     def table(self) -> tuple[list[str], list[list[str]]]:
         """Format all measurements as a heading and rows of text."""
+        heading = ["engine", "precision", "threads", "ms", "half of runs, ms", "x", "loss"]
         rows = []
-        for m in self.measurements:
-            c = m.contender
-            loss = self.losses.get(f"{c.engine} {c.precision}")
-            low, high = m.quartiles_ms
-            row = [c.engine, c.precision, str(c.threads), f"{m.median_ms:.2f}", f"{low:.2f} to {high:.2f}"]
-            row += ["-" if m.speedup is None else f"{m.speedup:.2f}", "-" if loss is None else f"{loss:.2%}"]
-            rows.append(row)
-        return ["engine", "precision", "threads", "ms", "half of runs, ms", "x", "loss"], rows
+        for measurement in self.measurements:
+            contender = measurement.contender
+            loss = self.losses.get(_title(contender))
+            row = measurement.row() | {
+                "threads": str(contender.threads),
+                "loss": "-" if loss is None else f"{loss:.2%}",
+            }
+            rows.append([row[name] for name in heading])
+        return heading, rows
 
     def to_dict(self) -> dict[str, object]:
-        """Return plain values for JSON."""
-        best = self.fastest
+        """Return plain values for JSON, without paths of the networks."""
+        figures = [measurement.to_dict() for measurement in self.measurements]
+        hidden = ("contender", "metrics")
         return {
             "path": str(self.path),
             "artifact": None if self.artifact is None else str(self.artifact),
-            **_settings(best.contender),
-            "median_ms": best.median_ms,
-            "speedup": best.speedup or 1.0,
-            # Without paths of this machine.
-            "measurements": [{**_settings(m.contender), **m.figures()} for m in self.measurements],
+            **_settings(self.fastest.contender),
+            "median_ms": self.fastest.median_ms,
+            "speedup": self.fastest.speedup or 1.0,
+            "measurements": [
+                _settings(m.contender) | {name: value for name, value in told.items() if name not in hidden}
+                for m, told in zip(self.measurements, figures, strict=True)
+            ],
             "dropped": [list(pair) for pair in self.dropped],
             "losses": self.losses,
-            "machine": dataclasses.asdict(self.machine),
+            "machine": asdict(self.machine),
         }
 
 
@@ -110,33 +105,39 @@ def tune(checkpoint: str | os.PathLike[str], config: TuneConfig | None = None) -
         MobileViTError: a setting is wrong, a named engine is not installed, or the checkpoint cannot be read.
     """
     config = config or TuneConfig()
-    _check(config)
+    check_settings(config)
+    if not 0 <= config.max_loss < 1:
+        raise MobileViTError(f"`max_loss` is {config.max_loss}; give a share from 0 to 1, such as 0.01")
+    if "compile" in config.engines:
+        raise MobileViTError("torch.compile compiles anew in every process, so it is not tuned; choose it by `engine`")
     path = Path(checkpoint)
     engines, left_out = pick_engines(config.engines, "cpu")
     dropped = [(engine, reason) for engine, _, reason in (line.partition(": ") for line in left_out)]
     if "int8" in config.precisions and config.calibration is None:
         dropped.append(("int8", "not tried, as no calibration images were given"))
     model = factory.load(path)
+    card = card_of(model)
     if config.data is not None:  # here, as a failing export is no reason to stop
-        find_part(config.data, "auto", card_of(model))
+        find_part(config.data, "auto", card)
     folder = path.parent if config.out is None else config.out
     folder.mkdir(parents=True, exist_ok=True)
     # In the same folder as the result, so that the winner is moved, not copied.
     with tempfile.TemporaryDirectory(dir=folder, prefix=".tune-") as temporary:
-        # PyTorch with all threads first, as the baseline.
-        network = our_network(card_of(model), checkpoints.save(model, Path(temporary) / "model.safetensors"))
+        copy = checkpoints.save(model, Path(temporary) / "model.safetensors")
+        network = our_network(card, copy, card.preprocessing.size)
         plain = Contender(network=network, engine="eager", batch_size=config.batch_size)
         files, losses, lost = _export_all(plain, engines, model, path.stem, Path(temporary) / "files", config)
         cores = available_cores()
         # Two threads of one core can stand in each other's way.
         counts = dict.fromkeys([cores, max(1, cores // 2)] if config.threads is None else [config.threads])
-        contenders = [dataclasses.replace(c, threads=count) for c in (plain, *files) for count in counts]
+        # PyTorch with all threads first, as the baseline.
+        contenders = [replace(c, threads=count) for c in (plain, *files) for count in counts]
         results = measure(contenders, rounds=config.rounds, label="tune")
         dropped += lost
         for result in results:
             if isinstance(result, Failure):
-                c = result.contender
-                dropped.append((f"{c.engine} {c.precision}, {c.threads} threads", result.reason))
+                threads = f"{result.contender.threads} threads"
+                dropped.append((f"{_title(result.contender)}, {threads}", result.reason))
         measured = sorted((r for r in results if isinstance(r, Measurement)), key=lambda m: m.median_ms)
         if not measured:
             raise MobileViTError(f"{path}: nothing could be measured; {dropped[-1][0]}: {dropped[-1][1]}")
@@ -155,26 +156,13 @@ def tune(checkpoint: str | os.PathLike[str], config: TuneConfig | None = None) -
     return tuned
 
 
-def _check(config: TuneConfig) -> None:
-    if not 0 <= config.max_loss < 1:
-        raise MobileViTError(f"`max_loss` is {config.max_loss}; give a share from 0 to 1, such as 0.01")
-    for name, count in (("batch_size", config.batch_size), ("threads", config.threads), ("rounds", config.rounds)):
-        if count is not None and count < 1:
-            raise MobileViTError(f"`{name}` is {count}; give 1 or more")
-    check_precisions(config.precisions)
-    check_folder("images", config.images)
-    check_folder("calibration", config.calibration)
-    if "compile" in config.engines:
-        raise MobileViTError("torch.compile compiles anew in every process, so it is not tuned; choose it by `engine`")
-
-
 def _export_all(
     plain: Contender, engines: Sequence[Engine], model: Model, name: str, folder: Path, config: TuneConfig
 ) -> tuple[list[Contender], dict[str, float], list[tuple[str, str]]]:
     """Export to every engine and precision; returns those that keep the answers, all losses, and what was dropped."""
     kept, losses, dropped = [], dict[str, float](), list[tuple[str, str]]()
     tried = [
-        dataclasses.replace(plain, engine=engine, precision=precision)
+        replace(plain, engine=engine, precision=precision)
         for engine in engines
         for precision in PRECISIONS
         if engine not in ("eager", "compile")
@@ -184,7 +172,7 @@ def _export_all(
     ]
     with Progress("export and compare", len(tried), "files") as progress:
         for contender in tried:
-            title = f"{contender.engine} {contender.precision}"
+            title = _title(contender)
             try:
                 report = export(
                     model,
@@ -201,7 +189,7 @@ def _export_all(
                 if losses[title] > config.max_loss:
                     dropped.append((title, f"loses {losses[title]:.2%}, where {config.max_loss:.2%} is allowed"))
                 else:
-                    kept.append(dataclasses.replace(contender, artifact=str(report.path)))
+                    kept.append(replace(contender, artifact=str(report.path)))
             except MobileViTError as error:
                 dropped.append((title, one_line(error, 300)))
             except Exception as error:  # a converter can raise anything; the others go on
@@ -235,20 +223,25 @@ def _keep(winner: str | None, folder: Path, checkpoint: Path) -> Path | None:
 
 
 def _write(tuned: Tuned, checkpoint: Path) -> None:
+    contender, artifact = tuned.fastest.contender, tuned.artifact
     values = {
         "tuned_version": TUNED_VERSION,
         "checkpoint": checkpoint.name,
         "checkpoint_sha256": digest_of_file(checkpoint),
-        "packages": versions(RUNTIME_PACKAGES[tuned.fastest.contender.engine]),
+        "packages": versions(RUNTIME_PACKAGES[contender.engine]),
         "measured": datetime.now(UTC).isoformat(timespec="seconds"),
-        "batch_size": tuned.fastest.contender.batch_size,
+        "batch_size": contender.batch_size,
         **tuned.to_dict(),
         # Relative to this file, so that both can be copied elsewhere.
-        "artifact": None if tuned.artifact is None else f"{tuned.artifact.parent.name}/{tuned.artifact.name}",
+        "artifact": None if artifact is None else f"{artifact.parent.name}/{artifact.name}",
     }
     del values["path"]
     write_json(tuned.path, values)
 
 
-def _settings(contender: Contender) -> dict[str, str | int]:
+def _title(contender: Contender) -> str:
+    return f"{contender.engine} {contender.precision}"
+
+
+def _settings(contender: Contender) -> dict[str, object]:
     return {"engine": contender.engine, "precision": contender.precision, "threads": contender.threads}

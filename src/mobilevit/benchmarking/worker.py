@@ -1,45 +1,41 @@
-"""The process of one contender: it exports or loads a network, warms it up, and times runs when asked.
+"""The process of one contender, from both sides: `Worker` in the parent, `Runner` in the process itself.
 
-`mobilevit.benchmarking.rounds.Worker` starts it and sends requests on its standard input: pickled pairs of a method of
-`Runner` and arguments. The process ends when its input does, so it never outlives its parent.
+Requests and replies are pickled. The process ends when its input does, so it never outlives its parent.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import pickle
 import signal
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from mobilevit import factory
 from mobilevit.benchmarking import peers
-from mobilevit.benchmarking.contenders import Contender, Network
-from mobilevit.card import ModelCard, card_of, default_classes
+from mobilevit.benchmarking.contenders import AMP_DTYPES, Contender
+from mobilevit.card import ModelCard, default_classes
 from mobilevit.errors import MobileViTError, one_line
 from mobilevit.exporting.export import export
 from mobilevit.exporting.graph import export_graph
 from mobilevit.exporting.images import parity_pixels
 from mobilevit.imaging.preprocessing import Preprocessing
 from mobilevit.machine import peak_memory
+from mobilevit.results.base import Array
 from mobilevit.runtime.artifact import artifact_files, read_sidecar
 from mobilevit.runtime.engine import open_engine
-from mobilevit.weights.convert import convert_state_dict
-
-Array = NDArray[np.generic]
-
-AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 _KEPT_ANSWERS = 4
 _WARM_UP_MS = 1000.0
@@ -69,20 +65,78 @@ class Loaded:
     warm_up: Turn
 
 
+class WorkerError(RuntimeError):
+    """A worker could not do what it was asked, or has ended; in one line."""
+
+
+class Worker:
+    """A worker process, seen from its parent.
+
+    Args:
+        threads: it may compute with.
+    """
+
+    def __init__(self, threads: int) -> None:
+        self._said = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115, see close()
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", "from mobilevit.benchmarking.worker import main; main()"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._said,
+            env=os.environ | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)},
+            # A group of its own, so that the processes of torch.compile end with it.
+            start_new_session=True,
+        )
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._requests, self._replies = self._process.stdin, self._process.stdout
+        self.pid = self._process.pid
+
+    def ask(self, method: str, *arguments: object) -> Any:
+        """Call a method of `Runner` there, and return its result.
+
+        Raises:
+            WorkerError: the method has failed, or the process has ended.
+        """
+        try:
+            pickle.dump((method, arguments), self._requests)
+            self._requests.flush()
+            succeeded, result = pickle.load(self._replies)
+        except (BrokenPipeError, EOFError, pickle.UnpicklingError):
+            raise WorkerError(self._how_it_ended()) from None
+        if not succeeded:
+            raise WorkerError(result)
+        return result
+
+    def close(self) -> None:
+        """End the process and all that it has started."""
+        if hasattr(os, "killpg"):
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self.pid, signal.SIGKILL)
+        self._process.kill()
+        self._process.wait()
+        for stream in (self._requests, self._replies, self._said):
+            with contextlib.suppress(BrokenPipeError):
+                stream.close()
+
+    def _how_it_ended(self) -> str:
+        code = self._process.wait()
+        how = f"exit status {code}" if code >= 0 else signal.Signals(-code).name
+        how += ", perhaps out of memory" if how == "SIGKILL" else ""
+        self._said.seek(0)
+        words = [line.strip() for line in self._said if line.strip()]
+        return f"its process ended ({how})" + (f": {words[-1][:200]}" if words else "")
+
+
 def main() -> None:
-    """Answer requests until the input ends."""
+    """Answer requests until the input ends, each with whether it succeeded, and the result or the error's message."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # at Ctrl-C the parent ends this process
     replies = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # keeps what libraries print out of the replies
-    serve(sys.stdin.buffer, replies)
-
-
-def serve(requests: BinaryIO, replies: BinaryIO) -> None:
-    """Answer each request with a pair: whether it succeeded, and the result or the message of the error."""
     runner = Runner()
     while True:
         try:
-            method, arguments = pickle.load(requests)
+            method, arguments = pickle.load(sys.stdin.buffer)
         except EOFError:
             return
         try:
@@ -94,51 +148,13 @@ def serve(requests: BinaryIO, replies: BinaryIO) -> None:
         replies.flush()
 
 
-def build(network: Network) -> tuple[nn.Module, Preprocessing]:
-    """Build a network in eval mode with the weights of its checkpoint, and the preprocessing of its images."""
-    preprocessing = Preprocessing(size=network.image_size)
-    if network.checkpoint is None:
-        return peers.timm_model(network.architecture).eval(), preprocessing
-    ours = factory.load(network.checkpoint)
-    card = card_of(ours)
-    preprocessing = Preprocessing.from_dict(card.preprocessing.to_dict() | {"size": network.image_size})
-    if network.origin == "mobilevit":
-        return ours, preprocessing
-    make: dict[str, Callable[[], nn.Module]] = {
-        "timm": lambda: peers.timm_model(card.name, len(card.classes)),
-        "transformers": lambda: peers.transformers_model(card.name, len(card.classes)),
-        "cvnets": lambda: peers.cvnets_model(card.name, network.clone or "", len(card.classes)),
-    }
-    peer = make[network.origin]().eval()
-    peers.load_weights(peer, convert_state_dict(ours.state_dict(), to=network.origin))
-    return peer, preprocessing
-
-
-class _Exportable(nn.Module):
-    """A peer with the attributes that an export needs of a model."""
-
-    def __init__(self, network: nn.Module, preprocessing: Preprocessing) -> None:
-        super().__init__()
-        self.network = network
-        with torch.no_grad():
-            outputs = network(torch.zeros(1, 3, *preprocessing.size)).shape[1]
-        self.card = ModelCard(
-            name="peer", task="classification", classes=default_classes(outputs), preprocessing=preprocessing
-        )
-        self.backbone = SimpleNamespace(size_multiple=(1, 1))  # a peer itself says which sizes it takes
-
-    def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.network(x)
-        return logits
-
-
 class Runner:
     """The methods that a worker offers. A run goes from prepared images to outputs, in the memory of the device."""
 
     def export(self, contender: Contender, folder: Path, name: str, calibration: Path | None) -> str:
         """Convert the network to the format of its engine; returns the file."""
         network = contender.network
-        model, preprocessing = build(network)
+        model, preprocessing = peers.build(network)
         report = export(
             model if network.origin == "mobilevit" else _Exportable(model, preprocessing),
             folder,
@@ -155,18 +171,17 @@ class Runner:
     def load(self, contender: Contender) -> Loaded:
         """Load a contender and run it until times have settled."""
         start = time.perf_counter()
-        self._contender, self._on_gpu = contender, contender.device.startswith("cuda")
+        self._on_gpu = contender.device.startswith("cuda")
         if contender.artifact is None:
-            self._run, weight_bytes = self._in_torch()
+            self._run, weight_bytes = self._in_torch(contender)
         else:
-            self._run, weight_bytes = self._in_engine(Path(contender.artifact))
+            self._run, weight_bytes = _in_engine(contender, Path(contender.artifact))
         outputs = self._run()
         seconds = round(time.perf_counter() - start, 3)
         # Clocks rise, allocators learn sizes, CUDA graphs are captured.
         turn = self.time(2)
-        times = turn.times_ms
-        while sum(times) < _WARM_UP_MS and len(times) < 200:
-            times += self.time(1).times_ms
+        while sum(turn.times_ms) < _WARM_UP_MS and len(turn.times_ms) < 200:
+            turn.times_ms.extend(self.time(1).times_ms)
         answers = [part[:_KEPT_ANSWERS] for part in _arrays(outputs)]
         return Loaded(seconds=seconds, weight_bytes=weight_bytes, answers=answers, warm_up=turn)
 
@@ -189,32 +204,22 @@ class Runner:
             torch.cuda.synchronize()
         return time.perf_counter()
 
-    def _images(self, preprocessing: Preprocessing) -> Tensor:
-        """Prepare photographs. Shape: (B, 3, H, W), float32."""
-        pixels, _ = parity_pixels(None, preprocessing)
-        images = torch.from_numpy(preprocessing.normalize(pixels[np.arange(self._contender.batch_size) % len(pixels)]))
-        # Weights converted for these two expect BGR.
-        return images.flip(1) if self._contender.network.origin in ("transformers", "cvnets") else images
-
-    def _in_torch(self) -> tuple[Callable[[], object], int]:
-        contender, network = self._contender, self._contender.network
+    def _in_torch(self, contender: Contender) -> tuple[Callable[[], object], int]:
         torch.set_num_threads(contender.threads)
         device = torch.device(contender.device)
-        model, preprocessing = build(network)
-        layout = torch.contiguous_format
-        if network.origin == "mobilevit":
+        model, preprocessing = peers.build(contender.network)
+        layout = torch.channels_last
+        if contender.network.origin == "mobilevit":
             model = export_graph(model, image_size=None)  # with the outputs of exported files
-            layout = torch.channels_last
-        elif network.channels_last:
-            layout = torch.channels_last
-            model = model.to(memory_format=layout)
-        model = model.to(device)
+        elif not contender.network.channels_last:
+            layout = torch.contiguous_format
+        model = model.to(device, memory_format=layout)
         weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
         call: Callable[[Tensor], object] = model
         if contender.engine == "compile":
             # "max-autotune" captures CUDA graphs; on a CPU it takes minutes and gains little.
             call = torch.compile(model, mode="max-autotune" if self._on_gpu else "default")
-        images = self._images(preprocessing).to(device).contiguous(memory_format=layout)
+        images = _images(contender, preprocessing).to(device).contiguous(memory_format=layout)
         dtype = AMP_DTYPES.get(contender.precision)
 
         def run() -> object:
@@ -223,12 +228,39 @@ class Runner:
 
         return run, weight_bytes
 
-    def _in_engine(self, path: Path) -> tuple[Callable[[], object], int]:
-        artifact = read_sidecar(path)
-        threads, device = self._contender.threads, self._contender.device
-        engine = open_engine(path, artifact, threads=threads, device=device, trust_pt2=True)  # it was exported here
-        images = np.ascontiguousarray(self._images(artifact.card.preprocessing).numpy())
-        return lambda: engine.run(images), sum(part.stat().st_size for part in artifact_files(path))
+
+def _in_engine(contender: Contender, path: Path) -> tuple[Callable[[], object], int]:
+    artifact = read_sidecar(path)
+    # The file may be trusted, as it was exported here.
+    engine = open_engine(path, artifact, threads=contender.threads, device=contender.device, trust_pt2=True)
+    images = np.ascontiguousarray(_images(contender, artifact.card.preprocessing).numpy())
+    return lambda: engine.run(images), sum(part.stat().st_size for part in artifact_files(path))
+
+
+def _images(contender: Contender, preprocessing: Preprocessing) -> Tensor:
+    """Prepare photographs. Shape: (B, 3, H, W), float32."""
+    pixels, _ = parity_pixels(None, preprocessing)
+    images = torch.from_numpy(preprocessing.normalize(pixels[np.arange(contender.batch_size) % len(pixels)]))
+    # Weights converted for these two expect BGR.
+    return images.flip(1) if contender.network.origin in ("transformers", "cvnets") else images
+
+
+class _Exportable(nn.Module):
+    """A peer with the attributes that an export needs of a model."""
+
+    def __init__(self, network: nn.Module, preprocessing: Preprocessing) -> None:
+        super().__init__()
+        self.network = network
+        with torch.no_grad():
+            outputs = network(torch.zeros(1, 3, *preprocessing.size)).shape[1]
+        self.card = ModelCard(
+            name="peer", task="classification", classes=default_classes(outputs), preprocessing=preprocessing
+        )
+        self.backbone = SimpleNamespace(size_multiple=(1, 1))  # a peer itself says which sizes it takes
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.network(x)
+        return logits
 
 
 def _arrays(outputs: object) -> Iterator[Array]:

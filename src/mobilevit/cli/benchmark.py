@@ -24,14 +24,15 @@ class Benchmark:
     def run(self) -> int:
         """Measure, print, write; 1 if some could not be measured."""
         from mobilevit.benchmarking.benchmark import benchmark
+        from mobilevit.benchmarking.measurement import table
 
         report = benchmark(self.model, self.settings)
         if self.json:
             print_json(report.to_dict())
             return 1 if report.failures else 0
-        for case in report.cases:
-            print(f"\n{report.model}, {report.title(case)}, {report.machine.processor}")
-            print_rows(*report.table(case))
+        for title, measurements in report.cases().items():
+            print(f"\n{report.model}, {title}, {report.machine.processor}")
+            print_rows(*table(measurements))
         for line in report.notes():
             print(line)
         if self.settings.out is not None:
