@@ -36,7 +36,7 @@ from mobilevit.exporting.graph import export_graph
 from mobilevit.exporting.images import parity_pixels
 from mobilevit.exporting.options import FORMATS
 from mobilevit.exporting.parity import check
-from mobilevit.exporting.sensitivity import sensitivity
+from mobilevit.exporting.sensitivity import measure_sensitivity
 from mobilevit.runtime.session import ArtifactSession, Session
 from mobilevit.torch_session import TorchSession
 
@@ -128,7 +128,7 @@ def measure(checkpoint: Path, folder: Path, arguments: argparse.Namespace) -> tu
                         "megabytes": round(report.num_bytes / 1e6, 3),
                     }
             print(card.task, name, formats[name], flush=True)
-    rows = sensitivity(
+    rows = measure_sensitivity(
         export_graph(model, image_size=(height, width)),
         [torch.from_numpy(card.preprocessing.normalize(image[None])) for image in _resized(calibration, card)],
     )
@@ -140,7 +140,7 @@ def measure(checkpoint: Path, folder: Path, arguments: argparse.Namespace) -> tu
         "agreement": f"with PyTorch in float32: {parity.measure}",
         "float": before,
         "formats": formats,
-        "most sensitive": [row.to_dict() for row in rows[:20]],
+        "most sensitive": [dataclasses.asdict(row) for row in rows[:20]],
     }
 
 

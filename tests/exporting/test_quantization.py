@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from mobilevit.exporting import openvino as openvino_format
 from mobilevit.exporting.export import export
 from mobilevit.exporting.graph import Plan, export_graph
 from mobilevit.exporting.quantization import float_modules, is_below
-from mobilevit.exporting.sensitivity import choose_float, save_plot, sensitivity
+from mobilevit.exporting.sensitivity import choose_float, measure_sensitivity, save_plot
 from mobilevit.runtime.artifact import Artifact, write_sidecar
 from mobilevit.runtime.session import ArtifactSession
 
@@ -237,7 +238,7 @@ def test_layer_spoilt_for_int8_is_the_most_sensitive(model: Any, tmp_path: Path)
         block.local_conv.conv.weight[0] = 0
         block.project_in.conv.weight[:, 0] = 0
     state = copy.deepcopy(plan.graph.state_dict())
-    rows = sensitivity(plan.graph, plan.calibration[:8])
+    rows = measure_sensitivity(plan.graph, plan.calibration[:8])
     assert rows[0].name == "model.layer4.1.project_in.conv"
     assert rows[0].kind == "pointwise"
     assert rows[0].sqnr_db + 10 < rows[1].sqnr_db
@@ -248,7 +249,7 @@ def test_layer_spoilt_for_int8_is_the_most_sensitive(model: Any, tmp_path: Path)
     # The graph is as it was.
     assert all(torch.equal(value, state[name]) for name, value in plan.graph.state_dict().items())
     assert before.shape == plan.graph(plan.calibration[0])[0].shape
-    json.dumps([row.to_dict() for row in rows])
+    json.dumps([dataclasses.asdict(row) for row in rows])
     save_plot(rows, tmp_path / "sensitivity.png")
     with Image.open(tmp_path / "sensitivity.png") as drawn:
         assert drawn.width > 300
@@ -257,12 +258,12 @@ def test_layer_spoilt_for_int8_is_the_most_sensitive(model: Any, tmp_path: Path)
 @pytest.mark.parametrize("task", ["detection", "segmentation"])
 def test_sensitivity_of_other_tasks_and_inputs(task: str) -> None:
     plan = plan_for(make(task), "onnx", "int8", baked=True, label_map=task == "segmentation")
-    rows = sensitivity(plan.graph, plan.calibration[:4])
+    rows = measure_sensitivity(plan.graph, plan.calibration[:4])
     assert len({row.name for row in rows}) == len(rows) > 80
     assert all(5 < row.sqnr_db <= 200 for row in rows)
     assert getattr(plan.graph, "label_map", False) == (task == "segmentation")  # the graph stays as it is
     with pytest.raises(ValueError, match="give some"):
-        sensitivity(plan.graph, [])
+        measure_sensitivity(plan.graph, [])
 
 
 @pytest.mark.parametrize("precision", ["int8"])

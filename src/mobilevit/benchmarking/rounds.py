@@ -15,9 +15,10 @@ import numpy as np
 
 from mobilevit.benchmarking.contenders import Contender
 from mobilevit.benchmarking.measurement import Failure, Measurement
-from mobilevit.benchmarking.worker import Array, Loaded, Turn, Worker, WorkerError
+from mobilevit.benchmarking.worker import Loaded, Turn, Worker, WorkerError
 from mobilevit.machine import free_memory
 from mobilevit.progress import Progress
+from mobilevit.results.base import Array
 
 _TURN_MS = 200.0
 """About how long a contender works in each round."""

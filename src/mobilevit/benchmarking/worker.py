@@ -213,7 +213,7 @@ class Runner:
             model = export_graph(model, image_size=None)  # with the outputs of exported files
         elif not contender.network.channels_last:
             layout = torch.contiguous_format
-        model = model.to(device, memory_format=layout)
+        model = model.to(device).to(memory_format=layout)
         weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
         call: Callable[[Tensor], object] = model
         if contender.engine == "compile":

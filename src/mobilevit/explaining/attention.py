@@ -6,7 +6,7 @@ Letters are those of `mobilevit.models.mobilevit`: P pixels in a patch, N patche
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -58,11 +58,10 @@ class BlockAttention:
 class Recording:
     """Inputs and outputs inside a backbone during one forward pass."""
 
-    blocks: dict[str, MobileViTBlock] = field(default_factory=dict)
-    maps: dict[str, tuple[int, int]] = field(default_factory=dict)
+    maps: dict[MobileViTBlock, tuple[int, int]] = field(default_factory=dict)
     """(height, width) of each block's map, before it is resized to whole patches."""
-    attention: dict[str, list[tuple[Attention, Tensor]]] = field(default_factory=dict)
-    """Attention layers of each block with their inputs."""
+    attention: dict[Attention, Tensor] = field(default_factory=dict)
+    """Input of each attention layer."""
     stages: list[Tensor] = field(default_factory=list)
     """Outputs of layer4 and layer5, which gradients reach."""
 
@@ -70,7 +69,13 @@ class Recording:
 @contextmanager
 def recording(backbone: MobileViTBackbone) -> Iterator[Recording]:
     """Record every forward pass of a backbone until the context ends."""
-    record, handles = Recording(), []
+    record = Recording()
+
+    def keep_input(module: nn.Module, inputs: tuple[Tensor]) -> None:
+        if isinstance(module, Attention):
+            record.attention[module] = inputs[0].detach()
+        elif isinstance(module, MobileViTBlock):
+            record.maps[module] = (inputs[0].shape[2], inputs[0].shape[3])
 
     def keep_stage(_: nn.Module, __: tuple[Tensor], output: Tensor) -> Tensor:
         # Gradients are needed from here on only.
@@ -78,27 +83,12 @@ def recording(backbone: MobileViTBackbone) -> Iterator[Recording]:
         record.stages.append(output)
         return output
 
-    for name in ("layer3", "layer4", "layer5"):
-        stage: nn.Sequential = getattr(backbone, name)
-        block = stage[1]
-        assert isinstance(block, MobileViTBlock)
-        record.blocks[name], record.attention[name] = block, []
-
-        def keep_size(_: nn.Module, inputs: tuple[Tensor], __: Tensor, name: str = name) -> None:
-            record.maps[name] = (inputs[0].shape[2], inputs[0].shape[3])
-
-        def keep_input(module: Attention, inputs: tuple[Tensor], _: Tensor, name: str = name) -> None:
-            record.attention[name].append((module, inputs[0].detach()))
-
-        handles.append(block.register_forward_hook(keep_size))
-        handles += [m.register_forward_hook(keep_input) for m in block.modules() if isinstance(m, Attention)]
-        if name != "layer3":
-            handles.append(stage.register_forward_hook(keep_stage))
-    try:
+    with ExitStack() as hooks:
+        for module in backbone.modules():
+            hooks.enter_context(module.register_forward_pre_hook(keep_input))
+        for stage in (backbone.layer4, backbone.layer5):
+            hooks.enter_context(stage.register_forward_hook(keep_stage))
         yield record
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def attention_weights(attention: Attention, x: Tensor) -> Tensor:
@@ -114,22 +104,29 @@ def attention_weights(attention: Attention, x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def block_attention(name: str, record: Recording, place: tuple[float, float], input_width: int) -> BlockAttention:
+def block_attention(
+    name: str, block: MobileViTBlock, record: Recording, place: tuple[float, float], input_width: int
+) -> BlockAttention:
     """Read out the attention of one pixel in a block.
 
     Args:
         name: of the block.
-        record: of a forward pass with one image.
+        block: that ran.
+        record: of its forward pass with one image.
         place: (x, y) of the pixel, as shares of the input's width and height.
         input_width: in pixels.
     """
-    (height, width), (ph, pw) = record.maps[name], record.blocks[name].patch_size
+    (height, width), (ph, pw) = record.maps[block], block.patch_size
     padded = (-(-height // ph) * ph, -(-width // pw) * pw)
     row, column = (min(int(share * side), side - 1) for share, side in zip(place[::-1], padded, strict=True))
     rows, columns = padded[0] // ph, padded[1] // pw
     sequence = column % pw * ph + row % ph  # as `unfold` orders them
     token = row // ph * columns + column // pw
-    layers = [attention_weights(module, x[sequence : sequence + 1])[0] for module, x in record.attention[name]]
+    layers = [
+        attention_weights(module, record.attention[module][sequence : sequence + 1])[0]
+        for module in block.modules()
+        if isinstance(module, Attention)
+    ]
     identity = torch.eye(rows * columns, device=layers[0].device)
     through = identity
     for layer in layers:

@@ -58,7 +58,7 @@ class Explanation:
         if self.box_xyxy is not None:
             left, top, right, bottom = self.box_xyxy
             corners = (self.to_view(left, top), self.to_view(right, bottom))
-        image = attention_figure(
+        drawn = attention_figure(
             self.view,
             self.blocks,
             self.class_activation,
@@ -66,11 +66,16 @@ class Explanation:
             place=self.to_view(x + 0.5, y + 0.5),
             corners=corners,
         )
-        return _saved(image, path)
+        if path is not None:
+            save_image(drawn, path)
+        return drawn
 
     def draw_patches(self, path: str | Path | None = None) -> Image.Image:
         """Draw how each block cuts this image into patches and sequences, and folds it back."""
-        return _saved(patches_figure(self.view, self.blocks), path)
+        drawn = patches_figure(self.view, self.blocks)
+        if path is not None:
+            save_image(drawn, path)
+        return drawn
 
     def to_dict(self) -> dict[str, object]:
         """Return plain values for JSON; places are pixels of the upright image."""
@@ -100,8 +105,8 @@ class Explanation:
         (height, width), (ph, pw), (row, column) = block.map_size, block.patch_size, block.pixel
         own = row // ph * (width // pw) + column // pw
         found = []
-        order = [int(place) for place in np.argsort(-block.rollout, axis=None, kind="stable") if place != own]
-        for place in order[:count]:
+        order = np.argsort(-block.rollout, axis=None, kind="stable")
+        for place in order[order != own][:count].tolist():
             down, right = divmod(place, width // pw)
             middle = np.array([[(right * pw + column % pw + 0.5) / width, (down * ph + row % ph + 0.5) / height] * 2])
             x, y = self.placement.to_image(middle)[0, :2].round(1).tolist()
@@ -149,7 +154,10 @@ def explain(model: nn.Module, source: Source, pixel: tuple[int, int] | None = No
         label=subject.label,
         score=subject.score,
         pixel=pixel,
-        blocks=tuple(block_attention(name, record, place, placement.size[1]) for name in record.blocks),
+        blocks=tuple(
+            block_attention(name, block, record, place, placement.size[1])
+            for name, block in zip(("layer3", "layer4", "layer5"), record.maps, strict=True)
+        ),
         class_activation=activation,
         placement=placement,
         view=_view(image, placement),
@@ -195,9 +203,3 @@ def _view(image: Image.Image, placement: Placement, side: int = 512) -> Image.Im
     shown = (round(view.width * filled_width / width), round(view.height * filled_height / height))
     view.paste(image.resize((max(1, shown[0]), max(1, shown[1])), Image.Resampling.LANCZOS, placement.region))
     return view
-
-
-def _saved(image: Image.Image, path: str | Path | None) -> Image.Image:
-    if path is not None:
-        save_image(image, path)
-    return image

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from mobilevit.plotting import new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure, SubFigure
 
     from mobilevit.explaining.attention import BlockAttention
 
@@ -33,10 +33,6 @@ _CELL = 128
 """Longer side of the small images, in pixels."""
 _WINDOW = (8, 12)
 """(height, width) of the part of a map whose pixels are shown one by one."""
-_TILE = 16
-"""Side of such a pixel, with its edge."""
-_CAPTION: dict[str, Any] = {"loc": "left", "fontsize": 8, "color": "#606060"}
-_TITLE: dict[str, Any] = {"x": 0.005, "ha": "left", "fontsize": 10}
 
 
 def attention_figure(
@@ -50,35 +46,24 @@ def attention_figure(
 ) -> Image.Image:
     """Draw the image and its class activation; then, for each block, where the attention of the chosen pixel goes.
 
-    Args:
-        view: the part of the image that the model sees.
-        blocks: attention in each.
-        class_activation: evidence for the class, 0 to 1. Shape: (h, w).
-        title: names the class.
-        place: of the chosen pixel, on `view`.
-        corners: upper left and lower right of the object that is explained, if it is one.
+    `corners` are the upper left and lower right of the object that is explained, if it is one.
     """
     tall = min(1.0, view.height / view.width)
     heights = [2.7 * tall + 0.7, *(max(2.6, 0.98 * len(block.weights)) * tall + 0.9 for block in blocks)]
     figure = new_figure(9.0, sum(heights))
     top, *parts = figure.subfigures(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
-    heading = top.suptitle(title, **_TITLE, parse_math=False)
-    # matplotlib's own font lacks many scripts, so that such class names need another one of this machine.
-    path = getattr(font(12, title), "path", None)
-    if isinstance(path, str):
-        heading.set_fontproperties(Path(path))
-    heading.set_fontsize(14)
+    _head(top, title, size=14)
     seen, evidence, scale = top.subplots(1, 3)
     _show(seen, view, "input of the model")
     _mark(seen, place)
     if corners is not None:
         _frame(seen, *corners, "white")
-    _show(evidence, _heated(view, class_activation, smooth=True), "evidence for the class (Grad-CAM)")
-    strip = _heated(Image.new("RGB", (150, 10), (128, 128, 128)), np.linspace(0, 1, 150, dtype=np.float32)[None])
-    _show(scale, strip, "from none to most, for each image alone")
+    _heat(evidence, view, class_activation, smooth=True)
+    _caption(evidence, "evidence for the class (Grad-CAM)")
+    _heat(scale, Image.new("RGB", (150, 10), (128, 128, 128)), np.linspace(0, 1, 150, dtype=np.float32)[None])
+    _caption(scale, "from none to most, for each image alone")
     for part, block in zip(parts, blocks, strict=True):
-        layers = len(block.weights)
-        part.suptitle(f"{_title(block)}, {block.num_tokens} patches; {layers} layers", **_TITLE)
+        _head(part, f"{_title(block)}, {block.num_tokens} patches; {len(block.weights)} layers")
         rollout, grid = part.subplots(1, 2, width_ratios=(1, 2))
         _draw_rollout(rollout, view, block)
         _draw_layers(grid, fit(view, _CELL), block)
@@ -86,12 +71,13 @@ def attention_figure(
 
 
 def _draw_rollout(axes: Axes, view: Image.Image, block: BlockAttention) -> None:
-    """Attention through all layers of a block."""
+    """Draw attention through all layers of a block."""
     (height, width), (ph, pw), (row, column) = block.map_size, block.patch_size, block.pixel
     values = block.rollout.copy()
     # The chosen pixel's own patch would outshine the rest, as every layer adds to its input.
     values[row // ph, column // pw] = 0
-    _show(axes, _heated(view, values), "all layers; own patch (blue) left out\ndots: the pixels it can attend to")
+    _heat(axes, view, values)
+    _caption(axes, "all layers; own patch (blue) left out\ndots: the pixels it can attend to")
     across, down = view.width / width, view.height / height
     ys, xs = np.mgrid[row % ph : height : ph, column % pw : width : pw]
     if xs.size <= 400:  # else there is no room for dots
@@ -102,75 +88,75 @@ def _draw_rollout(axes: Axes, view: Image.Image, block: BlockAttention) -> None:
 
 
 def _draw_layers(axes: Axes, small: Image.Image, block: BlockAttention) -> None:
-    """Attention in each layer (rows) and head (columns), as one mosaic."""
+    """Draw attention in each layer (rows) and head (columns), the mean of all heads first."""
     (height, width), (row, column) = block.map_size, block.pixel
-    layers, heads = block.weights.shape[:2]
     maps = np.concatenate([block.weights.mean(axis=1, keepdims=True), block.weights], axis=1)
-    gap = ((0, 8), (0, 8), (0, 0))
-    rows = [
-        np.concatenate([np.pad(_heated(small, weights), gap, constant_values=255) for weights in layer], axis=1)
-        for layer in maps
-    ]
-    axes.imshow(np.concatenate(rows))
-    lefts, tops = np.arange(heads + 1) * (small.width + 8), np.arange(layers) * (small.height + 8)
-    xs, ys = np.meshgrid(lefts + (column + 0.5) * small.width / width, tops + (row + 0.5) * small.height / height)
-    axes.plot(xs.ravel(), ys.ravel(), "o", markersize=4, markerfacecolor="none", markeredgecolor=_MARK)
-    axes.set_xticks(lefts + small.width / 2, ["all heads", *(f"head {n + 1}" for n in range(heads))], fontsize=8)
-    axes.set_yticks(tops + small.height / 2, [f"layer {n + 1}" for n in range(layers)], fontsize=8)
+    layers, columns = maps.shape[:2]
+    lefts, tops = np.arange(columns) * (small.width + 8), np.arange(layers) * (small.height + 8)
+    for layer, number in np.ndindex(layers, columns):
+        left, top = float(lefts[number]), float(tops[layer])
+        _heat(axes, small, maps[layer, number], (left, top))
+        x, y = left + (column + 0.5) * small.width / width, top + (row + 0.5) * small.height / height
+        axes.plot(x, y, "o", markersize=4, markerfacecolor="none", markeredgecolor=_MARK)
+    axes.set(xlim=(0, lefts[-1] + small.width), ylim=(tops[-1] + small.height, 0))
+    heads = ["all heads", *(f"head {number}" for number in range(1, columns))]
+    axes.set_axis_on()
+    axes.set_xticks(lefts + small.width / 2, heads, fontsize=8)
+    axes.set_yticks(tops + small.height / 2, [f"layer {number + 1}" for number in range(layers)], fontsize=8)
     axes.tick_params(length=0, labeltop=True, labelbottom=False)
     axes.set_frame_on(False)
-    axes.set_anchor("NW")
 
 
 def patches_figure(view: Image.Image, blocks: Sequence[BlockAttention]) -> Image.Image:
-    """Draw for each block the image in patches, the offsets in them, the sequences, the tensor, and the map again."""
+    """Draw for each block the image in patches, the offsets in them, the sequences, and the map again."""
     row = 2.6 * min(1.0, view.height / view.width) + 0.9
-    figure = new_figure(14.0, 0.5 + row * len(blocks))
     heights = [0.5, *[row] * len(blocks)]
+    figure = new_figure(11.2, sum(heights))
     top, *parts = figure.subfigures(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
-    told = (
-        "Patches, unfold and fold: with the colors of the image at the size of each map; the model has vectors instead"
+    _head(
+        top,
+        "Patches, unfold and fold: with the colors of the image at the size of each map; the model has vectors instead",
     )
-    top.suptitle(told, **_TITLE)
     for part, block in zip(parts, blocks, strict=True):
-        part.suptitle(_title(block), **_TITLE)
-        _draw_unfolding(part.subplots(1, 5), view, block)
+        _head(part, _title(block))
+        _draw_unfolding(part.subplots(1, 4), view, block)
     return _rendered(figure)
 
 
 def _draw_unfolding(axes: Sequence[Axes], view: Image.Image, block: BlockAttention) -> None:
     (height, width), (ph, pw), num_tokens = block.map_size, block.patch_size, block.num_tokens
-    grid, closeup, sequences, tensor, folded = axes
-    small = np.asarray(view.resize((width, height), Image.Resampling.BOX), np.float32)
-    colors = np.array(class_colors(ph * pw), np.float32).reshape(ph, pw, 3)
-    offsets = np.tile(colors, (height // ph, width // pw, 1))
-
-    _show(grid, view, f"N = {height // ph} x {width // pw} = {num_tokens} patches")
+    grid, closeup, sequences, folded = axes
+    small = np.array(view.resize((width, height), Image.Resampling.BOX))  # (H, W, 3)
     across, down = view.width / width, view.height / height
+
+    top, bottom, left, right = _window(block)
+    told = f"N = {height // ph} x {width // pw} = {num_tokens} patches"
+    if (bottom - top, right - left) != block.map_size:
+        told += "\nframed: the part shown next"
+        _frame(grid, (left * across, top * down), (right * across, bottom * down), "white")
+    _show(grid, view, told)
     grid.hlines(np.arange(ph, height, ph) * down, 0, view.width, color="white", linewidth=0.7)
     grid.vlines(np.arange(pw, width, pw) * across, 0, view.height, color="white", linewidth=0.7)
-    top, bottom, left, right = _window(block)
-    if (bottom - top, right - left) != block.map_size:
-        grid.set_title(f"{grid.get_title('left')}\nframed: the part shown next", **_CAPTION)
-        _frame(grid, (left * across, top * down), (right * across, bottom * down), "white")
 
-    part = slice(top, bottom), slice(left, right)
     count = ph * pw
+    colors = np.array(class_colors(count)).reshape(ph, pw, 3) / 255
     told = f"P = {ph} x {pw} = {count} offsets, one color each;\npixels of one color attend to each other"
-    _show(closeup, _tiles(small[part], offsets[part]), told)
-    for row in range(ph, bottom - top, ph):
-        closeup.axhline(row * _TILE - 0.5, color="white", linewidth=2)
-    for column in range(pw, right - left, pw):
-        closeup.axvline(column * _TILE - 0.5, color="white", linewidth=2)
-    told = f"unfold: P = {count} sequences,\neach a small image of N = {num_tokens} tokens"
-    _show(sequences, _mosaic(small, colors), told)
-    tokens, edges = (unfold(torch.from_numpy(v).permute(2, 0, 1)[None], block.patch_size) for v in (small, offsets))
-    shown = min(num_tokens, max(12, count))
-    told = f"tensor: {count} rows (P), {num_tokens} columns (N)"
-    told += "" if shown == num_tokens else f"\nthe first {shown} columns"
-    _show(tensor, _tiles(tokens.numpy()[:, :shown], edges.numpy()[:, :shown]), told)
+    _show(closeup, small[top:bottom, left:right], told)
+    closeup.hlines(np.arange(ph, bottom - top, ph), 0, right - left, color="white", linewidth=2)
+    closeup.vlines(np.arange(pw, right - left, pw), 0, bottom - top, color="white", linewidth=2)
+    ys, xs = np.mgrid[: bottom - top, : right - left].reshape(2, -1)  # the window begins with a whole patch
+    closeup.scatter(xs + 0.5, ys + 0.5, s=40, c=colors[ys % ph, xs % pw], edgecolors="white")
+
+    for row, column in np.ndindex(ph, pw):
+        corner, opposite = (1.1 * column, 1.1 * row), (1.1 * column + 1, 1.1 * row + 1)
+        sequences.imshow(small[row::ph, column::pw], extent=(corner[0], opposite[0], opposite[1], corner[1]))
+        _frame(sequences, corner, opposite, colors[row, column].tolist())
+    sequences.set(xlim=(-0.1, 1.1 * pw), ylim=(1.1 * ph, -0.1), aspect=view.height / view.width)
+    _caption(sequences, f"unfold: P = {count} sequences,\neach a small image of N = {num_tokens} tokens")
+
+    tokens = unfold(torch.from_numpy(small).permute(2, 0, 1)[None], block.patch_size)  # (P, N, 3)
     again = fold(tokens, block.map_size, block.patch_size)[0].permute(1, 2, 0).numpy()
-    _show(folded, again.round().astype(np.uint8), f"fold: every token at its pixel again,\n{height} x {width}")
+    _show(folded, again, f"fold: every token at its pixel again,\n{height} x {width}")
     folded.set_aspect(down / across)
 
 
@@ -184,40 +170,25 @@ def _window(block: BlockAttention) -> tuple[int, int, int, int]:
     return found[0], found[1], found[2], found[3]
 
 
-def _tiles(inside: NDArray[np.float32], edges: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """Enlarge every pixel to a tile with an edge of another color. Shape: (R, C, 3), (R, C, 3) -> (16 R, 16 C, 3)."""
-    large, border = (values.repeat(_TILE, axis=0).repeat(_TILE, axis=1) for values in (inside, edges))
-    inner = np.pad(np.ones((_TILE - 6, _TILE - 6), bool), 3)
-    shown = np.where(np.tile(inner, inside.shape[:2])[..., None], large, border)
-    return shown.round().astype(np.uint8)
-
-
-def _mosaic(small: NDArray[np.float32], colors: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """Lay every sequence out as its patches lie, in a frame of its color. Shape: (H, W, 3), (ph, pw, 3) -> image."""
-    ph, pw, _ = colors.shape
-    rows, columns = small.shape[0] // ph, small.shape[1] // pw
-    enlarge = max(1, 48 // max(rows, columns))
-    tokens = small.reshape(rows, ph, columns, pw, 3).transpose(1, 0, 3, 2, 4)
-    tokens = 0.8 * tokens.repeat(enlarge, axis=1).repeat(enlarge, axis=3) + 0.2 * colors[:, None, :, None]
-    height, width = rows * enlarge + 4, columns * enlarge + 4
-    frames = np.broadcast_to(colors[:, None, :, None], (ph, height, pw, width, 3)).copy()
-    frames[:, 2:-2, :, 2:-2] = tokens
-    return frames.reshape(ph * height, pw * width, 3).round().astype(np.uint8)
-
-
-def _heated(image: Image.Image, values: NDArray[np.float32], *, smooth: bool = False) -> NDArray[np.uint8]:
-    """Lay the colors of heat, relative to the largest value, over an image in pale gray."""
-    from matplotlib import colormaps
-
-    share = Image.fromarray((values / max(float(values.max()), 1e-12)).astype(np.float32))
-    heat = np.asarray(share.resize(image.size, Image.Resampling.BICUBIC if smooth else Image.Resampling.NEAREST))
-    heat = heat.clip(0, 1)
-    gray = 60 + 0.65 * np.asarray(image.convert("L"), float)[..., None]  # never so dark that heat cannot be told
-    cover = 0.8 * np.sqrt(heat)[..., None]
-    # From dark violet on, as black would hide the image.
-    color = 255 * colormaps["inferno"](0.2 + 0.8 * heat)[..., :3]
-    blended: NDArray[np.uint8] = (gray * (1 - cover) + color * cover).astype(np.uint8)
-    return blended
+def _heat(
+    axes: Axes, image: Image.Image, values: NDArray[np.float32], corner: Point = (0, 0), *, smooth: bool = False
+) -> None:
+    """Draw an image in pale gray, and on it the colors of heat, relative to the largest value."""
+    (left, top), largest = corner, max(float(values.max()), 1e-12)
+    extent = (left, left + image.width, top + image.height, top)
+    # Never so dark that heat cannot be told; heat from dark violet on, as black would hide the image.
+    axes.imshow(60 + 0.65 * np.asarray(image.convert("L")), cmap="gray", vmin=0, vmax=255, extent=extent)
+    axes.imshow(
+        values,
+        cmap="inferno",
+        vmin=-largest / 4,
+        vmax=largest,
+        alpha=0.8 * np.sqrt(values / largest),
+        extent=extent,
+        interpolation="bicubic" if smooth else "nearest",
+    )
+    axes.set_axis_off()
+    axes.set_anchor("NW")
 
 
 def _title(block: BlockAttention) -> str:
@@ -226,9 +197,23 @@ def _title(block: BlockAttention) -> str:
     return f"{block.name}: stride {block.stride}, map of {height} x {width}{resized} in patches of {ph} x {pw}"
 
 
+def _head(part: SubFigure, title: str, size: int = 10) -> None:
+    heading = part.suptitle(title, x=0.005, ha="left", parse_math=False)
+    # matplotlib's own font lacks many scripts, so that such class names need another one of this machine.
+    path = getattr(font(12, title), "path", None)
+    if isinstance(path, str):
+        heading.set_fontproperties(Path(path))
+    heading.set_fontsize(size)
+
+
 def _show(axes: Axes, image: Image.Image | NDArray[np.uint8], caption: str) -> None:
-    axes.imshow(image)
-    axes.set_title(caption, **_CAPTION)
+    height, width = np.shape(image)[:2]
+    axes.imshow(image, extent=(0, width, height, 0))
+    _caption(axes, caption)
+
+
+def _caption(axes: Axes, caption: str) -> None:
+    axes.set_title(caption, loc="left", fontsize=8, color="#606060")
     axes.set_axis_off()
     axes.set_anchor("NW")
 
@@ -238,7 +223,7 @@ def _mark(axes: Axes, place: Point) -> None:
         axes.plot(*place, "o", markersize=9, markerfacecolor="none", markeredgecolor=color, markeredgewidth=width)
 
 
-def _frame(axes: Axes, corner: Point, opposite: Point, color: str) -> None:
+def _frame(axes: Axes, corner: Point, opposite: Point, color: str | Sequence[float]) -> None:
     from matplotlib.patches import Rectangle
 
     size = opposite[0] - corner[0], opposite[1] - corner[1]

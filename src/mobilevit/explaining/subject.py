@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import singledispatch
 
 import torch
 from torch import Tensor
@@ -30,27 +29,17 @@ class Subject:
     """Detection: the object, in 0..1 of the input. Shape: (4,)."""
 
 
-@singledispatch
-def subject_of(output: object, card: ModelCard, place: Place | None) -> Subject:  # noqa: ARG001, used below
-    """Choose what to explain of a model's output for one image.
-
-    Args:
-        output: logits, `DetectionOutput` or `SegmentationOutput`, with gradients.
-        card: names the classes.
-        place: the pixel that the user asks about, if any.
-    """
-    raise TypeError(f"nothing is known of the output {type(output).__name__}")
-
-
-@subject_of.register
-def _class(logits: Tensor, card: ModelCard, _place: Place | None) -> Subject:
-    """Choose the most probable class."""
-    number = int(logits[0].argmax())
-    score = float(logits[0].softmax(0)[number].detach())
-    return Subject(label=card.classes[number], score=score, target=logits[0, number])
+def subject_of(output: Tensor | DetectionOutput | SegmentationOutput, card: ModelCard, place: Place | None) -> Subject:
+    """Choose what to explain of a model's output for one image; `place` is the pixel that the user asks about."""
+    if isinstance(output, DetectionOutput):
+        return _object(output, card, place)
+    if isinstance(output, SegmentationOutput):
+        return _segment(output, card, place)
+    number = int(output[0].argmax())
+    score = float(output[0].softmax(0)[number].detach())
+    return Subject(label=card.classes[number], score=score, target=output[0, number])
 
 
-@subject_of.register
 def _object(output: DetectionOutput, card: ModelCard, place: Place | None) -> Subject:
     """Choose the strongest object; of those around the place, if one there is above the threshold."""
     scores = output.class_logits[0].detach().softmax(dim=-1)[:, 1:]
@@ -70,7 +59,6 @@ def _object(output: DetectionOutput, card: ModelCard, place: Place | None) -> Su
     )
 
 
-@subject_of.register
 def _segment(output: SegmentationOutput, card: ModelCard, place: Place | None) -> Subject:
     """Choose the class at the place, or the class that covers the most, as the mean over its pixels."""
     logits = output.logits[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,7 @@ from mobilevit.exporting.graph import ExportGraph, Plan
 if TYPE_CHECKING:
     from coremltools.models import MLModel
 
-PALETTE_BITS = 6
+_PALETTE_BITS = 6
 """Weights are indices into tables of 64 values, one table a layer."""
 
 
@@ -41,7 +42,7 @@ def convert(plan: Plan, path: Path) -> None:
     if plan.artifact.baked:
         batch, height, width, _ = shape
         example = plan.example.permute(0, 3, 1, 2).float().contiguous()
-        program = Plan(graph=plan.graph, artifact=plan.artifact, example=example).program(_FromPixels(plan.graph))
+        program = replace(plan, example=example).program(_FromPixels(plan.graph))
         source = coremltools.ImageType(
             name=plan.graph.input_name, shape=(batch, 3, height, width), color_layout=coremltools.colorlayout.RGB
         )
@@ -58,7 +59,7 @@ def convert(plan: Plan, path: Path) -> None:
         skip_model_load=True,
     )
     if plan.artifact.precision == "palettized":
-        how = OpPalettizerConfig(mode="kmeans", nbits=PALETTE_BITS)
+        how = OpPalettizerConfig(mode="kmeans", nbits=_PALETTE_BITS)
         model = palettize_weights(model, OptimizationConfig(global_config=how))
     _describe(model, plan)
     model.save(str(path))

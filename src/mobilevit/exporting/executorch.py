@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,10 +26,7 @@ from mobilevit.models.mobilevit import Attention, ConvNormAct, MobileViTBlock, T
 if TYPE_CHECKING:
     from executorch.exir import EdgeProgramManager
 
-DESCRIPTION = "mobilevit"
-"""Name of the method that returns what the file says of itself."""
-
-_aten: Any = torch.ops.aten
+_aten = torch.ops.aten
 
 
 def convert(plan: Plan, path: Path) -> None:
@@ -42,7 +39,7 @@ def lower(plan: Plan) -> EdgeProgramManager:
     from executorch import exir
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
 
-    module = plan.program(suited(plan.graph)).module(check_guards=False)
+    module = plan.program(_suited(plan.graph)).module(check_guards=False)
     _simplify(module)
     if plan.artifact.precision == "int8":
         module = _quantize(module, plan)
@@ -52,11 +49,11 @@ def lower(plan: Plan) -> EdgeProgramManager:
         program,
         partitioner=[XnnpackPartitioner()],
         compile_config=exir.EdgeCompileConfig(_check_ir_validity=False),
-        constant_methods={DESCRIPTION: plan.artifact.to_json()},
+        constant_methods={"mobilevit": plan.artifact.to_json()},
     )
 
 
-class SuitedGraph(nn.Module):
+class _SuitedGraph(nn.Module):
     """The whole graph, for the same input and outputs."""
 
     def __init__(self, graph: ExportGraph) -> None:
@@ -84,7 +81,7 @@ class SuitedGraph(nn.Module):
         return graph.finish(F.linear(lines, columns).view(batch, classes, len(rows), -1))  # from (B, K, H, W)
 
 
-class RootMeanSquareNorm(nn.Module):
+class _RootMeanSquareNorm(nn.Module):
     """LayerNorm without gain and shift, of numbers whose mean is zero. Shape: (batch, N, D) -> (batch, N, D).
 
     The mean of squares is a linear layer with one output, as XNNPACK averages maps only.
@@ -102,7 +99,7 @@ class RootMeanSquareNorm(nn.Module):
         return x * torch.rsqrt(F.linear(x * x, self.average) + self.eps)
 
 
-class SplitAttention(nn.Module):
+class _SplitAttention(nn.Module):
     """Attention in single steps, with queries, keys and values from three linear layers.
 
     PyTorch's own decomposition would also scale both factors, and copy the parts of the fused projection.
@@ -129,12 +126,12 @@ class SplitAttention(nn.Module):
         v = v.permute(0, 2, 1, 3).reshape(batch * heads, tokens, width)
         x = torch.bmm(torch.bmm(q, k).softmax(dim=-1), v)
         x = x.view(batch, heads, tokens, width).permute(0, 2, 1, 3).reshape(batch, tokens, heads * width)
-        x = self.out(x)
-        return x
+        out: Tensor = self.out(x)
+        return out
 
 
 @torch.no_grad()
-def suited(graph: ExportGraph) -> SuitedGraph:
+def _suited(graph: ExportGraph) -> _SuitedGraph:
     """Copy a graph so that it computes the same by operators of XNNPACK; modules keep their names.
 
     The tokens that a transformer passes from layer to layer are only read by LayerNorm, which subtracts their mean. So
@@ -146,17 +143,17 @@ def suited(graph: ExportGraph) -> SuitedGraph:
             module.act.inplace = False
         elif isinstance(module, MobileViTBlock):
             _leave_out_mean(module.project_in.conv)
-            module.norm = RootMeanSquareNorm(module.norm)  # type: ignore[assignment]
+            module.norm = _RootMeanSquareNorm(module.norm)  # type: ignore[assignment]
             for layer in cast(Sequence[TransformerLayer], module.transformer):
                 _leave_out_mean(layer.attention.out)
                 _leave_out_mean(layer.ffn_out)
-                layer.attention_norm = RootMeanSquareNorm(layer.attention_norm)  # type: ignore[assignment]
-                layer.ffn_norm = RootMeanSquareNorm(layer.ffn_norm)  # type: ignore[assignment]
-                layer.attention = SplitAttention(layer.attention)  # type: ignore[assignment]
+                layer.attention_norm = _RootMeanSquareNorm(layer.attention_norm)  # type: ignore[assignment]
+                layer.ffn_norm = _RootMeanSquareNorm(layer.ffn_norm)  # type: ignore[assignment]
+                layer.attention = _SplitAttention(layer.attention)  # type: ignore[assignment]
                 layer.ffn_act.inplace = False
         elif isinstance(module, DeepLabv3):
             module.aspp = SplitASPP(module.aspp)  # type: ignore[assignment]
-    return SuitedGraph(graph).eval()
+    return _SuitedGraph(graph).eval()
 
 
 def _leave_out_mean(layer: nn.Linear | nn.Conv2d) -> None:
@@ -200,9 +197,8 @@ def _quantize(module: GraphModule, plan: Plan) -> GraphModule:
 
     config = get_symmetric_quantization_config(is_per_channel=True)
     quantizer = XNNPACKQuantizer()
-    quantizer.set_operator_type(_aten.conv2d.default, config)
-    quantizer.set_operator_type(_aten.linear.default, config)
-    quantizer.set_operator_type(_aten.cat.default, config)
+    for operator in (_aten.conv2d.default, _aten.linear.default, _aten.cat.default):
+        quantizer.set_operator_type(operator, config)
     quantizer.set_filter_function(lambda node: _is_quantized(node, plan.in_float))
     prepared = quantize_pt2e.prepare_pt2e(module, quantizer)
     with torch.no_grad():
@@ -211,16 +207,11 @@ def _quantize(module: GraphModule, plan: Plan) -> GraphModule:
     return cast(GraphModule, quantize_pt2e.convert_pt2e(prepared))
 
 
-def _module_of(node: Node) -> str:
-    """Name the module of the plan's graph that a node comes from."""
-    stack = list(node.meta.get("nn_module_stack", {}).values())
-    return str(stack[-1][0]).removeprefix("whole").removeprefix(".") if stack else ""
-
-
 def _is_quantized(node: Node, floats: Sequence[str]) -> bool:
     if node.op != "call_function":
         return True  # a weight; the layer that uses it decides
-    kind = next((kind for _, kind in reversed(node.meta.get("nn_module_stack", {}).values())), "").rpartition(".")[2]
+    stack = [("", ""), *node.meta.get("nn_module_stack", {}).values()]
+    name, kind = stack[-1][0].removeprefix("whole").removeprefix("."), stack[-1][1].rpartition(".")[2]
     if node.target is _aten.cat.default:
         return kind in ("SplitASPP", "MobileViTBlock")  # between convolutions; elsewhere it would only convert
-    return kind not in ("RootMeanSquareNorm", "SuitedGraph", "") and not is_below(_module_of(node), floats)
+    return kind not in ("_RootMeanSquareNorm", "_SuitedGraph", "") and not is_below(name, floats)

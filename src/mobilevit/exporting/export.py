@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import io
 import json
 import logging
@@ -14,10 +13,9 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -27,15 +25,14 @@ from mobilevit.card import card_of
 from mobilevit.data.imageset import AnyImages
 from mobilevit.errors import MissingPackageError, MobileViTError
 from mobilevit.evaluation import evaluate_session, find_part
-from mobilevit.exporting.graph import DetectionGraph, Plan, export_graph
+from mobilevit.exporting.graph import Plan, export_graph
 from mobilevit.exporting.images import Images, calibration_pixels, parity_pixels
 from mobilevit.exporting.options import FORMATS, Dynamic, ExportOptions, check_options, known_format
 from mobilevit.exporting.parity import Parity, check
 from mobilevit.exporting.quantization import float_modules, is_below
-from mobilevit.exporting.sensitivity import LayerSensitivity, choose_float, save_plot
-from mobilevit.exporting.sensitivity import sensitivity as measure_sensitivity
+from mobilevit.exporting.sensitivity import LayerSensitivity, choose_float, measure_sensitivity, save_plot
 from mobilevit.exporting.web import find_runtime, write_page
-from mobilevit.files import write_json
+from mobilevit.files import Json, write_json
 from mobilevit.runtime.artifact import SUFFIXES, Artifact, artifact_files, write_sidecar
 from mobilevit.runtime.session import ArtifactSession
 from mobilevit.torch_session import TorchSession
@@ -51,13 +48,13 @@ class ExportReport:
     """The artifact, or the folder of a page."""
     artifact: Artifact
     num_bytes: int
-    parity: Parity | None
+    parity: Parity | None = None
     """None: not compared, as `verified` says why."""
     verified: str
     """"yes", or why not."""
-    latency_ms: float | None
+    latency_ms: float | None = None
     """Median time of one image on this machine, with all cores."""
-    torch_latency_ms: float | None
+    torch_latency_ms: float | None = None
     """The same for the fused model in PyTorch."""
     metrics: dict[str, float]
     """Accuracy of the artifact on labeled images, if these were given."""
@@ -73,13 +70,13 @@ class ExportReport:
     def lines(self) -> list[tuple[str, str]]:
         """Summarize the report in pairs of words."""
         lines = [("format", f"{self.artifact.format}, {self.artifact.precision}")]
-        if self.parity is not None:
+        if self.parity is None:
+            lines.append(("NOT VERIFIED", self.verified))
+        else:
             parity = self.parity
             lines.append((parity.measure, f"{parity.agreement:.2%} of {parity.images} ({parity.source})"))
             if parity.max_difference is not None:
                 lines.append(("largest difference", f"{parity.max_difference:.1e}"))
-        else:
-            lines.append(("NOT VERIFIED", self.verified))
         if self.latency_ms is not None:
             lines.append(("one image", f"{self.latency_ms:.1f} ms here, in PyTorch {self.torch_latency_ms:.1f} ms"))
         lines += [(name, f"{value:.4f}, before {self.torch_metrics[name]:.4f}") for name, value in self.metrics.items()]
@@ -90,17 +87,19 @@ class ExportReport:
             lines.append(("worth a try", f"--keep-float {' '.join(self.worth_keeping_float)}"))
         return lines
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """Return plain values for JSON."""
-        told = {
+        values = asdict(self)
+        for name in ("path", "artifact", "num_bytes"):
+            del values[name]
+        return {
             "file": self.path.name,
             "format": self.artifact.format,
             "precision": self.artifact.precision,
             "task": self.artifact.card.task,
             "bytes": self.num_bytes,
+            **values,
         }
-        values = dataclasses.asdict(self)
-        return told | {key: value for key, value in values.items() if key not in ("path", "artifact", "num_bytes")}
 
 
 class ExportError(MobileViTError):
@@ -129,12 +128,9 @@ def export(
 ) -> ExportReport:
     """Write a model as a file for a device, after comparing its answers with the model's on real images.
 
-    Beside the artifact stand its sidecar (classes, preprocessing, threshold, provenance) and `report.json`, with an
-    entry for each artifact of the folder.
-
     Args:
         model: from `create_model` or `load`, or a checkpoint file.
-        out: folder to write to.
+        out: folder for the file, its sidecar and `report.json`, which has an entry for each file of the folder.
         format: "onnx", "openvino", "executorch", "litert", "coreml", "pt2"; or "web", a page that runs the model.
         precision: "fp32"; "fp16", "bf16", "int8" or "palettized" where the format has it.
         calibration: for int8: a folder of images like those that the model will see, or at least 32 images.
@@ -155,16 +151,7 @@ def export(
         ExportError: the artifact gives other answers than the model; only `report.json` is left behind.
         MobileViTError: the options do not suit the format, its packages are not installed, or images cannot be used.
     """
-    as_page = format == "web"
-    if as_page and (batch_size != 1 or dynamic or label_map or sensitivity):
-        raise MobileViTError(
-            "a page takes one image at a time, at one size; leave `batch_size`, `dynamic`, `label_map` and "
-            "`sensitivity` out"
-        )
-    known = known_format("onnx" if as_page else format, precision)
     options = ExportOptions(
-        format=known[0],
-        precision=known[1],
         calibration=calibration,
         keep_float=tuple(keep_float),
         sensitivity=sensitivity,
@@ -176,47 +163,58 @@ def export(
         nms=nms,
         images=images or calibration,
         verify=verify,
-        data=None if data is None else os.fspath(data),
+        data=data,
     )
     loaded = model if isinstance(model, nn.Module) else factory.load(model)
     stem = name or (card_of(loaded).name if isinstance(model, nn.Module) else Path(model).stem)
-    return (_export_page if as_page else _export_file)(loaded, Path(out), stem, options)
+    if format == "web":
+        return _export_page(loaded, Path(out), stem, precision, options)
+    return _export_file(loaded, Path(out), stem, format, precision, options)
 
 
-def _export_page(model: nn.Module, out: Path, stem: str, options: ExportOptions) -> ExportReport:
+def _export_page(model: nn.Module, out: Path, stem: str, precision: str, options: ExportOptions) -> ExportReport:
     """Export to ONNX, and write a folder with a page around the file."""
+    if options.batch_size != 1 or options.dynamic or options.label_map or options.sensitivity:
+        raise MobileViTError(
+            "a page takes one image at a time, at one size; leave `batch_size`, `dynamic`, `label_map` and "
+            "`sensitivity` out"
+        )
     runtime = find_runtime()
-    detects = isinstance(export_graph(model, image_size=None), DetectionGraph)
-    options = dataclasses.replace(options, bake_preprocessing=True, nms=detects)
+    options = replace(options, bake_preprocessing=True, nms=card_of(model).task == "detection")
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out, prefix=".export-") as aside:
         try:
-            report = _export_file(model, Path(aside), "model", options)
+            report = _export_file(model, Path(aside), "model", "onnx", precision, options)
         except ExportError:
             shutil.copy(Path(aside) / "report.json", out)
             raise
-        final = out / f"{stem}{_suffix_of(options)}-web"
+        final = out / f"{_file_name(stem, precision)}-web"
         num_bytes = write_page(report.path, final, runtime)
-    return dataclasses.replace(report, path=final, num_bytes=num_bytes)
+    return replace(report, path=final, num_bytes=num_bytes)
 
 
-def _export_file(model: nn.Module, folder: Path, stem: str, options: ExportOptions) -> ExportReport:
+def _export_file(
+    model: nn.Module, folder: Path, stem: str, format_: str, precision: str, options: ExportOptions
+) -> ExportReport:
     """Write the artifact into a folder aside, compare it, and move it into place if it is good."""
-    plan = _make_plan(model, options)
+    plan = _make_plan(model, format_, precision, options)
     labeled = None
     if options.data is not None:
         labeled, which = find_part(options.data, "auto", plan.artifact.card)
         log.info("accuracy is measured on %s: %s, %d images", options.data, which, len(labeled))
-    suffix = next(suffix for suffix, its_format in SUFFIXES.items() if its_format == options.format)
-    final = folder / f"{stem}{_suffix_of(options)}{suffix}"
+    suffix = next(suffix for suffix, its_format in SUFFIXES.items() if its_format == format_)
+    final = folder / f"{_file_name(stem, precision)}{suffix}"
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".export-") as aside:
         path = Path(aside) / final.name
         _convert(plan, path)
         write_sidecar(path, plan.artifact)
-        report = dataclasses.replace(_verify(plan, path, model, options, labeled), path=final)
+        report = replace(_verify(plan, path, model, options, labeled), path=final)
         if options.sensitivity:
-            report = _with_sensitivity(report, plan, folder / "sensitivity.png")
+            rows = measure_sensitivity(plan.graph, plan.calibration)
+            save_plot(rows, folder / "sensitivity.png")
+            in_int8 = [row for row in rows if not is_below(row.name, plan.in_float)]
+            report = replace(report, sensitivity=tuple(rows), worth_keeping_float=choose_float(in_int8))
         _add_to(folder / "report.json", report)
         if report.parity is not None and not report.parity.good:
             raise ExportError(
@@ -232,52 +230,49 @@ def _export_file(model: nn.Module, folder: Path, stem: str, options: ExportOptio
     return report
 
 
-def _suffix_of(options: ExportOptions) -> str:
-    return "" if options.precision == "fp32" else f"-{options.precision}"
+def _file_name(stem: str, precision: str) -> str:
+    return stem if precision == "fp32" else f"{stem}-{precision}"
 
 
-def _make_plan(model: nn.Module, options: ExportOptions) -> Plan:
+def _make_plan(model: nn.Module, format_: str, precision: str, options: ExportOptions) -> Plan:
     """Build the graph, describe the artifact and read the calibration images."""
+    known = known_format(format_, precision)
     card = card_of(model)
     size = options.image_size or card.preprocessing.size
     any_size, any_batch = "size" in options.dynamic, "batch" in options.dynamic
-    graph = export_graph(
-        model,
-        image_size=None if any_size else size,
-        baked=options.bake_preprocessing,
-        label_map=options.label_map,
-    )
-    check_options(options, card, graph)
-    made = {
+    image_size = None if any_size else size
+    graph = export_graph(model, image_size=image_size, baked=options.bake_preprocessing, label_map=options.label_map)
+    check_options(options, *known, card, graph)
+    provenance = card.provenance | {
         "exported_by": f"mobilevit {__version__}, torch {torch.__version__}",
         "exported": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    preprocessing = dataclasses.replace(card.preprocessing, size=size)
+    preprocessing = replace(card.preprocessing, size=size)
     artifact = Artifact(
-        format=options.format,
-        precision=options.precision,
-        card=dataclasses.replace(card, preprocessing=preprocessing, provenance={**card.provenance, **made}),
+        format=known[0],
+        precision=known[1],
+        card=replace(card, preprocessing=preprocessing, provenance=provenance),
         batch_size=None if any_batch else options.batch_size,
-        image_size=None if any_size else size,
+        image_size=image_size,
         baked=options.bake_preprocessing,
         outputs=(*graph.output_names, "selected") if options.nms else graph.output_names,
-        settings=FORMATS[options.format].settings.get(options.precision, {}),
+        settings=FORMATS[known[0]].settings.get(known[1], {}),
     )
     # PyTorch takes a traced size of 1 for a constant: of a batch, and of a map that is a single patch.
     traced_batch = 2 if any_batch else options.batch_size
     steps = [2 * step if any_size else 0 for step in graph.size_multiple]
     traced_size = (max(size[0], steps[0]), max(size[1], steps[1]))
     calibration = []
-    if options.precision == "int8" and options.calibration is not None:
-        pixels = calibration_pixels(options.calibration, preprocessing)
-        inputs = (image[None] if graph.baked else preprocessing.normalize(image[None]) for image in pixels)
-        calibration = [torch.from_numpy(image).contiguous() for image in inputs]
+    if precision == "int8" and options.calibration is not None:
+        for image in calibration_pixels(options.calibration, preprocessing):
+            scaled = image[None] if graph.baked else preprocessing.normalize(image[None])
+            calibration.append(torch.from_numpy(scaled).contiguous())
     return Plan(
         graph=graph,
         artifact=artifact,
         example=graph.example(traced_batch, traced_size),
         calibration=calibration,
-        in_float=float_modules(graph, options.keep_float) if options.precision == "int8" else (),
+        in_float=float_modules(graph, options.keep_float) if precision == "int8" else (),
     )
 
 
@@ -289,9 +284,10 @@ def _convert(plan: Plan, path: Path) -> None:
         with _quiet():
             traits.convert(plan, path)
     except ImportError as error:
-        if error.name is None or error.name.partition(".")[0] == "mobilevit":
+        package = (error.name or "mobilevit").partition(".")[0]
+        if package == "mobilevit":
             raise
-        raise MissingPackageError(f"{error.name.partition('.')[0]} is not installed; {traits.remedy}") from None
+        raise MissingPackageError(f"{package} is not installed; {traits.remedy}") from None
 
 
 @contextlib.contextmanager
@@ -299,12 +295,9 @@ def _quiet() -> Iterator[None]:
     """Silence what is written to the screen, and remove log handlers that a converter installs."""
     level, handlers = logging.root.manager.disable, list(logging.root.handlers)
     logging.disable(logging.WARNING)
+    nowhere = io.StringIO()
     try:
-        with (
-            warnings.catch_warnings(),
-            contextlib.redirect_stdout(io.StringIO()),
-            contextlib.redirect_stderr(io.StringIO()),
-        ):
+        with warnings.catch_warnings(), contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
             warnings.simplefilter("ignore")
             yield
     finally:
@@ -321,10 +314,7 @@ def _verify(
         path=path,
         artifact=artifact,
         num_bytes=sum(part.stat().st_size for part in artifact_files(path)),
-        parity=None,
         verified="verification was turned off: nobody has compared its answers with the model's",
-        latency_ms=None,
-        torch_latency_ms=None,
         metrics={},
         torch_metrics={},
         in_float=plan.in_float,
@@ -332,57 +322,41 @@ def _verify(
     if not options.verify:
         return report
     if not FORMATS[artifact.format].runs_here:
-        return dataclasses.replace(
-            report,
-            verified=f"{artifact.format} does not run on this system, so nobody has compared its answers with the "
-            "model's; export on a Mac to have that done",
-        )
+        why = f"{artifact.format} does not run on this system, so nobody has compared its answers with the model's"
+        return replace(report, verified=f"{why}; export on a Mac to have that done")
     pixels, source = parity_pixels(options.images, artifact.card.preprocessing)
     session = ArtifactSession(path, trust_pt2=True)  # it was written just now
     parity = check(plan.graph, session, pixels, source)
     theirs = TorchSession(model, artifact.card, device=torch.device("cpu"))
     one = pixels[: artifact.batch_size or 1]
     latency, torch_latency = _latencies_ms([lambda: session.run(one), lambda: theirs.run(one)])
-    report = dataclasses.replace(
+    if labeled is not None:
+        before = evaluate_session(theirs, labeled, label="evaluate PyTorch").report.summary
+        after = evaluate_session(session, labeled, label=f"evaluate {artifact.format}").report.summary
+        report = replace(report, torch_metrics=before, metrics=after)
+    return replace(
         report,
         parity=parity,
         verified="yes" if parity.good else parity.reason,
         latency_ms=round(latency / len(one), 3),
         torch_latency_ms=round(torch_latency / len(one), 3),
     )
-    if labeled is None:
-        return report
-    before = evaluate_session(theirs, labeled, label="evaluate PyTorch").report.summary
-    after = evaluate_session(session, labeled, label=f"evaluate {artifact.format}").report.summary
-    return dataclasses.replace(report, torch_metrics=before, metrics=after)
-
-
-def _with_sensitivity(report: ExportReport, plan: Plan, plot: Path) -> ExportReport:
-    """Measure the cost of each layer, and draw it."""
-    rows = measure_sensitivity(plan.graph, plan.calibration)
-    save_plot(rows, plot)
-    in_int8 = [row for row in rows if not is_below(row.name, plan.in_float)]
-    return dataclasses.replace(report, sensitivity=tuple(rows), worth_keeping_float=choose_float(in_int8))
 
 
 def _latencies_ms(sides: Sequence[Callable[[], object]], rounds: int = 15) -> list[float]:
     """Measure the median time of each, in turns."""
     times: list[list[float]] = [[] for _ in sides]
-    for number in range(rounds + 2):
+    for _ in range(rounds + 2):
         for side, kept in zip(sides, times, strict=True):
             start = time.perf_counter()
             side()
-            if number >= 2:
-                kept.append((time.perf_counter() - start) * 1e3)
-    return [statistics.median(kept) for kept in times]
+            kept.append((time.perf_counter() - start) * 1e3)
+    return [statistics.median(kept[2:]) for kept in times]  # the first two warm up
 
 
 def _add_to(path: Path, report: ExportReport) -> None:
-    """Add an entry to a report, beside those of other artifacts of the folder."""
-    entries: dict[str, Any] = {}
-    if path.is_file():
-        try:
-            entries = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:
-            log.warning("%s: damaged; it is written anew", path)
+    """Add an entry to a report, beside those of other artifacts of the folder; a damaged one is written anew."""
+    entries: Json = {}
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        entries = json.loads(path.read_text(encoding="utf-8"))
     write_json(path, {**entries, report.path.name: report.to_dict()})

@@ -14,8 +14,9 @@ from typing import ClassVar, cast
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
+from torch.nn import functional as F
 
-from mobilevit.card import TaskName, card_of
+from mobilevit.card import card_of
 from mobilevit.models.deeplabv3 import DeepLabv3
 from mobilevit.models.fuse import fuse
 from mobilevit.models.mobilevit import MobileViTBackbone
@@ -85,14 +86,7 @@ class DetectionGraph(ExportGraph):
 
 
 class SegmentationGraph(ExportGraph):
-    """Gives "logits" (B, K, H, W), or "label_map" (B, H, W), uint8: the best class of every pixel.
-
-    Args:
-        model: see `ExportGraph`.
-        baked: see `ExportGraph`.
-        image_size: (height, width) of the input; None: it may change from run to run.
-        label_map: give the label map instead of logits.
-    """
+    """Gives "logits" (B, K, H, W), or "label_map" (B, H, W), uint8: the best class of every pixel."""
 
     model: DeepLabv3
 
@@ -134,10 +128,10 @@ def export_graph(
         baked: take uint8 (B, H, W, 3) and scale inside, instead of scaled float32 (B, 3, H, W).
         label_map: segmentation: give the best class of every pixel instead of logits.
     """
-    simple: dict[TaskName, type[ExportGraph]] = {"classification": ClassificationGraph, "detection": DetectionGraph}
-    if make := simple.get(card_of(model).task):
-        return make(model, baked=baked).eval()
-    return SegmentationGraph(model, baked=baked, image_size=image_size, label_map=label_map).eval()
+    task = card_of(model).task
+    if task == "segmentation":
+        return SegmentationGraph(model, baked=baked, image_size=image_size, label_map=label_map).eval()
+    return (DetectionGraph if task == "detection" else ClassificationGraph)(model, baked=baked).eval()
 
 
 def _enlarging(coarse: int, fine: int) -> Tensor:
@@ -145,14 +139,8 @@ def _enlarging(coarse: int, fine: int) -> Tensor:
 
     Shape: (fine, coarse).
     """
-    place = torch.arange(fine, dtype=torch.float64) * ((coarse - 1) / max(fine - 1, 1))
-    below = place.floor().long().clamp(max=max(coarse - 2, 0))
-    share = place - below
-    matrix = torch.zeros(fine, coarse, dtype=torch.float64)
-    rows = torch.arange(fine)
-    matrix[rows, below] = 1 - share
-    matrix[rows, (below + 1).clamp(max=coarse - 1)] += share
-    return matrix.float()
+    lines = torch.eye(coarse, dtype=torch.float64)[None]  # (1, coarse, coarse)
+    return F.interpolate(lines, fine, mode="linear", align_corners=True)[0].T.float().contiguous()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,11 +17,11 @@ from mobilevit.imaging.preprocessing import Preprocessing
 
 log = logging.getLogger("mobilevit")
 
-MIN_CALIBRATION = 32
+_MIN_CALIBRATION = 32
 """Fewer images do not show which values the outputs of a layer can take."""
-MAX_CALIBRATION = 256
+_MAX_CALIBRATION = 256
 """More change nothing and take time."""
-MAX_PARITY = 64
+_MAX_PARITY = 64
 
 Images = str | os.PathLike[str] | Sequence[Source]
 """A folder, whose images are found at any depth, or images."""
@@ -30,16 +30,16 @@ Images = str | os.PathLike[str] | Sequence[Source]
 def calibration_pixels(images: Images, preprocessing: Preprocessing) -> NDArray[np.uint8]:
     """Read and resize images for calibration, evenly drawn from all there are.
 
-    Shape: -> (n, H, W, 3), n <= `MAX_CALIBRATION`.
+    Shape: -> (n, H, W, 3), n from 32 to 256.
 
     Raises:
         MobileViTError: too few can be read, or they are noise.
     """
-    pixels, origin, problems = _read(images, preprocessing, MAX_CALIBRATION)
-    if len(pixels) < MIN_CALIBRATION:
+    pixels, origin, problems = _read(images, preprocessing, _MAX_CALIBRATION)
+    if len(pixels) < _MIN_CALIBRATION:
         why = f" ({len(problems)} cannot be read, such as {problems[0]})" if problems else ""
         raise MobileViTError(
-            f"{origin}: {len(pixels)} readable images{why}; int8 needs {MIN_CALIBRATION} or more to calibrate on"
+            f"{origin}: {len(pixels)} readable images{why}; int8 needs {_MIN_CALIBRATION} or more to calibrate on"
         )
     if problems:
         log.warning("%s: left out %d images that cannot be read, such as %s", origin, len(problems), problems[0])
@@ -52,18 +52,16 @@ def calibration_pixels(images: Images, preprocessing: Preprocessing) -> NDArray[
 
 
 def parity_pixels(images: Images | None, preprocessing: Preprocessing) -> tuple[NDArray[np.uint8], str]:
-    """Read and resize images to compare answers on, and say where they come from.
+    """Read and resize images to compare answers on, or built-in photographs, and say where they come from.
 
-    None stands for the built-in photographs, whole and in parts.
-
-    Shape: -> (n, H, W, 3), n <= `MAX_PARITY`.
+    Shape: -> (n, H, W, 3), n up to 64.
 
     Raises:
         MobileViTError: none can be read.
     """
     if images is None:
         return np.stack([preprocessing.resize(view) for view in builtin_photographs()]), "built-in photographs"
-    pixels, origin, problems = _read(images, preprocessing, MAX_PARITY)
+    pixels, origin, problems = _read(images, preprocessing, _MAX_PARITY)
     if not pixels:
         raise MobileViTError(f"{origin}: no image can be read" + (f"; {problems[0]}" if problems else ""))
     return np.stack(pixels), origin
@@ -80,10 +78,9 @@ def _read(images: Images, preprocessing: Preprocessing, most: int) -> tuple[list
     else:
         sources, origin = images, f"{len(images)} images"
     found, problems = [], []
-    # Spread over the whole, as folders sort by class.
-    step = max(1.0, len(sources) / most)
-    for number in range(min(most, len(sources))):
-        source = sources[int(number * step)]
+    count = min(most, len(sources))
+    for number in range(count):
+        source = sources[number * len(sources) // count]  # spread over the whole, as folders sort by class
         name = None if isinstance(source, str | Path) else f"image {number + 1}"
         try:
             found.append(preprocessing.resize(read_image(source, name)))
@@ -94,8 +91,7 @@ def _read(images: Images, preprocessing: Preprocessing, most: int) -> tuple[list
 
 def _correlation_of_neighbors(pixels: NDArray[np.uint8]) -> float:
     """Correlate pixels with those to their right: near 1 in photographs, 0 in noise. Shape: (H, W, 3) -> ()."""
-    values = pixels.astype(np.float32)
-    left, right = values[:, :-1].ravel(), values[:, 1:].ravel()
+    left, right = pixels[:, :-1].ravel(), pixels[:, 1:].ravel()
     if left.std() == 0 or right.std() == 0:
         return 1.0
     return float(np.corrcoef(left, right)[0, 1])

@@ -1,9 +1,4 @@
-"""LiteRT (TensorFlow Lite): Android, iOS and small boards, on the processor through XNNPACK.
-
-Letters used in shape comments:
-
-    B  images in a run     P  sequences of a block     N  tokens     D  width of the transformer
-"""
+"""LiteRT (TensorFlow Lite): Android, iOS and small boards, on the processor through XNNPACK."""
 
 from __future__ import annotations
 
@@ -11,7 +6,7 @@ import copy
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -22,6 +17,9 @@ from mobilevit.exporting.graph import Plan
 from mobilevit.exporting.quantization import is_below
 from mobilevit.exporting.rewrites import SplitASPP
 from mobilevit.models.deeplabv3 import ASPP
+
+if TYPE_CHECKING:
+    from ai_edge_litert.schema_py_generated import ModelT
 
 _WITH_WEIGHTS = ("CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED")
 _FOLLOWING = ("LOGISTIC", "MUL", "ADD", "CONCATENATION", "PAD")
@@ -45,7 +43,7 @@ def convert(plan: Plan, path: Path) -> None:
 
 
 class _LayerNorm(nn.Module):
-    """LayerNorm in half as many operators as the converter's own. Shape: (P * B, N, D) -> (P * B, N, D)."""
+    """LayerNorm in half as many operators as the converter's own. Shape: (batch, N, D) -> (batch, N, D)."""
 
     def __init__(self, norm: nn.LayerNorm) -> None:
         super().__init__()
@@ -105,17 +103,11 @@ def _quantize(content: bytes, graph: nn.Module, plan: Plan) -> bytes:
     return bytes(quantizer.quantize(quantizer.calibrate(images)).quantized_model)
 
 
-def _modes(model: Any, kinds: Sequence[str], graph: nn.Module, plan: Plan) -> list[str]:
+def _modes(model: ModelT, kinds: Sequence[str], graph: nn.Module, plan: Plan) -> list[str]:
     """Decide how each operator computes: "float", "fp16" (weights only), "int8", or "dynamic" (int8 with own ranges).
 
-    Args:
-        model: the file as an object.
-        kinds: of its operators.
-        graph: that it was made of.
-        plan: gives the precision and the modules that stay in float.
-
     Raises:
-        MobileViTError: no operator has the weights of a module.
+        MobileViTError: no operator has the weights of a module of the graph.
     """
     tensors, owners = model.subgraphs[0].tensors, _owners(graph)
     modes: list[str] = []

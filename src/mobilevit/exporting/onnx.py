@@ -9,24 +9,25 @@ from __future__ import annotations
 import ast
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import SimpleNamespace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor
 
 from mobilevit.exporting.graph import Plan
 from mobilevit.exporting.quantization import is_below
 from mobilevit.exporting.rewrites import in_steps
+from mobilevit.results.base import Array
 from mobilevit.results.detection import IOU_THRESHOLD, MAX_DETECTIONS, SCORE_THRESHOLD
 
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto
 
-OPSET = 18
+_OPSET = 18
 """The oldest that PyTorch's exporter writes without conversion, and that all maintained runtimes read."""
 
 _QUANTIZED = ("Conv", "Gemm", "MatMul", "Sigmoid", "Mul", "Relu", "Concat")
@@ -64,7 +65,7 @@ def to_proto(plan: Plan, *, stepwise: bool = True) -> ModelProto:
         plan.program(in_steps(plan.graph) if stepwise else None),
         input_names=[plan.graph.input_name],
         output_names=list(plan.graph.output_names),
-        opset_version=OPSET,
+        opset_version=_OPSET,
         dynamo=True,
         verbose=False,
     )
@@ -79,35 +80,23 @@ def _name_nodes(model: ModelProto) -> None:
 
     Stack traces, with folders of the machine that exported, would be an eighth of an XXS file.
     """
-    producers = {output: node for node in model.graph.node for output in node.output}
-    modules: dict[str, str] = {}
+    modules: dict[str, str] = {}  # by output
     seen: Counter[str] = Counter()
     for node in model.graph.node:
         told = {entry.key: entry.value for entry in node.metadata_props}
         if "pkg.torch.onnx.name_scopes" in told:
             module = ast.literal_eval(told["pkg.torch.onnx.name_scopes"])[-2]  # the last is the node itself
         else:  # made by an optimization; belongs to the module of its input
-            module = next((modules[producers[name].name] for name in node.input if name in producers), "")
+            module = next((modules[name] for name in node.input if name in modules), "")
         name = f"{module}/{node.op_type}"
         seen[name] += 1
         node.name = name if seen[name] == 1 else f"{name}_{seen[name]}"
-        modules[node.name] = module
+        modules.update(dict.fromkeys(node.output, module))
         del node.metadata_props[:]
     for part in (model.graph.value_info, model.graph.input, model.graph.output, model.graph.initializer):
         for value in part:
             del value.metadata_props[:]
     del model.graph.metadata_props[:]
-
-
-class _Batches:
-    """Calibration images as ONNX Runtime asks for them."""
-
-    def __init__(self, name: str, batches: Iterator[Tensor]) -> None:
-        self._name, self._batches = name, batches
-
-    def get_next(self) -> dict[str, NDArray[Any]] | None:
-        batch = next(self._batches, None)
-        return None if batch is None else {self._name: batch.numpy()}
 
 
 def _quantize(model: ModelProto, plan: Plan) -> ModelProto:
@@ -116,21 +105,18 @@ def _quantize(model: ModelProto, plan: Plan) -> ModelProto:
     The settings were chosen on flowers (top-1 0.726 before, 864 held out), by the share of images that keep their
     class, and by milliseconds for one image at 256 (XXS, one thread of a Zen 4):
 
-        ranges         smallest and largest value of all images, so that nothing is cut off: top-1 0.727, 98.5 %;
-                       percentiles 99.999 and 99.99: top-1 0.713 and 0.719; entropy finds the same ranges as min/max
-        activations    uint8: 3.2 ms at 128, where int8 takes 5.6; symmetric int8 has a bit less for SiLU's outputs,
-                       95.6 instead of 96.4 % with all of the model in int8
-        weights        7 of 8 bits, per channel: processors without VNNI add pairs of products in 16 bits, which 8 bits
-                       overflow. Costs nothing: 99.1 % where 8 bits give 98.4 %, and equal mean IoU
-        SiLU           in int8 after a convolution in int8: 12.8 ms where float, with its conversions, takes 14.3
-        linear layers  int8 in, float out, as attention, LayerNorm and sums are float: 10.3 instead of 10.9 ms, and
-                       logits of 36 instead of 33 dB
+        ranges         smallest and largest value: top-1 0.727; percentiles 99.999 and 99.99: 0.713 and 0.719
+        activations    uint8: 3.2 ms at 128, where int8 takes 5.6
+        weights        7 of 8 bits, per channel, as processors without VNNI would overflow: 99.1 %; with 8 bits 98.4 %
+        SiLU           in int8 after a convolution in int8: 12.8 ms; in float 14.3
+        linear layers  int8 in, float out, as attention, LayerNorm and sums are float: 10.3 ms and 36 dB; 10.9 and 33
         attention      products of activations in float: in int8 they are no faster
     """
     import onnx
     from onnxruntime.quantization import QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
+    images = ({plan.graph.input_name: batch.numpy()} for batch in plan.batches())
     with tempfile.TemporaryDirectory() as aside:
         prepared, quantized = Path(aside) / "prepared.onnx", Path(aside) / "quantized.onnx"
         # Symbolic shapes, and linear layers as Gemm, which int8 computes faster than MatMul and Add.
@@ -138,7 +124,7 @@ def _quantize(model: ModelProto, plan: Plan) -> ModelProto:
         quantize_static(
             str(prepared),
             str(quantized),
-            _Batches(plan.graph.input_name, plan.batches()),
+            SimpleNamespace(get_next=partial(next, images, None)),
             op_types_to_quantize=list(_QUANTIZED),
             nodes_to_quantize=_quantizable(onnx.load(prepared), plan.in_float),
             per_channel=True,
@@ -152,33 +138,25 @@ def _quantize(model: ModelProto, plan: Plan) -> ModelProto:
 
 
 def _quantizable(model: ModelProto, floats: Sequence[str]) -> list[str]:
-    """List the nodes to compute in int8."""
+    """List the nodes to compute in int8: layers, what activates a convolution's output, and what joins maps for one."""
     weights = {tensor.name for tensor in model.graph.initializer}
-    producers = {output: node for node in model.graph.node for output in node.output}
-    consumers: dict[str, list[NodeProto]] = {}
-    for node in model.graph.node:
-        for name in node.input:
-            consumers.setdefault(name, []).append(node)
-
-    def allowed(node: NodeProto) -> bool:
-        module = node.name.partition("/")[0]
-        return bool(module) and not is_below(module, floats)
-
-    layers = [
-        node
-        for node in model.graph.node
-        if allowed(node) and node.op_type in ("Conv", "Gemm", "MatMul") and node.input[1] in weights
-    ]
-    convolutions = {node.name for node in layers if node.op_type == "Conv"}
+    nodes = [node for node in model.graph.node if _module_of(node) and not is_below(_module_of(node), floats)]
+    layers = [n for n in nodes if n.op_type in ("Conv", "Gemm", "MatMul") and n.input[1] in weights]
+    convolved = {node.output[0] for node in layers if node.op_type == "Conv"}
+    # SiLU is x * sigmoid(x).
+    convolved |= {node.output[0] for node in nodes if node.op_type == "Sigmoid" and node.input[0] in convolved}
+    read_by_convolutions = {node.input[0] for node in layers if node.op_type == "Conv"}
     names = [node.name for node in layers]
-    for node in model.graph.node:
-        sources = [producers[name] for name in node.input if name in producers]
-        sources += [producers[node.input[0]] for node in sources if node.op_type == "Sigmoid"]  # x * sigmoid(x)
-        activates = node.op_type in ("Sigmoid", "Mul", "Relu") and any(s.name in convolutions for s in sources)
-        joins = node.op_type == "Concat" and any(n.name in convolutions for n in consumers.get(node.output[0], []))
-        if allowed(node) and (activates or joins):
+    for node in nodes:
+        activates = node.op_type in ("Sigmoid", "Mul", "Relu") and not convolved.isdisjoint(node.input)
+        joins = node.op_type == "Concat" and node.output[0] in read_by_convolutions
+        if activates or joins:
             names.append(node.name)
     return names
+
+
+def _module_of(node: NodeProto) -> str:
+    return node.name.partition("/")[0]
 
 
 def _halve(model: ModelProto) -> ModelProto:
@@ -210,15 +188,17 @@ def _append_nms(model: ModelProto) -> None:
     from onnx import TensorProto, helper, numpy_helper
 
     graph = model.graph
-    limits: dict[str, NDArray[Any]] = {
+    limits: dict[str, Array] = {
         "nms_most": np.array([MAX_DETECTIONS], np.int64),
         "nms_iou": np.array([IOU_THRESHOLD], np.float32),
         "nms_score": np.array([SCORE_THRESHOLD], np.float32),
     }
     graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in limits.items())
-    transposed = helper.make_node("Transpose", ["scores"], ["scores_by_class"], perm=[0, 2, 1], name="nms_transpose")
-    graph.node.append(transposed)
-    graph.node.append(
-        helper.make_node("NonMaxSuppression", ["boxes_xyxy", "scores_by_class", *limits], ["selected"], name="nms")
+    inputs = ["boxes_xyxy", "scores_by_class", *limits]
+    graph.node.extend(
+        [
+            helper.make_node("Transpose", ["scores"], ["scores_by_class"], perm=[0, 2, 1], name="nms_transpose"),
+            helper.make_node("NonMaxSuppression", inputs, ["selected"], name="nms"),
+        ]
     )
     graph.output.append(helper.make_tensor_value_info("selected", TensorProto.INT64, ["num_selected", 3]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ from typing import Literal, get_args
 from mobilevit.card import ModelCard
 from mobilevit.errors import MobileViTError
 from mobilevit.exporting import coreml, executorch, litert, onnx, openvino, pt2
-from mobilevit.exporting.graph import DetectionGraph, ExportGraph, Plan, SegmentationGraph
+from mobilevit.exporting.graph import ExportGraph, Plan
 from mobilevit.exporting.images import Images
 from mobilevit.runtime.artifact import Format, Precision
 
@@ -27,17 +28,12 @@ class FormatTraits:
     precisions: tuple[Precision, ...]
     dynamic: bool = False
     """Whether batch and size can be left open."""
-    system: str = ""
-    """The only system that runs such files, as `platform.system` names it; "" for any."""
+    runs_here: bool = True
+    """Whether this system runs such files."""
     settings: Mapping[Precision, dict[str, str]] = field(default_factory=dict)
     """Settings of the runtime that an artifact asks for."""
     remedy: str
     """How to install the converter."""
-
-    @property
-    def runs_here(self) -> bool:
-        """Whether this system runs such files."""
-        return self.system in ("", platform.system())
 
 
 FORMATS: dict[Format, FormatTraits] = {
@@ -73,7 +69,7 @@ FORMATS: dict[Format, FormatTraits] = {
     "coreml": FormatTraits(
         convert=coreml.convert,
         precisions=("fp32", "fp16", "palettized"),
-        system="Darwin",
+        runs_here=platform.system() == "Darwin",
         remedy="pip install 'mobilevit[coreml]'",
     ),
     "pt2": FormatTraits(convert=pt2.convert, precisions=("fp32", "bf16"), dynamic=True, remedy="install PyTorch"),
@@ -82,10 +78,8 @@ FORMATS: dict[Format, FormatTraits] = {
 
 @dataclass(frozen=True, kw_only=True)
 class ExportOptions:
-    """The options of one file, as `export` documents them; `format` and `precision` are known to go together."""
+    """The options of one file, as `export` documents them."""
 
-    format: Format
-    precision: Precision
     calibration: Images | None
     keep_float: tuple[str, ...]
     sensitivity: bool
@@ -97,65 +91,66 @@ class ExportOptions:
     nms: bool
     images: Images | None
     verify: bool
-    data: str | None
+    data: str | os.PathLike[str] | None
 
 
-def known_format(format: str, precision: str) -> tuple[Format, Precision]:  # noqa: A002
+def known_format(format_: str, precision: str) -> tuple[Format, Precision]:
     """Return both, typed.
 
     Raises:
         MobileViTError: there is no such format, or the format lacks this precision.
     """
-    if format not in FORMATS:
-        raise MobileViTError(f"`format` is {format!r}; it can be {', '.join(FORMATS)} or web")
-    precisions = FORMATS[format].precisions
+    if format_ not in FORMATS:
+        raise MobileViTError(f"`format` is {format_!r}; it can be {', '.join(FORMATS)} or web")
+    precisions = FORMATS[format_].precisions
     if precision not in precisions:
         others = [name for name, traits in FORMATS.items() if precision in traits.precisions]
         hint = f"; {precision} exists for {', '.join(others)}" if others else ""
-        raise MobileViTError(f"{format} has no precision {precision!r}: choose {', '.join(precisions)}{hint}")
-    return format, precision
+        raise MobileViTError(f"{format_} has no precision {precision!r}: choose {', '.join(precisions)}{hint}")
+    return format_, precision
 
 
-def check_options(options: ExportOptions, card: ModelCard, graph: ExportGraph) -> None:
-    """Refuse options that do not suit each other or the model.
-
-    Raises:
-        MobileViTError: in one line, with a remedy.
-    """
-    if not card.classes:
-        raise MobileViTError(
-            "this checkpoint names no classes, so its answers would mean nothing; save it with classes"
-        )
-    for wish in options.dynamic:
-        if wish not in get_args(Dynamic):
-            raise MobileViTError(f"`dynamic` is {wish!r}; it can be 'batch', 'size' or both")
-    if options.dynamic and not FORMATS[options.format].dynamic:
-        raise MobileViTError(
-            f"{options.format} files have one batch and one size; leave `dynamic` out, or choose onnx or openvino"
-        )
-    if "size" in options.dynamic and isinstance(graph, DetectionGraph):
-        raise MobileViTError(
-            "a detector's anchors belong to one input size; leave `dynamic` size out and set `image_size`"
-        )
-    if options.precision == "int8" and options.calibration is None:
-        raise MobileViTError(
-            "int8 must be calibrated on images like those that the model will see; give `calibration` a folder of them"
-        )
-    if options.sensitivity and options.precision != "int8":
-        raise MobileViTError(
-            "`sensitivity` measures what int8 costs each layer; set `precision` int8 and `calibration`, too"
-        )
-    if options.label_map and not isinstance(graph, SegmentationGraph):
-        raise MobileViTError(f"`label_map` is for segmentation; this checkpoint does {card.task}")
-    if options.nms and not (isinstance(graph, DetectionGraph) and options.format == "onnx"):
-        raise MobileViTError(
-            "`nms` is for detection in onnx; elsewhere the predictor suppresses overlapping boxes itself"
-        )
+def check_options(
+    options: ExportOptions, format_: Format, precision: Precision, card: ModelCard, graph: ExportGraph
+) -> None:
+    """Raise a `MobileViTError` for options that do not suit each other or the model."""
     size, steps = options.image_size or card.preprocessing.size, graph.size_multiple
-    if any(side % step for side, step in zip(size, steps, strict=True)):
-        near = [max(step, round(side / step) * step) for side, step in zip(size, steps, strict=True)]
-        raise MobileViTError(
+    near = [max(step, round(side / step) * step) for side, step in zip(size, steps, strict=True)]
+    unknown = [wish for wish in options.dynamic if wish not in get_args(Dynamic)]
+    mistakes = (
+        (not card.classes, "this checkpoint names no classes, so its answers would mean nothing; save it with classes"),
+        (unknown, f"`dynamic` is {', '.join(map(repr, unknown))}; it can be 'batch', 'size' or both"),
+        (
+            options.dynamic and not FORMATS[format_].dynamic,
+            f"{format_} files have one batch and one size; leave `dynamic` out, or choose onnx or openvino",
+        ),
+        (
+            "size" in options.dynamic and card.task == "detection",
+            "a detector's anchors belong to one input size; leave `dynamic` size out and set `image_size`",
+        ),
+        (
+            precision == "int8" and options.calibration is None,
+            "int8 must be calibrated on images like those that the model will see; give `calibration` a folder of them",
+        ),
+        (
+            options.sensitivity and precision != "int8",
+            "`sensitivity` measures what int8 costs each layer; set `precision` int8 and `calibration`, too",
+        ),
+        (
+            options.label_map and card.task != "segmentation",
+            f"`label_map` is for segmentation; this checkpoint does {card.task}",
+        ),
+        (
+            options.nms and (card.task != "detection" or format_ != "onnx"),
+            "`nms` is for detection in onnx; elsewhere the predictor suppresses overlapping boxes itself",
+        ),
+        (
+            any(side % step for side, step in zip(size, steps, strict=True)),
             f"input size {size[0]} x {size[1]}: its patches do not divide the maps of this model, which exports need "
             f"(no resizing inside); sides are multiples of {steps[0]} and {steps[1]}, the nearest are "
-            f"`image_size` {near[0]} {near[1]}"
-        )
+            f"`image_size` {near[0]} {near[1]}",
+        ),
+    )
+    for is_wrong, message in mistakes:
+        if is_wrong:
+            raise MobileViTError(message)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torchvision.ops import box_iou
 
 from mobilevit.card import TaskName
 from mobilevit.exporting.graph import ExportGraph
@@ -20,7 +20,7 @@ from mobilevit.results.detection import Detections, decode_detections
 from mobilevit.runtime.artifact import Precision
 from mobilevit.runtime.session import ArtifactSession
 
-MAX_DIFFERENCE = 1e-4
+_MAX_DIFFERENCE = 1e-4
 """Between float32 outputs: logits, probabilities, and boxes in 0..1."""
 
 _MIN_AGREEMENT: dict[Precision, float] = {
@@ -32,7 +32,7 @@ is measured on labeled images."""
 _MIN_OVERLAP: dict[Precision, float] = {"fp32": 0.9, "fp16": 0.9, "bf16": 0.9, "int8": 0.5, "palettized": 0.5}
 """IoU from which two boxes count as the same."""
 
-TORN = 0.05
+_TORN = 0.05
 """Two classes whose probabilities are no further apart than this are equally good answers in 16 bits and less."""
 
 
@@ -55,10 +55,6 @@ class Parity:
     reason: str = ""
     """Why it is not good."""
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain values for JSON."""
-        return asdict(self)
-
 
 @torch.inference_mode()
 def check(reference: ExportGraph, session: ArtifactSession, pixels: NDArray[np.uint8], source: str) -> Parity:
@@ -79,7 +75,7 @@ def check(reference: ExportGraph, session: ArtifactSession, pixels: NDArray[np.u
     with Progress("compare", len(pixels)) as progress:
         for start in range(0, len(pixels), size):
             batch = pixels[start : start + size]
-            expected, found = reference_outputs(reference, batch, card.preprocessing), session.run(batch)
+            expected, found = _reference_outputs(reference, batch, card.preprocessing), session.run(batch)
             for name, ours in expected.items():
                 if np.issubdtype(ours.dtype, np.floating):
                     theirs = found[name]
@@ -93,8 +89,8 @@ def check(reference: ExportGraph, session: ArtifactSession, pixels: NDArray[np.u
     reason = ""
     if not finite:
         reason = "its answers are not finite numbers"
-    elif precision == "fp32" and difference > MAX_DIFFERENCE:
-        reason = f"its answers differ by up to {difference:.1e}, where {MAX_DIFFERENCE:.0e} is allowed"
+    elif precision == "fp32" and difference > _MAX_DIFFERENCE:
+        reason = f"its answers differ by up to {difference:.1e}, where {_MAX_DIFFERENCE:.0e} is allowed"
     # Even among few images, one may lie on the edge between two classes.
     elif sum(losses) > max(0.0 if precision == "fp32" else 1.0, (1 - _MIN_AGREEMENT[precision]) * len(losses)):
         reason = f"{measure}: {np.mean(agreements):.1%}, where {_MIN_AGREEMENT[precision]:.1%} is needed"
@@ -109,10 +105,8 @@ def check(reference: ExportGraph, session: ArtifactSession, pixels: NDArray[np.u
     )
 
 
-def reference_outputs(
-    graph: ExportGraph, pixels: NDArray[np.uint8], preprocessing: Preprocessing
-) -> dict[str, NDArray[Any]]:
-    """Run the graph in PyTorch. Shape: (B, H, W, 3) -> as the graph says."""
+def _reference_outputs(graph: ExportGraph, pixels: NDArray[np.uint8], preprocessing: Preprocessing) -> Outputs:
+    """Run the graph in PyTorch."""
     inputs = torch.from_numpy(pixels if graph.baked else preprocessing.normalize(pixels))
     return {name: tensor.numpy() for name, tensor in zip(graph.output_names, graph(inputs), strict=True)}
 
@@ -122,7 +116,7 @@ def _same_class(expected: Outputs, found: Outputs, precision: Precision) -> tupl
     logits = torch.from_numpy(expected["logits"])
     ours, theirs = int(logits.argmax()), int(found["logits"].argmax())
     probabilities = logits.softmax(dim=0)
-    torn = precision != "fp32" and bool(probabilities[ours] - probabilities[theirs] <= TORN)
+    torn = precision != "fp32" and bool(probabilities[ours] - probabilities[theirs] <= _TORN)
     return float(ours == theirs), float(ours != theirs and not torn)
 
 
@@ -154,8 +148,6 @@ def _shared_boxes(expected: Outputs, found: Outputs, precision: Precision) -> tu
 
 def _share_found(boxes: Detections, others: Detections, chosen: NDArray[np.bool_], min_overlap: float) -> float:
     """Return the share of the chosen boxes that have their like among others."""
-    from torchvision.ops import box_iou
-
     overlap = box_iou(torch.from_numpy(boxes.boxes_xyxy[chosen]), torch.from_numpy(others.boxes_xyxy)).numpy()
     same = (overlap > min_overlap) & (boxes.class_ids[chosen][:, None] == others.class_ids[None])
     return float(same.any(axis=1).mean())

@@ -13,15 +13,11 @@ from mobilevit.models.mobilevit import Attention, TransformerLayer
 
 
 class AttentionInSteps(nn.Module):
-    """Attention as products and a softmax, each factor transposed once, straight from the projection.
+    """Attention as products and a softmax, each factor transposed once. Shape: (batch, N, D) -> (batch, N, D).
 
-    From `scaled_dot_product_attention`, the ONNX exporter makes a product that transposes the keys twice; and OpenVINO
-    does these transpositions inside the products. One to four percent of the time, in float32.
-
-    `factors` pass through what they are given: queries, keys, values and probabilities. Hooks on them can observe or
-    round these.
-
-    Shape: (batch, N, D) -> (batch, N, D).
+    From `scaled_dot_product_attention`, the ONNX exporter makes a product that transposes the keys twice, which costs
+    one to four percent of the time in float32. `factors` pass through queries, keys, values and probabilities, so that
+    hooks can observe or round these.
     """
 
     def __init__(self, attention: Attention) -> None:
@@ -38,8 +34,8 @@ class AttentionInSteps(nn.Module):
         q, k, v = (part.reshape(batch, tokens, heads, width) for part in self.qkv(x).chunk(3, dim=-1))
         scores = query(q).permute(0, 2, 1, 3) @ key(k).permute(0, 2, 3, 1)  # (batch, h, N, N)
         x = probability(scores.softmax(dim=-1)) @ value(v).permute(0, 2, 1, 3)  # (batch, h, N, D / h)
-        x = self.out(x.permute(0, 2, 1, 3).reshape(batch, tokens, heads * width))
-        return x
+        out: Tensor = self.out(x.permute(0, 2, 1, 3).reshape(batch, tokens, heads * width))
+        return out
 
 
 def in_steps(graph: ExportGraph) -> ExportGraph:

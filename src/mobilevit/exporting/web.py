@@ -20,7 +20,8 @@ from mobilevit.webpage import page_files
 
 log = logging.getLogger("mobilevit")
 
-RUNTIME_PACKAGE, RUNTIME_VERSION = "onnxruntime-web", "1.30.0"
+RUNTIME_VERSION = "1.30.0"
+_RUNTIME = f"onnxruntime-web@{RUNTIME_VERSION}"
 RUNTIME_VARIABLE = "MOBILEVIT_WEB_RUNTIME"
 """Environment variable with the folder of an unpacked package, for machines without a network."""
 
@@ -47,15 +48,12 @@ The runtime is ONNX Runtime Web {version} (MIT license, runtime/LICENSE).
 
 
 def write_page(artifact: Path, final: Path, runtime: Path) -> int:
-    """Write a folder of static files: a page, and what it needs to run the model.
+    """Write a folder of static files, a page and what it needs to run the model; returns its size in bytes.
 
     Args:
         artifact: an .onnx file with preprocessing inside, and with `selected` boxes if it detects.
         final: the folder; what stood there is replaced.
         runtime: see `find_runtime`.
-
-    Returns:
-        The size of the folder in bytes.
     """
     card = read_sidecar(artifact).card
     with tempfile.TemporaryDirectory(dir=final.parent, prefix=".export-") as aside:
@@ -121,36 +119,35 @@ def find_runtime() -> Path:
         MobileViTError: it is not complete, or npm is missing or fails.
     """
     told = os.environ.get(RUNTIME_VARIABLE)
-    folder = Path(told) if told else cache_folder() / f"{RUNTIME_PACKAGE}-{RUNTIME_VERSION}"
+    folder = Path(told) if told else cache_folder() / _RUNTIME.replace("@", "-")
     if not told and not folder.exists():
         _fetch(folder)
     missing = [name for name in (*_AT_ONCE, *_FOR_GPU) if not (folder / "dist" / name).is_file()]
     if missing:
         raise MobileViTError(
-            f"{folder}: not an unpacked {RUNTIME_PACKAGE} {RUNTIME_VERSION} (dist/{missing[0]} is missing); unpack it "
-            f"anew and name its folder in {RUNTIME_VARIABLE}"
+            f"{folder}: not an unpacked {_RUNTIME} (dist/{missing[0]} is missing); unpack it anew and name its folder "
+            f"in {RUNTIME_VARIABLE}"
         )
     return folder
 
 
 def _fetch(folder: Path) -> None:
     """Fetch the package by npm, which checks its digest."""
-    package = f"{RUNTIME_PACKAGE}@{RUNTIME_VERSION}"
-    remedy = f"or unpack {package} yourself and name its folder in {RUNTIME_VARIABLE}"
+    remedy = f"or unpack {_RUNTIME} yourself and name its folder in {RUNTIME_VARIABLE}"
     npm = shutil.which("npm")
     if npm is None:
-        raise MobileViTError(f"a page takes {package} from npm, which is not installed; install Node.js, {remedy}")
-    log.info("fetching %s by npm, once", package)
+        raise MobileViTError(f"a page takes {_RUNTIME} from npm, which is not installed; install Node.js, {remedy}")
+    log.info("fetching %s by npm, once", _RUNTIME)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".fetch-") as aside:
         try:
             done = subprocess.run(
-                [npm, "pack", package, "--silent"], cwd=aside, capture_output=True, text=True, timeout=600, check=True
+                [npm, "pack", _RUNTIME, "--silent"], cwd=aside, capture_output=True, text=True, timeout=600, check=True
             )
         except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
             lines = [line for line in str(error.stderr or "").splitlines() if line.strip()]
             reason = lines[-1] if lines else type(error).__name__
-            raise MobileViTError(f"npm could not fetch {package} ({reason}); connect to a network, {remedy}") from None
+            raise MobileViTError(f"npm could not fetch {_RUNTIME} ({reason}); connect to a network, {remedy}") from None
         archive = Path(aside) / done.stdout.split()[-1]
         shutil.unpack_archive(archive, aside, filter="data")
         (Path(aside) / "package").rename(folder)
