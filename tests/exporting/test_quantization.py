@@ -262,8 +262,6 @@ def test_sensitivity_of_other_tasks_and_inputs(task: str) -> None:
     assert len({row.name for row in rows}) == len(rows) > 80
     assert all(5 < row.sqnr_db <= 200 for row in rows)
     assert getattr(plan.graph, "label_map", False) == (task == "segmentation")  # the graph stays as it is
-    with pytest.raises(ValueError, match="give some"):
-        measure_sensitivity(plan.graph, [])
 
 
 @pytest.mark.parametrize("precision", ["int8"])

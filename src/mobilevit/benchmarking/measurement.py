@@ -115,7 +115,7 @@ class BenchmarkReport:
 def table(measurements: list[Measurement]) -> tuple[list[str], list[list[str]]]:
     """Format measurements as a heading and rows of text; "-" stands for what was not measured."""
     rows = [measurement.row() for measurement in measurements]
-    heading = list(max(rows, key=lambda row: len(row)))
+    heading = list(dict.fromkeys(name for row in rows for name in row))
     return heading, [[row.get(name, "-") for name in heading] for row in rows]
 
 

@@ -48,11 +48,7 @@ def installed_peers(ours: Network) -> tuple[list[Network], list[str]]:
 
 
 def compared_networks() -> list[Network]:
-    """List the networks that the paper compares MobileViT with.
-
-    Raises:
-        MissingPackageError: timm is not installed.
-    """
+    """List the networks that the paper compares MobileViT with, and raise a `MissingPackageError` without timm."""
     if importlib.util.find_spec("timm") is None:
         raise MissingPackageError("`compare` takes its networks from timm; pip install 'mobilevit[peers]'")
     return [
@@ -124,11 +120,7 @@ def transformers_model(name: str, num_classes: int = 1000) -> nn.Module:
 
 
 def check_cvnets(clone: str | os.PathLike[str]) -> Path:
-    """Make the folder absolute.
-
-    Raises:
-        MobileViTError: it is not a clone of https://github.com/apple/ml-cvnets.
-    """
+    """Make the folder absolute, and raise a `MobileViTError` if it is not a clone of ml-cvnets."""
     folder = Path(clone).resolve()
     for part in (Path("cvnets", "models"), Path("options", "opts.py"), _CVNETS_CONFIG):
         if not (folder / part).exists():
@@ -143,9 +135,6 @@ def cvnets_model(name: str, clone: str | os.PathLike[str], num_classes: int = 10
 
     Puts the clone first on `sys.path`; its modules have names such as `utils` and `data`, so call this only in a
     process that does nothing else.
-
-    Raises:
-        MobileViTError: it is no such clone, or cannot be imported.
     """
     folder = check_cvnets(clone)
     sys.path.insert(0, str(folder))

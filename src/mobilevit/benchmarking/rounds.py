@@ -44,16 +44,9 @@ class _Entry:
 def measure(
     contenders: Sequence[Contender], *, rounds: int, max_workers: int | None = None, label: str = "time"
 ) -> list[Measurement | Failure]:
-    """Time contenders side by side; the first is the baseline of the others.
+    """Time contenders side by side, each in `rounds` turns; the first is the baseline of the others.
 
-    Args:
-        contenders: those that run exported files know them.
-        rounds: turns of each.
-        max_workers: processes that may wait at a time, at least 2; None: as memory allows.
-        label: of the progress bar.
-
-    Returns:
-        The result of each, in their order.
+    At most `max_workers` processes wait at a time, or as many as memory allows. Results are in the contenders' order.
     """
     results: dict[Contender, Measurement | Failure] = {}
     references: dict[str, list[Array]] = {}

@@ -14,7 +14,7 @@ from pathlib import Path
 from mobilevit import factory
 from mobilevit.benchmarking.config import PRECISIONS, TuneConfig, check_settings
 from mobilevit.benchmarking.contenders import Contender, Engine, has_precision, our_network, pick_engines
-from mobilevit.benchmarking.measurement import Failure, Measurement
+from mobilevit.benchmarking.measurement import Measurement
 from mobilevit.benchmarking.rounds import measure
 from mobilevit.card import TaskName, card_of
 from mobilevit.devices import gpu_names
@@ -132,17 +132,17 @@ def tune(checkpoint: str | os.PathLike[str], config: TuneConfig | None = None) -
         counts = dict.fromkeys([cores, max(1, cores // 2)] if config.threads is None else [config.threads])
         # PyTorch with all threads first, as the baseline.
         contenders = [replace(c, threads=count) for c in (plain, *files) for count in counts]
-        results = measure(contenders, rounds=config.rounds, label="tune")
         dropped += lost
-        for result in results:
-            if isinstance(result, Failure):
+        measured = []
+        for result in measure(contenders, rounds=config.rounds, label="tune"):
+            if isinstance(result, Measurement):
+                measured.append(result)
+            else:
                 threads = f"{result.contender.threads} threads"
                 dropped.append((f"{_title(result.contender)}, {threads}", result.reason))
-        measured = sorted((r for r in results if isinstance(r, Measurement)), key=lambda m: m.median_ms)
         if not measured:
             raise MobileViTError(f"{path}: nothing could be measured; {dropped[-1][0]}: {dropped[-1][1]}")
-        for name, why in dropped:
-            log.info("left out: %s: %s", name, why)
+        measured.sort(key=lambda measurement: measurement.median_ms)
         artifact = _keep(measured[0].contender.artifact, folder, path)
     tuned = Tuned(
         path=folder / tuned_file(path).name,

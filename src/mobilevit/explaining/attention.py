@@ -107,15 +107,7 @@ def attention_weights(attention: Attention, x: Tensor) -> Tensor:
 def block_attention(
     name: str, block: MobileViTBlock, record: Recording, place: tuple[float, float], input_width: int
 ) -> BlockAttention:
-    """Read out the attention of one pixel in a block.
-
-    Args:
-        name: of the block.
-        block: that ran.
-        record: of its forward pass with one image.
-        place: (x, y) of the pixel, as shares of the input's width and height.
-        input_width: in pixels.
-    """
+    """Read out the attention of the pixel at `place`, (x, y) as shares of the input's width and height, in a block."""
     (height, width), (ph, pw) = record.maps[block], block.patch_size
     padded = (-(-height // ph) * ph, -(-width // pw) * pw)
     row, column = (min(int(share * side), side - 1) for share, side in zip(place[::-1], padded, strict=True))
@@ -145,13 +137,9 @@ def block_attention(
 
 
 def class_activation(target: Tensor, stages: list[Tensor]) -> NDArray[np.float32]:
-    """Compute the evidence for a score on the last map, 0 to 1, by Grad-CAM (arXiv:1610.02391).
+    """Compute the evidence for a score on the coarsest map that it depends on, 0 to 1, by Grad-CAM (arXiv:1610.02391).
 
-    Args:
-        target: the score, of which the stages have gradients.
-        stages: maps from fine to coarse. Shape: (1, C, h, w) each.
-
-    Shape: (h, w) of the coarsest map that the score depends on.
+    Shape: of each stage (1, C, h, w), from fine to coarse -> (h, w).
     """
     gradients = torch.autograd.grad(target, stages, allow_unused=True)
     # An object may have been found on the finer map; it does not depend on the coarser one.

@@ -54,17 +54,14 @@ class Explanation:
     def draw(self, path: str | Path | None = None) -> Image.Image:
         """Draw image, class activation, and attention in every block, layer and head; write it to `path` if given."""
         x, y = self.pixel
-        corners = None
-        if self.box_xyxy is not None:
-            left, top, right, bottom = self.box_xyxy
-            corners = (self.to_view(left, top), self.to_view(right, bottom))
+        box = self.box_xyxy
         drawn = attention_figure(
             self.view,
             self.blocks,
             self.class_activation,
             title=f"{self.label}  {self.score:.1%}, pixel ({x}, {y})",
             place=self.to_view(x + 0.5, y + 0.5),
-            corners=corners,
+            corners=None if box is None else (self.to_view(*box[:2]), self.to_view(*box[2:])),
         )
         if path is not None:
             save_image(drawn, path)
@@ -100,13 +97,13 @@ class Explanation:
             ],
         }
 
-    def _most_attended(self, block: BlockAttention, count: int = 5) -> list[dict[str, float]]:
-        """List the pixels, one in a patch, with the largest share of the rollout, without the chosen one itself."""
+    def _most_attended(self, block: BlockAttention) -> list[dict[str, float]]:
+        """List the five pixels, one in a patch, with the largest share of the rollout, without the chosen one."""
         (height, width), (ph, pw), (row, column) = block.map_size, block.patch_size, block.pixel
         own = row // ph * (width // pw) + column // pw
         found = []
         order = np.argsort(-block.rollout, axis=None, kind="stable")
-        for place in order[order != own][:count].tolist():
+        for place in order[order != own][:5].tolist():
             down, right = divmod(place, width // pw)
             middle = np.array([[(right * pw + column % pw + 0.5) / width, (down * ph + row % ph + 0.5) / height] * 2])
             x, y = self.placement.to_image(middle)[0, :2].round(1).tolist()

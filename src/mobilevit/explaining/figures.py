@@ -207,7 +207,7 @@ def _head(part: SubFigure, title: str, size: int = 10) -> None:
 
 
 def _show(axes: Axes, image: Image.Image | NDArray[np.uint8], caption: str) -> None:
-    height, width = np.shape(image)[:2]
+    height, width = np.asarray(image).shape[:2]
     axes.imshow(image, extent=(0, width, height, 0))
     _caption(axes, caption)
 

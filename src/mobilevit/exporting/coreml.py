@@ -74,19 +74,3 @@ def _describe(model: MLModel, plan: Plan) -> None:
     model.version = card.provenance.get("version", __version__)
     model.user_defined_metadata["mobilevit"] = plan.artifact.to_json()
     model.user_defined_metadata["classes"] = json.dumps(card.classes, ensure_ascii=False)
-    height, width = card.preprocessing.size
-    if plan.artifact.baked:
-        told = f"RGB image, {height} x {width} pixels"
-    else:
-        told = f"RGB, scaled to 0..1, minus {card.preprocessing.mean}, over {card.preprocessing.std}"
-    model.input_description[plan.graph.input_name] = told
-    for name in plan.graph.output_names:
-        model.output_description[name] = _OUTPUTS[name]
-
-
-_OUTPUTS = {
-    "logits": "Before softmax: of each class, or of each class at each pixel",
-    "label_map": "Class of each pixel",
-    "boxes_xyxy": "Left, top, right, bottom of the box at each anchor, in 0..1 of the input",
-    "scores": "Probability of each class at each anchor",
-}

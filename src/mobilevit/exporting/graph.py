@@ -25,12 +25,7 @@ from mobilevit.runtime.artifact import Artifact
 
 
 class ExportGraph(nn.Module):
-    """A model as a function from one tensor to a tuple of tensors, named in `output_names`.
-
-    Args:
-        model: with a card; it is fused here and stays as it is.
-        baked: take uint8 (B, H, W, 3) and scale inside, instead of scaled float32 (B, 3, H, W).
-    """
+    """A model, fused, as a function from one tensor to a tuple of tensors, named in `output_names`."""
 
     input_name: ClassVar[str] = "images"
     output_names: tuple[str, ...] = ("logits",)
@@ -160,15 +155,6 @@ class Plan:
 
     def program(self, module: nn.Module | None = None) -> ExportedProgram:
         """Trace the graph, or another module for the same input, by `torch.export`."""
-        with torch.no_grad():
-            return torch.export.export(
-                self.graph if module is None else module,
-                (self.example,),
-                dynamic_shapes=self._dynamic_shapes(),
-                strict=False,
-            )
-
-    def _dynamic_shapes(self) -> tuple[dict[int, Dim], ...] | None:
         shapes: dict[int, Dim] = {}
         if self.artifact.batch_size is None:
             shapes[0] = Dim("batch", min=1, max=1024)
@@ -177,7 +163,13 @@ class Plan:
             height, width = self.graph.size_multiple
             shapes[rows] = height * Dim("rows", min=1, max=2048 // height)
             shapes[columns] = width * Dim("columns", min=1, max=2048 // width)
-        return (shapes,) if shapes else None
+        with torch.no_grad():
+            return torch.export.export(
+                self.graph if module is None else module,
+                (self.example,),
+                dynamic_shapes=(shapes,) if shapes else None,
+                strict=False,
+            )
 
     def batches(self) -> Iterator[Tensor]:
         """Yield the calibration images at the artifact's own batch size; an incomplete last batch is left out."""

@@ -68,7 +68,7 @@ def parity_pixels(images: Images | None, preprocessing: Preprocessing) -> tuple[
 
 
 def _read(images: Images, preprocessing: Preprocessing, most: int) -> tuple[list[NDArray[np.uint8]], str, list[str]]:
-    """Read up to `most` images; return them, where they come from, and what is wrong with those that cannot be read."""
+    """Read up to `most` images; return them, where they come from, and what is wrong with the unreadable ones."""
     if isinstance(images, str | os.PathLike):
         folder = Path(images)
         if not folder.is_dir():

@@ -31,21 +31,6 @@ _FOR_GPU = ("ort.webgpu.min.mjs", "ort-wasm-simd-threaded.asyncify.mjs", "ort-wa
 """The runtime for graphics cards, loaded when a visitor chooses it."""
 _MODEL = "model.onnx"
 
-_README = """MobileViT in the browser: {name}, {task}, {count} classes
-{megabytes:.1f} MB, of which a first visit loads {first:.1f} MB; after it, the page works without a network.
-
-Put this folder on any web server that serves files, by https (or on localhost): GitHub Pages, S3, nginx ...
-To try it here:    python -m http.server 8000      then open http://localhost:8000
-
-Threads need the headers
-    Cross-Origin-Opener-Policy: same-origin
-    Cross-Origin-Embedder-Policy: require-corp
-which service_worker.js adds by itself after the first load; a server that sends them saves that reload.
-.mjs must be served as text/javascript, .wasm as application/wasm.
-
-The runtime is ONNX Runtime Web {version} (MIT license, runtime/LICENSE).
-"""
-
 
 def write_page(artifact: Path, final: Path, runtime: Path) -> int:
     """Write a folder of static files, a page and what it needs to run the model; returns its size in bytes.
@@ -63,31 +48,22 @@ def write_page(artifact: Path, final: Path, runtime: Path) -> int:
         colors = [f"rgb({red} {green} {blue})" for red, green, blue in class_colors(len(card.classes))]
         extra = {"file": _MODEL, "bytes": model.stat().st_size, "colors": colors}
         write_json(folder / "model.json", described | extra)
-        for path, data in page_files("browser").items():
+        page = page_files("browser")
+        readme = page.pop("README.txt").decode()
+        for path, data in page.items():
             write_bytes(folder / path, data)
         for file in (*_AT_ONCE, *_FOR_GPU):
             write_bytes(folder / "runtime" / file, (runtime / "dist" / file).read_bytes())
         terms = next((path for path in runtime.iterdir() if path.name.lower().startswith("license")), None)
         write_text(folder / "runtime" / "LICENSE", terms.read_text() if terms else "MIT, see onnxruntime.ai\n")
-        write_json(folder / "app.webmanifest", _WEB_APP | {"name": f"MobileViT {card.task}"})
-        num_bytes = _write_index(folder, card)
+        num_bytes = _write_index(folder, card, readme)
         if final.exists():
             final.rename(Path(aside) / "old")
         folder.rename(final)
     return num_bytes
 
 
-_WEB_APP = {
-    "short_name": "MobileViT",
-    "start_url": "./",
-    "display": "standalone",
-    "background_color": "#fbfbfa",
-    "theme_color": "#0b57a4",
-    "icons": [{"src": "icon.svg", "sizes": "any", "type": "image/svg+xml"}],
-}
-
-
-def _write_index(folder: Path, card: ModelCard) -> int:
+def _write_index(folder: Path, card: ModelCard, readme: str) -> int:
     """Write the files that name all others, and return the size of these."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     names = [path.relative_to(folder).as_posix() for path in files]
@@ -100,7 +76,7 @@ def _write_index(folder: Path, card: ModelCard) -> int:
     worker = folder / "service_worker.js"
     write_text(worker, worker.read_text(encoding="utf-8").replace('VERSION = "unknown"', f'VERSION = "{version}"'))
     total = sum(path.stat().st_size for path in files)
-    text = _README.format(
+    text = readme.format(
         name=card.name,
         task=card.task,
         count=len(card.classes),

@@ -18,6 +18,8 @@ _ENGINES: dict[Engine, dict[str, str]] = {
         "preprocessing.js": "preprocessing.js",
         "postprocessing.js": "postprocessing.js",
         "service_worker.js": "service_worker.js",
+        "app.webmanifest": "app.webmanifest",
+        "README.txt": "README.txt",
     },
 }
 _GALLERY = ("cat.jpg", "coffee.jpg", "rocket.jpg", "astronaut.jpg")
