@@ -12,25 +12,14 @@ if TYPE_CHECKING:
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """Make a figure that needs no display.
-
-    Args:
-        width: in inches.
-        height: in inches.
-    """
+    """Make a figure, its sides in inches, that needs no display."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
 
 
 def save_figure(figure: Figure, path: Path, *, box: bool = False) -> None:
-    """Write a figure to a file, whole or not at all.
-
-    Args:
-        figure: with its axes.
-        path: of the file; its suffix decides the format.
-        box: keep the top and right edge of the axes, as suits matrices.
-    """
+    """Write a figure to a file, whole or not at all; `box` keeps the top and right edge of axes, as suits matrices."""
     if not box:
         for axes in figure.axes:
             axes.spines[["top", "right"]].set_visible(False)

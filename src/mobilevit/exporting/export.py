@@ -25,6 +25,7 @@ from mobilevit.card import card_of
 from mobilevit.data.imageset import AnyImages
 from mobilevit.errors import MissingPackageError, MobileViTError
 from mobilevit.evaluation import evaluate_session, find_part
+from mobilevit.exporting import openvino
 from mobilevit.exporting.graph import Plan, export_graph
 from mobilevit.exporting.images import Images, calibration_pixels, parity_pixels
 from mobilevit.exporting.options import FORMATS, Dynamic, ExportOptions, check_options, known_format
@@ -256,7 +257,7 @@ def _make_plan(model: nn.Module, format_: str, precision: str, options: ExportOp
         image_size=image_size,
         baked=options.bake_preprocessing,
         outputs=(*graph.output_names, "selected") if options.nms else graph.output_names,
-        settings=FORMATS[known[0]].settings.get(known[1], {}),
+        settings=openvino.settings(known[1]) if format_ == "openvino" else {},
     )
     # PyTorch takes a traced size of 1 for a constant: of a batch, and of a map that is a single patch.
     traced_batch = 2 if any_batch else options.batch_size
@@ -287,7 +288,8 @@ def _convert(plan: Plan, path: Path) -> None:
         package = (error.name or "mobilevit").partition(".")[0]
         if package == "mobilevit":
             raise
-        raise MissingPackageError(f"{package} is not installed; {traits.remedy}") from None
+        remedy = traits.remedy or f"pip install 'mobilevit[{plan.artifact.format}]'"
+        raise MissingPackageError(f"{package} is not installed; {remedy}") from None
 
 
 @contextlib.contextmanager

@@ -12,11 +12,21 @@ from typing import TYPE_CHECKING
 from mobilevit.exporting.graph import Plan
 from mobilevit.exporting.onnx import to_proto
 from mobilevit.exporting.quantization import is_below
+from mobilevit.runtime.artifact import Precision
 
 if TYPE_CHECKING:
     from openvino import Model
 
 _NO_COMPUTATION = ("Constant", "Convert", "Parameter", "Result")
+
+
+def settings(precision: Precision) -> dict[str, str]:
+    """Return the settings that a file needs in the runtime.
+
+    Without a hint, OpenVINO computes in bfloat16 where the processor can, whatever the file holds. In int8, the hint is
+    for the layers that stay in floating point: XXS takes 8.8 ms instead of 13 in float32.
+    """
+    return {"INFERENCE_PRECISION_HINT": "f32" if precision in ("fp32", "fp16") else "bf16"}
 
 
 def convert(plan: Plan, path: Path) -> None:

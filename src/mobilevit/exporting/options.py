@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -30,36 +30,14 @@ class FormatTraits:
     """Whether batch and size can be left open."""
     runs_here: bool = True
     """Whether this system runs such files."""
-    settings: Mapping[Precision, dict[str, str]] = field(default_factory=dict)
-    """Settings of the runtime that an artifact asks for."""
-    remedy: str
-    """How to install the converter."""
+    remedy: str = ""
+    """How to install the converter, if not by the extra of the format's name."""
 
 
 FORMATS: dict[Format, FormatTraits] = {
-    "onnx": FormatTraits(
-        convert=onnx.convert,
-        precisions=("fp32", "fp16", "int8"),
-        dynamic=True,
-        remedy="pip install 'mobilevit[onnx]'",
-    ),
-    "openvino": FormatTraits(
-        convert=openvino.convert,
-        precisions=("fp32", "fp16", "bf16", "int8"),
-        dynamic=True,
-        # Without a hint, OpenVINO computes in bfloat16 where the processor can, whatever the file holds. In int8, the
-        # hint is for the layers that stay in floating point: XXS takes 8.8 ms instead of 13 in float32.
-        settings={
-            "fp32": {"INFERENCE_PRECISION_HINT": "f32"},
-            "fp16": {"INFERENCE_PRECISION_HINT": "f32"},
-            "bf16": {"INFERENCE_PRECISION_HINT": "bf16"},
-            "int8": {"INFERENCE_PRECISION_HINT": "bf16"},
-        },
-        remedy="pip install 'mobilevit[openvino]'",
-    ),
-    "executorch": FormatTraits(
-        convert=executorch.convert, precisions=("fp32", "int8"), remedy="pip install 'mobilevit[executorch]'"
-    ),
+    "onnx": FormatTraits(convert=onnx.convert, precisions=("fp32", "fp16", "int8"), dynamic=True),
+    "openvino": FormatTraits(convert=openvino.convert, precisions=("fp32", "fp16", "bf16", "int8"), dynamic=True),
+    "executorch": FormatTraits(convert=executorch.convert, precisions=("fp32", "int8")),
     "litert": FormatTraits(
         convert=litert.convert,
         precisions=("fp32", "fp16", "int8"),
@@ -70,9 +48,8 @@ FORMATS: dict[Format, FormatTraits] = {
         convert=coreml.convert,
         precisions=("fp32", "fp16", "palettized"),
         runs_here=platform.system() == "Darwin",
-        remedy="pip install 'mobilevit[coreml]'",
     ),
-    "pt2": FormatTraits(convert=pt2.convert, precisions=("fp32", "bf16"), dynamic=True, remedy="install PyTorch"),
+    "pt2": FormatTraits(convert=pt2.convert, precisions=("fp32", "bf16"), dynamic=True),
 }
 
 

@@ -52,14 +52,7 @@ class Parity:
 
 @torch.inference_mode()
 def check(reference: ExportGraph, session: ArtifactSession, pixels: NDArray[np.uint8], source: str) -> Parity:
-    """Run both on the same pixels and compare.
-
-    Args:
-        reference: the graph in PyTorch, in float32.
-        session: the artifact.
-        pixels: (n, H, W, 3).
-        source: what to call them.
-    """
+    """Run the graph in PyTorch and the artifact on the same pixels, (n, H, W, 3), and compare."""
     artifact = session.artifact
     card, precision = artifact.card, artifact.precision
     measure, compare = _COMPARISONS[card.task]
