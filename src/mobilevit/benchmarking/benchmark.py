@@ -185,20 +185,19 @@ def _export_all(
 
 def _with_accuracy(measurements: Sequence[Measurement], data: str) -> list[Measurement]:
     """Add the accuracy of our networks; batch size, threads and compilation do not change it."""
-    known: dict[tuple[str, str, str], dict[str, float]] = {}
-    found = []
-    for measurement in measurements:
-        contender = measurement.contender
-        if contender.network.origin == "mobilevit":
-            engine = "PyTorch" if contender.format is None else contender.engine
-            key = (contender.network.label, engine, contender.precision)
-            if key not in known:
-                session = _session(contender)
-                images, _ = find_part(data, "auto", session.card)
-                known[key] = evaluate_session(session, images, label=f"evaluate {' '.join(key)}").report.summary
-            measurement = replace(measurement, metrics=known[key])
-        found.append(measurement)
-    return found
+    known: dict[str, dict[str, float]] = {}
+    for contender in (measurement.contender for measurement in measurements):
+        if contender.network.origin == "mobilevit" and _answers(contender) not in known:
+            session = _session(contender)
+            images, _ = find_part(data, "auto", session.card)
+            label = f"evaluate {_answers(contender)}"
+            known[_answers(contender)] = evaluate_session(session, images, label=label).report.summary
+    return [replace(m, metrics=known.get(_answers(m.contender), {})) for m in measurements]
+
+
+def _answers(contender: Contender) -> str:
+    """Name what contenders with the same answers have in common."""
+    return f"{contender.network.label} {contender.format or 'PyTorch'} {contender.precision}"
 
 
 def _session(contender: Contender) -> Session:

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 
 _OURS, _OTHERS = "#1f5fa8", "#b0b0b0"
 _MARKERS = {"fp32": "o", "bf16": "s", "fp16": "D", "int8": "^"}
-_SCORES = {"top1": "top-1 accuracy", "ap": "average precision", "miou": "mean IoU"}
 
 
 def save_plot(report: BenchmarkReport, path: Path) -> None:
@@ -32,7 +31,7 @@ def save_plot(report: BenchmarkReport, path: Path) -> None:
         row[0].set_title(title, loc="left", fontsize=10)
         _draw_bars(row[0], measurements)
         if scored:
-            row[1].set_ylabel(_SCORES.get(metric, metric) if metric else "published ImageNet top-1")
+            row[1].set_ylabel(metric or "published ImageNet top-1")
             _draw_scores(row[1], [(m, score) for m in measurements if (score := scores[m.contender]) is not None])
     figure.suptitle(f"{report.model}: {report.machine.processor}, {report.date}", fontsize=11, parse_math=False)
     save_figure(figure, path)

@@ -5,15 +5,11 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
 from mobilevit import __version__
 from mobilevit.exporting.graph import ExportGraph, Plan
-
-if TYPE_CHECKING:
-    from coremltools.models import MLModel
 
 _PALETTE_BITS = 6
 """Weights are indices into tables of 64 values, one table a layer."""
@@ -61,12 +57,7 @@ def convert(plan: Plan, path: Path) -> None:
     if plan.artifact.precision == "palettized":
         how = OpPalettizerConfig(mode="kmeans", nbits=_PALETTE_BITS)
         model = palettize_weights(model, OptimizationConfig(global_config=how))
-    _describe(model, plan)
-    model.save(str(path))
-
-
-def _describe(model: MLModel, plan: Plan) -> None:
-    """Write the texts that Xcode shows, and the metadata that programs read."""
+    # The texts that Xcode shows, and the metadata that programs read.
     card = plan.artifact.card
     model.short_description = f"{card.name}, {card.task}, {len(card.classes)} classes"
     model.author = card.provenance.get("author", "")
@@ -74,3 +65,4 @@ def _describe(model: MLModel, plan: Plan) -> None:
     model.version = card.provenance.get("version", __version__)
     model.user_defined_metadata["mobilevit"] = plan.artifact.to_json()
     model.user_defined_metadata["classes"] = json.dumps(card.classes, ensure_ascii=False)
+    model.save(str(path))

@@ -13,9 +13,6 @@ from mobilevit.models.deeplabv3 import DeepLabv3
 from mobilevit.models.mobilevit import MobileViT, MobileViTBackbone
 from mobilevit.models.ssdlite import DetectionHead
 
-DESCRIPTION = "mobilevit.json"
-"""Name of the extra file that says what the program is."""
-
 
 def convert(plan: Plan, path: Path) -> None:
     """Write `path`, with the artifact's description among its extra files."""
@@ -24,7 +21,7 @@ def convert(plan: Plan, path: Path) -> None:
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)
     program.example_inputs = None
-    torch.export.save(program, path, extra_files={DESCRIPTION: plan.artifact.to_json()})
+    torch.export.save(program, path, extra_files={"mobilevit.json": plan.artifact.to_json()})
 
 
 def in_bfloat16(graph: ExportGraph) -> ExportGraph:
