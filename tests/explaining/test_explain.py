@@ -17,8 +17,7 @@ from mobilevit.card import ModelCard, card_of
 from mobilevit.cli import main
 from mobilevit.data.shapes import render_scene
 from mobilevit.explaining.attention import attention_weights
-from mobilevit.explaining.explain import Explanation, _strongest_place, explain
-from mobilevit.explaining.subject import subject_of
+from mobilevit.explaining.explain import Explanation, _strongest_place, explain, subject_of
 from mobilevit.imaging.preprocessing import Preprocessing
 from mobilevit.models.deeplabv3 import SegmentationOutput
 from mobilevit.models.mobilevit import Attention, unfold

@@ -61,7 +61,9 @@ def benchmark(model: str | os.PathLike[str], config: BenchmarkConfig | None = No
     check_settings(config)
     if "int8" in config.precisions and config.calibration is None:
         raise MobileViTError("int8 needs calibration; give `calibration`, a folder of images like those it will see")
-    device = _pick_device(config.device)
+    device = str(pick_device(config.device))
+    if not device.startswith(("cpu", "cuda")):
+        raise MobileViTError(f"`device` is {config.device!r}; only cpu and cuda are measured")
     engines, left_out = pick_engines(config.engines, device)
     named = str(model) in MODELS
     if named and config.data is not None:
@@ -98,13 +100,6 @@ def benchmark(model: str | os.PathLike[str], config: BenchmarkConfig | None = No
         write_json(config.out / "benchmark.json", report.to_dict())
         save_plot(report, config.out / "benchmark.png")
     return report
-
-
-def _pick_device(name: str) -> str:
-    device = pick_device("cpu" if name == "auto" and not torch.cuda.is_available() else name)
-    if device.type not in ("cpu", "cuda"):
-        raise MobileViTError(f"`device` is {name!r}; only cpu and cuda are measured")
-    return str(device)
 
 
 def _networks(model: Model, config: BenchmarkConfig, folder: Path) -> tuple[list[Network], list[str]]:

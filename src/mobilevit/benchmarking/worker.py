@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import timeit
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -171,9 +172,8 @@ class Runner:
     def load(self, contender: Contender) -> Loaded:
         """Load a contender and run it until times have settled."""
         start = time.perf_counter()
-        self._on_gpu = contender.device.startswith("cuda")
         if contender.artifact is None:
-            self._run, weight_bytes = self._in_torch(contender)
+            self._run, weight_bytes = _in_torch(contender)
         else:
             self._run, weight_bytes = _in_engine(contender, Path(contender.artifact))
         outputs = self._run()
@@ -190,43 +190,39 @@ class Runner:
 
         A single run is long, and caches matter little to it.
         """
-        times: list[float] = []
-        for counted in [False] * (runs > 1) + [True] * runs:
-            start = self._now()
-            self._run()
-            if counted:
-                times.append((self._now() - start) * 1e3)
-        gpu_memory = torch.cuda.max_memory_allocated() if self._on_gpu else None
-        return Turn(times_ms=times, memory=peak_memory() or 0, gpu_memory=gpu_memory)
+        untimed = int(runs > 1)
+        times = [timeit.timeit(self._run, number=1) * 1e3 for _ in range(untimed + runs)]
+        gpu_memory = torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else None
+        return Turn(times_ms=times[untimed:], memory=peak_memory() or 0, gpu_memory=gpu_memory)
 
-    def _now(self) -> float:
-        if self._on_gpu:
+
+def _in_torch(contender: Contender) -> tuple[Callable[[], object], int]:
+    torch.set_num_threads(contender.threads)
+    device = torch.device(contender.device)
+    on_gpu = device.type == "cuda"
+    model, preprocessing = peers.build(contender.network)
+    layout = torch.channels_last
+    if contender.network.origin == "mobilevit":
+        model = export_graph(model, image_size=None)  # with the outputs of exported files
+    elif not contender.network.channels_last:
+        layout = torch.contiguous_format
+    model = model.to(device).to(memory_format=layout)
+    weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+    call: Callable[[Tensor], object] = model
+    if contender.engine == "compile":
+        # "max-autotune" captures CUDA graphs; on a CPU it takes minutes and gains little.
+        call = torch.compile(model, mode="max-autotune" if on_gpu else "default")
+    images = _images(contender, preprocessing).to(device).contiguous(memory_format=layout)
+    dtype = AMP_DTYPES.get(contender.precision)
+
+    def run() -> object:
+        with torch.inference_mode(), torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+            outputs = call(images)
+        if on_gpu:
             torch.cuda.synchronize()
-        return time.perf_counter()
+        return outputs
 
-    def _in_torch(self, contender: Contender) -> tuple[Callable[[], object], int]:
-        torch.set_num_threads(contender.threads)
-        device = torch.device(contender.device)
-        model, preprocessing = peers.build(contender.network)
-        layout = torch.channels_last
-        if contender.network.origin == "mobilevit":
-            model = export_graph(model, image_size=None)  # with the outputs of exported files
-        elif not contender.network.channels_last:
-            layout = torch.contiguous_format
-        model = model.to(device).to(memory_format=layout)
-        weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
-        call: Callable[[Tensor], object] = model
-        if contender.engine == "compile":
-            # "max-autotune" captures CUDA graphs; on a CPU it takes minutes and gains little.
-            call = torch.compile(model, mode="max-autotune" if self._on_gpu else "default")
-        images = _images(contender, preprocessing).to(device).contiguous(memory_format=layout)
-        dtype = AMP_DTYPES.get(contender.precision)
-
-        def run() -> object:
-            with torch.inference_mode(), torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
-                return call(images)
-
-        return run, weight_bytes
+    return run, weight_bytes
 
 
 def _in_engine(contender: Contender, path: Path) -> tuple[Callable[[], object], int]:

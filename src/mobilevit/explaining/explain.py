@@ -10,17 +10,22 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 
-from mobilevit.card import card_of
+from mobilevit.card import ModelCard, card_of
 from mobilevit.errors import MobileViTError
 from mobilevit.explaining.attention import BlockAttention, block_attention, class_activation, recording
 from mobilevit.explaining.figures import attention_figure, patches_figure
-from mobilevit.explaining.subject import Place, subject_of
 from mobilevit.imaging.decode import Source, read_image
 from mobilevit.imaging.drawing import save_image
 from mobilevit.imaging.preprocessing import Placement
+from mobilevit.models.deeplabv3 import SegmentationOutput
 from mobilevit.models.mobilevit import MobileViTBackbone
+from mobilevit.models.ssdlite import DetectionOutput, decode_boxes
+from mobilevit.results.detection import DEFAULT_SCORE_THRESHOLD
+
+Place = tuple[float, float]
+"""(x, y) in the model's input, as shares of its width and height."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,3 +205,65 @@ def _view(image: Image.Image, placement: Placement, side: int = 512) -> Image.Im
     shown = (round(view.width * filled_width / width), round(view.height * filled_height / height))
     view.paste(image.resize((max(1, shown[0]), max(1, shown[1])), Image.Resampling.LANCZOS, placement.region))
     return view
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Subject:
+    """The prediction that is explained."""
+
+    label: str
+    score: float
+    """Its probability."""
+    target: Tensor
+    """The scalar whose gradient shows the evidence. Shape: ()."""
+    box_xyxy: Tensor | None = None
+    """Detection: the object, in 0..1 of the input. Shape: (4,)."""
+
+
+def subject_of(output: Tensor | DetectionOutput | SegmentationOutput, card: ModelCard, place: Place | None) -> _Subject:
+    """Choose what to explain of a model's output for one image; `place` is the pixel that the user asks about."""
+    if isinstance(output, DetectionOutput):
+        return _object(output, card, place)
+    if isinstance(output, SegmentationOutput):
+        return _segment(output, card, place)
+    number = int(output[0].argmax())
+    score = float(output[0].softmax(0)[number].detach())
+    return _Subject(label=card.classes[number], score=score, target=output[0, number])
+
+
+def _object(output: DetectionOutput, card: ModelCard, place: Place | None) -> _Subject:
+    """Choose the strongest object; of those around the place, if one there is above the threshold."""
+    scores = output.class_logits[0].detach().softmax(dim=-1)[:, 1:]
+    boxes = decode_boxes(output.box_regression[0].detach(), output.anchors_cxcywh)
+    if place is not None:
+        x, y = place
+        around = (boxes[:, 0] <= x) & (x <= boxes[:, 2]) & (boxes[:, 1] <= y) & (y <= boxes[:, 3])
+        there = scores * around[:, None]
+        threshold = DEFAULT_SCORE_THRESHOLD if card.score_threshold is None else card.score_threshold
+        scores = there if float(there.max()) >= threshold else scores
+    anchor, number = divmod(int(scores.argmax()), scores.shape[1])
+    return _Subject(
+        label=card.classes[number],
+        score=float(scores[anchor, number]),
+        target=output.class_logits[0, anchor, number + 1],
+        box_xyxy=boxes[anchor],
+    )
+
+
+def _segment(output: SegmentationOutput, card: ModelCard, place: Place | None) -> _Subject:
+    """Choose the class at the place, or the class that covers the most, as the mean over its pixels."""
+    logits = output.logits[0]
+    classes, height, width = logits.shape
+    if place is None:
+        label_map = logits.argmax(0)
+        number = int(torch.bincount(label_map.flatten(), minlength=classes).argmax())
+        pixels = label_map == number
+    else:
+        pixels = torch.zeros(height, width, dtype=torch.bool, device=logits.device)
+        pixels[min(int(place[1] * height), height - 1), min(int(place[0] * width), width - 1)] = True
+        number = int(logits[:, pixels].argmax())
+    return _Subject(
+        label=card.classes[number],
+        score=float(logits.softmax(0)[number][pixels].mean().detach()),
+        target=logits[number][pixels].mean(),
+    )

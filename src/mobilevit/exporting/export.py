@@ -10,7 +10,7 @@ import os
 import shutil
 import statistics
 import tempfile
-import time
+import timeit
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -347,13 +347,8 @@ def _verify(
 
 def _latencies_ms(sides: Sequence[Callable[[], object]], rounds: int = 15) -> list[float]:
     """Measure the median time of each, in turns."""
-    times: list[list[float]] = [[] for _ in sides]
-    for _ in range(rounds + 2):
-        for side, kept in zip(sides, times, strict=True):
-            start = time.perf_counter()
-            side()
-            kept.append((time.perf_counter() - start) * 1e3)
-    return [statistics.median(kept[2:]) for kept in times]  # the first two warm up
+    times = [[timeit.timeit(side, number=1) * 1e3 for side in sides] for _ in range(rounds + 2)]
+    return [statistics.median(of_side) for of_side in zip(*times[2:], strict=True)]  # the first two warm up
 
 
 def _add_to(path: Path, report: ExportReport) -> None:

@@ -102,8 +102,9 @@ def _name_nodes(model: ModelProto) -> None:
 def _quantize(model: ModelProto, plan: Plan) -> ModelProto:
     """Quantize convolutions, what activates or joins them, and linear layers.
 
-    Ranges are from the smallest to the largest value, as percentiles cost 0.8 to 1.4 % top-1. The settings were chosen on flowers (864 held out), by the share of images that keep their class, and by
-    milliseconds for one image (XXS, one thread of a Zen 4).
+    Ranges are from the smallest to the largest value, as percentiles cost 0.8 to 1.4 % top-1. The settings were chosen
+    on flowers (864 held out), by the share of images that keep their class, and by milliseconds for one image (XXS, one
+    thread of a Zen 4).
     """
     import onnx
     from onnxruntime.quantization import QuantType, quantize_static
