@@ -150,7 +150,7 @@ def test_loss_is_of_accuracy_if_that_was_measured() -> None:
         ({"threads": 0}, "`threads` is 0"),
         ({"rounds": 0}, "`rounds` is 0"),
         ({"precisions": ("fp8",)}, "unknown precision 'fp8'"),
-        ({"engines": ("compile",)}, "compiles anew"),
+        ({"engines": ("compile",)}, "compiles in every process"),
         ({"engines": ("tvm",)}, "unknown engine 'tvm'"),
         ({"images": Path("nowhere")}, "`images`: nowhere is no folder of images"),
         ({"calibration": Path("nowhere")}, "`calibration`: nowhere is no folder of images"),

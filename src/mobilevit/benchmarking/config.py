@@ -91,6 +91,11 @@ def check_settings(config: BenchmarkConfig | TuneConfig) -> None:
                     raise MobileViTError(f"`{name}` is {count}; give {least} or more")
         if name in ("calibration", "images") and value is not None and not value.is_dir():
             raise MobileViTError(f"`{name}`: {value} is no folder of images")
+    if isinstance(config, TuneConfig):
+        if not 0 <= config.max_loss < 1:
+            raise MobileViTError(f"`max_loss` is {config.max_loss}; give a share from 0 to 1, such as 0.01")
+        if "compile" in config.engines:
+            raise MobileViTError("torch.compile compiles in every process, so it is not tuned; choose it by `engine`")
     for precision in config.precisions:
         if precision not in PRECISIONS:
             raise MobileViTError(f"unknown precision {precision!r}; choose from {', '.join(PRECISIONS)}")
