@@ -192,7 +192,7 @@ class Runner:
         """
         untimed = int(runs > 1)
         times = [timeit.timeit(self._run, number=1) * 1e3 for _ in range(untimed + runs)]
-        gpu_memory = torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else None
+        gpu_memory = torch.cuda.max_memory_allocated() or None  # 0 without a GPU
         return Turn(times_ms=times[untimed:], memory=peak_memory() or 0, gpu_memory=gpu_memory)
 
 
