@@ -48,7 +48,7 @@ _TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 
 
 def is_elsewhere_or_pattern(path: str | os.PathLike[str]) -> bool:
-    """Whether this is no local path but the URL of shards, or a pattern of their names."""
+    """Whether a path at which nothing lies is the URL of shards, or a pattern of their names."""
     return is_url(path) or (is_pattern(path) and ".t" in name_of(os.fspath(path)))
 
 
