@@ -208,7 +208,7 @@ class TaskContract:
         told = [{k: v for k, v in result.to_dict().items() if k != "source"} for result in results]
         assert all(one == told[0] for one in told)
         assert all(type(result) is type(results[0]) for result in results)
-        assert predictor(path).to_dict() == results[0].to_dict()
+        assert predictor(path).to_dict() == predictor([path])[0].to_dict()
 
     def test_a_result_keeps_the_images_size(self, run: Path) -> None:
         result: Result = Predictor(run / "best.safetensors")(Image.new("RGB", (150, 70), "gray"))
