@@ -11,11 +11,11 @@ from mobilevit.data.loaders import (
     SHARDS_AT_ONCE,
     EpochSampler,
     Key,
-    OrderedSampler,
     Segment,
     SizedBatch,
     level_batches,
     multi_scale_sizes,
+    ordered_batches,
 )
 
 PAPER = multi_scale_sizes((256, 256))
@@ -137,6 +137,6 @@ def test_too_few_images_for_the_processes() -> None:
 
 
 def test_in_order() -> None:
-    assert [[key[0] for key in step] for step in OrderedSampler(7, 2, rank=1, world_size=3)] == [[1, 4]]
-    assert list(OrderedSampler(0, 4)) == []
-    assert torch.tensor([key for step in OrderedSampler(5, 2) for key, _, _ in step]).tolist() == [0, 1, 2, 3, 4]
+    assert [[key[0] for key in step] for step in ordered_batches(7, 2, rank=1, world_size=3)] == [[1, 4]]
+    assert ordered_batches(0, 4) == []
+    assert torch.tensor([key for step in ordered_batches(5, 2) for key, _, _ in step]).tolist() == [0, 1, 2, 3, 4]

@@ -8,8 +8,8 @@ own part from front to back. Steps may differ in image size and so in how many i
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from mobilevit.data.imageset import AnyImages
 from mobilevit.errors import ImageError, MobileViTError
@@ -115,10 +115,8 @@ def _part_of(sequence: Tensor, rank: int, world_size: int, start: int, stop: int
     count = len(sequence)
     first = rank * (count // world_size) + min(rank, count % world_size)
 
-    def place(done: int) -> int:
-        return first + (done + world_size - 1 - rank) // world_size
-
-    return sequence[place(start) : place(stop)]
+    begin, end = (first + (done + world_size - 1 - rank) // world_size for done in (start, stop))
+    return sequence[begin:end]
 
 
 class EpochSampler(Sampler[list[Key]]):
@@ -166,20 +164,10 @@ class EpochSampler(Sampler[list[Key]]):
         return max(0, len(self._steps) - self._first_step)
 
 
-class OrderedSampler(Sampler[list[Key]]):
-    """Every `world_size`th image, beginning with the `rank`th, in their order."""
-
-    def __init__(self, count: int, batch_size: int, *, rank: int = 0, world_size: int = 1) -> None:
-        self.numbers = range(rank, count, world_size)
-        self.count = len(self.numbers)
-        self.batch_size = max(1, min(batch_size, self.count))
-
-    def __iter__(self) -> Iterator[list[Key]]:
-        for start in range(0, self.count, self.batch_size):
-            yield [(number, 0, None) for number in self.numbers[start : start + self.batch_size]]
-
-    def __len__(self) -> int:
-        return -(-self.count // self.batch_size)
+def ordered_batches(count: int, batch_size: int, *, rank: int = 0, world_size: int = 1) -> list[list[Key]]:
+    """List the batches of every `world_size`th image, beginning with the `rank`th, in their order."""
+    keys: list[Key] = [(number, 0, None) for number in range(rank, count, world_size)]
+    return [keys[start : start + batch_size] for start in range(0, len(keys), batch_size)]
 
 
 # -- batches ----------------------------------------------------------------------------------------------------------
@@ -207,8 +195,8 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """Copy to a device; the copy from pinned memory is not waited for."""
-        # Elsewhere than on CUDA, the memory copied from may be gone before it is read.
-        return self.map(lambda tensor: tensor.to(device, non_blocking=device.type == "cuda"))
+        is_cuda = device.type == "cuda"  # elsewhere, the memory copied from may be gone before it is read
+        return self.map(lambda tensor: tensor.to(device, non_blocking=is_cuda))
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
         """Return the batch with every tensor changed."""
@@ -227,15 +215,14 @@ def ahead_on(device: torch.device, batches: Iterable[Batch]) -> Iterator[Batch]:
             yield batch.to(device)
         return
     stream: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-    ahead: tuple[Batch, torch.cuda.Event] | None = None
+    copied: deque[tuple[Batch, torch.cuda.Event]] = deque()
     for batch in batches:
         with torch.cuda.stream(stream):
-            copied = (batch.to(device), stream.record_event())
-        if ahead is not None:
-            yield _arrived(*ahead, device)
-        ahead = copied
-    if ahead is not None:
-        yield _arrived(*ahead, device)
+            copied.append((batch.to(device), stream.record_event()))
+        if len(copied) > 1:
+            yield _arrived(*copied.popleft(), device)
+    for last in copied:
+        yield _arrived(*last, device)
 
 
 def _arrived(batch: Batch, copied: torch.cuda.Event, device: torch.device) -> Batch:
@@ -305,9 +292,9 @@ class BatchLoader:
     ) -> None:
         self.data = data
         rank, world_size = shard
-        self._sampler: EpochSampler | OrderedSampler
+        self._sampler: EpochSampler | list[list[Key]]
         if shuffle_seed is None:
-            self._sampler = OrderedSampler(len(data), batch_size, rank=rank, world_size=world_size)
+            self._sampler = ordered_batches(len(data), batch_size, rank=rank, world_size=world_size)
         else:
             self._sampler = EpochSampler(
                 len(data),
@@ -336,13 +323,11 @@ class BatchLoader:
     @property
     def num_images(self) -> int:
         """Number of images in an epoch: of all processes if the order is shuffled, else of this one."""
-        return self._sampler.count
+        return self._sampler.count if isinstance(self._sampler, EpochSampler) else sum(map(len, self._sampler))
 
     def epoch(self) -> Iterator[Batch]:
         """Yield all images in their order, or, shuffled, those of the epoch that was started last."""
-        # PyTorch's loader draws a base seed for its workers from the global generator; ours do not use it, and the
-        # caller's random numbers must not depend on how often loaders were started.
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]):  # PyTorch's loader draws a seed, which ours do not use
             iterator = iter(self._loader)
         yield from iterator
 
@@ -363,25 +348,15 @@ def default_num_workers(device: torch.device, *, sharing: int = 1) -> int:
 
 def _collate(collate: _Collate, items: Sequence[_Item]) -> Batch:
     good = [(index, image, target) for index, image, target in items if not isinstance(image, str)]
-    images = _stacked([image for _, image, _ in good]) if good else torch.empty(0, 1, 1, 3, dtype=torch.uint8)
+    images = torch.empty(0, 1, 1, 3, dtype=torch.uint8)
+    if good:  # as rows of pixels, so that a worker copies them once, into memory that is shared
+        images = default_collate([image.permute(1, 2, 0) for _, image, _ in good])
     return Batch(
         images=images.permute(0, 3, 1, 2),
         targets=collate([target for _, _, target in good]) if good else None,
         indices=[index for index, _, _ in good],
         errors=[image for _, image, _ in items if isinstance(image, str)],
     )
-
-
-def _stacked(tensors: Sequence[Tensor]) -> Tensor:
-    """Stack images, uint8 (3, H, W) -> (B, H, W, 3), copying pixels once: in a worker, into memory that is shared."""
-    _, height, width = tensors[0].shape
-    shape = (len(tensors), height, width, 3)
-    if get_worker_info() is None:
-        images = torch.empty(shape, dtype=torch.uint8)
-    else:
-        storage = torch.UntypedStorage._new_shared(math.prod(shape))  # type: ignore[no-untyped-call]
-        images = torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)
-    return torch.stack([pixels.permute(1, 2, 0) for pixels in tensors], out=images)
 
 
 def _start_worker(_: int) -> None:
