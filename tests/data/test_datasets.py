@@ -106,7 +106,7 @@ def test_the_task_is_recognized_by_the_layout(tmp_path: Path, write: Callable[[P
 
 def test_boxes_and_masks_alike_need_a_choice(tmp_path: Path) -> None:
     write_pairs(write_yolo(tmp_path / "x", {"a": "0 1", "b": "0"}))
-    with pytest.raises(ValueError, match="x: has both boxes and masks; choose with `task` detection or `task` seg"):
+    with pytest.raises(ValueError, match="x: has both boxes and masks; choose `task` detection or segmentation"):
         find_splits(tmp_path / "x")
     for task in ("detection", "segmentation"):
         (data,) = find_splits(tmp_path / "x", task).values()
@@ -141,7 +141,7 @@ def test_missing_path_and_other_files(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="nothing: no such file or folder; `data` takes a folder"):
         find_splits(tmp_path / "nothing")
     (tmp_path / "data.zip").touch()
-    with pytest.raises(ValueError, match=r"data\.zip: not a kind of data; give a folder, a \.csv"):
+    with pytest.raises(ValueError, match=r"data\.zip: no kind of data; give a folder, a \.csv"):
         find_splits(tmp_path / "data.zip")
 
 

@@ -484,7 +484,7 @@ def test_mistakes(
 @pytest.mark.parametrize(
     ("package", "place", "remedy"),
     [
-        ("pyarrow", "{}", r"pyarrow; pip install 'mobilevit\[train\]'"),
+        ("pyarrow", "{}", r"pyarrow is not installed; pip install 'mobilevit\[train\]'"),
         ("fsspec", "memory://{}/0.tar", r"fsspec; pip install 'mobilevit\[bulk\]'"),
         ("aiohttp", "http://{}/0.tar", r"needs another package; pip install aiohttp"),
         ("s3fs", "s3://b/0.tar", r"pip install s3fs"),

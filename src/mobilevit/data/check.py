@@ -155,8 +155,7 @@ def check(path: str | os.PathLike[str], task: TaskName | None = None) -> CheckRe
                 looks[part].append(look)
                 problems += look.problems
                 progress.advance(1)
-    count = _COUNTS[first.task.name]
-    statistics = {part: count(data, looks[part], _of_images(looks[part])) for part, data in splits.items()}
+    statistics = {part: _statistics(data, looks[part]) for part, data in splits.items()}
     problems += _duplicates(splits, looks)
     # Reading the layout looks into some of the masks only.
     values = {value for found in looks.values() for look in found for value in look.nameless}
@@ -261,21 +260,20 @@ def _duplicates(splits: Mapping[str, AnyImages], looks: Mapping[str, Sequence[_L
 
 def _odd_files(path: Path) -> list[Problem]:
     """Find files in the folders of the classes whose names are not those of images."""
-    inside = sorted(path.glob("*/**/*"))
-    odd = [file for file in inside if file.suffix.lower() not in IMAGE_SUFFIXES and file.is_file()]
+    odd = (file for file in sorted(path.glob("*/**/*")) if file.suffix.lower() not in IMAGE_SUFFIXES and file.is_file())
     visible = [file for file in odd if not any(name.startswith(".") for name in file.relative_to(path).parts)]
     return [Problem(str(file), "file of no known kind of image", remedy="passed over") for file in visible]
 
 
-def _of_images(looks: Sequence[_Look]) -> SplitStatistics:
-    """Compute what does not depend on the task."""
+def _statistics(data: AnyImages, looks: Sequence[_Look]) -> SplitStatistics:
     sizes = sorted((look.size for look in looks if look.size), key=lambda size: size[0] * size[1])
     smallest, largest = (sizes[0], sizes[-1]) if sizes else ((0, 0), (0, 0))
-    return SplitStatistics(images=len(looks), readable=len(sizes), smallest=smallest, largest=largest)
-
-
-def _count_classes(data: ImageSet[int], _: Sequence[_Look], so_far: SplitStatistics) -> SplitStatistics:
-    return replace(so_far, images_of=dict(zip(data.classes, data.class_counts(), strict=True)))
+    images_of = dict(zip(data.classes, data.class_counts(), strict=True))
+    statistics = SplitStatistics(
+        images=len(looks), readable=len(sizes), smallest=smallest, largest=largest, images_of=images_of
+    )
+    count = _COUNTS.get(data.task.name)
+    return count(data, looks, statistics) if count else statistics
 
 
 def _count_boxes(data: ImageSet[Boxes], _: Sequence[_Look], so_far: SplitStatistics) -> SplitStatistics:
@@ -307,8 +305,8 @@ def _count_pixels(data: ImageSet[Mask], looks: Sequence[_Look], so_far: SplitSta
     )
 
 
+# Where an image has more than its class.
 _COUNTS: dict[TaskName, Callable[[AnyImages, Sequence[_Look], SplitStatistics], SplitStatistics]] = {
-    "classification": _count_classes,
     "detection": _count_boxes,
     "segmentation": _count_pixels,
 }

@@ -10,10 +10,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mobilevit.data.folders import PART_NAMES, as_splits, import_parquet, part_named, sub_folders
+from mobilevit.data.folders import PART_NAMES, as_splits, part_named, sub_folders
 from mobilevit.data.imageset import ImageSet, Problem
 from mobilevit.errors import MobileViTError, some
 from mobilevit.imaging.decode import IMAGE_SUFFIXES, Source, find_images
+from mobilevit.runtime.engine import import_runtime
 from mobilevit.tasks.classification import CLASSIFICATION
 
 if TYPE_CHECKING:
@@ -40,8 +41,8 @@ def classification_splits(path: Path) -> dict[str, ImageSet[int]]:
         remedy = "left out; put the images into one sub-folder per class"
         problems = (Problem(str(parts.pop("test")[0]), "test part without classes", remedy=remedy),)
     sets = {part: _read_part(part, places) for part, places in parts.items()}
-    classes = _sorted_classes({name for data in sets.values() for name in data.classes})
-    classes = sets["train"].classes if "train" in sets else classes
+    all_classes = {name for data in sets.values() for name in data.classes}
+    classes = sets["train"].classes if "train" in sets else _sorted_classes(all_classes)
     sets = {part: data.relabel(classes) for part, data in sets.items()}
     first = next(iter(sets))
     sets[first] = replace(sets[first], problems=sets[first].problems + problems)
@@ -160,9 +161,7 @@ def _read_rows(files: Sequence[Path]) -> _Rows:
     if kinds == {".parquet"}:
         return _from_parquet(files)
     if kinds != {".csv"}:
-        raise MobileViTError(
-            f"{files[0]}: not a kind of data; give a folder, a .csv file (path, label) or a .parquet file"
-        )
+        raise MobileViTError(f"{files[0]}: no kind of data; give a folder, a .csv (path, label) or a .parquet file")
     if len(files) > 1:
         raise MobileViTError(f"{files[0]}: beside {files[1].name}, which is of the same part; keep one of them")
     return _from_csv(files[0])
@@ -196,9 +195,8 @@ def _from_parquet(files: Sequence[Path]) -> _Rows:
     table = _read_parquet(files)
     path = files[0]
     if missing := {"image", "label"} - set(table.column_names):
-        raise MobileViTError(
-            f"{path}: no column {' and '.join(sorted(missing))}; it needs image (encoded bytes) and label"
-        )
+        named = " and ".join(sorted(missing))
+        raise MobileViTError(f"{path}: no column {named}; it needs image (encoded bytes) and label")
     if not table.num_rows:
         raise MobileViTError(f"{path}: no rows")
     values = table["label"].to_pylist()
@@ -207,14 +205,13 @@ def _from_parquet(files: Sequence[Path]) -> _Rows:
     classes = _class_names(table.schema.metadata or {})
     if classes is not None:
         if not all(isinstance(value, int) and 0 <= value < len(classes) for value in values):
-            named = f"0..{len(classes) - 1}, for which the file's metadata has names"
-            raise MobileViTError(f"{path}: labels outside {named}")
+            raise MobileViTError(f"{path}: labels outside 0..{len(classes) - 1}, which its metadata has names for")
         values = [classes[value] for value in values]
     data = _image_set(
         str(path if len(files) == 1 else path.parent),
         [f"row {row}" for row in range(len(values))],
         [str(value) for value in values],
-        _ParquetImages(files, _image_column(table, path)),
+        _ParquetImages(files, table),
         classes,
     )
     words = [str(word or "") for word in table["split"].to_pylist()] if "split" in table.column_names else None
@@ -223,7 +220,7 @@ def _from_parquet(files: Sequence[Path]) -> _Rows:
 
 def _read_parquet(files: Sequence[Path]) -> pa.Table:
     """Read several files as one table."""
-    pq = import_parquet(files[0])
+    pq = import_runtime("pyarrow.parquet", "train")
     import pyarrow as pa
 
     try:
@@ -233,34 +230,27 @@ def _read_parquet(files: Sequence[Path]) -> pa.Table:
         raise MobileViTError(f"{named}: damaged or not a parquet file ({str(error).splitlines()[0]})") from None
 
 
-def _image_column(table: pa.Table, path: Path) -> pa.ChunkedArray:
-    import pyarrow as pa
-
-    images = table["image"]
-    if pa.types.is_struct(images.type) and images.type.get_field_index("bytes") >= 0:
-        # The layout of Hugging Face datasets: {bytes, path}.
-        images = pa.chunked_array([chunk.field("bytes") for chunk in images.chunks])
-    if not any(is_kind(images.type) for is_kind in (pa.types.is_binary, pa.types.is_large_binary)):
-        raise MobileViTError(f"{path}: column image holds {images.type}; it needs encoded images (bytes)")
-    return images
-
-
 class _ParquetImages:
     """Encoded images by row; a process it is sent to reads the files itself."""
 
-    def __init__(self, files: Sequence[Path], column: pa.ChunkedArray) -> None:
-        self.files, self.column = files, column
+    def __init__(self, files: Sequence[Path], table: pa.Table | None = None) -> None:
+        import pyarrow as pa
+
+        self.files = files
+        self.column = (_read_parquet(files) if table is None else table)["image"]
+        kind = self.column.type
+        if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
+            # The layout of Hugging Face datasets: {bytes, path}.
+            self.column = pa.chunked_array([chunk.field("bytes") for chunk in self.column.chunks])
+        if not (pa.types.is_binary(self.column.type) or pa.types.is_large_binary(self.column.type)):
+            raise MobileViTError(f"{files[0]}: column image holds {kind}; it needs encoded images (bytes)")
 
     def __call__(self, row: int) -> bytes:
         image: bytes = self.column[row].as_py()
         return image
 
-    def __reduce__(self) -> tuple[Callable[[Sequence[Path]], Callable[[int], Source]], tuple[Sequence[Path]]]:
-        return _open_parquet, (self.files,)
-
-
-def _open_parquet(files: Sequence[Path]) -> Callable[[int], Source]:
-    return _ParquetImages(files, _image_column(_read_parquet(files), files[0]))
+    def __reduce__(self) -> tuple[type[_ParquetImages], tuple[Sequence[Path]]]:
+        return _ParquetImages, (self.files,)
 
 
 def _class_names(metadata: dict[bytes, bytes]) -> list[str] | None:

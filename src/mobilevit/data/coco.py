@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Hashable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 
 from mobilevit.data.boxes import Box, BoxTable, box_splits
-from mobilevit.data.folders import PART_NAMES, Listing, find_parts, part_in, relative, sub_folder
+from mobilevit.data.folders import PART_NAMES, NamesIn, find_parts, list_folder, part_in, relative, sub_folder
 from mobilevit.data.imageset import ImageSet
 from mobilevit.errors import MobileViTError, some
 from mobilevit.files import Json
@@ -128,16 +129,16 @@ def _add_images(
     if not named:
         raise MobileViTError(f"{file}: lists no images")
     names = [entry["file_name"].replace("\\", "/") for entry in named]
-    listing = Listing()
+    names_in = cache(list_folder)
     numbers: dict[Hashable, int] = {}
     known: dict[Path, int] = {}
     with Progress("read annotations", len(named)) as progress:
-        for entry, image in zip(named, _paths(names, file, root, part, listing), strict=True):
+        for entry, image in zip(named, _paths(names, file, root, part, names_in), strict=True):
             progress.advance(1)
             where = f"{file}, image {entry['id']}"
             if image in known:
                 table.report(where, "image listed twice", entry["file_name"], "its boxes are put together")
-            elif image not in listing:
+            elif image.name not in names_in(image.parent):
                 table.report(where, "annotation for a missing image", entry["file_name"], "left out")
             elif size := _stated_size(entry) or table.open_image(image):
                 known[image] = table.add_image(image, file, size)
@@ -151,7 +152,7 @@ def _stated_size(entry: Json) -> tuple[int, int] | None:
     return (width, height) if isinstance(width, int) and isinstance(height, int) and min(width, height) > 0 else None
 
 
-def _paths(names: Sequence[str], file: Path, root: Path, part: str | None, listing: Listing) -> list[Path]:
+def _paths(names: Sequence[str], file: Path, root: Path, part: str | None, names_in: NamesIn) -> list[Path]:
     """Find the images of these names: in the folder that has most of a sample."""
     year = re.search(r"(?:train|val|test)\d+$", file.stem)
     folders = [*([year.group()] if year else []), *PART_NAMES.get(part or "", ()), ""]
@@ -162,7 +163,7 @@ def _paths(names: Sequence[str], file: Path, root: Path, part: str | None, listi
     last_names = [name.rpartition("/")[2] for name in names]
     ways = [(base, way) for base in dict.fromkeys(bases) for way in (names, last_names)]
     step = max(1, len(names) // 100)
-    found = [sum(base / name in listing for name in way[::step]) for base, way in ways]
+    found = [sum(p.name in names_in(p.parent) for p in (base / name for name in way[::step])) for base, way in ways]
     if not any(found):
         raise MobileViTError(f"{file}: none of its images found, such as {names[0]}; put them into {root / 'images'}")
     base, way = ways[found.index(max(found))]

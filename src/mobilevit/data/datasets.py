@@ -59,9 +59,7 @@ def _recognize(path: Path, task: TaskName | None) -> Callable[[Path], dict[str, 
     if task is None:
         boxes, masks = has_boxes(path), has_masks(path)
         if boxes and masks:
-            raise MobileViTError(
-                f"{path}: has both boxes and masks; choose with `task` detection or `task` segmentation"
-            )
+            raise MobileViTError(f"{path}: has both boxes and masks; choose `task` detection or segmentation")
         task = "detection" if boxes else "segmentation" if masks else None
     return _READERS[task or "classification"]
 

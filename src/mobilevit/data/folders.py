@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import TypeVar
 
-from mobilevit.errors import MissingPackageError, MobileViTError
+from mobilevit.errors import MobileViTError
 from mobilevit.imaging.decode import IMAGE_SUFFIXES
 
 Value = TypeVar("Value")
+NamesIn = Callable[[Path], frozenset[str]]
+"""`list_folder` with a cache."""
 
 PART_NAMES: dict[str, tuple[str, ...]] = {
     "train": ("train", "training"),
@@ -97,23 +98,12 @@ def has_file(folder: Path | None, suffixes: str | tuple[str, ...], but: Sequence
     return any(n.lower().endswith(suffixes) and n not in but for _, _, names in os.walk(folder) for n in names)
 
 
-class Listing:
-    """The files that exist; each folder is listed once, which is much faster than asking for every file."""
-
-    def __init__(self) -> None:
-        self._folders: dict[Path, frozenset[str]] = {}
-
-    def __contains__(self, path: Path) -> bool:
-        return path.name in self.names(path.parent)
-
-    def names(self, folder: Path) -> frozenset[str]:
-        """List a folder; one that does not exist is empty."""
-        if folder not in self._folders:
-            try:
-                self._folders[folder] = frozenset(os.listdir(folder))  # noqa: PTH208, twice as fast
-            except OSError:
-                self._folders[folder] = frozenset()
-        return self._folders[folder]
+def list_folder(folder: Path) -> frozenset[str]:
+    """List a folder, which is much faster than asking for every file; one that does not exist is empty."""
+    try:
+        return frozenset(os.listdir(folder))  # noqa: PTH208, twice as fast
+    except OSError:
+        return frozenset()
 
 
 def stem(name: str) -> str:
@@ -137,13 +127,3 @@ def read_class_names(file: Path) -> list[str]:
         where = f", line {lines.index('') + 1}" if lines else ""
         raise MobileViTError(f"{file}{where}: class names are missing; write one a line")
     return lines
-
-
-def import_parquet(place: str | Path) -> ModuleType:
-    """Import `pyarrow.parquet`, to read or write what is at `place`."""
-    try:
-        import pyarrow.parquet as pq
-    except ImportError:
-        raise MissingPackageError(f"{place}: parquet files need pyarrow; pip install 'mobilevit[train]'") from None
-    module: ModuleType = pq
-    return module

@@ -98,9 +98,8 @@ class ImageSet(Generic[Target]):
         """Return the same images, labeled in the order of a model's `classes`, which it must know."""
         if self.classes == classes:
             return self
-        counts = self.task.count(self.targets, len(self.classes))
-        used = [counts is None or counts[index] > 0 for index in range(len(self.classes))]
-        unknown = [name for name, is_used in zip(self.classes, used, strict=True) if is_used and name not in classes]
+        counts = self.task.count(self.targets, len(self.classes)) or [1] * len(self.classes)
+        unknown = [name for name, count in zip(self.classes, counts, strict=True) if count and name not in classes]
         if unknown:
             raise MobileViTError(
                 f"{self.origin}: the checkpoint does not know {some(unknown)}; its classes are {some(classes)}. "
@@ -119,7 +118,13 @@ def split(data: ImageSet[Target], *, val_fraction: float, seed: int) -> tuple[Im
     """
     train: list[int] = []
     val: list[int] = []
-    for name, numbers in _strata(data):
+    counts = data.class_counts()
+    strata: dict[int, list[int]] = {}
+    for number in sorted(range(len(data)), key=lambda i: data.names[i]):
+        label = data.task.stratum(data.targets[number], counts)
+        strata.setdefault(-1 if label is None else label, []).append(number)
+    for label, numbers in sorted(strata.items()):
+        name = "" if label < 0 else data.classes[label]
         if len(numbers) < 2 and (data.task.needs_all_classes or len(data) < 2):
             whose = f"class {name} has" if data.task.needs_all_classes else "there is"
             raise MobileViTError(
@@ -132,16 +137,6 @@ def split(data: ImageSet[Target], *, val_fraction: float, seed: int) -> tuple[Im
         val += numbers[:count]
         train += numbers[count:]
     return data.subset(sorted(train)), replace(data.subset(sorted(val)), problems=())  # reported once
-
-
-def _strata(data: ImageSet[Target]) -> list[tuple[str, list[int]]]:
-    """Group the numbers of the images, in order of their names, by class or rarest class."""
-    counts = data.class_counts()
-    groups: dict[int, list[int]] = {}
-    for number in sorted(range(len(data)), key=lambda i: data.names[i]):
-        label = data.task.stratum(data.targets[number], counts)
-        groups.setdefault(-1 if label is None else label, []).append(number)
-    return [("" if label < 0 else data.classes[label], numbers) for label, numbers in sorted(groups.items())]
 
 
 def in_threads(work: Callable[[int], Value], numbers: Sequence[int]) -> Iterator[Value]:

@@ -207,9 +207,7 @@ def _name_values(
     if file is None and not layout.is_voc:
         used, problems = _values(masks, 200)
         if max(used) == IGNORE and len(used) <= 2:
-            raise MobileViTError(
-                f"{layout.root}: its masks have only the values {some([*map(str, used)])}; {_NAME_255}"
-            )
+            raise MobileViTError(f"{layout.root}: masks of only the values {some([*map(str, used)])}; {_NAME_255}")
         names = {value: f"class_{value}" for value in used if value != IGNORE}
         detail = f"values {some([*map(str, names)], 20)}"
         remedy = "classes are numbered; add a classes.txt with a name a line"
@@ -233,9 +231,7 @@ def _read_names(file: Path) -> dict[int, str]:
     if file.suffix == ".txt":
         lines = read_class_names(file)
         if len(lines) > IGNORE:
-            raise MobileViTError(
-                f"{file}: {len(lines)} classes; a mask can have 255, as the value 255 is the ignore label"
-            )
+            raise MobileViTError(f"{file}: {len(lines)} classes; a mask can have 255, as 255 is the ignore label")
         return dict(enumerate(lines))
     try:
         content = json.loads(file.read_text(encoding="utf-8-sig"))
@@ -244,9 +240,7 @@ def _read_names(file: Path) -> dict[int, str]:
     except (ValueError, AttributeError, RecursionError):
         raise MobileViTError(f'{file}: cannot be read; it needs a list of names, or {{"0": "name"}}') from None
     if not names or not all(names.values()) or not all(0 <= value <= IGNORE for value in names):
-        raise MobileViTError(
-            f"{file}: names are missing, or values outside 0..255; each class needs a name and a value"
-        )
+        raise MobileViTError(f"{file}: names missing, or values outside 0..255; each class needs a name and a value")
     return dict(sorted(names.items()))
 
 

@@ -225,10 +225,8 @@ def _make_room(kept: Path) -> None:
 _ONE_AT_A_TIME = threading.Lock()
 
 
-@lru_cache(maxsize=_MAX_OPEN)
-def opened(shard: ShardFile) -> FileIO:
-    """Return an open shard, perhaps one that was opened before; it closes when nobody uses it any more."""
-    return open_shard(shard)
+opened = lru_cache(maxsize=_MAX_OPEN)(open_shard)
+"""Return an open shard, perhaps one that was opened before; it closes when nobody uses it any more."""
 
 
 def read_range(file: FileIO, offset: int, size: int) -> bytes:

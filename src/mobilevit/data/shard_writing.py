@@ -21,13 +21,14 @@ from PIL import Image
 
 from mobilevit.card import TaskName
 from mobilevit.data.datasets import find_splits
-from mobilevit.data.folders import PART_NAMES, import_parquet
+from mobilevit.data.folders import PART_NAMES
 from mobilevit.data.imageset import ImageSet, in_threads, split
 from mobilevit.data.shards import FORMAT, INDEX, TABLE, VERSION
 from mobilevit.errors import ImageError, MobileViTError
 from mobilevit.files import write_atomically, write_json, writing_to
 from mobilevit.imaging.decode import read_image
 from mobilevit.progress import Progress
+from mobilevit.runtime.engine import import_runtime
 from mobilevit.tasks.classification import CLASSIFICATION
 
 _EXTENSIONS = {
@@ -91,7 +92,7 @@ def write_shards(
         raise MobileViTError(f"`shorter_side` is {shorter_side}; it must be 32 or more")
     if val_fraction is not None and not 0 < val_fraction < 1:
         raise MobileViTError(f"`val_fraction` is {val_fraction}; it must be between 0 and 1")
-    import_parquet(out)
+    import_runtime("pyarrow", "train")  # fails before the work if it is missing
     former = _former(out)
     if former and not overwrite:
         raise MobileViTError(f"{out}: already holds shards; choose another `out`, or replace them with `overwrite`")

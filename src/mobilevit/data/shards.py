@@ -12,11 +12,10 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
-from mobilevit.data.folders import PART_NAMES, as_splits, find_parts, import_parquet, part_in
+from mobilevit.data.folders import PART_NAMES, as_splits, find_parts, part_in
 from mobilevit.data.imageset import ImageSet, Problem
 from mobilevit.data.shard_files import (
     ShardFile,
@@ -33,6 +32,7 @@ from mobilevit.data.tar_scan import CUT_SHORT, Contents, Record, cut_short, read
 from mobilevit.errors import MobileViTError, one_line
 from mobilevit.progress import Progress
 from mobilevit.remote import is_url
+from mobilevit.runtime.engine import import_runtime
 from mobilevit.tasks.classification import CLASSIFICATION
 
 FORMAT = "mobilevit shards"
@@ -109,7 +109,7 @@ def _find(place: str) -> dict[str, list[str]]:
 def _in_folder(folder: str) -> list[str]:
     index = _read_index(folder)
     if index is not None:
-        return [shard.place for shard in index.shards]
+        return [shard.place for shard in index[1]]
     if is_url(folder):
         return list_matches(join(folder, "*.tar"))
     return [str(entry) for entry in sorted(Path(folder).iterdir()) if _is_tar(entry)]
@@ -138,8 +138,8 @@ def _read(origin: str, places: Sequence[str]) -> ImageSet[int]:
     for folder in dict.fromkeys(map(folder_of, places)):
         index = _read_index(folder)
         if index is not None:
-            classes = classes or index.classes
-            indexed |= _read_table(folder, index, {*places})
+            classes = classes or index[0]
+            indexed |= _read_table(folder, *index, {*places})
         else:
             classes = classes or _read_classes(folder) or _read_classes(folder_of(folder))
     scanned: dict[str, Contents] = {}
@@ -148,11 +148,8 @@ def _read(origin: str, places: Sequence[str]) -> ImageSet[int]:
         for place in foreign:
             scanned[place] = read_contents(place)
             progress.advance(1)
-    numbers: dict[str, str] = {}
-    if classes is None:
-        classes = _classes_of([*indexed.values(), *scanned.values()])
-    else:
-        numbers = {str(number): name for number, name in enumerate(classes)}
+    numbers = {str(number): name for number, name in enumerate(classes or [])}
+    classes = classes or _classes_of([*indexed.values(), *scanned.values()])
     by_name = {name: name for name in classes}
     # An index has the names of the classes; in a tar file, "3" is class number 3, even where a class is called so.
     found = {place: _with_known_labels(contents, by_name) for place, contents in indexed.items()}
@@ -223,9 +220,8 @@ def _read_classes(folder: str) -> list[str] | None:
 # -- the index of `write_shards` ---------------------------------------------------------------------------------------
 
 
-class _Index(NamedTuple):
-    classes: list[str]
-    shards: list[ShardFile]
+_Index = tuple[list[str], list[ShardFile]]
+"""Classes and shards."""
 
 
 def _read_index(folder: str) -> _Index | None:
@@ -242,16 +238,16 @@ def _read_index(folder: str) -> _Index | None:
                 ShardFile(place=join(folder, shard["name"]), num_bytes=shard["bytes"], version=shard["sha256"])
                 for shard in index["shards"]
             ]
-            return _Index([str(name) for name in index["classes"]], shards)
+            return [str(name) for name in index["classes"]], shards
     except (ValueError, KeyError, TypeError) as error:
         raise MobileViTError(f"{place}: damaged ({type(error).__name__}: {error}); copy it again") from None
     raise MobileViTError(f"{place}: version {version} is of a newer mobilevit, this one reads {VERSION}; update it")
 
 
-def _read_table(folder: str, index: _Index, wanted: set[str]) -> dict[str, Contents]:
+def _read_table(folder: str, classes: list[str], shards: list[ShardFile], wanted: set[str]) -> dict[str, Contents]:
     """Read what `index.parquet` says of the wanted shards."""
     place = join(folder, TABLE)
-    pq = import_parquet(place)
+    pq = import_runtime("pyarrow.parquet", "train")
     import pyarrow as pa
 
     data = read_small(place)
@@ -264,12 +260,12 @@ def _read_table(folder: str, index: _Index, wanted: set[str]) -> dict[str, Conte
     except (pa.ArrowException, OSError, KeyError) as error:
         raise MobileViTError(f"{place}: damaged ({one_line(error)}); copy it again") from None
     result = {}
-    for number, shard in enumerate(index.shards):
+    for number, shard in enumerate(shards):
         if shard.place in wanted:
             first, stop = np.searchsorted(number_of, [number, number + 1]).tolist()
             rows = zip(*(column[first:stop].to_pylist() for column in columns), strict=True)
             records = [
-                Record(f"{key}.{extension}", index.classes[label], offset, size)
+                Record(f"{key}.{extension}", classes[label], offset, size)
                 for key, extension, label, offset, size in rows
             ]
             result[shard.place] = _without_missing_end(shard, records)

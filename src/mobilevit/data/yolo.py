@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Hashable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 
 import yaml  # type: ignore[import-untyped]
@@ -13,9 +14,10 @@ from mobilevit.data.boxes import Box, BoxTable, box_splits
 from mobilevit.data.folders import (
     IMAGE_FOLDERS,
     PART_NAMES,
-    Listing,
+    NamesIn,
     find_parts,
     has_file,
+    list_folder,
     read_class_names,
     stem,
     sub_folder,
@@ -100,7 +102,7 @@ def _yaml_images(file: Path, base: str, value: str) -> list[Path]:
     if not any(found):
         return []
     chosen = bases[found.index(max(found))]
-    # Without "a/.." in them, paths are found in a `Listing`; `Path.resolve` would follow links as well.
+    # Without "a/.." in them, paths are found in a listing; `Path.resolve` would follow links as well.
     return [Path(os.path.normpath(chosen / line)) for line in lines]
 
 
@@ -138,10 +140,10 @@ def _class_file(folder: Path) -> Path | None:
 
 
 def _read(parts: Mapping[str, list[Path]], names: Mapping[Hashable, str], root: Path) -> dict[str, ImageSet[Boxes]]:
-    listing = Listing()
-    tables = {part: _table(root, part, images, listing) for part, images in parts.items()}
+    names_in = cache(list_folder)
+    tables = {part: _table(root, part, images, names_in) for part, images in parts.items()}
     first = next(iter(tables.values()))
-    _report_unused_labels(first, [p for images in parts.values() for p in images], listing)
+    _report_unused_labels(first, [p for images in parts.values() for p in images], names_in)
     if not names:
         labels = (box.label for table in tables.values() for box in table.boxes)
         used = sorted({label for label in labels if isinstance(label, int)})
@@ -152,7 +154,7 @@ def _read(parts: Mapping[str, list[Path]], names: Mapping[Hashable, str], root: 
     return box_splits(tables, tuple(classes), {number: index_of[name] for number, name in names.items()})
 
 
-def _table(root: Path, part: str, images: Sequence[Path], listing: Listing) -> BoxTable:
+def _table(root: Path, part: str, images: Sequence[Path], names_in: NamesIn) -> BoxTable:
     origin = str(root) if part == "all" else f"{root} ({part})"
     table = BoxTable(root=root, origin=origin, word="line", known="the class names")
     if not images:
@@ -162,7 +164,7 @@ def _table(root: Path, part: str, images: Sequence[Path], listing: Listing) -> B
             progress.advance(1)
             if size := table.open_image(image):
                 places = (_label_file(image), image.with_suffix(".txt"))
-                labels = next((file for file in places if file in listing), None)
+                labels = next((file for file in places if file.name in names_in(file.parent)), None)
                 owner = table.add_image(image, labels or image, size)
                 if labels is None:
                     table.report(image, "image without an annotation file", remedy="taken as one without objects")
@@ -209,13 +211,13 @@ def _add_lines(table: BoxTable, owner: int, labels: Path) -> None:
         table.boxes.append(Box(owner, line, int(label), (left * width, top * height, right * width, bottom * height)))
 
 
-def _report_unused_labels(table: BoxTable, images: Sequence[Path], listing: Listing) -> None:
+def _report_unused_labels(table: BoxTable, images: Sequence[Path], names_in: NamesIn) -> None:
     """Report label files beside those that were read whose images do not exist."""
     for folder in dict.fromkeys(image.parent for image in images):
         labels = _label_file(folder / "any").parent
         if labels == folder:
             continue  # text files beside images can be anything
-        stems = {stem(name) for name in listing.names(folder)}
-        for name in sorted(listing.names(labels)):
+        stems = {stem(name) for name in names_in(folder)}
+        for name in sorted(names_in(labels)):
             if name.endswith(".txt") and name not in _CLASS_FILES and name[:-4] not in stems:
                 table.report(labels / name, "annotation for a missing image", remedy="left out")
