@@ -279,7 +279,9 @@ def test_names_as_labels(tmp_path: Path) -> None:
 def test_the_index_of_foreign_shards_is_kept_until_they_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scanned = []
     real = tar_scan._scan
-    monkeypatch.setattr(tar_scan, "_scan", lambda file, shard: scanned.append(shard.name) or real(file, shard))
+    monkeypatch.setattr(
+        tar_scan, "_scan", lambda file, shard: scanned.append(shard_files.name_of(shard.place)) or real(file, shard)
+    )
     write_tar(tmp_path / "s/0.tar", {**records(0, 1), "no.png": b""})
     write_tar(tmp_path / "s/1.tar", records(1, 0, first=5))
     first = find_splits(tmp_path / "s")["all"]

@@ -20,6 +20,7 @@ from mobilevit.tasks.classification import CLASSIFICATION
 if TYPE_CHECKING:
     import pyarrow as pa
 
+_Open = Callable[[int], Source]
 _Rows = tuple[ImageSet[int], list[str] | None]
 """Images, and the word that each has in the column `split`, if there is one."""
 
@@ -128,23 +129,13 @@ def _from_folder(folder: Path) -> ImageSet[int]:
 
 
 def _image_set(
-    origin: str,
-    names: Sequence[str],
-    labels: Sequence[str],
-    open_number: Callable[[int], Source],
-    classes: Sequence[str] | None = None,
+    origin: str, names: Sequence[str], labels: Sequence[str], open_number: _Open, classes: Sequence[str] | None = None
 ) -> ImageSet[int]:
     """Number the labels: in the order of `classes`, else sorted."""
     classes = tuple(_sorted_classes(set(labels)) if classes is None else classes)
     index_of = {name: index for index, name in enumerate(classes)}
-    return ImageSet(
-        task=CLASSIFICATION,
-        origin=origin,
-        names=names,
-        targets=[index_of[label] for label in labels],
-        classes=classes,
-        open=open_number,
-    )
+    targets = [index_of[label] for label in labels]
+    return ImageSet(task=CLASSIFICATION, origin=origin, names=names, targets=targets, classes=classes, open=open_number)
 
 
 def _sorted_classes(names: set[str]) -> tuple[str, ...]:

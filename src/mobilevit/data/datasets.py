@@ -13,10 +13,12 @@ from mobilevit.data.class_layouts import classification_splits
 from mobilevit.data.coco import find_coco, looks_like_coco, read_coco, read_coco_file
 from mobilevit.data.imageset import AnyImages, ImageSet, split
 from mobilevit.data.mask_layouts import has_masks, segmentation_splits
-from mobilevit.data.shards import holds_shards, is_elsewhere_or_pattern, shard_splits
+from mobilevit.data.shard_files import is_pattern, name_of
+from mobilevit.data.shards import holds_shards, shard_splits
 from mobilevit.data.voc import find_voc, read_voc
 from mobilevit.data.yolo import find_yolo, find_yolo_yaml, looks_like_yolo_yaml, read_yolo, read_yolo_yaml
 from mobilevit.errors import MobileViTError, some
+from mobilevit.remote import is_url
 from mobilevit.tasks.targets import Boxes
 
 log = logging.getLogger("mobilevit")
@@ -45,7 +47,8 @@ def find_splits(path: str | os.PathLike[str], task: TaskName | None = None) -> d
     """
     if os.path.exists(path):  # noqa: PTH110, Path.exists fails on a long URL
         return _recognize(Path(path), task)(Path(path))
-    if not is_elsewhere_or_pattern(path):
+    place = os.fspath(path)
+    if not is_url(place) and not (is_pattern(place) and ".t" in name_of(place)):  # shards elsewhere, or several
         raise MobileViTError(f"{path}: no such file or folder; `data` takes a folder per class, or boxes or masks")
     if task not in (None, "classification"):
         raise MobileViTError(f"{path}: shards are for classification; `task` {task} takes local folders")

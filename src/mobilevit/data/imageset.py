@@ -161,10 +161,8 @@ AnyImages = ImageSet[Any]
 
 def report_problems(data: AnyImages) -> None:
     """Log how many problems the annotations have, and the first five."""
-    if not data.problems:
-        return
-    log.warning(
-        "%s: %d problems in the annotations (all of them: mobilevit data check):", data.origin, len(data.problems)
-    )
+    if data.problems:
+        count = len(data.problems)
+        log.warning("%s: %d problems in the annotations (all of them: mobilevit data check):", data.origin, count)
     for problem in data.problems[:5]:
         log.warning("  %s", problem)

@@ -265,15 +265,12 @@ class BatchLoader:
     """The batches of an `ImageSet`, epoch by epoch.
 
     Args:
-        data: the images.
         transform: of each image and its target.
         collate: of the targets of a batch.
-        batch_size: images in a batch.
         num_workers: processes that read and transform; 0 does it in this one.
         shuffle_seed: None keeps the order; a number shuffles, differently each epoch.
         sizes: for a shuffled order whose steps differ in image size, instead of `batch_size`; `transform` then takes
             the size as a third argument.
-        pin_memory: for a GPU.
         shard: (i, n): the share of the ith of n processes.
     """
 

@@ -28,7 +28,7 @@ from mobilevit.tasks.segmentation import SEGMENTATION
 from mobilevit.tasks.targets import Mask, read_label_map
 
 VALUE_WITHOUT_CLASS = "value without a class"
-
+_UNUSED = "mask without an image"
 _MASK_FOLDERS = ("masks", "mask", "annotations", "labels")
 _MASK_SUFFIXES = (".gif", ".tiff", ".tif", ".bmp", ".png")  # the last one that a name has is taken
 _LAYOUTS = "images/ and masks/ (PNG, named as the images), or Pascal VOC (JPEGImages/, SegmentationClass/)"
@@ -153,14 +153,14 @@ def _pairs(layout: _Layout) -> dict[str, _Pairs]:
         images, masks = _images_and_masks(*layout.folders["all"])
         return {part: _pair(str(file), names, images, masks) for part, (file, names) in lists.items()}
     pairs = {}
-    unused: dict[Path, None] = {}
+    every: dict[Path, None] = {}
     for part, (image_folder, mask_folder) in layout.folders.items():
         images, masks = _images_and_masks(image_folder, mask_folder)
         pairs[part] = _pair(str(image_folder), images, images, masks)
-        unused |= dict.fromkeys(masks.values())
-    for mask in (mask for found in pairs.values() for mask in found.masks):  # parts may share a folder of masks
-        unused.pop(mask, None)
-    next(iter(pairs.values())).problems.extend(map(_without_image, unused))
+        every |= dict.fromkeys(masks.values())
+    used = {mask for found in pairs.values() for mask in found.masks}  # parts may share a folder of masks
+    unused = [Problem(str(mask), _UNUSED, remedy="left out") for mask in every if mask not in used]
+    next(iter(pairs.values())).problems.extend(unused)
     return pairs
 
 
@@ -174,25 +174,21 @@ def _pair(origin: str, names: Iterable[str], images: Mapping[str, Path], masks: 
         elif image:
             pairs.problems.append(Problem(str(image), "image without a mask", remedy="left out"))
         elif mask:
-            pairs.problems.append(_without_image(mask))
+            pairs.problems.append(Problem(str(mask), _UNUSED, remedy="left out"))
         else:
             pairs.problems.append(Problem(origin, "listed image that is missing", name, "left out"))
     return pairs
 
 
-def _without_image(mask: Path) -> Problem:
-    return Problem(str(mask), "mask without an image", remedy="left out")
-
-
 def _images_and_masks(images: Path, masks: Path) -> tuple[dict[str, Path], dict[str, Path]]:
     """List both by their path in the folder without suffix, such as "city/0001"."""
+
+    def by_stem(files: Iterable[Path], folder: Path) -> dict[str, Path]:
+        return {file.relative_to(folder).with_suffix("").as_posix(): file for file in files}
+
     files = [p for p in (find_images(masks) if masks.is_dir() else []) if p.suffix.lower() in _MASK_SUFFIXES]
     files.sort(key=lambda p: _MASK_SUFFIXES.index(p.suffix.lower()))  # the last one of a name counts
-    return _by_stem(find_images(images), images), _by_stem(files, masks)
-
-
-def _by_stem(files: Iterable[Path], folder: Path) -> dict[str, Path]:
-    return {file.relative_to(folder).with_suffix("").as_posix(): file for file in files}
+    return by_stem(find_images(images), images), by_stem(files, masks)
 
 
 # -- classes ----------------------------------------------------------------------------------------------------------

@@ -43,11 +43,6 @@ class ShardFile:
     version: str
     """Tells it from another file that lay at the same place before."""
 
-    @property
-    def name(self) -> str:
-        """File name."""
-        return name_of(self.place)
-
 
 # -- places -----------------------------------------------------------------------------------------------------------
 
@@ -165,7 +160,8 @@ def open_shard(shard: ShardFile) -> FileIO:
     """Open a shard; a remote one is fetched first, by one process of this machine while others wait."""
     if not is_url(shard.place):
         return FileIO(shard.place)
-    path = _shard_cache() / f"{digest(f'{shard.place} {shard.version}')}-{shard.name}"
+    name = name_of(shard.place)
+    path = _shard_cache() / f"{digest(f'{shard.place} {shard.version}')}-{name}"
     with _locked(path.name):
         for _ in range(3):  # another process may make room between fetching and opening
             try:
@@ -176,7 +172,7 @@ def open_shard(shard: ShardFile) -> FileIO:
             with suppress(OSError):
                 os.utime(path)  # its time says when it was last used
             return file
-    raise MobileViTError(f"{_shard_cache()}: has no room for {shard.name}; raise MOBILEVIT_SHARD_CACHE_GB")
+    raise MobileViTError(f"{_shard_cache()}: has no room for {name}; raise MOBILEVIT_SHARD_CACHE_GB")
 
 
 def _fetch(shard: ShardFile, path: Path) -> None:

@@ -47,11 +47,6 @@ _TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 # -- finding ----------------------------------------------------------------------------------------------------------
 
 
-def is_elsewhere_or_pattern(path: str | os.PathLike[str]) -> bool:
-    """Whether a path at which nothing lies is the URL of shards, or a pattern of their names."""
-    return is_url(path) or (is_pattern(path) and ".t" in name_of(os.fspath(path)))
-
-
 def holds_shards(path: Path) -> bool:
     """Whether this is a shard or a folder of shards, perhaps one of parts; only names are looked at."""
     return _is_tar(path) or (path.is_dir() and any(map(_has_shards, (path, *find_parts(path).values()))))
@@ -169,7 +164,7 @@ def _image_set(origin: str, found: Sequence[Contents], classes: tuple[str, ...])
     return ImageSet(
         task=CLASSIFICATION,
         origin=origin,
-        names=[f"{contents.shard.name}/{record.name}" for contents in found for record in contents.records],
+        names=[f"{name_of(contents.shard.place)}/{record.name}" for contents in found for record in contents.records],
         targets=[index_of[record.label] for record in records],
         classes=classes,
         open=ShardImages(

@@ -40,9 +40,7 @@ def looks_like_yolo_yaml(file: Path) -> bool:
     if file.suffix.lower() not in (".yaml", ".yml") or not file.is_file() or file.stat().st_size > 1 << 20:
         return False
     text = file.read_text(encoding="utf-8-sig", errors="replace")
-    return bool(
-        re.search(r"^names\s*:", text, re.MULTILINE) and re.search(r"^(train|val|test)\s*:", text, re.MULTILINE)
-    )
+    return all(re.search(key, text, re.MULTILINE) for key in (r"^names\s*:", r"^(train|val|test)\s*:"))
 
 
 def find_yolo_yaml(folder: Path) -> list[Path]:
