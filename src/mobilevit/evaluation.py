@@ -178,17 +178,14 @@ def write_evaluation(evaluation: Evaluation, data: AnyImages, folder: Path) -> N
     unreadable = {"unreadable": evaluation.errors} if evaluation.errors else {}
     write_json(folder / "evaluation.json", evaluation.report.to_dict() | unreadable)
     evaluation.report.save_plots(folder)
-    _draw(evaluation.meter, data, _evenly_spaced(evaluation.meter.indices), folder / "samples.png")
+    indices = list(evaluation.meter.indices)
+    evenly_spaced = indices[:: max(1, len(indices) // NUM_SAMPLES)][:NUM_SAMPLES]
+    _draw(evaluation.meter, data, evenly_spaced, folder / "samples.png")
     mistakes = evaluation.meter.worst(NUM_SAMPLES)
     if mistakes:
         _draw(evaluation.meter, data, mistakes, folder / "worst_mistakes.png")
     else:
         (folder / "worst_mistakes.png").unlink(missing_ok=True)
-
-
-def _evenly_spaced(indices: Sequence[int]) -> list[int]:
-    step = max(1, len(indices) // NUM_SAMPLES)
-    return list(indices[::step])[:NUM_SAMPLES]
 
 
 def report_unreadable(errors: Collection[str], kind: str, total: int) -> None:

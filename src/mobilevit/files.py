@@ -6,8 +6,7 @@ import errno
 import json
 import os
 import sys
-import tempfile
-import threading
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +17,6 @@ from mobilevit.errors import MobileViTError, one_line
 Json = dict[str, Any]
 """A JSON object, with values as `json.dumps` takes them."""
 
-_ONE_AT_A_TIME = threading.Lock()
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -28,10 +26,6 @@ class ReadError(MobileViTError):
 
 class WriteError(MobileViTError):
     """A file that cannot be written; the file that was there before is unchanged."""
-
-
-class DiskFullError(WriteError):
-    """No room to write a file."""
 
 
 @contextmanager
@@ -68,9 +62,8 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], objec
     with writing_to(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         # File systems limit the length of names, so a long one is cut.
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem[:40]}.", suffix=path.suffix)
-        os.close(handle)
-    aside = Path(name)
+        aside = path.with_name(f".{path.stem[:40]}.{uuid.uuid4().hex}{path.suffix}")
+        aside.touch(exist_ok=False)
     try:
         try:
             write(aside)
@@ -81,7 +74,6 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], objec
         with writing_to(path):
             with aside.open("rb+") as file:
                 os.fsync(file.fileno())
-            aside.chmod(0o666 & ~_umask())
             aside.replace(path)
     except BaseException:
         aside.unlink(missing_ok=True)
@@ -90,12 +82,12 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], objec
 
 
 def disk_is_full(error: Exception) -> bool:
-    """Return whether an error means that the disk, or this user's share of it, is full."""
+    """Say whether an error means that the disk, or this user's share of it, is full."""
     return isinstance(error, OSError) and error.errno in _DISK_FULL
 
 
-def _no_room(path: str | os.PathLike[str]) -> DiskFullError:
-    return DiskFullError(f"no room to write {path}; free some space (or choose another folder) and start again")
+def _no_room(path: str | os.PathLike[str]) -> WriteError:
+    return WriteError(f"no room to write {path}; free some space (or choose another folder) and start again")
 
 
 def write_bytes(path: str | os.PathLike[str], data: bytes | memoryview) -> Path:
@@ -145,11 +137,3 @@ def file_lock(path: str | os.PathLike[str], *, wait: bool = True) -> Iterator[No
     with Path(path).open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
-
-
-def _umask() -> int:
-    # The only portable way to read the umask is to set it, and it belongs to the whole process.
-    with _ONE_AT_A_TIME:
-        mask = os.umask(0)
-        os.umask(mask)
-    return mask

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,23 +47,19 @@ class Train:
                 print(as_json(plan.to_dict(), indent=2) if self.json else "\n".join(plan.lines()))
             return 0
         result = train(self.settings, resume=self.resume, overwrite=self.overwrite)
-        if not speaks():
-            return 0
-        if self.json:
+        if speaks() and self.json:
             print_json({"best": str(result.best), "epochs": result.epochs, **result.report.to_dict()})
-            return 0
-        print_report(result.report)
-        print(f"\n{result.best}  (images of the run beside it, in {result.best.parent})")
+        elif speaks():
+            print_report(result.report)
+            print(f"\n{result.best}  (images of the run beside it, in {result.best.parent})")
         return 0
 
 
 def train_defaults(arguments: list[str]) -> Train:
     """Defaults of `train`: those of the file behind --config, or of the run to resume, if there is one."""
-    file = value_of("--config", arguments)
-    out = value_of("--out", arguments)
+    file, out, recipe = (value_of(flag, arguments) for flag in ("--config", "--out", "--recipe"))
     if file is None and out is not None and "--resume" in arguments and (Path(out) / "config.json").exists():
         file = str(Path(out) / "config.json")
-    recipe = value_of("--recipe", arguments)
     if file is None:
         settings = TrainConfig(data="")
         if recipe is not None:
@@ -77,9 +74,7 @@ def train_defaults(arguments: list[str]) -> Train:
 
 def value_of(flag: str, arguments: list[str]) -> str | None:
     """Return the value after a flag, before the command line as a whole is parsed."""
-    for place, argument in enumerate(arguments):
-        if argument == flag and place + 1 < len(arguments):
-            return arguments[place + 1]
-        if argument.startswith(flag + "="):
-            return argument.partition("=")[2]
-    return None
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument(flag, nargs="?", dest="value")
+    value: str | None = parser.parse_known_args(arguments)[0].value
+    return value

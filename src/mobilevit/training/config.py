@@ -350,30 +350,29 @@ def _from_values(group: type[_Group], values: dict[str, Any]) -> _Group:
             beside = {one.name: rest.pop(one.name) for one in dataclasses.fields(hint) if one.name in rest}
             arguments[name] = _from_values(hint, inner | beside)
         elif name in rest:
-            arguments[name] = _as_type(name, rest.pop(name), hint)
+            arguments[name] = _with_tuples(rest.pop(name))
+            if not _fits(arguments[name], hint):
+                raise MobileViTError(f"{name} is {values[name]!r}")
     if rest:
         raise MobileViTError(f"unknown setting {', '.join(sorted(rest))}")
     return group(**arguments)
 
 
-def _as_type(name: str, value: Any, hint: Any) -> Any:
-    """A JSON value as the field's type: lists stand for tuples, strings for paths, and nothing else is bent."""
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    for kind in options:
-        if kind is type(None) and value is None:
-            return None
-        if kind is Path and isinstance(value, str):
-            return Path(value)
-        if kind is float and isinstance(value, int) and not isinstance(value, bool):
-            return float(value)
-        if typing.get_origin(kind) is tuple and isinstance(value, list):
-            inner = typing.get_args(kind)
-            if inner[-1] is Ellipsis:
-                return tuple(_as_type(name, item, inner[0]) for item in value)
-            if len(value) == len(inner):
-                return tuple(_as_type(name, item, one) for item, one in zip(value, inner, strict=True))
-        if typing.get_origin(kind) is Literal and value in typing.get_args(kind):
-            return value
-        if isinstance(kind, type) and type(value) is kind:
-            return value
-    raise MobileViTError(f"{name} is {value!r}")
+def _with_tuples(value: object) -> object:
+    """A value from JSON, where lists stand for tuples."""
+    return tuple(_with_tuples(item) for item in value) if isinstance(value, list) else value
+
+
+def _fits(value: object, hint: object) -> bool:
+    """Whether a value is of a field's type; true and 1 are not the same."""
+    inner = typing.get_args(hint)
+    if isinstance(hint, types.UnionType):
+        return any(_fits(value, kind) for kind in inner)
+    if typing.get_origin(hint) is Literal:
+        return value in inner
+    if typing.get_origin(hint) is not tuple:
+        return type(value) is hint or (hint is float and type(value) is int)
+    if not isinstance(value, tuple):
+        return False
+    kinds = inner[:1] * len(value) if inner[-1] is Ellipsis else inner
+    return len(value) == len(kinds) and all(map(_fits, value, kinds))

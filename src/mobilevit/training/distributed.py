@@ -165,14 +165,13 @@ def on_first(world: World, function: Callable[[], T]) -> T:
     """
     if world.size == 1:
         return function()
-    outcome: list[T] = []
+    message: list[list[T]] = [[]]
     error: MobileViTError | None = None
     if world.is_first:
         try:
-            outcome = [function()]
+            message = [[function()]]
         except MobileViTError as raised:
             error = raised
-    message = [outcome]
     distributed.broadcast_object_list(message)
     if error is not None:
         raise error

@@ -31,10 +31,9 @@ STEPS_TO_MEASURE = 5
 
 @dataclass(frozen=True, kw_only=True)
 class SizePlan:
-    """Steps of one image size."""
+    """Steps of one image size, (height, width) in pixels."""
 
     size: Size
-    """(height, width) in pixels."""
     batch_size: int
     """Images of one process."""
     steps_per_epoch: int
@@ -46,10 +45,9 @@ class SizePlan:
 
 @dataclass(frozen=True, kw_only=True)
 class DryRun:
-    """A run as it would be."""
+    """A run as it would be; nothing in `config` is left open."""
 
     config: TrainConfig
-    """With nothing left open."""
     device: str
     num_processes: int
     num_train: int
@@ -59,7 +57,7 @@ class DryRun:
     trainable_parameters: int
     sizes: tuple[SizePlan, ...]
     updates: int
-    """Updates of the weights in the whole run."""
+    """In the whole run."""
     weights_mb: float
     """Weights, gradients, optimizer and average, on each process's device."""
     activations_mb: float
@@ -67,16 +65,16 @@ class DryRun:
     peak_memory_mb: float | None
     """Taken while measuring: GPU memory, or on a CPU all memory of a process."""
     validation_seconds: float
-    """Time of the evaluation after each epoch."""
+    """After each epoch."""
 
     @property
     def seconds_per_epoch(self) -> float:
-        """Time of an epoch: steps and validation."""
+        """Steps and validation."""
         return sum(plan.steps_per_epoch * plan.seconds_per_step for plan in self.sizes) + self.validation_seconds
 
     @property
     def hours(self) -> float:
-        """Time of the whole run."""
+        """The whole run."""
         return self.config.epochs * self.seconds_per_epoch / 3600
 
     def to_dict(self) -> Json:
@@ -88,24 +86,20 @@ class DryRun:
     def lines(self) -> list[str]:
         """Describe the run in lines of text."""
         changed = self.config.changes()
-        settings = [
-            f"{'*' if name in changed else ' '} {name:<24} {value}" for name, value in self.config.flat().items()
-        ]
-        steps = [
-            f"  {plan.size[0]} x {plan.size[1]}, {plan.batch_size} images: {plan.steps_per_epoch:,} steps an epoch, "
-            f"{plan.seconds_per_step * 1e3:,.0f} ms each{'' if plan.measured else ' (by pixels)'}"
-            for plan in self.sizes
-        ]
         processes = "" if self.num_processes == 1 else f" in each of {self.num_processes} processes"
         peak = "" if self.peak_memory_mb is None else f"; {self.peak_memory_mb:,.0f} MB were taken while measuring"
         return [
             "settings (* not the default)",
-            *settings,
+            *(f"{'*' if name in changed else ' '} {name:<24} {value}" for name, value in self.config.flat().items()),
             "",
             f"{self.num_train:,} images of {self.num_classes} classes to train on, {self.num_val:,} to validate on",
             f"{self.parameters:,} parameters, {self.trainable_parameters:,} of them trained; on {self.device}",
             f"steps{processes}",
-            *steps,
+            *(
+                f"  {plan.size[0]} x {plan.size[1]}, {plan.batch_size} images: {plan.steps_per_epoch:,} steps an "
+                f"epoch, {plan.seconds_per_step * 1e3:,.0f} ms each{'' if plan.measured else ' (by pixels)'}"
+                for plan in self.sizes
+            ),
             f"updates: {self.updates:,} in {self.config.epochs} epochs",
             f"memory: {self.weights_mb:,.0f} MB for weights, gradients, optimizer and average, "
             f"{self.activations_mb:,.0f} MB for the largest step{peak}",
@@ -123,16 +117,15 @@ def dry_run(config: TrainConfig) -> DryRun:
     config.validate()
     with distributed.joined(config.device) as (world, device):
         run = Run(config, world, device)
-        config, learner, steps = run.config, run.learner, run.loader.start(0)
+        learner, steps = run.learner, run.loader.start(0)
         seconds, largest = _measure(run, steps)
         images = normalize(largest.images, learner.preprocessing)
         everything = list(learner.model.parameters())
         trained = [p for p in everything if p.requires_grad]
         bytes_of_state = sum(t.nbytes for t in (*everything, *learner.model.buffers()))
         copies = 1 + (learner.average is not None)
-        updates_per_epoch = -(-len(steps) // config.optimizer.grad_accum_steps)
         return DryRun(
-            config=config,
+            config=run.config,
             device=str(device),
             num_processes=world.size,
             num_train=len(run.train_set),
@@ -141,7 +134,7 @@ def dry_run(config: TrainConfig) -> DryRun:
             parameters=sum(p.numel() for p in everything),
             trainable_parameters=sum(p.numel() for p in trained),
             sizes=_plans(run, steps, seconds),
-            updates=updates_per_epoch * config.epochs,
+            updates=math.ceil(len(steps) / run.config.optimizer.grad_accum_steps) * run.config.epochs,
             weights_mb=round((copies * bytes_of_state + 3 * sum(p.nbytes for p in trained)) / 1e6, 1),
             activations_mb=round(saved_bytes(learner.model, images, amp_dtype=learner.amp_dtype) / 1e6, 1),
             peak_memory_mb=peak_memory_mb(device),
@@ -151,32 +144,29 @@ def dry_run(config: TrainConfig) -> DryRun:
 
 def _measure(run: Run, steps: list[Step]) -> tuple[dict[Size | None, list[float]], Batch]:
     """Time steps of each size, from when the step before was done; also return the batch with most pixels."""
-    learner = run.learner
-    seconds: dict[Size | None, list[float]] = {step.size: [] for step in steps}
-    first: dict[Size | None, list[float]] = {}  # while things warm up, or are compiled, perhaps for minutes
+    times: dict[Size | None, list[float]] = {step.size: [] for step in steps}
     largest: Batch | None = None
-    learner.train_mode()
-    with Progress("measuring", STEPS_TO_MEASURE * len(seconds), "steps", silent=not run.world.is_first) as progress:
+    run.learner.train_mode()
+    with Progress("measuring", STEPS_TO_MEASURE * len(times), "steps", silent=not run.world.is_first) as progress:
         spent, before = 0.0, time.monotonic()
         for batch, step in zip(ahead_on(run.device, run.loader.epoch()), steps, strict=False):
-            learner.step(batch, share=1.0, learning_rate=1e-12)
+            run.learner.step(batch, share=1.0, learning_rate=1e-12)
             if run.device.type == "cuda":
                 torch.cuda.synchronize(run.device)
             now = time.monotonic()
-            if step.size not in first:
-                first[step.size] = [now - before]
-            else:
-                seconds[step.size].append(now - before)
+            if times[step.size]:  # in the first, things warm up, or are compiled, perhaps for minutes
                 spent += now - before
                 progress.advance(1)
+            times[step.size].append(now - before)
             before = now
             if largest is None or batch.images.numel() > largest.images.numel():
                 largest = batch
-            done = all(len(found) >= STEPS_TO_MEASURE for found in seconds.values())
+            done = all(len(found) > STEPS_TO_MEASURE for found in times.values())
             if distributed.any_of(run.world, done or spent > SECONDS_TO_MEASURE)[0]:
                 break
     assert largest is not None
-    return seconds if any(seconds.values()) else first, largest
+    warm = {size: found[1:] for size, found in times.items()}
+    return warm if any(warm.values()) else times, largest
 
 
 def _plans(run: Run, steps: list[Step], seconds: dict[Size | None, list[float]]) -> tuple[SizePlan, ...]:

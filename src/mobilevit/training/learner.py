@@ -18,7 +18,6 @@ from mobilevit.data.loaders import Batch
 from mobilevit.devices import normalize
 from mobilevit.errors import MobileViTError
 from mobilevit.factory import create_model
-from mobilevit.imaging.preprocessing import Preprocessing
 from mobilevit.models import Model
 from mobilevit.training import distributed
 from mobilevit.training.config import OptimizerSettings, TrainConfig
@@ -49,6 +48,7 @@ class Learner:
         self.config, self.world, self.device = config, world, device
         self.amp_dtype = _amp_dtype(config.hardware.amp, device)
         model, self.card = _build_model(config, data, network)
+        self.preprocessing = self.card.preprocessing
         model = model.to(device)
         if config.freeze_backbone:
             for name, parameter in model.named_parameters():
@@ -77,11 +77,6 @@ class Learner:
             accumulates=config.optimizer.grad_accum_steps > 1,
         )
         self._last_batch: Batch | None = None
-
-    @property
-    def preprocessing(self) -> Preprocessing:
-        """How images become input."""
-        return self.card.preprocessing
 
     @property
     def evaluated(self) -> nn.Module:

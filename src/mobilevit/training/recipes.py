@@ -20,13 +20,11 @@ class Recipe:
     """Name of the folders of data and run in the command to type."""
     num_processes: int = 1
     hardware: str = "a laptop, or 1 GPU"
-    """Hardware that it was made for."""
     time: str = "not measured; see --dry-run"
-    """How long it takes there, if that was measured."""
     result: str = "depends on the images; not measured"
     """Expected accuracy, and who measured it."""
     settings: TrainConfig
-    """All settings but `data`, which the user names."""
+    """All but `data`, which the user names."""
 
 
 def _for_all_models(recipe: Recipe, results: Mapping[str, float]) -> dict[str, Recipe]:
@@ -161,11 +159,7 @@ RECIPES: dict[str, Recipe] = {
 
 
 def find_recipe(name: str) -> Recipe:
-    """Find a recipe by its name.
-
-    Raises:
-        MobileViTError: no such recipe; the nearest name is suggested.
-    """
+    """Find a recipe by its name; raise a `MobileViTError` that suggests the nearest if there is none."""
     if name not in RECIPES:
         raise unknown("recipe", name, RECIPES)
     return RECIPES[name]
@@ -173,16 +167,17 @@ def find_recipe(name: str) -> Recipe:
 
 def describe_recipes() -> str:
     """List all recipes as text."""
-    parts = []
+    lines = []
     for name, recipe in RECIPES.items():
         launcher = "mobilevit"
         if recipe.num_processes > 1:
             launcher = f"torchrun --standalone --nproc-per-node {recipe.num_processes} -m mobilevit"
-        parts.append(
-            f"{name}: {recipe.about}\n"
-            f"    command   {launcher} train --data {recipe.folder}/ --recipe {name} --out runs/{recipe.folder}\n"
-            f"    hardware  {recipe.hardware}\n"
-            f"    time      {recipe.time}\n"
-            f"    result    {recipe.result}"
-        )
-    return "\n\n".join(parts)
+        lines += [
+            f"{name}: {recipe.about}",
+            f"    command   {launcher} train --data {recipe.folder}/ --recipe {name} --out runs/{recipe.folder}",
+            f"    hardware  {recipe.hardware}",
+            f"    time      {recipe.time}",
+            f"    result    {recipe.result}",
+            "",
+        ]
+    return "\n".join(lines[:-1])

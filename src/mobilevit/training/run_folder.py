@@ -52,7 +52,7 @@ class RunFolder:
         self.metrics = self.path / "metrics.jsonl"
         self.last = self.path / "last.pt"
         self.best = self.path / "best.safetensors"
-        self._tensorboard: SummaryWriter | None = None
+        self._tensorboard: SummaryWriter
 
     def create(self, config: TrainConfig, *, overwrite: bool) -> None:
         """Start a new record.
@@ -102,7 +102,7 @@ class RunFolder:
         return state
 
     def open_tensorboard(self, first_epoch: int) -> None:
-        """Let `append` write TensorBoard's events, too; drop those of epochs from `first_epoch` on.
+        """Begin TensorBoard's events anew, without those of epochs from `first_epoch` on.
 
         Raises:
             MissingPackageError: TensorBoard is not installed.
@@ -114,18 +114,16 @@ class RunFolder:
         self._tensorboard = SummaryWriter(str(self.path), purge_step=first_epoch or None)
 
     def append(self, row: dict[str, float | None]) -> None:
-        """Add an epoch to `metrics.jsonl` and TensorBoard's events."""
+        """Add an epoch to `metrics.jsonl` and TensorBoard's events; `open_tensorboard` comes first."""
         write_text(self.metrics, "".join(json.dumps(r) + "\n" for r in [*self.rows(), row]))
-        if self._tensorboard is not None:
-            for name, value in row.items():
-                if value is not None:  # as memory is where the system does not tell
-                    self._tensorboard.add_scalar(name, value, row["epoch"])
-            self._tensorboard.flush()
+        for name, value in row.items():
+            if value is not None:  # as memory is where the system does not tell
+                self._tensorboard.add_scalar(name, value, row["epoch"])
+        self._tensorboard.flush()
 
     def close(self) -> None:
         """Close TensorBoard's events."""
-        if self._tensorboard is not None:
-            self._tensorboard.close()
+        self._tensorboard.close()
 
     def rows(self) -> list[Json]:
         """The lines of `metrics.jsonl`: one an epoch."""
@@ -146,15 +144,10 @@ class RunFolder:
     def save_best(self, model: nn.Module, report: Report, provenance: dict[str, str]) -> None:
         """Write the best weights so far: self-describing for this package's models, plain for a stranger's."""
         if isinstance(model, Model):
-            checkpoint.save(
-                model,
-                self.best,
-                metrics=report.summary,
-                provenance=provenance,
-                score_threshold=report.min_score,
-            )
-            return
-        checkpoint.save_tensors(model.state_dict(), self.best)
+            metrics, min_score = report.summary, report.min_score
+            checkpoint.save(model, self.best, metrics=metrics, provenance=provenance, score_threshold=min_score)
+        else:
+            checkpoint.save_tensors(model.state_dict(), self.best)
 
     def load_best(self, model: nn.Module) -> nn.Module:
         """Read the best weights, for evaluation: into `model`, unless the file says which model they are of."""
