@@ -114,11 +114,7 @@ def evaluate_session(
 def evaluation_loader(
     data: ImageSet[Target], card: ModelCard, *, batch_size: int, num_workers: int, device: torch.device
 ) -> BatchLoader:
-    """Load every image once, in order, preprocessed as for predictions; of several processes, each loads a share.
-
-    Raises:
-        MobileViTError: the preprocessing crops, where every pixel has to be classified.
-    """
+    """Load every image once, in order, preprocessed as for predictions; of several processes, each loads a share."""
     result_type = data.task.result_type
     result_type.check(card.preprocessing)
     return BatchLoader(

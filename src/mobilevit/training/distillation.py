@@ -106,11 +106,7 @@ def open_teacher(settings: DistillationSettings, classes: Sequence[str], given: 
 def _open(
     library: str, name: str, num_classes: int, weights: str | Path | None
 ) -> tuple[nn.Module, Sequence[float], Sequence[float], tuple[int, int] | None]:
-    """Open a network of timm or torchvision.
-
-    Returns:
-        The network, the mean and std of its images, and its only input size, if it has one.
-    """
+    """Open a network of timm or torchvision, with the mean and std of its images, and its only input size, if any."""
     make: Callable[..., nn.Module]
     published: dict[str, object]
     if library == "timm":

@@ -100,9 +100,6 @@ def _meet() -> tuple[PrefixStore, World]:
     torchrun starts all processes anew when one fails, but may keep the store in which they find each other (it does
     in PyTorch 2.15): gloo and NCCL then look for processes that have ended. So the first process numbers the round,
     and tells the number to each that asks by a name that was never used before.
-
-    Raises:
-        RuntimeError: a process has not come in time.
     """
     store, rank, size = next(rendezvous("env://", timeout=TIME_TO_MEET))
     if rank > 0:

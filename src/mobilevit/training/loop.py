@@ -214,12 +214,7 @@ def _log_start(run: Run) -> None:
 
 
 def _train_epoch(run: Run, stop: _Stop) -> float:
-    """Learn from every image once, or from those that are left of the epoch; return the last learning rate.
-
-    Raises:
-        MobileViTError: a loss is not finite, or no image can be read.
-        TrainingInterrupted: a signal came; the state is saved.
-    """
+    """Learn from every image once, or from those that are left of the epoch; return the last learning rate."""
     config, world, learner, position = run.config, run.world, run.learner, run.position
     num_images, accumulate = run.loader.num_images, config.optimizer.grad_accum_steps
     steps = run.loader.start(position.epoch, position.segments, position.step)
@@ -265,11 +260,7 @@ def _train_epoch(run: Run, stop: _Stop) -> float:
 
 
 def _take_losses(run: Run, losses: list[tuple[Tensor, list[int]]]) -> None:
-    """Add the losses of batches to the epoch's; wait for the device once.
-
-    Raises:
-        MobileViTError: a loss is not finite; the batch's images are named.
-    """
+    """Add the losses of batches to the epoch's, and refuse those that are not finite; wait for the device once."""
     values = torch.stack([loss for loss, _ in losses]).tolist() if losses else []
     for value, (_, indices) in zip(values, losses, strict=True):
         if not math.isfinite(value):

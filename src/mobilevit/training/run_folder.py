@@ -55,11 +55,7 @@ class RunFolder:
         self._tensorboard: SummaryWriter
 
     def create(self, config: TrainConfig, *, overwrite: bool) -> None:
-        """Start a new record.
-
-        Raises:
-            ValueError: the folder holds another run.
-        """
+        """Start a new record; refuse a folder that holds another run, unless told to overwrite it."""
         if self.path.exists() and not self.path.is_dir():
             raise MobileViTError(f"`out` {self.path}: a file of that name is in the way; choose another folder")
         if self.config.exists() or self.last.exists() or self.best.exists():
@@ -102,11 +98,7 @@ class RunFolder:
         return state
 
     def open_tensorboard(self, first_epoch: int) -> None:
-        """Begin TensorBoard's events anew, without those of epochs from `first_epoch` on.
-
-        Raises:
-            MissingPackageError: TensorBoard is not installed.
-        """
+        """Begin TensorBoard's events anew, without those of epochs from `first_epoch` on."""
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
