@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from colorsys import hsv_to_rgb
 from functools import lru_cache
 from pathlib import Path
 
@@ -25,9 +26,12 @@ RGB = tuple[int, int, int]
 BLACK, DARK, WHITE = (0, 0, 0), (30, 30, 30), (255, 255, 255)
 GREEN, RED = (0, 115, 80), (190, 40, 30)
 
-# The first classes get colors that people with any sort of color vision can tell apart (Okabe and Ito, 2008).
+# The first seven can be told apart with any sort of color vision (Okabe and Ito, 2008); each of the others is the one
+# farthest from all before it in Oklab, where distance is close to perceived difference (Ottosson, 2020).
 _FIRST_COLORS = (
     (213, 94, 0), (0, 114, 178), (0, 158, 115), (230, 159, 0), (204, 121, 167), (86, 180, 233), (240, 228, 66),
+    (120, 0, 60), (0, 75, 0), (150, 0, 255), (255, 210, 255), (60, 0, 165), (255, 15, 255), (75, 255, 240),
+    (0, 225, 0), (180, 15, 150), (120, 90, 45), (0, 60, 255), (255, 0, 105), (120, 120, 255), (15, 75, 105),
 )  # fmt: skip
 
 
@@ -89,52 +93,48 @@ def contact_sheet(
 
 @lru_cache(maxsize=8)
 def class_colors(num_classes: int) -> tuple[RGB, ...]:
-    """Return a color for each class: always the same ones, easy to tell apart for 12 classes and distinct for 150."""
-    steps = np.arange(0, 256, 15)
-    candidates = np.stack(np.meshgrid(steps, steps, steps), axis=-1).reshape(-1, 3)
-    lightness, green_red, blue_yellow = _oklab(candidates).T
-    vivid = np.hypot(green_red, blue_yellow) > 0.06
-    candidates = candidates[vivid & (lightness > 0.35) & (lightness < 0.93)]
-    places = _oklab(candidates)
+    """Return a color for each class: always the same ones, easy to tell apart for 21 classes and distinct for 150."""
     colors = list(_FIRST_COLORS[:num_classes])
-    # Each new color is the one farthest from all before it, so the first colors do not depend on the number of classes.
-    distance = np.full(len(candidates), np.inf)
-    for place in _oklab(np.array(_FIRST_COLORS)):
-        distance = np.minimum(distance, np.linalg.norm(places - place, axis=1))
-    while len(colors) < num_classes:
-        best = int(distance.argmax())
-        red, green, blue = candidates[best].tolist()
+    for number in range(len(colors), num_classes):
+        saturation, value = (0.5, 0.9, 0.7)[number % 3], (1.0, 0.7, 0.5)[number // 3 % 3]
+        red, green, blue = (round(255 * part) for part in hsv_to_rgb(0.382 * number % 1, saturation, value))
         colors.append((red, green, blue))
-        distance = np.minimum(distance, np.linalg.norm(places - places[best], axis=1))
     return tuple(colors)
 
 
 def draw_boxes(image: Image.Image, boxes_xyxy: ArrayLike, texts: Sequence[str], colors: Sequence[RGB]) -> Image.Image:
     """Draw boxes (N, 4) in pixels on a copy of an image, each with its text, if any, on a label of its color.
 
-    A label is above its box where there is room, else in it, and never outside the image. The first boxes are drawn on
-    top. The width of lines and the size of text depend on the size of the image.
+    A label is at the top or bottom of its box, where it hides no earlier label if there is such a place, and never
+    outside the image. The first boxes are drawn on top. Lines and text are as large as suits the image.
     """
     out = image.copy()
     draw = ImageDraw.Draw(out)
     thick = max(2, round(_side(image) / 300))
     size = max(12, round(_side(image) / 42))
     pad, height = max(2, size // 5), round(1.3 * size)
-    drawn = list(zip(_pixels(boxes_xyxy, image), texts, colors, strict=True))[::-1]
-    for (left, top, right, bottom), _, color in drawn:
-        # A dark outline keeps pale boxes visible on a pale background.
-        halo = max(1, thick // 3)
-        draw.rectangle((left - halo, top - halo, right + halo, bottom + halo), outline=(40, 40, 40), width=halo)
-        draw.rectangle((left, top, right, bottom), outline=color, width=thick)
-    for (left, top, _, _), text, color in drawn:
+    labels: list[tuple[int, int, int, str, RGB]] = []
+    boxes = list(zip(_pixels(boxes_xyxy, image), texts, colors, strict=True))
+    for (left, top, _, bottom), text, color in boxes:
         if text:
             text = _shorten(text, size, image.width - 2 * pad)
             width = round(font(size, text).getlength(text)) + 2 * pad
             x = max(0, min(left, image.width - width))
-            y = max(0, min(top - height if top >= height else top, image.height - height))
-            draw.rectangle((x, y, x + width - 1, y + height - 1), fill=color)
-            middle = (x + width / 2, y + height / 2)
-            draw.text(middle, text, fill=text_color(color), font=font(size, text), anchor="mm")
+            beside = [other for other in labels if other[0] < x + width and x < other[0] + other[2]]
+            lowest = max(0, image.height - height)
+            places = [min(y, lowest) for y in (top - height, top, bottom - height, bottom) if y >= 0] or [0]
+            free = [y for y in places if all(abs(y - other[1]) >= height for other in beside)]
+            y = (free or places)[0]
+            labels.append((x, y, width, text, color))
+    for (left, top, right, bottom), _, color in reversed(boxes):
+        # A dark outline keeps pale boxes visible on a pale background.
+        halo = max(1, thick // 3)
+        draw.rectangle((left - halo, top - halo, right + halo, bottom + halo), outline=(40, 40, 40), width=halo)
+        draw.rectangle((left, top, right, bottom), outline=color, width=thick)
+    for x, y, width, text, color in reversed(labels):
+        draw.rectangle((x, y, x + width - 1, y + height - 1), fill=color)
+        middle = (x + width / 2, y + height / 2)
+        draw.text(middle, text, fill=text_color(color), font=font(size, text), anchor="mm")
     return out
 
 
@@ -201,7 +201,9 @@ def with_legend(image: Image.Image, texts: Mapping[int, str], num_classes: int) 
 
 def text_color(background: RGB) -> RGB:
     """Choose black or white, whichever has the higher contrast (WCAG): at least 4.5 to 1 on any color."""
-    luminance = float(_linear(np.array(background)) @ (0.2126, 0.7152, 0.0722))
+    values = np.array(background) / 255
+    linear = np.where(values <= 0.04045, values / 12.92, ((values + 0.055) / 1.055) ** 2.4)
+    luminance = float(linear @ (0.2126, 0.7152, 0.0722))
     return BLACK if (luminance + 0.05) ** 2 > 0.05 * 1.05 else WHITE
 
 
@@ -236,28 +238,3 @@ def _pixels(boxes_xyxy: ArrayLike, image: Image.Image) -> list[list[int]]:
     boxes = np.asarray(boxes_xyxy, np.float64).reshape(-1, 4)
     whole: list[list[int]] = boxes.clip(0, [image.width - 1, image.height - 1] * 2).round().astype(np.int64).tolist()
     return whole
-
-
-def _linear(rgb: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Convert sRGB values 0 to 255 to linear light 0 to 1."""
-    values = rgb / 255
-    return np.where(values <= 0.04045, values / 12.92, ((values + 0.055) / 1.055) ** 2.4)
-
-
-def _oklab(rgb: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Convert sRGB to Oklab, where distance is close to perceived difference (Ottosson, 2020).
-
-    Shape: (N, 3) -> (N, 3).
-    """
-    to_cones = np.array(
-        [[0.4122214708, 0.5363325363, 0.0514459929],
-         [0.2119034982, 0.6806995451, 0.1073969566],
-         [0.0883024619, 0.2817188376, 0.6299787005]]
-    )  # fmt: skip
-    to_lab = np.array(
-        [[0.2104542553, 0.7936177850, -0.0040720468],
-         [1.9779984951, -2.4285922050, 0.4505937099],
-         [0.0259040371, 0.7827717662, -0.8086757660]]
-    )  # fmt: skip
-    lab: NDArray[np.float64] = np.cbrt(_linear(rgb) @ to_cones.T) @ to_lab.T
-    return lab
