@@ -10,6 +10,7 @@ from golden_weights import golden_images, golden_manifest, golden_outputs, golde
 from mobilevit.factory import create_model
 from mobilevit.imaging.preprocessing import Preprocessing
 from mobilevit.models.ssdlite import DetectionOutput, SSDLiteConfig, decode_boxes, make_anchors
+from mobilevit.results import detection
 from mobilevit.results.base import ImageInfo
 from mobilevit.results.detection import DetectionResult, Detections, decode_detections, find_objects, to_pixels
 from mobilevit.weights.convert import convert_state_dict
@@ -39,14 +40,16 @@ def _one_class_after_the_other(output, score_threshold=0.01, iou_threshold=0.5, 
 
 @pytest.mark.parametrize("sharpness", [0.3, 1.0, 2.0])
 @pytest.mark.parametrize("max_candidates", [20, 400])
-def test_agrees_with_suppression_class_by_class(sharpness, max_candidates):
+def test_agrees_with_suppression_class_by_class(sharpness, max_candidates, monkeypatch):
+    monkeypatch.setattr(detection, "MAX_CANDIDATES", max_candidates)
+    monkeypatch.setattr(detection, "MAX_DETECTIONS", 60)
     torch.manual_seed(0)
     anchors = make_anchors([(10, 10), (5, 5), (3, 3), (2, 2), (1, 1), (1, 1)], SSDLiteConfig())
     output = DetectionOutput(
         sharpness * torch.randn(2, len(anchors), 6), 0.5 * torch.randn(2, len(anchors), 4), anchors
     )
     for ours, theirs in zip(
-        [find_objects(*each, max_candidates=max_candidates, max_detections=60) for each in _anchors(output)],
+        [find_objects(*each) for each in _anchors(output)],
         _one_class_after_the_other(output, top_k=max_candidates, max_detections=60),
         strict=True,
     ):
@@ -133,14 +136,16 @@ def test_result_says_what_is_where(tmp_path):
 
 
 @pytest.mark.parametrize("level", [0.0, 1.0])
-def test_many_more_candidates_than_a_block(level):
+def test_many_more_candidates_than_are_looked_at_together(level, monkeypatch):
     """Nearly all anchors of all classes are candidates, and most of them overlap."""
+    for name, limit in {"MAX_CANDIDATES": 50, "MAX_DETECTIONS": 100, "_AT_ONCE": 40}.items():
+        monkeypatch.setattr(detection, name, limit)
     generator = np.random.default_rng(0)
     centers = generator.random((600, 2)) * (1 - level) + 0.5 * level
     sides = 0.05 + 0.2 * generator.random((600, 2))
     boxes = np.concatenate([centers - sides / 2, centers + sides / 2], axis=1).astype(np.float32)
     scores = generator.random((600, 7)).astype(np.float32) * 0.9 + 0.05
-    found = find_objects(boxes, scores, max_candidates=50, max_detections=100)
+    found = find_objects(boxes, scores)
     expected = []
     for label in range(7):
         order = np.argsort(-scores[:, label])[:50]

@@ -338,7 +338,7 @@ def contact_sheet(
         captions.append([f"{part}: {Path(data.names[number]).name}", *_caption(data, number)])
     sheet = drawing.contact_sheet(images, captions, [drawing.DARK] * len(images), columns=columns, cell=cell)
     first = next(iter(splits.values()))
-    if not first.task.has_legend(len(first.classes)):
+    if len(first.classes) > first.task.most_in_legend:
         return sheet
     return drawing.with_legend(sheet, {label: first.classes[label] for label in sorted(shown)}, len(first.classes))
 

@@ -6,7 +6,7 @@ Letters used in shapes: A anchors, K classes without the background, N objects.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, NamedTuple, Self
 
@@ -23,9 +23,11 @@ from mobilevit.results.base import ImageInfo, Outputs, Result, float32
 DEFAULT_SCORE_THRESHOLD = 0.3
 """The lowest score shown if the model's card has no threshold."""
 
-# The published settings of `find_objects`.
+# The published settings: boxes with a higher score are candidates, up to a number in each class; one whose IoU with a
+# better box of its class is higher is dropped.
 SCORE_THRESHOLD, IOU_THRESHOLD = 0.01, 0.5
 MAX_CANDIDATES, MAX_DETECTIONS = 400, 200
+_AT_ONCE = 400
 
 
 class Detections(NamedTuple):
@@ -39,63 +41,35 @@ class Detections(NamedTuple):
     """(N,): 0..K-1."""
 
 
-def find_objects(
-    boxes_xyxy: NDArray[np.float32],
-    scores: NDArray[np.float32],
-    *,
-    score_threshold: float = SCORE_THRESHOLD,
-    iou_threshold: float = IOU_THRESHOLD,
-    max_candidates: int = MAX_CANDIDATES,
-    max_detections: int = MAX_DETECTIONS,
-) -> Detections:
+def find_objects(boxes_xyxy: NDArray[np.float32], scores: NDArray[np.float32]) -> Detections:
     """Drop improbable boxes and, of overlapping boxes of one class, keep the best (non-maximum suppression).
 
     The result equals that of suppressing each class separately and then sorting. The candidates of all classes are
-    visited in the order of their scores until there are enough objects.
+    visited together, some hundred at a time, until there are enough objects.
 
-    Args:
-        boxes_xyxy: (A, 4).
-        scores: (A, K), without the background.
-        score_threshold: only boxes with a higher score are candidates.
-        iou_threshold: a box whose IoU with a better box of its class is higher is dropped.
-        max_candidates: limit on candidates for each class; the best are kept.
-        max_detections: limit on objects.
+    Shape: boxes (A, 4), scores (A, K) without the background.
     """
     boxes, num_classes, flat = boxes_xyxy.astype(np.float64), scores.shape[1], scores.ravel()
+    candidates = np.flatnonzero(flat > SCORE_THRESHOLD)
+    candidates = candidates[np.argsort(-flat[candidates], kind="stable")]
     kept = np.zeros(0, np.int64)
     num_seen = np.zeros(num_classes, np.int64)
-    for places in _by_score(flat, score_threshold, block_size=max_candidates):
+    for start in range(0, len(candidates), _AT_ONCE):
+        places = candidates[start : start + _AT_ONCE]
         classes = places % num_classes
-        in_time = num_seen[classes] + _rank_in_class(classes) < max_candidates
+        places = places[num_seen[classes] + _rank_in_class(classes) < MAX_CANDIDATES]
         num_seen += np.bincount(classes, minlength=num_classes)
-        places = places[in_time]
-        hidden: NDArray[np.bool_] = np.any(_overlap(boxes, kept, places, num_classes, iou_threshold), axis=0)
-        hides = _overlap(boxes, places, places, num_classes, iou_threshold)
+        hidden: NDArray[np.bool_] = np.any(_overlap(boxes, kept, places, num_classes), axis=0)
+        hides = _overlap(boxes, places, places, num_classes)
         chosen: list[int] = []
         for number in range(len(places)):
-            if len(kept) + len(chosen) == max_detections:
-                break
             if not hidden[number]:
                 chosen.append(number)
                 hidden |= hides[number]
-        kept = np.concatenate([kept, places[chosen]])
-        if len(kept) == max_detections:
+        kept = np.concatenate([kept, places[chosen]])[:MAX_DETECTIONS]
+        if len(kept) == MAX_DETECTIONS:
             break
     return Detections(boxes_xyxy[kept // num_classes], flat[kept], kept % num_classes)
-
-
-def _by_score(flat: NDArray[np.float32], threshold: float, *, block_size: int) -> Iterator[NDArray[np.int64]]:
-    """Yield the indices of values above a threshold, the largest first, in blocks."""
-    places = np.flatnonzero(flat > threshold)
-    if len(places) > 8 * block_size:  # one block is usually enough: find it without sorting everything
-        values = flat[places]
-        least = np.partition(values, -block_size)[-block_size]
-        first = places[values > least]
-        yield first[np.argsort(-flat[first], kind="stable")]
-        places = places[values <= least]
-    places = places[np.argsort(-flat[places], kind="stable")]
-    for start in range(0, len(places), block_size):
-        yield places[start : start + block_size]
 
 
 def _rank_in_class(classes: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -107,9 +81,9 @@ def _rank_in_class(classes: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 def _overlap(
-    boxes: NDArray[np.float64], a: NDArray[np.int64], b: NDArray[np.int64], num_classes: int, iou_threshold: float
+    boxes: NDArray[np.float64], a: NDArray[np.int64], b: NDArray[np.int64], num_classes: int
 ) -> NDArray[np.bool_]:
-    """Return which boxes of the same class overlap by more than the threshold; a and b are indices anchor * K + class.
+    """Return which boxes of the same class overlap too much; a and b are indices anchor * K + class.
 
     Shape: boxes (A, 4), a (n,), b (m,) -> (n, m).
     """
@@ -120,7 +94,7 @@ def _overlap(
     height = np.minimum(first[:, 3], second[:, 3]) - np.maximum(first[:, 1], second[:, 1])
     shared = width.clip(min=0) * height.clip(min=0)
     first_area, second_area = ((part[:, 2] - part[:, 0]) * (part[:, 3] - part[:, 1]) for part in (first, second))
-    overlap[row, column] = shared > iou_threshold * (first_area + second_area - shared)
+    overlap[row, column] = shared > IOU_THRESHOLD * (first_area + second_area - shared)
     return overlap
 
 

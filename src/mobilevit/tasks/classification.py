@@ -82,9 +82,6 @@ class ClassificationTask(Task[int, int]):
     def caption(self, target: int, classes: Sequence[str]) -> list[str]:
         return [classes[target]]
 
-    def has_legend(self, num_classes: int) -> bool:
-        return False
-
     def objective(
         self,
         settings: TrainingSettings,
@@ -104,9 +101,6 @@ class ClassificationTask(Task[int, int]):
             loss=partial(classification_loss, label_smoothing=own.label_smoothing, class_weights=class_weights),
             mix=mix_transform(num_classes, mixup=own.mixup, cutmix=own.cutmix),
         )
-
-    def head(self, _: TrainingSettings) -> None:
-        """Leave the head to the weights, or the default."""
 
     def read_truth(self, target: int, _: tuple[int, int]) -> int:
         return target

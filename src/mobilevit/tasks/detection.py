@@ -96,7 +96,7 @@ class DetectionTask(Task[Boxes, Boxes]):
     limits = "Objects of other classes are passed over, or taken for one of its own."
     usage = "result.describe()"
     counted = "objects (images)"
-    needs_all_classes = False
+    most_in_legend = MOST_IN_LEGEND  # more classes are named at their boxes
 
     def check_classes(self, origin: str, classes: Sequence[str], targets: Sequence[Boxes]) -> None:
         if not any(self.count(targets, len(classes))):
@@ -104,10 +104,11 @@ class DetectionTask(Task[Boxes, Boxes]):
 
     def count(self, targets: Sequence[Boxes], num_classes: int) -> list[int]:
         """Count the objects of each class, without crowds."""
-        counts = np.zeros(num_classes, np.int64)
-        for target in targets:
-            counts += np.bincount(target.labels[~target.crowd], minlength=num_classes)
-        return [int(count) for count in counts]
+        labels = [target.labels[~target.crowd] for target in targets]
+        counts: list[int] = np.bincount(
+            np.concatenate([np.zeros(0, np.int64), *labels]), minlength=num_classes
+        ).tolist()
+        return counts
 
     def stratum(self, target: Boxes, counts: Sequence[int]) -> int | None:
         """Choose the rarest class in the image, so that rare classes are in both parts."""
@@ -131,12 +132,9 @@ class DetectionTask(Task[Boxes, Boxes]):
         counted = ~target.crowd  # crowds are drawn dashed
         labels = target.labels[counted].tolist()
         colors = class_colors(len(classes))
-        texts = ["" if self.has_legend(len(classes)) else classes[label] for label in labels]
+        texts = ["" if len(classes) <= MOST_IN_LEGEND else classes[label] for label in labels]
         image = draw_outlines(image, target.xyxy[target.crowd] * scale)
         return draw_boxes(image, target.xyxy[counted] * scale, texts, [colors[n] for n in labels]), set(labels)
-
-    def has_legend(self, num_classes: int) -> bool:
-        return num_classes <= MOST_IN_LEGEND  # more colors would be hard to tell apart: they are named at the boxes
 
     def objective(
         self,
@@ -157,9 +155,6 @@ class DetectionTask(Task[Boxes, Boxes]):
             collate=collate_boxes,
             loss=lambda output, targets: detection_loss(output, targets.boxes_cxcywh, targets.labels),
         )
-
-    def head(self, _: TrainingSettings) -> None:
-        """Leave the head to the weights, or the default."""
 
     def read_truth(self, target: Boxes, _: tuple[int, int]) -> Boxes:
         return target

@@ -53,19 +53,13 @@ class SegmentationTask(Task[Mask, NDArray[np.uint8]]):
     limits = "Every pixel is given one of its classes, whatever is there."
     usage = "result.describe()"
     counted = "pixels (images)"
-    needs_all_classes = False
+    most_in_legend = IGNORE
 
     def check_classes(self, origin: str, classes: Sequence[str], _: Sequence[Mask]) -> None:
         if len(classes) < 2:
             raise MobileViTError(f"{origin}: only one class ({classes[0]}); segmentation needs two or more")
         if len(classes) > IGNORE:
             raise MobileViTError(f"{origin}: {len(classes)} classes; masks of bytes have room for {IGNORE}")
-
-    def count(self, _targets: Sequence[Mask], _num_classes: int) -> None:
-        return  # masks are not opened to count pixels
-
-    def stratum(self, _target: Mask, _counts: Sequence[int]) -> None:
-        return  # images are divided whatever they show
 
     def describe_target(self, target: Mask, classes: Sequence[str]) -> str:
         return f"{target.path.name} {classes} {target.class_of.hex()}"
@@ -79,9 +73,6 @@ class SegmentationTask(Task[Mask, NDArray[np.uint8]]):
         label_map = np.asarray(Image.fromarray(target.read()).resize(image.size, Image.Resampling.NEAREST))
         labels = set(np.unique(label_map).tolist()) - {IGNORE}
         return draw_label_map(image, label_map, classes), labels
-
-    def has_legend(self, num_classes: int) -> bool:
-        return True
 
     def objective(
         self,

@@ -73,8 +73,10 @@ class Task(ABC, Generic[Target, Truth]):
     """An expression in Python that shows a `result`."""
     counted: ClassVar[str]
     """Unit of the counts in the table of `mobilevit data check`."""
-    needs_all_classes: ClassVar[bool]
+    needs_all_classes: ClassVar[bool] = False
     """Whether training needs images of every class, and validation, too."""
+    most_in_legend: ClassVar[int] = 0
+    """Up to as many classes, a legend explains the colors of drawn targets."""
 
     # -- data ---------------------------------------------------------------------------------------------------------
 
@@ -86,13 +88,13 @@ class Task(ABC, Generic[Target, Truth]):
             MobileViTError: no image or object of some class, or too few or too many classes.
         """
 
-    @abstractmethod
     def count(self, targets: Sequence[Target], num_classes: int) -> list[int] | None:
         """Count the images or objects of each class; None if that takes opening files."""
+        return None
 
-    @abstractmethod
     def stratum(self, target: Target, counts: Sequence[int]) -> int | None:
         """Choose the class by which an image is divided into train and val, if any, by the counts of all images."""
+        return None
 
     @abstractmethod
     def describe_target(self, target: Target, classes: Sequence[str]) -> str:
@@ -116,10 +118,6 @@ class Task(ABC, Generic[Target, Truth]):
         """Lines to write below an image, for what is not drawn on it."""
         return []
 
-    @abstractmethod
-    def has_legend(self, num_classes: int) -> bool:
-        """Whether the colors of drawn targets need a legend."""
-
     # -- training -----------------------------------------------------------------------------------------------------
 
     @abstractmethod
@@ -134,9 +132,9 @@ class Task(ABC, Generic[Target, Truth]):
     ) -> Objective:
         """Choose random changes and loss by the settings of a run, and by the targets of all its training images."""
 
-    @abstractmethod
     def head(self, settings: TrainingSettings) -> DeepLabv3Config | None:
         """The head that the settings ask for; None leaves it to the weights, or the default."""
+        return None
 
     # -- evaluation ---------------------------------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ A transform takes an image, perhaps not decoded yet, and its target as the `Imag
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -226,16 +226,11 @@ def _channels_last(pixels: Tensor) -> Tensor:
     return pixels.permute(1, 2, 0).contiguous().permute(2, 0, 1)
 
 
-def mix_transform(
-    num_classes: int, *, mixup: float, cutmix: float
-) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None:
+def mix_transform(num_classes: int, *, mixup: float, cutmix: float) -> v2.Transform | None:
     """Return MixUp (arXiv:1710.09412) or CutMix (arXiv:1905.04899), or one of them at random; None if both are off.
 
     Shape: images (B, 3, H, W), labels (B,) -> images and shares (B, num_classes).
     """
-    choices: list[v2.Transform] = []
-    if mixup:
-        choices.append(v2.MixUp(alpha=mixup, num_classes=num_classes))
-    if cutmix:
-        choices.append(v2.CutMix(alpha=cutmix, num_classes=num_classes))
+    kinds = ((v2.MixUp, mixup), (v2.CutMix, cutmix))
+    choices = [kind(alpha=alpha, num_classes=num_classes) for kind, alpha in kinds if alpha]
     return v2.RandomChoice(choices) if choices else None
