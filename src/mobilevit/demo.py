@@ -145,9 +145,7 @@ def _flag(name: str, value: object) -> str:
     name = name.replace("_", "-")
     if isinstance(value, bool):
         return f"--{name}" if value else f"--no-{name}"
-    if isinstance(value, tuple):
-        return f"--{name} {' '.join(map(str, value))}"
-    return f"--{name} {value}"
+    return f"--{name} {' '.join(map(str, value)) if isinstance(value, tuple) else value}"
 
 
 def _sheet(predictions: list[Result]) -> Image.Image:

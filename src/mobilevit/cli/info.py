@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -12,6 +12,7 @@ import mobilevit
 from mobilevit.card import ModelCard, card_of
 from mobilevit.cli.options import height_and_width
 from mobilevit.cli.printing import print_json, print_rows
+from mobilevit.errors import some
 from mobilevit.imaging.preprocessing import Preprocessing
 from mobilevit.runtime.artifact import Artifact, artifact_files, is_artifact, read_sidecar
 
@@ -59,7 +60,7 @@ class Info:
         summary = summarize(model, size)
         if self.json:
             told = {"card": card.to_dict()} if is_file else {}
-            print_json({"model": self.model, "task": card.task, **summary.to_dict(), **told})
+            print_json({"model": self.model, "task": card.task, **asdict(summary), **told})
             return 0
         print(f"{self.model}, {card.task}, at {size[0]} x {size[1]}")
         if is_file:
@@ -93,8 +94,7 @@ def _print_artifact(path: Path, artifact: Artifact) -> None:
 
 
 def _print_card(card: ModelCard) -> None:
-    few = ", ".join(card.classes[:8]) + (" ..." if len(card.classes) > 8 else "")
-    print(f"{len(card.classes)} classes: {few}")
+    print(f"{len(card.classes)} classes: {some(card.classes, limit=8)}")
     for told in (card.metrics, card.provenance):
         if told:
             print(", ".join(f"{key} {value}" for key, value in told.items()))

@@ -15,11 +15,7 @@ from mobilevit.models.deeplabv3 import DeepLabv3, DeepLabv3Config
 from mobilevit.models.mobilevit import XS, XXS, MobileViT, MobileViTBackbone, MobileViTConfig, S
 from mobilevit.models.ssdlite import SSDLite, SSDLiteConfig
 
-MODELS: dict[str, MobileViTConfig] = {
-    "mobilevit_s": S,
-    "mobilevit_xs": XS,
-    "mobilevit_xxs": XXS,
-}
+MODELS: dict[str, MobileViTConfig] = {"mobilevit_s": S, "mobilevit_xs": XS, "mobilevit_xxs": XXS}
 
 Model = MobileViT | SSDLite | DeepLabv3
 """A model for any of the tasks."""
@@ -66,13 +62,10 @@ class Head:
     other_rows: int = 0
     """Rows of an anchor before those of the classes: four of the box and one of the background."""
 
-    def count_classes(self, state: Mapping[str, Tensor]) -> int:
-        """Count the classes of weights; 0 if they have no classifier."""
-        rows = len(state.get(f"{self.class_layers[0]}.weight", ()))
-        return max(rows // self.anchors - self.other_rows, 0)
-
-    def guess_classes(self, num_classes: int) -> tuple[str, ...]:
+    def guess_classes(self, state: Mapping[str, Tensor]) -> tuple[str, ...]:
         """Name the classes of weights that do not: those of the public data if their number fits, else placeholders."""
+        rows = len(state.get(f"{self.class_layers[0]}.weight", ()))  # 0 without a classifier
+        num_classes = max(rows // self.anchors - self.other_rows, 0)
         return self.class_names() if num_classes == self.num_classes else default_classes(num_classes)
 
 

@@ -359,9 +359,8 @@ class MobileViTBackbone(nn.Module):
 class MobileViT(MobileViTBackbone):
     """MobileViT for classification (arXiv:2110.02178, table 4).
 
-    Args:
-        config: the shape of the backbone, such as `XXS`, `XS` or `S`.
-        num_classes: K; 0 leaves the classifier out and returns the pooled features.
+    K is `num_classes`; `config` is the shape of the backbone, such as `XXS`, `XS` or `S`.
+
     Shape: RGB in 0..1, (B, 3, H, W), H and W >= 32 -> logits (B, K).
     """
 
@@ -372,16 +371,10 @@ class MobileViT(MobileViTBackbone):
         super().__init__(config)
         self.head_conv = ConvNormAct(config.channels[-1], config.head_channels, 1)
         self.classifier_dropout = nn.Dropout(config.classifier_dropout)
-        self.classifier: nn.Module
-        self.reset_classifier(num_classes)
-        initialize(self.head_conv)
-
-    def reset_classifier(self, num_classes: int) -> None:
-        """Replace the last linear layer by a freshly initialized one for `num_classes` classes (0: none)."""
         self.num_classes = num_classes
-        self.classifier = nn.Linear(self.config.head_channels, num_classes) if num_classes else nn.Identity()
+        self.classifier = nn.Linear(config.head_channels, num_classes)
         initialize(self.classifier)
-        self.classifier.to(self.stem.conv.weight.device)
+        initialize(self.head_conv)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.forward_features(x)[self._feature_strides[-1]]  # (B, C5, H / 32, W / 32)

@@ -5,13 +5,12 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from mobilevit.files import Json
 from mobilevit.models import Model
 from mobilevit.models.deeplabv3 import ASPP
 from mobilevit.models.mobilevit import MobileViTBackbone, MobileViTBlock
@@ -61,10 +60,6 @@ class Summary:
     parameters: int
     macs: int
     activations: int
-
-    def to_dict(self) -> Json:
-        """Plain values for JSON."""
-        return asdict(self)
 
 
 def summarize(model: Model, input_size: tuple[int, int]) -> Summary:

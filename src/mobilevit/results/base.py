@@ -57,7 +57,6 @@ class Result(ABC):
 
     @property
     def source(self) -> str:
-        """The image's file, or the name it was given."""
         return self.info.source
 
     @property

@@ -174,22 +174,20 @@ class DetectionResult(Result):
 
     def to_dict(self, *, top: int = 5, min_score: float | None = None) -> Json:
         """Return plain values for JSON; boxes are in pixels with two decimals."""
-        height, width = self.info.size
         found = [
             {"label": self.classes[i], "score": round(score, 6), "box_xyxy": [round(edge, 2) for edge in box]}
             for i, score, box in self._rows(min_score)
         ]
+        height, width = self.info.size
         return {"source": self.source, "width": width, "height": height, "detections": found}
 
     def to_row(self, *, top: int = 3, min_score: float | None = None) -> Json:
         """Return the column detections: label, score, left, top, right and bottom of each object."""
-        edges = ("left", "top", "right", "bottom")
-        return {
-            "detections": [
-                {"label": self.classes[i], "score": score, **dict(zip(edges, box, strict=True))}
-                for i, score, box in self._rows(min_score)
-            ]
-        }
+        found = [
+            {"label": self.classes[i], "score": score, "left": left, "top": top, "right": right, "bottom": bottom}
+            for i, score, (left, top, right, bottom) in self._rows(min_score)
+        ]
+        return {"detections": found}
 
     def to_coco(
         self, image_id: int, *, category_ids: Sequence[int] | None = None, min_score: float = 0.0

@@ -112,10 +112,7 @@ class DetectionImage:
     def __init__(self, found: Detections, truth: Boxes) -> None:
         self.found, self.truth = found, truth
         self.outcome = _match(found, truth)
-        """(N,): `RIGHT`, `WRONG` or `NOT_COUNTED` at IoU 0.50.
-
-        The surest detections choose first, so the outcome of each is the same whatever score they are cut at.
-        """
+        """(N,): `RIGHT`, `WRONG` or `NOT_COUNTED` at IoU 0.50, the same whatever score detections are cut at."""
 
     def count(self, score_threshold: float) -> tuple[int, int, int]:
         """Count the objects found and missed, and the detections that found none, from a score up."""
@@ -189,11 +186,7 @@ class DetectionMeter(Meter[Boxes]):
         )
 
     def draw(self, indices: Sequence[int], images: Sequence[Image.Image], truths: Sequence[Boxes]) -> Image.Image:
-        """Draw what was found in its class's color, and the true objects dashed in black and white.
-
-        Few classes stand in a legend, many at their boxes. The captions count what was found, missed and wrong: green
-        where all is right, else red.
-        """
+        """Draw what was found in its class's color and the true objects dashed; captions are green if all is right."""
         threshold, cell = self.best_threshold(), 340
         palette, legend = drawing.class_colors(len(self.classes)), len(self.classes) <= MOST_IN_LEGEND
         cells, captions, colors = [], [], []

@@ -63,15 +63,15 @@ class SegmentationReport(Report):
         title = f"mean IoU {self.miou:.1%}, {self.pixel_accuracy:.1%} of the pixels right"
         save_confusion_matrix(self.confusion, names, folder, title=title, as_shares=True)
         colors = np.array(class_colors(len(names))) / 255
-        known = [
-            (scores, color) for scores, color in zip(self.per_class, colors, strict=True) if scores.iou is not None
-        ]
-        known.sort(key=lambda pair: -(pair[0].iou or 0))
+        ious = [scores.iou for scores in self.per_class]
+        known = sorted(
+            (label for label, iou in enumerate(ious) if iou is not None), key=lambda label: -(ious[label] or 0)
+        )
         save_bars(
             folder / "per_class_iou.png",
-            [plot_text(scores.name) for scores, _ in known],
-            {"IoU": [scores.iou or 0 for scores, _ in known]},
-            [[color for _, color in known]],
+            [plot_text(names[label]) for label in known],
+            {"IoU": [ious[label] or 0 for label in known]},
+            [colors[known]],
             title=f"IoU by class; mean {self.miou:.1%}",
             form=".1%",
         )

@@ -64,9 +64,8 @@ class Task(ABC, Generic[Target, Truth]):
     name: ClassVar[TaskName]
     result_type: ClassVar[type[Result]]
     score_name: ClassVar[str]
-    """The figure that decides which weights are best, as records name it, """
     score_title: ClassVar[str]
-    """and as people write it."""
+    """The figure that decides which weights are best, as records name it and as people write it."""
     limits: ClassVar[str]
     """A sentence of the model card on what the model cannot do."""
     usage: ClassVar[str]

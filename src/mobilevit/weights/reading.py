@@ -70,7 +70,7 @@ def read_file(path: str | os.PathLike[str], architecture: str | None = None) -> 
     card = ModelCard(
         name=name,
         task=task,
-        classes=HEADS[task].guess_classes(HEADS[task].count_classes(state)),
+        classes=HEADS[task].guess_classes(state),
         preprocessing=HEADS[task].published_preprocessing,
         provenance={"weights": Path(path).name, "family": family},
     )
