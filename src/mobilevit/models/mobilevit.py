@@ -359,7 +359,7 @@ class MobileViTBackbone(nn.Module):
 class MobileViT(MobileViTBackbone):
     """MobileViT for classification (arXiv:2110.02178, table 4).
 
-    K is `num_classes`; `config` is the shape of the backbone, such as `XXS`, `XS` or `S`.
+    K is `num_classes`; 0 leaves the classifier out and returns the pooled features.
 
     Shape: RGB in 0..1, (B, 3, H, W), H and W >= 32 -> logits (B, K).
     """
@@ -372,7 +372,7 @@ class MobileViT(MobileViTBackbone):
         self.head_conv = ConvNormAct(config.channels[-1], config.head_channels, 1)
         self.classifier_dropout = nn.Dropout(config.classifier_dropout)
         self.num_classes = num_classes
-        self.classifier = nn.Linear(config.head_channels, num_classes)
+        self.classifier: nn.Module = nn.Linear(config.head_channels, num_classes) if num_classes else nn.Identity()
         initialize(self.classifier)
         initialize(self.head_conv)
 

@@ -78,7 +78,8 @@ def _mix(first: NDArray[np.float32], second: NDArray[np.float32], weight: NDArra
 
 
 def _best_class(logits: NDArray[np.float32]) -> NDArray[np.uint8]:
-    return logits.argmax(axis=0).astype(np.uint8)
+    best: NDArray[np.uint8] = logits.argmax(axis=0).astype(np.uint8)
+    return best
 
 
 @dataclass(frozen=True, kw_only=True)
