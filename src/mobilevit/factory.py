@@ -179,17 +179,15 @@ def _fill(model: Model, source: Weights, classes: tuple[str, ...] | None) -> Mod
 def _kept_classes(theirs: Sequence[str], ours: Sequence[str] | None, num_classes: int) -> dict[int, int]:
     """Find the classes whose rows are kept: index in the model -> index in the weights.
 
-    They go by position where either side has no names for the same number of classes, else by those names that each
-    side has exactly once.
+    By position if the number is the same and a side has no names, else by the names that each side has exactly once.
     """
     unnamed = theirs == default_classes(len(theirs))
     if len(theirs) == num_classes and (unnamed or ours in (None, theirs)):
         return {index: index for index in range(num_classes)}
     if unnamed or ours is None:
         return {}
-    times_here, times_there = Counter(ours), Counter(theirs)
-    there = {name: index for index, name in enumerate(theirs)}
-    return {index: there[name] for index, name in enumerate(ours) if times_here[name] == times_there[name] == 1}
+    here, there = Counter(ours), Counter(theirs)
+    return {index: theirs.index(name) for index, name in enumerate(ours) if here[name] == there[name] == 1}
 
 
 def _keep_rows(

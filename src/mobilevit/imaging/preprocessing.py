@@ -56,8 +56,7 @@ class Placement:
 class Preprocessing:
     """How an image becomes the input of a model; stored in checkpoints and exported artifacts.
 
-    Resizing always antialiases (Pillow's filters). The defaults are those of the paper's evaluation: the central 256 of
-    288 pixels on the shorter side.
+    Resizing always antialiases (Pillow's filters). The defaults are those of the paper's evaluation.
 
     Raises:
         MobileViTError: a field has an impossible value.

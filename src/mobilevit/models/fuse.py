@@ -24,8 +24,7 @@ Model = TypeVar("Model", bound=nn.Module)
 def fuse(model: Model) -> Model:
     """Make a faster, eval-only copy that computes the same numbers; the original stays as it is.
 
-    Works on any model made of this package's blocks, in any mode, on any device, in floating point. Outputs differ by
-    float rounding (below 1e-4 in float32).
+    Works on any model made of this package's blocks. Outputs differ by float rounding, below 1e-4 in float32.
     """
     fused = copy.deepcopy(model).eval().requires_grad_(False)
     if getattr(model, "fused", False):

@@ -194,10 +194,8 @@ class DetectionResult(Result):
     ) -> list[Json]:
         """Return entries of a COCO results file: boxes as left, top, width, height.
 
-        Args:
-            image_id: the image's number in the annotations.
-            category_ids: the number of each class in the annotations; None: 1, 2, 3 ...
-            min_score: leave out objects with a lower score; COCO's evaluation wants all objects.
+        `image_id` and `category_ids` are the numbers of the image and of each class in the annotations, by default 1,
+        2, 3 ... for the classes. COCO's evaluation wants objects of all scores.
         """
         ids = range(1, len(self.classes) + 1) if category_ids is None else category_ids
         return [

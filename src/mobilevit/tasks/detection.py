@@ -66,8 +66,7 @@ def detection_loss(output: DetectionOutput, boxes_cxcywh: Tensor, labels: Tensor
     The background learns from the anchors it is most mistaken at, three for each matched one in every image; an
     image without objects counts as one with a single matched anchor.
 
-    Shape: boxes (B, N, 4), center and size in 0..1; labels (B, N) of 0..K-1, `NO_OBJECT` in rows that only fill up
-    -> scalar, in float32.
+    Shape: boxes and labels as for `match_anchors` -> scalar, in float32.
     """
     logits, regression = output.class_logits.float(), output.box_regression.float()
     targets, matched = match_anchors(boxes_cxcywh, labels, output.anchors_cxcywh)

@@ -159,8 +159,7 @@ def save_confusion_matrix(
 ) -> None:
     """Write `confusion_matrix.csv`, and `confusion_matrix.png` of up to `MOST_IN_MATRIX` classes.
 
-    Rows are the true classes, columns the predicted ones. `as_shares` writes the share of the row into each square
-    instead of the count, which is long for pixels.
+    Rows are the true classes, columns the predicted ones. `as_shares` writes shares of the rows instead of counts.
     """
     rows = [[name, *counts] for name, counts in zip(names, confusion.tolist(), strict=True)]
     save_csv(folder / "confusion_matrix.csv", [["true \\ predicted", *names], *rows])

@@ -92,10 +92,9 @@ def decoded_pixels(image: EncodedImage, reduction: float = 1.0) -> Tensor:
 
 
 def random_crop(image: tuple[int, int], min_area: float) -> tuple[int, int, int, int]:
-    """Draw left, top, right, bottom of a part of random area, shape and place (arXiv:1409.4842, section 6).
+    """Draw left, top, right, bottom of a part of an image of (width, height) pixels (arXiv:1409.4842, section 6).
 
-    The image has (width, height) pixels. Shares of its area are even from `min_area` to 1, width to height goes from
-    3:4 to 4:3. After ten attempts that do not fit: as much of the middle as has an allowed shape.
+    It has `min_area` to 1 of the area, sides of 3:4 to 4:3; after ten attempts that do not fit, it is in the middle.
     """
     columns, rows = image
     draws = torch.rand(10, 2).tolist()

@@ -24,15 +24,8 @@ _BGR_FAMILIES = ("cvnets", "transformers")
 
 # Keys under which training code nests the weights. Averaged weights come first: they are the ones to evaluate.
 _WRAPPERS = (
-    "ema_state_dict",
-    "state_dict_ema",
-    "model_ema",
-    "ema",
-    "model_state_dict",
-    "state_dict",
-    "model",
-    "module",
-)
+    "ema_state_dict", "state_dict_ema", "model_ema", "ema", "model_state_dict", "state_dict", "model", "module",
+)  # fmt: skip
 # Prefixes that wrappers of a whole model add; removed only if every name has one, so that no two names can collide.
 _PREFIXES = ("module.", "model.", "backbone.")
 _QKV = ("query", "key", "value")

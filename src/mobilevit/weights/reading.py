@@ -42,11 +42,7 @@ def read_weights(weights: str | os.PathLike[str], architecture: str) -> Weights:
 
 
 def read_file(path: str | os.PathLike[str], architecture: str | None = None) -> Weights:
-    """Read a checkpoint of this package, ml-cvnets, timm or transformers.
-
-    Files from elsewhere do not describe themselves: the task follows from the names of the tensors, the classes are
-    those of ImageNet, COCO or VOC where their number fits, the patch size is taken for 2, 2, 2, and the output stride
-    of a DeepLabv3 for 8 if it has 512 channels, else for 16.
+    """Read a checkpoint of this package, ml-cvnets, timm or transformers; `load` tells what is assumed of the last three.
 
     The weights must belong to `architecture`, the name of a model; if it is None, it follows from the shapes.
 
