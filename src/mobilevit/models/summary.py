@@ -40,7 +40,7 @@ class AttentionRow:
     """(H, W) of the feature map, resized up to a multiple of the patch."""
     patch_size: tuple[int, int]
     num_sequences: int
-    """P: pixels in a patch; each offset is a sequence of its own."""
+    """P: pixels in a patch."""
     num_tokens: int
     """N: patches in the map."""
     embed_dim: int

@@ -57,6 +57,7 @@ class Result(ABC):
 
     @property
     def source(self) -> str:
+        """The image's file, or the name it was given."""
         return self.info.source
 
     @property
