@@ -308,6 +308,16 @@ def test_the_first_boxes_lie_on_top() -> None:
         assert not is_color(drawn, colors[1]).any()
 
 
+def test_plates_make_way_for_each_other() -> None:
+    image = Image.new("RGB", (400, 400), GROUND)
+    boxes = [(100 + n, 100 + n, 300 + n, 300 + n) for n in range(4)]
+    colors = [RED, (0, 255, 0), (0, 0, 255), (255, 255, 0)]
+    frames, drawn = (draw_boxes(image, boxes, [text] * 4, colors) for text in ("", "cat"))
+    height, width = plate_size(400, "cat")
+    for color in colors:  # but for letters and frames, the whole plate
+        assert is_color(drawn, color).sum() - is_color(frames, color).sum() > 0.3 * height * width
+
+
 def test_where_plates_must_hide_each_other_the_first_lies_on_top() -> None:
     image = Image.new("RGB", (90, 16), GROUND)  # as high as a plate
     for colors in ([RED, (0, 255, 0)], [(0, 255, 0), RED]):

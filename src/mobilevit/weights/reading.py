@@ -42,7 +42,7 @@ def read_weights(weights: str | os.PathLike[str], architecture: str) -> Weights:
 
 
 def read_file(path: str | os.PathLike[str], architecture: str | None = None) -> Weights:
-    """Read a checkpoint of this package, ml-cvnets, timm or transformers; `load` tells what is assumed of the last three.
+    """Read a checkpoint of this package, ml-cvnets, timm or transformers; `load` says what is assumed of the latter.
 
     The weights must belong to `architecture`, the name of a model; if it is None, it follows from the shapes.
 
