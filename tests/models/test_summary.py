@@ -84,7 +84,7 @@ def test_maps_are_counted_as_attention_sees_them() -> None:
 
 
 def test_summary_is_plain_json() -> None:
-    told = json.loads(json.dumps(summarize(classifier(MODELS["mobilevit_xxs"], 5), (64, 96)).to_dict()))
+    told = json.loads(json.dumps(dataclasses.asdict(summarize(classifier(MODELS["mobilevit_xxs"], 5), (64, 96)))))
     stem = told["layers"][0]
     assert stem == {
         "name": "stem", "kind": "ConvNormAct", "shape": [16, 32, 48], "parameters": 464,
