@@ -342,16 +342,14 @@ def test_who_dies_between_turns_does_not_stop_the_others(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(rounds, "Worker", Scripted)
     entered = [dataclasses.replace(EAGER, precision=precision) for precision in ("fp32", "bf16", "fp16", "int8")]
-    results = measure(entered, rounds=4, max_workers=2)
-    assert [type(result) for result in results] == [Measurement, Failure, Failure, Measurement]
-    assert isinstance(results[3], Measurement)
-    assert (results[3].speedup, results[3].deviation, results[3].memory, results[3].runs) == (1.0, 0.25, 2, 12)
-    assert isinstance(results[0], Measurement)
-    assert results[0].deviation == 0.0
+    (baseline, last), failures = measure(entered, rounds=4, max_workers=2)
+    assert [failure.contender for failure in failures] == entered[1:3]
+    assert [baseline.contender, last.contender] == [entered[0], entered[3]]
+    assert (last.speedup, last.deviation, last.memory, last.runs) == (1.0, 0.25, 2, 12)
+    assert baseline.deviation == 0.0
     # Without its baseline, a contender has no ratio.
-    results = measure([entered[2], entered[0]], rounds=4)
-    assert isinstance(results[1], Measurement)
-    assert results[1].speedup is None
+    (alone,), _ = measure([entered[2], entered[0]], rounds=4)
+    assert alone.speedup is None
 
 
 def test_an_export_that_fails(tmp_path: Path) -> None:

@@ -44,6 +44,7 @@ def images(start: int, number: int) -> Tensor:
 
 def make(task: str = "classification") -> Any:
     """Weights that are not those of a fresh model, where biases are zero and attention is even."""
+    torch.manual_seed(0)
     model = mobilevit.create_model("mobilevit_xxs", task=task, classes=[f"kind {n}" for n in range(4)])
     generator = torch.Generator().manual_seed(1)
     for parameter in model.parameters():
@@ -99,7 +100,6 @@ def decibels(expected: Tensor, found: Tensor) -> float:
 
 @pytest.fixture(scope="module")
 def model() -> Any:
-    torch.manual_seed(0)
     return make()
 
 
@@ -201,7 +201,13 @@ def test_int8_of_other_tasks_with_all_that_can_be_inside(task: str, format_: str
     expected, found = answers(plan, write(plan, tmp_path))
     if task == "segmentation":
         assert found[0].dtype == torch.uint8
-        assert (expected[0] == found[0]).float().mean() > 0.95
+        # Classes of random weights are near ties in every pixel, and which one wins depends on the processor, as int8
+        # is summed in another way there. So where the winner is another one, it must be one that was as probable.
+        assert (expected[0] == found[0]).float().mean() > 0.9
+        plan.graph.label_map = False
+        probabilities = plan.graph(images(100, 12).permute(0, 2, 3, 1))[0].detach().softmax(1)
+        chosen = probabilities.gather(1, found[0].long()[:, None])[:, 0]
+        assert (probabilities.amax(1) - chosen).max() < 0.02
     else:
         assert min(decibels(a, b) for a, b in zip(expected, found, strict=True)) > 25
 

@@ -144,11 +144,9 @@ def _measure(
     for case in dict.fromkeys(contender.case for contender in ready):
         side_by_side = [contender for contender in ready if contender.case == case]
         label = f"batch {case[0]}, threads {case[1]}"
-        for result in measure(side_by_side, rounds=config.rounds, max_workers=config.max_workers, label=label):
-            if isinstance(result, Failure):
-                failures.append(result)
-            else:
-                measurements.append(result)
+        found, failed = measure(side_by_side, rounds=config.rounds, max_workers=config.max_workers, label=label)
+        measurements += found
+        failures += failed
     for failure in failures:
         log.warning("failed: %s: %s", failure.contender.name, failure.reason)
     if not measurements:
@@ -160,8 +158,7 @@ def _export_all(
     contenders: Sequence[Contender], folder: Path, calibration: Path | None
 ) -> tuple[list[Contender], list[Failure]]:
     """Write the files that contenders need; each in its own process, as converters take memory and can crash."""
-    files: dict[Contender, str] = {}
-    errors: dict[Contender, str] = {}
+    files, errors = dict[Contender, str](), dict[Contender, str]()
     wanted = list(dict.fromkeys(contender.of_file for contender in contenders if contender.format))
     with Progress("export", len(wanted), "files") as progress:
         for contender in wanted:
@@ -181,18 +178,18 @@ def _export_all(
 def _with_accuracy(measurements: Sequence[Measurement], data: str) -> list[Measurement]:
     """Add the accuracy of our networks; batch size, threads and compilation do not change it."""
     known: dict[str, dict[str, float]] = {}
-    for contender in (measurement.contender for measurement in measurements):
-        if contender.network.origin == "mobilevit" and _answers(contender) not in known:
-            session = _session(contender)
-            images, _ = find_part(data, "auto", session.card)
-            label = f"evaluate {_answers(contender)}"
-            known[_answers(contender)] = evaluate_session(session, images, label=label).report.summary
-    return [replace(m, metrics=known.get(_answers(m.contender), {})) for m in measurements]
-
-
-def _answers(contender: Contender) -> str:
-    """Name what contenders with the same answers have in common."""
-    return f"{contender.network.label} {contender.format or 'PyTorch'} {contender.precision}"
+    scored = []
+    for measurement in measurements:
+        contender, metrics = measurement.contender, dict[str, float]()
+        if contender.network.origin == "mobilevit":
+            answers = f"{contender.network.label} {contender.format or 'PyTorch'} {contender.precision}"
+            if answers not in known:
+                session = _session(contender)
+                images, _ = find_part(data, "auto", session.card)
+                known[answers] = evaluate_session(session, images, label=f"evaluate {answers}").report.summary
+            metrics = known[answers]
+        scored.append(replace(measurement, metrics=metrics))
+    return scored
 
 
 def _session(contender: Contender) -> Session:

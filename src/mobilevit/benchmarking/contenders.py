@@ -22,9 +22,6 @@ from mobilevit.runtime.artifact import Format
 Engine = Literal["eager", "compile", "onnx", "openvino", "executorch", "litert", "pt2"]
 """PyTorch as it is, PyTorch through `torch.compile`, or the engine of an exported format."""
 
-Origin = Literal["mobilevit", "timm", "transformers", "cvnets"]
-"""Package that a network comes from."""
-
 ENGINES: tuple[Engine, ...] = get_args(Engine)
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _CUDA_ENGINES = ("eager", "compile", "onnx", "pt2")
@@ -45,7 +42,8 @@ class Network:
 
     label: str
     """Its unique name in the report."""
-    origin: Origin
+    origin: Literal["mobilevit", "timm", "transformers", "cvnets"]
+    """Package that it comes from."""
     architecture: str
     """A key of `MODELS`, or a name of timm."""
     image_size: tuple[int, int]

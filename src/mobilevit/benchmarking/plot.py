@@ -21,7 +21,10 @@ def save_plot(report: BenchmarkReport, path: Path) -> None:
     """Write the plot: a row for each case, the fastest on top; whiskers span half of the runs."""
     cases = report.cases()
     metric = next((name for m in report.measurements for name in m.metrics), "")
-    scores = {m.contender: _score(m, metric) for m in report.measurements}
+    scores = {
+        m.contender: m.metrics.get(metric) if metric else m.contender.network.published_top1
+        for m in report.measurements
+    }
     # A single published figure compares nothing.
     scored = bool(metric) or len({*scores.values()} - {None}) > 1
     heights = [max(1.0 + 0.3 * len(measurements), 3.2 if scored else 0.0) for measurements in cases.values()]
@@ -35,11 +38,6 @@ def save_plot(report: BenchmarkReport, path: Path) -> None:
             _draw_scores(row[1], [(m, score) for m in measurements if (score := scores[m.contender]) is not None])
     figure.suptitle(f"{report.model}: {report.machine.processor}, {report.date}", fontsize=11, parse_math=False)
     save_figure(figure, path)
-
-
-def _score(measurement: Measurement, metric: str) -> float | None:
-    """Look up the measured accuracy, or else the published."""
-    return measurement.metrics.get(metric) if metric else measurement.contender.network.published_top1
 
 
 def _draw_bars(axes: Axes, measurements: Sequence[Measurement]) -> None:

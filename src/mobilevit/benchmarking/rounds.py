@@ -25,7 +25,7 @@ _TURN_MS = 200.0
 _MOST_RUNS = 100
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, eq=False)
 class _Entry:
     """A contender whose process is there."""
 
@@ -34,7 +34,6 @@ class _Entry:
     loaded: Loaded
     deviation: float | None
     turns: list[Turn] = field(default_factory=list)
-    failure: str = ""
 
     @property
     def medians(self) -> list[float]:
@@ -43,7 +42,7 @@ class _Entry:
 
 def measure(
     contenders: Sequence[Contender], *, rounds: int, max_workers: int | None = None, label: str = "time"
-) -> list[Measurement | Failure]:
+) -> tuple[list[Measurement], list[Failure]]:
     """Time contenders side by side, each in `rounds` turns; the first is the baseline of the others.
 
     At most `max_workers` processes wait at a time, or as many as memory allows. Results are in the contenders' order.
@@ -62,14 +61,22 @@ def measure(
                     except WorkerError as error:
                         results.setdefault(contender, Failure(contender=contender, reason=str(error)))
                         progress.advance(rounds)
-                for _ in range(rounds):
-                    for entry in entries:
-                        _take_turn(entry)
-                        progress.advance(int(entry.contender not in results), entry.contender.name)
+                for number in range(rounds):
+                    for entry in list(entries):
+                        contender, run_ms = entry.contender, max(min(entry.loaded.warm_up.times_ms), 1e-3)
+                        runs = max(1, min(_MOST_RUNS, round(_TURN_MS / run_ms)))
+                        try:
+                            entry.turns.append(entry.worker.ask("time", runs))
+                            progress.advance(int(contender not in results), contender.name)
+                        except WorkerError as error:
+                            results.setdefault(contender, Failure(contender=contender, reason=str(error)))
+                            entries.remove(entry)
+                            progress.advance(rounds - number)
                 baseline = next((entry for entry in entries if entry.contender == contenders[0]), None)
                 for entry in entries:
-                    results.setdefault(entry.contender, _result(entry, baseline, rounds))
-    return [results[contender] for contender in contenders]
+                    results.setdefault(entry.contender, _result(entry, baseline))
+    ordered = [results[contender] for contender in contenders]
+    return [r for r in ordered if isinstance(r, Measurement)], [r for r in ordered if isinstance(r, Failure)]
 
 
 def _has_room(entries: Sequence[_Entry], max_workers: int | None) -> bool:
@@ -94,23 +101,11 @@ def _start(contender: Contender, references: dict[str, list[Array]], group: Exit
     return _Entry(contender=contender, worker=worker, loaded=loaded, deviation=deviation)
 
 
-def _take_turn(entry: _Entry) -> None:
-    if entry.failure:
-        return
-    runs = round(_TURN_MS / max(min(entry.loaded.warm_up.times_ms), 1e-3))
-    try:
-        entry.turns.append(entry.worker.ask("time", max(1, min(_MOST_RUNS, runs))))
-    except WorkerError as error:
-        entry.failure = str(error)
-
-
-def _result(entry: _Entry, baseline: _Entry | None, rounds: int) -> Measurement | Failure:
-    if entry.failure:
-        return Failure(contender=entry.contender, reason=entry.failure)
+def _result(entry: _Entry, baseline: _Entry | None) -> Measurement:
     times = [time for turn in entry.turns for time in turn.times_ms]
     fastest, low, high, slowest = np.quantile(times, [0, 0.25, 0.75, 1]).round(4).tolist()
     speedup = None
-    if baseline is not None and not baseline.failure:
+    if baseline is not None:
         ratios = [reference / own for reference, own in zip(baseline.medians, entry.medians, strict=True)]
         speedup = round(statistics.median(ratios), 4)
     return Measurement(
@@ -120,7 +115,7 @@ def _result(entry: _Entry, baseline: _Entry | None, rounds: int) -> Measurement 
         fastest_ms=fastest,
         slowest_ms=slowest,
         runs=len(times),
-        rounds=rounds,
+        rounds=len(entry.turns),
         speedup=speedup,
         start_s=entry.loaded.seconds,
         memory=entry.turns[-1].memory,

@@ -62,18 +62,14 @@ class Tuned:
         heading = ["engine", "precision", "threads", "ms", "half of runs, ms", "x", "loss"]
         rows = []
         for measurement in self.measurements:
-            contender = measurement.contender
-            loss = self.losses.get(_title(contender))
-            row = measurement.row() | {
-                "threads": str(contender.threads),
-                "loss": "-" if loss is None else f"{loss:.2%}",
-            }
+            loss = self.losses.get(_title(measurement.contender))
+            extra = {"threads": str(measurement.contender.threads), "loss": "-" if loss is None else f"{loss:.2%}"}
+            row = measurement.row() | extra
             rows.append([row[name] for name in heading])
         return heading, rows
 
     def to_dict(self) -> dict[str, object]:
         """Return plain values for JSON, without paths of the networks."""
-        figures = [measurement.to_dict() for measurement in self.measurements]
         hidden = ("contender", "metrics")
         return {
             "path": str(self.path),
@@ -82,8 +78,8 @@ class Tuned:
             "median_ms": self.fastest.median_ms,
             "speedup": self.fastest.speedup or 1.0,
             "measurements": [
-                _settings(m.contender) | {name: value for name, value in told.items() if name not in hidden}
-                for m, told in zip(self.measurements, figures, strict=True)
+                _settings(m.contender) | {name: value for name, value in m.to_dict().items() if name not in hidden}
+                for m in self.measurements
             ],
             "dropped": [list(pair) for pair in self.dropped],
             "losses": self.losses,
@@ -96,10 +92,6 @@ def tune(checkpoint: str | os.PathLike[str], config: TuneConfig | None = None) -
 
     Beside the checkpoint appear `NAME.tuned.json` and, unless PyTorch is the fastest, the folder `NAME.tuned` with the
     artifact; they replace those of an earlier run. `Predictor(..., engine="auto")` finds them there.
-
-    Args:
-        checkpoint: of any known origin.
-        config: engines, precisions, accepted loss and more.
 
     Raises:
         MobileViTError: a setting is wrong, a named engine is not installed, or the checkpoint cannot be read.
@@ -129,13 +121,8 @@ def tune(checkpoint: str | os.PathLike[str], config: TuneConfig | None = None) -
         # PyTorch with all threads first, as the baseline.
         contenders = [replace(c, threads=count) for c in (plain, *files) for count in counts]
         dropped += lost
-        measured = []
-        for result in measure(contenders, rounds=config.rounds, label="tune"):
-            if isinstance(result, Measurement):
-                measured.append(result)
-            else:
-                threads = f"{result.contender.threads} threads"
-                dropped.append((f"{_title(result.contender)}, {threads}", result.reason))
+        measured, failed = measure(contenders, rounds=config.rounds, label="tune")
+        dropped += [(f"{_title(f.contender)}, {f.contender.threads} threads", f.reason) for f in failed]
         if not measured:
             raise MobileViTError(f"{path}: nothing could be measured; {dropped[-1][0]}: {dropped[-1][1]}")
         measured.sort(key=lambda measurement: measurement.median_ms)
@@ -148,7 +135,20 @@ def tune(checkpoint: str | os.PathLike[str], config: TuneConfig | None = None) -
         losses=losses,
         machine=this_machine(gpu_names()),
     )
-    _write(tuned, path)
+    contender = tuned.fastest.contender
+    values = {
+        "tuned_version": TUNED_VERSION,
+        "checkpoint": path.name,
+        "checkpoint_sha256": digest_of_file(path),
+        "packages": versions(RUNTIME_PACKAGES[contender.engine]),
+        "measured": datetime.now(UTC).isoformat(timespec="seconds"),
+        "batch_size": contender.batch_size,
+        **tuned.to_dict(),
+        # Relative to this file, so that both can be copied elsewhere.
+        "artifact": None if artifact is None else f"{artifact.parent.name}/{artifact.name}",
+    }
+    del values["path"]
+    write_json(tuned.path, values)
     return tuned
 
 
@@ -175,7 +175,7 @@ def _export_all(
                     folder,
                     format=contender.engine,
                     precision=contender.precision,
-                    calibration=config.calibration if contender.precision == "int8" else None,
+                    calibration=config.calibration,  # for int8
                     batch_size=contender.of_file.batch_size,
                     images=config.images or config.calibration,
                     data=config.data,
@@ -211,28 +211,11 @@ def _keep(winner: str | None, folder: Path, checkpoint: Path) -> Path | None:
         shutil.rmtree(home)
     if winner is None:
         return None
-    home.mkdir(parents=True)
+    home.mkdir()
     artifact = Path(winner)
     for part in (*artifact_files(artifact), sidecar_of(artifact)):
         part.replace(home / part.name)
     return home / artifact.name
-
-
-def _write(tuned: Tuned, checkpoint: Path) -> None:
-    contender, artifact = tuned.fastest.contender, tuned.artifact
-    values = {
-        "tuned_version": TUNED_VERSION,
-        "checkpoint": checkpoint.name,
-        "checkpoint_sha256": digest_of_file(checkpoint),
-        "packages": versions(RUNTIME_PACKAGES[contender.engine]),
-        "measured": datetime.now(UTC).isoformat(timespec="seconds"),
-        "batch_size": contender.batch_size,
-        **tuned.to_dict(),
-        # Relative to this file, so that both can be copied elsewhere.
-        "artifact": None if artifact is None else f"{artifact.parent.name}/{artifact.name}",
-    }
-    del values["path"]
-    write_json(tuned.path, values)
 
 
 def _title(contender: Contender) -> str:

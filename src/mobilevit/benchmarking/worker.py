@@ -6,7 +6,6 @@ Requests and replies are pickled. The process ends when its input does, so it ne
 from __future__ import annotations
 
 import contextlib
-import itertools
 import os
 import pickle
 import signal
@@ -15,7 +14,7 @@ import sys
 import tempfile
 import time
 import timeit
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -71,11 +70,7 @@ class WorkerError(RuntimeError):
 
 
 class Worker:
-    """A worker process, seen from its parent.
-
-    Args:
-        threads: it may compute with.
-    """
+    """A worker process, seen from its parent."""
 
     def __init__(self, threads: int) -> None:
         self._said = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115, see close()
@@ -182,7 +177,9 @@ class Runner:
         turn = self.time(2)
         while sum(turn.times_ms) < _WARM_UP_MS and len(turn.times_ms) < 200:
             turn.times_ms.extend(self.time(1).times_ms)
-        answers = [part[:_KEPT_ANSWERS] for part in _arrays(outputs)]
+        parts = outputs if isinstance(outputs, tuple | list) else [outputs]
+        arrays = [part.float().numpy(force=True) if isinstance(part, Tensor) else np.asarray(part) for part in parts]
+        answers = [array[:_KEPT_ANSWERS] for array in arrays]
         return Loaded(seconds=seconds, weight_bytes=weight_bytes, answers=answers, warm_up=turn)
 
     def time(self, runs: int) -> Turn:
@@ -257,14 +254,3 @@ class _Exportable(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         logits: Tensor = self.network(x)
         return logits
-
-
-def _arrays(outputs: object) -> Iterator[Array]:
-    """List the arrays in a tensor, an array, or a tuple or list of them."""
-    if isinstance(outputs, Tensor):
-        yield outputs.float().numpy(force=True)
-    elif isinstance(outputs, np.ndarray):
-        yield outputs
-    else:
-        assert isinstance(outputs, tuple | list)
-        yield from itertools.chain.from_iterable(map(_arrays, outputs))

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from tyro.conf import Positional
 
 from mobilevit.cli.options import height_and_width
 from mobilevit.cli.printing import print_json
 from mobilevit.errors import MobileViTError
-
-if TYPE_CHECKING:
-    from mobilevit.exporting.export import ExportReport
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,15 +88,11 @@ class Export:
         ]
         if self.json:
             print_json({report.path.name: {"path": str(report.path), **report.to_dict()} for report in reports})
-        else:
-            for report in reports:
-                _print_export(report)
+            return 0
+        for report in reports:
+            print(f"\n{report.path}  ({report.num_bytes / 1e6:.1f} MB)")
+            lines = report.lines()
+            width = max(len(label) for label, _ in lines)
+            for label, value in lines:
+                print(f"  {label:<{width}}  {value}")
         return 0
-
-
-def _print_export(report: ExportReport) -> None:
-    print(f"\n{report.path}  ({report.num_bytes / 1e6:.1f} MB)")
-    lines = report.lines()
-    width = max(len(name) for name, _ in lines)
-    for name, value in lines:
-        print(f"  {name:<{width}}  {value}")

@@ -44,10 +44,7 @@ class BlockAttention:
         return self.rollout.size
 
     def attended(self) -> NDArray[np.float64]:
-        """Count the patches that each head spreads its attention over: the exponential of its entropy.
-
-        Shape: (layers, h).
-        """
+        """Count the patches (layers, h) that each head spreads its attention over: the exponential of its entropy."""
         weights = self.weights.astype(np.float64)
         entropy = -(weights * np.log(np.maximum(weights, 1e-30))).sum(axis=(2, 3))
         spread: NDArray[np.float64] = np.exp(entropy)
@@ -92,10 +89,7 @@ def recording(backbone: MobileViTBackbone) -> Iterator[Recording]:
 
 
 def attention_weights(attention: Attention, x: Tensor) -> Tensor:
-    """Compute the weights that `Attention.forward` gives to values and does not return.
-
-    Shape: (B, N, D) -> (B, h, N, N).
-    """
+    """Compute the weights that `Attention.forward` gives to values. Shape: (B, N, D) -> (B, h, N, N)."""
     batch, num_tokens, _ = x.shape
     qkv = attention.qkv(x).view(batch, num_tokens, 3 * attention.num_heads, attention.head_dim)
     q, k, _ = qkv.transpose(1, 2).chunk(3, dim=1)

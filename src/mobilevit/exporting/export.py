@@ -12,9 +12,10 @@ import statistics
 import tempfile
 import timeit
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -40,6 +41,8 @@ from mobilevit.torch_session import TorchSession
 
 log = logging.getLogger("mobilevit")
 
+_WARM_UPS = 2
+
 
 @dataclass(frozen=True, kw_only=True)
 class ExportReport:
@@ -57,9 +60,9 @@ class ExportReport:
     """Median time of one image on this machine, with all cores."""
     torch_latency_ms: float | None = None
     """The same for the fused model in PyTorch."""
-    metrics: dict[str, float]
+    metrics: dict[str, float] = field(default_factory=dict)
     """Accuracy of the artifact on labeled images, if these were given."""
-    torch_metrics: dict[str, float]
+    torch_metrics: dict[str, float] = field(default_factory=dict)
     """The same for the model in PyTorch."""
     sensitivity: tuple[LayerSensitivity, ...] = ()
     """int8, on request: the cost of quantizing each layer alone, the most sensitive first."""
@@ -317,8 +320,6 @@ def _verify(
         artifact=artifact,
         num_bytes=sum(part.stat().st_size for part in artifact_files(path)),
         verified="verification was turned off: nobody has compared its answers with the model's",
-        metrics={},
-        torch_metrics={},
         in_float=plan.in_float,
     )
     if not options.verify:
@@ -331,7 +332,11 @@ def _verify(
     parity = check(plan.graph, session, pixels, source)
     theirs = TorchSession(model, artifact.card, device=torch.device("cpu"))
     one = pixels[: artifact.batch_size or 1]
-    latency, torch_latency = _latencies_ms([lambda: session.run(one), lambda: theirs.run(one)])
+    times_ms = [
+        [timeit.timeit(partial(side.run, one), number=1) * 1e3 for side in (session, theirs)]  # in turns
+        for _ in range(_WARM_UPS + 15)
+    ]
+    latency, torch_latency = (statistics.median(side) for side in zip(*times_ms[_WARM_UPS:], strict=True))
     if labeled is not None:
         before = evaluate_session(theirs, labeled, label="evaluate PyTorch").report.summary
         after = evaluate_session(session, labeled, label=f"evaluate {artifact.format}").report.summary
@@ -343,12 +348,6 @@ def _verify(
         latency_ms=round(latency / len(one), 3),
         torch_latency_ms=round(torch_latency / len(one), 3),
     )
-
-
-def _latencies_ms(sides: Sequence[Callable[[], object]], rounds: int = 15) -> list[float]:
-    """Measure the median time of each, in turns."""
-    times = [[timeit.timeit(side, number=1) * 1e3 for side in sides] for _ in range(rounds + 2)]
-    return [statistics.median(of_side) for of_side in zip(*times[2:], strict=True)]  # the first two warm up
 
 
 def _add_to(path: Path, report: ExportReport) -> None:

@@ -25,7 +25,10 @@ from mobilevit.runtime.artifact import Artifact
 
 
 class ExportGraph(nn.Module):
-    """A model, fused, as a function from one tensor to a tuple of tensors, named in `output_names`."""
+    """A model, fused, as a function from one tensor to a tuple of tensors, named in `output_names`.
+
+    This one is of a classifier, and gives "logits" (B, K).
+    """
 
     input_name: ClassVar[str] = "images"
     output_names: tuple[str, ...] = ("logits",)
@@ -48,8 +51,8 @@ class ExportGraph(nn.Module):
         return self.answer(x)
 
     def answer(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Compute the outputs for scaled images. Shape: (B, 3, H, W) -> see the classes below."""
-        raise NotImplementedError
+        """Compute the outputs for scaled images, (B, 3, H, W)."""
+        return (self.model(x),)
 
     @property
     def size_multiple(self) -> tuple[int, int]:
@@ -62,13 +65,6 @@ class ExportGraph(nn.Module):
         if self.baked:
             return torch.zeros(batch_size, *image_size, 3, dtype=torch.uint8)
         return torch.zeros(batch_size, 3, *image_size)
-
-
-class ClassificationGraph(ExportGraph):
-    """Gives "logits" (B, K)."""
-
-    def answer(self, x: Tensor) -> tuple[Tensor, ...]:
-        return (self.model(x),)
 
 
 class DetectionGraph(ExportGraph):
@@ -126,14 +122,11 @@ def export_graph(
     task = card_of(model).task
     if task == "segmentation":
         return SegmentationGraph(model, baked=baked, image_size=image_size, label_map=label_map).eval()
-    return (DetectionGraph if task == "detection" else ClassificationGraph)(model, baked=baked).eval()
+    return (DetectionGraph if task == "detection" else ExportGraph)(model, baked=baked).eval()
 
 
 def _enlarging(coarse: int, fine: int) -> Tensor:
-    """Make the matrix that enlarges a line of `coarse` values to `fine`, bilinearly, ends on ends.
-
-    Shape: (fine, coarse).
-    """
+    """Make the matrix (fine, coarse) that enlarges a line of values bilinearly, ends on ends."""
     lines = torch.eye(coarse, dtype=torch.float64)[None]  # (1, coarse, coarse)
     return F.interpolate(lines, fine, mode="linear", align_corners=True)[0].T.float().contiguous()
 

@@ -28,9 +28,7 @@ Images = str | os.PathLike[str] | Sequence[Source]
 
 
 def calibration_pixels(images: Images, preprocessing: Preprocessing) -> NDArray[np.uint8]:
-    """Read and resize images for calibration, evenly drawn from all there are.
-
-    Shape: -> (n, H, W, 3), n from 32 to 256.
+    """Read and resize images (n, H, W, 3) for calibration, evenly drawn from all there are.
 
     Raises:
         MobileViTError: too few can be read, or they are noise.
@@ -52,9 +50,7 @@ def calibration_pixels(images: Images, preprocessing: Preprocessing) -> NDArray[
 
 
 def parity_pixels(images: Images | None, preprocessing: Preprocessing) -> tuple[NDArray[np.uint8], str]:
-    """Read and resize images to compare answers on, or built-in photographs, and say where they come from.
-
-    Shape: -> (n, H, W, 3), n up to 64.
+    """Read and resize images (n, H, W, 3) to compare answers on, or built-in photographs; say where they come from.
 
     Raises:
         MobileViTError: none can be read.

@@ -55,12 +55,7 @@ def convert(plan: Plan, path: Path) -> None:
 
 
 def to_proto(plan: Plan, *, stepwise: bool = True) -> ModelProto:
-    """Convert the graph in float32 and name its nodes after modules.
-
-    Args:
-        plan: gives graph and input.
-        stepwise: write out attention, see `in_steps`.
-    """
+    """Convert the graph in float32 and name its nodes after modules; `stepwise` writes out attention by `in_steps`."""
     exported = torch.onnx.export(
         plan.program(in_steps(plan.graph) if stepwise else None),
         input_names=[plan.graph.input_name],

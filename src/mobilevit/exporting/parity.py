@@ -12,11 +12,10 @@ from torchvision.ops import box_iou
 
 from mobilevit.card import TaskName
 from mobilevit.exporting.graph import ExportGraph
-from mobilevit.imaging.preprocessing import Preprocessing
 from mobilevit.progress import Progress
 from mobilevit.results import RESULT_TYPES
 from mobilevit.results.base import Outputs
-from mobilevit.results.detection import Detections, decode_detections
+from mobilevit.results.detection import decode_detections
 from mobilevit.runtime.artifact import Precision
 from mobilevit.runtime.session import ArtifactSession
 
@@ -62,7 +61,9 @@ def check(reference: ExportGraph, session: ArtifactSession, pixels: NDArray[np.u
     with Progress("compare", len(pixels)) as progress:
         for start in range(0, len(pixels), size):
             batch = pixels[start : start + size]
-            expected, found = _reference_outputs(reference, batch, card.preprocessing), session.run(batch)
+            inputs = torch.from_numpy(batch if reference.baked else card.preprocessing.normalize(batch))
+            answers = zip(reference.output_names, reference(inputs), strict=True)
+            expected, found = {name: tensor.numpy() for name, tensor in answers}, session.run(batch)
             for name, ours in expected.items():
                 if np.issubdtype(ours.dtype, np.floating):
                     theirs = found[name]
@@ -93,12 +94,6 @@ def check(reference: ExportGraph, session: ArtifactSession, pixels: NDArray[np.u
     )
 
 
-def _reference_outputs(graph: ExportGraph, pixels: NDArray[np.uint8], preprocessing: Preprocessing) -> Outputs:
-    """Run the graph in PyTorch."""
-    inputs = torch.from_numpy(pixels if graph.baked else preprocessing.normalize(pixels))
-    return {name: tensor.numpy() for name, tensor in zip(graph.output_names, graph(inputs), strict=True)}
-
-
 def _same_class(expected: Outputs, found: Outputs, precision: Precision) -> tuple[float, float]:
     """Compare the best classes; another class that PyTorch holds for nearly as probable is no loss."""
     logits = torch.from_numpy(expected["logits"])
@@ -113,11 +108,9 @@ def _mask_iou(expected: Outputs, found: Outputs, _: Precision) -> tuple[float, f
     ours, theirs = (
         outputs["label_map"] if "label_map" in outputs else outputs["logits"].argmax(0) for outputs in (expected, found)
     )
-    ious = []
-    for label in np.union1d(ours, theirs):
-        here, there = ours == label, theirs == label
-        ious.append((here & there).sum() / (here | there).sum())
-    return float(np.mean(ious)), float(1 - np.mean(ious))
+    masks = [(ours == label, theirs == label) for label in np.union1d(ours, theirs)]
+    iou = float(np.mean([(here & there).sum() / (here | there).sum() for here, there in masks]))
+    return iou, 1 - iou
 
 
 def _shared_boxes(expected: Outputs, found: Outputs, precision: Precision) -> tuple[float, float]:
@@ -125,21 +118,12 @@ def _shared_boxes(expected: Outputs, found: Outputs, precision: Precision) -> tu
     a, b = decode_detections(expected), decode_detections(found)
     # Improbable boxes come and go with rounding: count those that are clearly there, or, if none is, the ten best.
     least = min(0.1, float(a.scores[:10].min()) if len(a.scores) else 1.0)
-    min_overlap = 0.5 if precision in _COARSE else 0.9
-    shares = [
-        _share_found(first, others, first.scores >= least, min_overlap)
-        for first, others in ((a, b), (b, a))
-        if (first.scores >= least).any()
-    ]
+    overlap = box_iou(torch.from_numpy(a.boxes_xyxy), torch.from_numpy(b.boxes_xyxy)).numpy()
+    same = (overlap > (0.5 if precision in _COARSE else 0.9)) & (a.class_ids[:, None] == b.class_ids)
+    found_in_other = (same.any(axis=1)[a.scores >= least], same.any(axis=0)[b.scores >= least])
+    shares = [float(has_like.mean()) for has_like in found_in_other if len(has_like)]
     share = sum(shares) / len(shares) if shares else 1.0
     return share, 1 - share
-
-
-def _share_found(boxes: Detections, others: Detections, chosen: NDArray[np.bool_], min_overlap: float) -> float:
-    """Return the share of the chosen boxes that have their like among others."""
-    overlap = box_iou(torch.from_numpy(boxes.boxes_xyxy[chosen]), torch.from_numpy(others.boxes_xyxy)).numpy()
-    same = (overlap > min_overlap) & (boxes.class_ids[chosen][:, None] == others.class_ids[None])
-    return float(same.any(axis=1).mean())
 
 
 _COMPARISONS: dict[TaskName, tuple[str, Callable[[Outputs, Outputs, Precision], tuple[float, float]]]] = {

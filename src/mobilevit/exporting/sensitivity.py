@@ -45,9 +45,7 @@ class LayerSensitivity:
 def measure_sensitivity(graph: ExportGraph, inputs: Sequence[Tensor]) -> list[LayerSensitivity]:
     """Quantize each layer alone and measure the noise at the output; the most sensitive layers come first.
 
-    Args:
-        graph: of any task; it stays as it is.
-        inputs: of one image each, as the graph takes them; some are drawn evenly if there are many.
+    Inputs are of one image each, as the graph takes them; some are drawn evenly if there are many.
     """
     graph = in_steps(graph).eval()
     if isinstance(graph, SegmentationGraph):

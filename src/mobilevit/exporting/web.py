@@ -35,10 +35,8 @@ _MODEL = "model.onnx"
 def write_page(artifact: Path, final: Path, runtime: Path) -> int:
     """Write a folder of static files, a page and what it needs to run the model; returns its size in bytes.
 
-    Args:
-        artifact: an .onnx file with preprocessing inside, and with `selected` boxes if it detects.
-        final: the folder; what stood there is replaced.
-        runtime: see `find_runtime`.
+    The artifact is an .onnx file with preprocessing inside, and with `selected` boxes if it detects. What stood at
+    `final` is replaced.
     """
     card = read_sidecar(artifact).card
     with tempfile.TemporaryDirectory(dir=final.parent, prefix=".export-") as aside:
