@@ -207,11 +207,10 @@ def test_who_takes_part(tmp_path: Path) -> None:
     pytest.importorskip("timm")
     pytest.importorskip("transformers")
     model = mobilevit.create_model("mobilevit_xxs")
-    networks, absent = benchmarks._networks(model, BenchmarkConfig(compare=True, patches=True), tmp_path)
+    networks, absent = benchmarks._networks(model, BenchmarkConfig(compare=True), tmp_path)
     assert not absent
     assert [network.label for network in networks] == [
-        "mobilevit_xxs", "mobilevit_xxs patches 8, 4, 2", "timm", "timm channels_last", "transformers",
-        "MobileNetV2", "DeiT-Ti", "PiT-Ti",
+        "mobilevit_xxs", "timm", "timm channels_last", "transformers", "MobileNetV2", "DeiT-Ti", "PiT-Ti",
     ]  # fmt: skip
     config = BenchmarkConfig(precisions=("fp32", "int8"), batch_sizes=(1, 4), threads=(1, 2))
     entered, _ = contenders.enter(networks, ["eager", "onnx", "pt2"], config, "cpu")
@@ -220,9 +219,8 @@ def test_who_takes_part(tmp_path: Path) -> None:
     assert not [c for c in entered if c.precision == "int8" and c.network.origin != "mobilevit"]
     assert not [c for c in entered if c.engine == "pt2" and c.network.origin != "mobilevit"]
     other = mobilevit.create_model("mobilevit_xxs", patch_size=(8, 4, 2))
-    networks, absent = benchmarks._networks(other, BenchmarkConfig(patches=True), tmp_path)
-    assert len(networks) == 1
-    assert len(absent) == 2
+    networks, absent = benchmarks._networks(other, BenchmarkConfig(), tmp_path)
+    assert len(networks) == len(absent) == 1
 
 
 # -- workers ----------------------------------------------------------------------------------------------------------

@@ -37,9 +37,6 @@ from mobilevit.weights import checkpoint
 
 log = logging.getLogger("mobilevit")
 
-_PATCHES_B = (8, 4, 2)
-"""The paper's configuration B; A is (2, 2, 2)."""
-
 _PACKAGES = ("mobilevit", "torch", "onnxruntime", "onnxruntime-gpu", "openvino", "executorch", "ai-edge-litert", "timm",
              "transformers")  # fmt: skip
 
@@ -114,25 +111,16 @@ def _networks(model: Model, config: BenchmarkConfig, folder: Path) -> tuple[list
     ours = our_network(card, checkpoint.save(model, folder / "a.safetensors"), size)
     if config.compare:
         ours = replace(ours, published_top1=peers.PUBLISHED_TOP1.get(card.name))
-    networks, absent = [ours], list[str]()
-    if config.patches and model.config.patch_size == _PATCHES_B:
-        absent.append("patch configuration B: this model has it already")
-    elif config.patches:
-        other = factory.create_model(card.name, task=card.task, weights=ours.checkpoint, patch_size=_PATCHES_B)
-        file = str(checkpoint.save(other, folder / "b.safetensors"))
-        label = f"{card.name} patches {', '.join(map(str, _PATCHES_B))}"
-        networks.append(replace(ours, label=label, checkpoint=file, weights="b", published_top1=None))
-    rivals: list[Network] = []
+    rivals, absent = list[Network](), list[str]()
     if config.peers and card.task == "classification":
-        rivals, absent_peers = peers.installed_peers(ours)
-        absent += absent_peers
+        rivals, absent = peers.installed_peers(ours)
     if config.cvnets is not None:
         clone = str(peers.check_cvnets(config.cvnets))
         rivals.append(replace(ours, label="ml-cvnets", origin="cvnets", clone=clone))
     if rivals and model.config != MODELS[card.name]:
         absent.append(f"{', '.join(r.label for r in rivals)}: have no model of these patches and this stride")
         rivals = []
-    return [*networks, *rivals, *(peers.compared_networks() if config.compare else ())], absent
+    return [ours, *rivals, *(peers.compared_networks() if config.compare else ())], absent
 
 
 def _measure(
@@ -176,13 +164,13 @@ def _export_all(
 
 
 def _with_accuracy(measurements: Sequence[Measurement], data: str) -> list[Measurement]:
-    """Add the accuracy of our networks; batch size, threads and compilation do not change it."""
+    """Add the accuracy of our network; batch size, threads and compilation do not change it."""
     known: dict[str, dict[str, float]] = {}
     scored = []
     for measurement in measurements:
         contender, metrics = measurement.contender, dict[str, float]()
         if contender.network.origin == "mobilevit":
-            answers = f"{contender.network.label} {contender.format or 'PyTorch'} {contender.precision}"
+            answers = f"{contender.format or 'PyTorch'} {contender.precision}"
             if answers not in known:
                 session = _session(contender)
                 images, _ = find_part(data, "auto", session.card)

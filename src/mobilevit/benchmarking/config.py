@@ -39,8 +39,6 @@ class BenchmarkConfig:
     """Classification: also Apple's MobileViT, from this clone of https://github.com/apple/ml-cvnets."""
     compare: bool = False
     """Classification: also MobileNetV2, DeiT-Ti and PiT-Ti, as in the paper; from timm."""
-    patches: bool = False
-    """Also the same model with the paper's patch configuration B (8, 4, 2)."""
     calibration: Path | None = None
     """int8: a folder of images like those the model will see."""
     data: str | None = None

@@ -142,9 +142,8 @@ def explain(model: nn.Module, source: Source, pixel: tuple[int, int] | None = No
         output = model(images.to(next(model.parameters()).device))
         subject = subject_of(output, card, place)
         activation = class_activation(subject.target, record.stages)
-    if place is None:
+    if place is None or pixel is None:
         place = _strongest_place(activation, placement)
-    if pixel is None:
         x, y = placement.to_image(np.array([place * 2]))[0, :2]
         pixel = (min(int(x), image.width - 1), min(int(y), image.height - 1))
     box = None

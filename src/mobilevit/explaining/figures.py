@@ -113,10 +113,7 @@ def patches_figure(view: Image.Image, blocks: Sequence[BlockAttention]) -> Image
     heights = [0.5, *[row] * len(blocks)]
     figure = new_figure(11.2, sum(heights))
     top, *parts = figure.subfigures(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
-    _head(
-        top,
-        "Patches, unfold and fold: with the colors of the image at the size of each map; the model has vectors instead",
-    )
+    _head(top, "Patches, unfold and fold: in the image's colors at the size of each map; the model has vectors instead")
     for part, block in zip(parts, blocks, strict=True):
         _head(part, _title(block))
         _draw_unfolding(part.subplots(1, 4), view, block)

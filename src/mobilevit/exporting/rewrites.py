@@ -51,8 +51,6 @@ class SplitASPP(nn.Module):
     """ASPP whose last convolution is divided in two, so that the pooled branch need not be expanded to a map.
 
     ExecuTorch would copy it to every pixel; LiteRT's converter makes an invalid file of it.
-
-    Shape: (B, C, h, w) -> (B, aspp_channels, h, w).
     """
 
     def __init__(self, aspp: ASPP) -> None:
