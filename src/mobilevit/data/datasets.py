@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 from mobilevit.card import TaskName
 from mobilevit.data.class_layouts import classification_splits
 from mobilevit.data.coco import find_coco, looks_like_coco, read_coco, read_coco_file
+from mobilevit.data.folders import part_named
 from mobilevit.data.imageset import AnyImages, ImageSet, split
 from mobilevit.data.mask_layouts import has_masks, segmentation_splits
 from mobilevit.data.shard_files import is_pattern, name_of
@@ -23,6 +25,13 @@ from mobilevit.tasks.targets import Boxes
 
 log = logging.getLogger("mobilevit")
 
+_MARKS = re.compile(
+    r"annotations|labels|masks?|segmentationclass(aug)?|voc20.*|vocdevkit|classes\.txt|obj\.names"
+    r"|.*\.(json|ya?ml|xml|tar|tar\.gz|tgz)",
+    re.IGNORECASE,
+)
+"""Names of files and folders. Every layout but a folder per class, a CSV and a parquet file has one of them, at the top
+or in a part."""
 _BOX_LAYOUTS = (
     "Pascal VOC (Annotations/*.xml, JPEGImages/), COCO (annotations/*.json, images/) or YOLO (data.yaml, or images/, "
     "labels/*.txt and classes.txt)"
@@ -57,14 +66,24 @@ def find_splits(path: str | os.PathLike[str], task: TaskName | None = None) -> d
 
 def _recognize(path: Path, task: TaskName | None) -> Callable[[Path], dict[str, AnyImages]]:
     """Choose the function that reads what lies at `path`."""
-    if task in (None, "classification") and holds_shards(path):
+    is_marked = _is_marked(path)
+    if is_marked and task in (None, "classification") and holds_shards(path):
         return shard_splits
-    if task is None:
+    if is_marked and task is None:
         boxes, masks = has_boxes(path), has_masks(path)
         if boxes and masks:
             raise MobileViTError(f"{path}: has both boxes and masks; choose `task` detection or segmentation")
         task = "detection" if boxes else "segmentation" if masks else None
     return _READERS[task or "classification"]
+
+
+def _is_marked(path: Path) -> bool:
+    if not path.is_dir():
+        return _MARKS.fullmatch(path.name) is not None
+    return any(
+        _MARKS.fullmatch(entry.name) or (part_named(entry.name) and entry.is_dir() and _is_marked(entry))
+        for entry in path.iterdir()
+    )
 
 
 def has_boxes(path: Path) -> bool:
