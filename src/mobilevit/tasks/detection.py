@@ -155,6 +155,9 @@ class DetectionTask(Task[Boxes, Boxes]):
             loss=lambda output, targets: detection_loss(output, targets.boxes_cxcywh, targets.labels),
         )
 
+    def head(self, settings: TrainingSettings) -> None:
+        """Leave the head to the weights."""
+
     def read_truth(self, target: Boxes, _: tuple[int, int]) -> Boxes:
         return target
 

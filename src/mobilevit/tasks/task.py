@@ -131,9 +131,9 @@ class Task(ABC, Generic[Target, Truth]):
     ) -> Objective:
         """Choose random changes and loss by the settings of a run, and by the targets of all its training images."""
 
+    @abstractmethod
     def head(self, settings: TrainingSettings) -> DeepLabv3Config | None:
         """The head that the settings ask for; None leaves it to the weights, or the default."""
-        return None
 
     # -- evaluation ---------------------------------------------------------------------------------------------------
 
