@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from colorsys import hsv_to_rgb
 from functools import lru_cache
 from pathlib import Path
 
@@ -26,12 +25,9 @@ RGB = tuple[int, int, int]
 BLACK, DARK, WHITE = (0, 0, 0), (30, 30, 30), (255, 255, 255)
 GREEN, RED = (0, 115, 80), (190, 40, 30)
 
-# The first seven can be told apart with any sort of color vision (Okabe and Ito, 2008); each of the others is the one
-# farthest from all before it in Oklab, where distance is close to perceived difference (Ottosson, 2020).
+# The first classes get colors that people with any sort of color vision can tell apart (Okabe and Ito, 2008).
 _FIRST_COLORS = (
     (213, 94, 0), (0, 114, 178), (0, 158, 115), (230, 159, 0), (204, 121, 167), (86, 180, 233), (240, 228, 66),
-    (120, 0, 60), (0, 75, 0), (150, 0, 255), (255, 210, 255), (60, 0, 165), (255, 15, 255), (75, 255, 240),
-    (0, 225, 0), (180, 15, 150), (120, 90, 45), (0, 60, 255), (255, 0, 105), (120, 120, 255), (15, 75, 105),
 )  # fmt: skip
 
 
@@ -93,12 +89,23 @@ def contact_sheet(
 
 @lru_cache(maxsize=8)
 def class_colors(num_classes: int) -> tuple[RGB, ...]:
-    """Return a color for each class: always the same ones, easy to tell apart for 21 classes and distinct for 150."""
+    """Return a color for each class: always the same ones, easy to tell apart for 12 classes and distinct for 150."""
+    steps = np.arange(0, 256, 15)
+    candidates = np.stack(np.meshgrid(steps, steps, steps), axis=-1).reshape(-1, 3)
+    lightness, green_red, blue_yellow = _oklab(candidates).T
+    vivid = np.hypot(green_red, blue_yellow) > 0.06
+    candidates = candidates[vivid & (lightness > 0.35) & (lightness < 0.93)]
+    places = _oklab(candidates)
     colors = list(_FIRST_COLORS[:num_classes])
-    for number in range(len(colors), num_classes):
-        saturation, value = (0.5, 0.9, 0.7)[number % 3], (1.0, 0.7, 0.5)[number // 3 % 3]
-        red, green, blue = (round(255 * part) for part in hsv_to_rgb(0.382 * number % 1, saturation, value))
+    # Each new color is the one farthest from all before it, so the first colors do not depend on the number of classes.
+    distance = np.full(len(candidates), np.inf)
+    for place in _oklab(np.array(_FIRST_COLORS)):
+        distance = np.minimum(distance, np.linalg.norm(places - place, axis=1))
+    while len(colors) < num_classes:
+        best = int(distance.argmax())
+        red, green, blue = candidates[best].tolist()
         colors.append((red, green, blue))
+        distance = np.minimum(distance, np.linalg.norm(places - places[best], axis=1))
     return tuple(colors)
 
 
@@ -201,9 +208,7 @@ def with_legend(image: Image.Image, texts: Mapping[int, str], num_classes: int) 
 
 def text_color(background: RGB) -> RGB:
     """Choose black or white, whichever has the higher contrast (WCAG): at least 4.5 to 1 on any color."""
-    values = np.array(background) / 255
-    linear = np.where(values <= 0.04045, values / 12.92, ((values + 0.055) / 1.055) ** 2.4)
-    luminance = float(linear @ (0.2126, 0.7152, 0.0722))
+    luminance = float(_linear(np.array(background)) @ (0.2126, 0.7152, 0.0722))
     return BLACK if (luminance + 0.05) ** 2 > 0.05 * 1.05 else WHITE
 
 
@@ -238,3 +243,28 @@ def _pixels(boxes_xyxy: ArrayLike, image: Image.Image) -> list[list[int]]:
     boxes = np.asarray(boxes_xyxy, np.float64).reshape(-1, 4)
     whole: list[list[int]] = boxes.clip(0, [image.width - 1, image.height - 1] * 2).round().astype(np.int64).tolist()
     return whole
+
+
+def _linear(rgb: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Convert sRGB values 0 to 255 to linear light 0 to 1."""
+    values = rgb / 255
+    return np.where(values <= 0.04045, values / 12.92, ((values + 0.055) / 1.055) ** 2.4)
+
+
+def _oklab(rgb: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Convert sRGB to Oklab, where distance is close to perceived difference (Ottosson, 2020).
+
+    Shape: (N, 3) -> (N, 3).
+    """
+    to_cones = np.array(
+        [[0.4122214708, 0.5363325363, 0.0514459929],
+         [0.2119034982, 0.6806995451, 0.1073969566],
+         [0.0883024619, 0.2817188376, 0.6299787005]]
+    )  # fmt: skip
+    to_lab = np.array(
+        [[0.2104542553, 0.7936177850, -0.0040720468],
+         [1.9779984951, -2.4285922050, 0.4505937099],
+         [0.0259040371, 0.7827717662, -0.8086757660]]
+    )  # fmt: skip
+    lab: NDArray[np.float64] = np.cbrt(_linear(rgb) @ to_cones.T) @ to_lab.T
+    return lab

@@ -6,7 +6,7 @@ Letters used in shapes: A anchors, K classes without the background, N objects.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, NamedTuple, Self
 
@@ -50,12 +50,9 @@ def find_objects(boxes_xyxy: NDArray[np.float32], scores: NDArray[np.float32]) -
     Shape: boxes (A, 4), scores (A, K) without the background.
     """
     boxes, num_classes, flat = boxes_xyxy.astype(np.float64), scores.shape[1], scores.ravel()
-    candidates = np.flatnonzero(flat > SCORE_THRESHOLD)
-    candidates = candidates[np.argsort(-flat[candidates], kind="stable")]
     kept = np.zeros(0, np.int64)
     num_seen = np.zeros(num_classes, np.int64)
-    for start in range(0, len(candidates), _AT_ONCE):
-        places = candidates[start : start + _AT_ONCE]
+    for places in _candidates(flat):
         classes = places % num_classes
         places = places[num_seen[classes] + _rank_in_class(classes) < MAX_CANDIDATES]
         num_seen += np.bincount(classes, minlength=num_classes)
@@ -70,6 +67,20 @@ def find_objects(boxes_xyxy: NDArray[np.float32], scores: NDArray[np.float32]) -
         if len(kept) == MAX_DETECTIONS:
             break
     return Detections(boxes_xyxy[kept // num_classes], flat[kept], kept % num_classes)
+
+
+def _candidates(flat: NDArray[np.float32]) -> Iterator[NDArray[np.int64]]:
+    """Yield the places of scores above the threshold, the highest first, some hundred at a time."""
+    places = np.flatnonzero(flat > SCORE_THRESHOLD)
+    if len(places) > 8 * _AT_ONCE:  # the first are usually enough: find them without sorting all
+        values = flat[places]
+        least = np.partition(values, -_AT_ONCE)[-_AT_ONCE]
+        first = places[values > least]
+        yield first[np.argsort(-flat[first], kind="stable")]
+        places = places[values <= least]
+    places = places[np.argsort(-flat[places], kind="stable")]
+    for start in range(0, len(places), _AT_ONCE):
+        yield places[start : start + _AT_ONCE]
 
 
 def _rank_in_class(classes: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -78,7 +78,12 @@ def _mix(first: NDArray[np.float32], second: NDArray[np.float32], weight: NDArra
 
 
 def _best_class(logits: NDArray[np.float32]) -> NDArray[np.uint8]:
-    best: NDArray[np.uint8] = logits.argmax(axis=0).astype(np.uint8)
+    """Compute the argmax over the first axis, several times faster than numpy. Shape: (K, ...) -> (...)."""
+    highest = logits[0].copy()
+    best = np.zeros(highest.shape, np.uint8)
+    for number in range(1, len(logits)):
+        best[logits[number] > highest] = number
+        np.maximum(highest, logits[number], out=highest)
     return best
 
 
