@@ -405,6 +405,21 @@ def test_a_head_that_does_not_fit_the_weights_is_named(tmp_path: Path) -> None:
         assert "\n" not in str(raised.value)
 
 
+def test_a_detector_without_background_is_explained(tmp_path: Path) -> None:
+    path = tmp_path / "w.pt"
+    ours = foreign_file("detection", 79, path)
+    message = "80 outputs for an anchor, where 81 = 80 classes and the background are needed; .*`num_classes`=79"
+    for options in ({}, {"num_classes": 80}, {"classes": ["a", "b"]}):
+        with pytest.raises(ValueError, match=message):
+            mobilevit.create_model("mobilevit_xs", task="detection", weights=path, **options)
+    with pytest.raises(ValueError, match=message):
+        mobilevit.load(path)
+    model = mobilevit.create_model("mobilevit_xs", task="detection", weights=path, num_classes=79)
+    assert same(model.state_dict(), ours.state_dict())
+    classifier = mobilevit.create_model("mobilevit_xs", num_classes=2, weights=path)  # its backbone is as good as any
+    assert same(backbone_of(classifier), backbone_of(ours))
+
+
 def test_public_detectors_and_segmenters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MOBILEVIT_HOME", str(tmp_path))
     for task, name, suffix, family, classes in [

@@ -75,6 +75,7 @@ def create_model(
         config = source.config
     if source is not None and source.card.task == task:
         output_stride = output_stride or config.output_stride
+        _refuse_missing_background(source, num_classes)
         num_classes = num_classes or len(source.card.classes)
         theirs = source.head
         if isinstance(theirs, DeepLabv3Config):
@@ -127,6 +128,16 @@ def load(path: str | os.PathLike[str]) -> Model:
         raise MobileViTError(f"{path}: header and weights do not fit ({reason}); save it again")
     model.load_state_dict(source.state)
     return model.eval()
+
+
+def _refuse_missing_background(source: Weights, num_classes: int | None) -> None:
+    """Refuse a detector of 80 outputs, which is probably one of COCO's 80 classes, trained without the background."""
+    count, task = len(source.card.classes), HEADS[source.card.task]
+    if task.other_rows and not source.described and count == task.num_classes - 1 != num_classes:
+        raise MobileViTError(
+            f"{source.origin}: {count + 1} outputs for an anchor, where {count + 2} = {count + 1} classes and the "
+            f"background are needed; if they are {count} classes and the background, give `num_classes`={count}"
+        )
 
 
 def _fill(model: Model, source: Weights, classes: tuple[str, ...] | None) -> ModelCard:
