@@ -1,6 +1,6 @@
-"""MobileViT: small, fast, trustworthy vision models, from a folder of images to the device.
+"""MobileViT: small vision models, from a folder of images to the device.
 
-The names below are the public interface. They load on first use, so that `import mobilevit` costs nothing.
+The names below are the public interface. They load on first use, so that `import mobilevit` is fast.
 """
 
 from importlib import import_module

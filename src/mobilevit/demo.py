@@ -74,7 +74,7 @@ _SETTINGS: dict[TaskName, TrainConfig] = {
 def run_demo(
     out: Path, task: TaskName = "classification", *, epochs: int | None, num_images: int | None, seed: int
 ) -> Path:
-    """Draw images, train mobilevit_xxs on them, export it, predict images it never saw, write `report.html`.
+    """Draw images, train mobilevit_xxs on them, export it, predict unseen images, write `report.html`.
 
     Every step but the drawing is what a user's own command would do, and the command is shown. Epochs and images that
     are None are as many as the task needs.
@@ -149,7 +149,7 @@ def _flag(name: str, value: object) -> str:
 
 
 def _sheet(predictions: list[Result]) -> Image.Image:
-    """Every image with what the model says of it; classes in green where right, red with the truth where wrong."""
+    """Every image with its prediction; classes in green where right, red with the truth where wrong."""
     found = [prediction for prediction in predictions if isinstance(prediction, ClassificationResult)]
     if found:
         return prediction_sheet(
@@ -165,13 +165,13 @@ def _sheet(predictions: list[Result]) -> Image.Image:
 
 
 _FIGURES = (
-    ("Images it never saw", "unseen.png", "Drawn with another seed, with what the model says of them."),
+    ("Unseen images", "unseen.png", "Drawn with another seed, with the model's predictions."),
     ("Training", "run/curves.png", "Validation uses the moving average of the weights."),
-    ("What is taken for what", "run/confusion_matrix.png", "Rows are the truth, columns what the model says."),
-    ("Precision and recall", "run/pr_curves.png", "At an overlap of 0.5; the star is the score shown by default."),
+    ("Confusion matrix", "run/confusion_matrix.png", "Rows are true classes, columns predicted ones."),
+    ("Precision and recall", "run/pr_curves.png", "At an IoU of 0.50; the star marks the score threshold."),
     ("Intersection over union", "run/per_class_iou.png", ""),
     ("Validation images", "run/samples.png", ""),
-    ("Its worst mistakes", "run/worst_mistakes.png", ""),
+    ("Worst mistakes", "run/worst_mistakes.png", ""),
 )
 
 

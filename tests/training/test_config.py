@@ -38,7 +38,7 @@ def test_json_round_trip(tmp_path: Path) -> None:
         ('{"data": "a", "optimizer": {"ema": 1}}', "ema is 1"),
         ('{"data": "a", "optimizer": {"color": 1}}', "unknown setting color"),
         ('{"data": "a", "optimizer": 3}', "optimizer is 3; it is a group of settings"),
-        ('{"data": "a", "decode": "device"}', "decode is device, which went with version 0.1; remove it"),
+        ('{"data": "a", "decode": "device"}', "decode is device, which only version 0.1 had; remove it"),
         ("{}", "names no data"),
         ("[]", "names no data"),
     ],

@@ -35,7 +35,7 @@ class Data:
     max_mb: float = 256.0
     """shard: size of a tar file in megabytes."""
     shorter_side: int | None = None
-    """shard: make larger images this small on their shorter side, as JPEG of quality 95; otherwise they are copied."""
+    """shard: shrink images whose shorter side is longer than this, as JPEG of quality 95; all others are copied."""
     val_fraction: float | None = None
     """shard: share of every class for a val part, if the data are not divided; otherwise all is one part."""
     seed: int = 0

@@ -9,7 +9,7 @@ from typing import Literal
 
 @dataclass(frozen=True, kw_only=True)
 class Demo:
-    """Train, evaluate, save, reload and predict on built-in images: some minutes on two cores, no download."""
+    """Train, evaluate, export and predict on built-in images: some minutes on two cores, no download."""
 
     task: Literal["classification", "detection", "segmentation"] = "classification"
     """Task to train for."""

@@ -35,7 +35,7 @@ COMMANDS = {
     "benchmark": "Time engines, precisions, batches and threads on this machine.",
     "tune": "Find the fastest engine on this machine that keeps the answers.",
     "serve": "Answer over HTTP: predictions in batches, a web page, metrics.",
-    "info": "Print the layers, parameters and cost of a model, or what an exported file says of itself.",
+    "info": "Print the layers, parameters and cost of a model, or the description of an exported file.",
     "convert": "Rewrite a checkpoint for ml-cvnets, timm, transformers or this package.",
     "data": "Check labeled data, or write it as shards.",
     "demo": "Train, evaluate, export and predict on built-in images.",

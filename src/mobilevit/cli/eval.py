@@ -31,7 +31,7 @@ class Eval:
     device: str = "auto"
     """auto, cpu, cuda, cuda:1 or mps."""
     threads: int | None = None
-    """To compute with on the CPU; all cores if not given."""
+    """CPU threads. Default: all cores."""
     engine: Literal["torch", "compile", "auto"] = "torch"
     """Engine of a checkpoint; auto: the fastest that `mobilevit tune` found."""
     trust_pt2: bool = False

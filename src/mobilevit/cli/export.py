@@ -15,7 +15,7 @@ from mobilevit.errors import MobileViTError
 
 @dataclass(frozen=True, kw_only=True)
 class Export:
-    """Write a checkpoint as a file for a device, compared with the model on real images before it is called good."""
+    """Write a checkpoint as a file for a device; it is kept only if it agrees with the model on real images."""
 
     checkpoint: Positional[Path]
     """A .safetensors of this package, or a file of ml-cvnets, timm or transformers."""
@@ -27,7 +27,7 @@ class Export:
     out: Path | None = None
     """Folder to write to; "exported" beside the checkpoint if not given."""
     calibration: Path | None = None
-    """int8: a folder of images of what the model will see."""
+    """int8: a folder of images like those the model will see."""
     keep_float: tuple[str, ...] = ()
     """int8: layers to leave in floating point, as --sensitivity names them, with all below them."""
     sensitivity: bool = False
@@ -49,7 +49,7 @@ class Export:
     data: str | None = None
     """Labeled images, as for training: report accuracy before and after."""
     verify: bool = True
-    """Compare the file with the model. Without it, nobody knows whether it is right."""
+    """Compare the file with the model, and keep it only if they agree."""
     json: bool = False
     """Print JSON."""
 

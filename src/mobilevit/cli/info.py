@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Info:
-    """Print the layers of a model and what attention costs in each block, or what an exported file says of itself."""
+    """Print the layers of a model and what attention costs in each block, or the description of an exported file."""
 
     model: Positional[str]
     """A model's name, a checkpoint, or an exported file."""

@@ -26,11 +26,11 @@ class Train:
     recipe: str | None = None
     """Take settings from a named recipe, such as small_detection; flags change single ones. "list" shows all."""
     resume: bool = False
-    """Go on with the run in --out from its last checkpoint."""
+    """Continue the run in --out from its last checkpoint."""
     overwrite: bool = False
     """Replace another run in --out."""
     dry_run: bool = False
-    """Write nothing: take a few steps, then say what the run would be: all settings, steps, memory and time."""
+    """Take a few steps and print all settings, and the steps, memory and time of the run; nothing is written."""
     json: bool = False
     """Print the result as JSON."""
 

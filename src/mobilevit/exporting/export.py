@@ -319,14 +319,14 @@ def _verify(
         path=path,
         artifact=artifact,
         num_bytes=sum(part.stat().st_size for part in artifact_files(path)),
-        verified="verification was turned off: nobody has compared its answers with the model's",
+        verified="verification was turned off: its answers have not been compared with the model's",
         in_float=plan.in_float,
     )
     if not options.verify:
         return report
     if not FORMATS[artifact.format].runs_here:
-        why = f"{artifact.format} does not run on this system, so nobody has compared its answers with the model's"
-        return replace(report, verified=f"{why}; export on a Mac to have that done")
+        why = f"{artifact.format} does not run on this system, so its answers have not been compared with the model's"
+        return replace(report, verified=f"{why}; export on a Mac to compare them")
     pixels, source = parity_pixels(options.images, artifact.card.preprocessing)
     session = ArtifactSession(path, trust_pt2=True)  # it was written just now
     parity = check(plan.graph, session, pixels, source)

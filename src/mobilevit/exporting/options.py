@@ -99,7 +99,7 @@ def check_options(
         (unknown, f"`dynamic` is {', '.join(map(repr, unknown))}; it can be 'batch', 'size' or both"),
         (
             options.dynamic and not FORMATS[format_].dynamic,
-            f"{format_} files have one batch and one size; leave `dynamic` out, or choose onnx or openvino",
+            f"{format_} files have one batch and one size; leave `dynamic` out, or choose onnx, openvino or pt2",
         ),
         (
             "size" in options.dynamic and card.task == "detection",

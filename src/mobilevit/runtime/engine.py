@@ -71,7 +71,7 @@ def open_engine(path: Path, artifact: Artifact, *, threads: int | None, device: 
 
     Raises:
         MobileViTError: the engine is not installed, cannot read the file, or does not run on this system; or the file
-            is a `torch.export` program, and nobody says that it can be trusted.
+            is a `torch.export` program, and `trust_pt2` is not set.
     """
     name = artifact.format
     if name == "pt2" and not trust_pt2:

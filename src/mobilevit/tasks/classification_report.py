@@ -26,7 +26,7 @@ from mobilevit.tasks.report import ClassScores, Meter, Report, save_confusion_ma
 
 @dataclass(frozen=True, kw_only=True)
 class ClassificationClassScores(ClassScores):
-    """How one class fared."""
+    """The figures of one class."""
 
     precision: float = field(metadata=shown("precision", ".3f"))
     """Share of the images called so that are so."""
@@ -40,7 +40,7 @@ class ClassificationClassScores(ClassScores):
 
 @dataclass(frozen=True, kw_only=True)
 class ClassificationReport(Report):
-    """How a model fared on labeled images."""
+    """The figures of a classifier on labeled images."""
 
     top1: float = field(metadata=shown("top-1", ".2%"))
     """Share of images whose most probable class is right."""

@@ -92,7 +92,7 @@ class DetectionTask(Task[Boxes, Boxes]):
     result_type = DetectionResult
     score_name = "ap"
     score_title = "AP"
-    limits = "Objects of other classes are passed over, or taken for one of its own."
+    limits = "Objects of other classes are missed, or mistaken for one of its classes."
     usage = "result.describe()"
     counted = "objects (images)"
     most_in_legend = MOST_IN_LEGEND  # more classes are named at their boxes

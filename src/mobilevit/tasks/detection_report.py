@@ -38,7 +38,7 @@ MOST_IN_LEGEND = 12
 
 @dataclass(frozen=True, kw_only=True)
 class DetectionClassScores(ClassScores):
-    """How one class fared; its AP is None where the truth has no object of it."""
+    """The figures of one class; its AP is None where the truth has no object of it."""
 
     ap: float | None = field(metadata=shown("AP", ".3f"))
     """Average precision, mean over IoU thresholds 0.50 to 0.95."""
@@ -56,7 +56,7 @@ class DetectionClassScores(ClassScores):
 
 @dataclass(frozen=True, kw_only=True)
 class DetectionReport(Report):
-    """How a detector fared on images with boxes; figures named AP and AR are COCO's.
+    """The figures of a detector on images with boxes; those named AP and AR are COCO's.
 
     A class without any object in the truth does not count in their means. Crowds are neither missed nor found.
     """

@@ -45,14 +45,14 @@ class _Figures:
 
 @dataclass(frozen=True, kw_only=True)
 class ClassScores(_Figures):
-    """How one class fared."""
+    """The figures of one class."""
 
     name: str = field(metadata=shown("class"))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Report(_Figures, ABC):
-    """How a model fared on images whose truth is known."""
+    """The figures of a model on labeled images."""
 
     num_images: int
     """Images it was computed from."""

@@ -24,7 +24,7 @@ from mobilevit.tasks.report import ClassScores, Meter, Report, plot_text, save_b
 
 @dataclass(frozen=True, kw_only=True)
 class SegmentationClassScores(ClassScores):
-    """How one class fared."""
+    """The figures of one class."""
 
     iou: float | None = field(metadata=shown("IoU", ".3f"))
     """Pixels that are and are called so / pixels that are or are called so; None where there are none of either."""
@@ -38,7 +38,7 @@ class SegmentationClassScores(ClassScores):
 
 @dataclass(frozen=True, kw_only=True)
 class SegmentationReport(Report):
-    """How a model fared on images with label maps; ignored pixels are not counted."""
+    """The figures of a model on images with label maps; ignored pixels are not counted."""
 
     miou: float = field(metadata=shown("mean IoU", ".2%"))
     """Mean of the classes' IoU over all images together, of those classes that occur in the truth or the prediction.

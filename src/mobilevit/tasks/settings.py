@@ -39,9 +39,9 @@ class DetectionSettings:
     """Augmentation of images with boxes."""
 
     zoom_out: float = 0.5
-    """Probability that a training image is shown smaller, on a gray ground; 0 is off."""
+    """Probability that a training image is shrunk, on a gray background; 0 is off."""
     iou_crop: bool = True
-    """Train on crops that hold some object by various shares."""
+    """Train on random crops that contain objects."""
 
 
 @dataclass(frozen=True, kw_only=True)

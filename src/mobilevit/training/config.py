@@ -283,7 +283,7 @@ class TrainConfig:
             if not isinstance(values, dict) or "data" not in values:
                 raise MobileViTError("it names no data")
             if values.pop("decode", "cpu") != "cpu":  # a setting of version 0.1
-                raise MobileViTError("decode is device, which went with version 0.1; remove it")
+                raise MobileViTError("decode is device, which only version 0.1 had; remove it")
             return _from_values(cls, values)
         except OSError:
             raise MobileViTError(

@@ -207,7 +207,7 @@ def _log_start(run: Run) -> None:
     for data in (train_set, val_set):
         report_problems(data)
     if run.config.weights is None and len(train_set) < 20_000:
-        log.info("training from scratch; on data this small, pretrained weights usually reach far more")
+        log.info("training from scratch; on data this small, pretrained weights usually give much higher accuracy")
 
 
 # -- one epoch --------------------------------------------------------------------------------------------------------
@@ -384,7 +384,7 @@ def _restore(run: Run, state: State) -> None:
         _set_random_state(own["random"], run.device)
         position.loss_sum, position.loss_count = own["loss"]
     else:
-        log.info("begun by %d processes, goes on with %d", len(ranks), run.world.size)
+        log.info("started with %d processes, continues with %d", len(ranks), run.world.size)
         if position.step:
             done = position.images - sum(images for _, images in position.segments)
             position.segments.append((len(ranks), done))

@@ -1,4 +1,4 @@
-"""The run folder: the whole record of a training run, and what it takes to go on with it."""
+"""The run folder: the whole record of a training run, and what it takes to resume it."""
 
 from __future__ import annotations
 
@@ -216,13 +216,13 @@ print({task.usage})
 result.draw("out.jpg")
 ```
 
-Input: {card.preprocessing.size[0]} x {card.preprocessing.size[1]} pixels; the file knows how to prepare images.
+Input: {card.preprocessing.size[0]} x {card.preprocessing.size[1]} pixels; the file contains the preprocessing.
 
 ## Limits
 
 The figures hold for images like the ones it was trained on. {task.limits}
 
-## Where it comes from
+## Origin
 
 {origin}
 - data: {Path(config.data).name}
