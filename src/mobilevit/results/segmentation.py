@@ -111,7 +111,8 @@ class SegmentationResult(Result):
 
     def _drawn(self, *, top: int, min_score: float | None, opacity: float) -> Image.Image:
         tinted = draw_label_map(self.image, self.label_map, self.classes, opacity=opacity)
-        texts = {self.classes.index(name): f"{name} {share:.1%}" for name, share in self.shares.items()}
+        shares = {name: f"{share:.1%}" if share >= 0.0005 else "<0.1%" for name, share in self.shares.items()}
+        texts = {self.classes.index(name): f"{name} {share}" for name, share in shares.items()}
         for label in background(self.classes):
             texts.pop(label, None)
         return with_legend(tinted, texts, len(self.classes))

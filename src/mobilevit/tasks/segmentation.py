@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from mobilevit.class_names import IGNORE
 from mobilevit.errors import MobileViTError
-from mobilevit.imaging.drawing import draw_label_map
+from mobilevit.imaging.drawing import background, draw_label_map
 from mobilevit.imaging.preprocessing import Preprocessing
 from mobilevit.models.deeplabv3 import DeepLabv3Config, SegmentationOutput
 from mobilevit.results.segmentation import SegmentationResult
@@ -71,7 +71,7 @@ class SegmentationTask(Task[Mask, NDArray[np.uint8]]):
         self, target: Mask, image: Image.Image, scale: float, classes: Sequence[str]
     ) -> tuple[Image.Image, set[int]]:
         label_map = np.asarray(Image.fromarray(target.read()).resize(image.size, Image.Resampling.NEAREST))
-        labels = set(np.unique(label_map).tolist()) - {IGNORE}
+        labels = set(np.unique(label_map).tolist()) - {IGNORE, *background(classes)}
         return draw_label_map(image, label_map, classes), labels
 
     def objective(
