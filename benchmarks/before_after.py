@@ -141,7 +141,8 @@ def compare(task: str, old: list[Any], new: list[Any], files: Path) -> dict[str,
         labels = [[[top["label"] for top in row["top"]] for row in rows] for rows in (old, new)]
         scores = [[top["probability"] for row in rows for top in row["top"]] for rows in (old, new)]
     else:
-        found = [[one for row in rows for one in row["detections"]] for rows in (old, new)]
+        # Objects with equal scores have no order.
+        found = [[one for row in rows for one in sorted(row["detections"], key=_in_order)] for rows in (old, new)]
         assert [len(row["detections"]) for row in old] == [len(row["detections"]) for row in new]
         labels = [[(one["label"], *one["box_xyxy"]) for one in each] for each in found]
         scores = [[one["score"] for one in each] for each in found]
@@ -151,6 +152,10 @@ def compare(task: str, old: list[Any], new: list[Any], files: Path) -> dict[str,
         "labels_or_boxes_that_differ": sum(a != b for a, b in zip(*labels, strict=True)),
         "largest_score_difference": round(float(np.abs(np.subtract(*scores)).max()), 7),
     }
+
+
+def _in_order(found: dict[str, Any]) -> tuple[float, str, list[float]]:
+    return -found["score"], found["label"], found["box_xyxy"]
 
 
 def cold(files: Path, before: Side, _: Side, device: Side) -> dict[str, Any]:
@@ -180,7 +185,7 @@ def throughput(files: Path, before: Side, after: Side, _: Side) -> dict[str, Any
             def once(side: Side, model: Path = model) -> float:
                 return 200 / side.cost("predict", model, files / "images")[0]
 
-            figures[f"{task} {engine}"] = in_turns(once, before, after, rounds=5)
+            figures[f"{task} {engine}"] = in_turns(once, before, after, rounds=3)
     return figures
 
 
