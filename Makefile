@@ -4,25 +4,26 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: demo test lint docs clean
+.PHONY: demo test coverage lint docs clean
 
 demo: $(VENV)/.for-use
 	$(BIN)/mobilevit demo
 
-# Two files at a time, with one thread each. Converters run through much of PyTorch's own Python, which takes three times
-# as long while coverage watches, so their tests go apart.
+# Two files at a time, with one thread each.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
-APART := tests/benchmarks tests/exporting tests/benchmarking tests/test_examples.py
 
 # The device floor is tested where there is no PyTorch, on files that are exported where there is.
 DEVICE := $(VENV)-device
 DEVICE_FILES := runs/device-files
 
 test: $(VENV)/.for-development $(DEVICE)/.ready
-	$(PYTEST) --cov --cov-report=term --cov-fail-under=80 $(addprefix --ignore=,$(APART) tests/device)
-	$(PYTEST) $(APART)
+	$(PYTEST) --ignore=tests/device
 	$(BIN)/python tests/device/make_files.py $(DEVICE_FILES)
 	MOBILEVIT_DEVICE_FILES=$(DEVICE_FILES) $(DEVICE)/bin/python -m pytest --confcutdir=tests/device tests/device
+
+# Apart from `test`, as converters run through much of PyTorch's own Python, which takes three times as long when watched.
+coverage: $(VENV)/.for-development
+	$(PYTEST) --cov --cov-report=term --cov-fail-under=80 --ignore=tests/device --ignore=tests/exporting --ignore=tests/benchmarking
 
 lint: $(VENV)/.for-development
 	$(BIN)/ruff check .

@@ -754,6 +754,8 @@ def test_ctrl_c_on_the_command_leaves_nothing(tmp_path: Path) -> None:
         str(tmp_path / "out"),
         "--max-mb",
         "5",
+        "--shorter-side",  # takes seconds rather than moments
+        "1400",
     ]
     process = subprocess.Popen(command, stderr=subprocess.PIPE)
     deadline = time.monotonic() + 30

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from mobilevit.card import default_classes
 from mobilevit.class_names import COCO_CLASSES, VOC_CLASSES
 from mobilevit.factory import create_model
 from mobilevit.models import HEADS, MODELS, imagenet_classes
@@ -19,10 +20,10 @@ def test_the_rows_of_the_classes(task: str, kind: type[torch.nn.Module]) -> None
         model = HEADS[task].build(MODELS["mobilevit_xxs"], count, head)
         assert isinstance(model, kind)
         states[count] = model.state_dict()
-        assert HEADS[task].count_classes(states[count]) == count
+        assert HEADS[task].guess_classes(states[count]) == default_classes(count)
     differ = {key for key, value in states[2].items() if value.shape != states[7][key].shape}
     assert differ == {key for key in states[2] if key.rpartition(".")[0] in HEADS[task].class_layers}
-    assert HEADS[task].count_classes({}) == 0
+    assert HEADS[task].guess_classes({}) == ()
 
 
 def test_a_head_of_another_task_is_refused() -> None:
@@ -43,11 +44,13 @@ def test_names_of_public_classes() -> None:
     segmentation = torchvision.models.segmentation.DeepLabV3_ResNet50_Weights.COCO_WITH_VOC_LABELS_V1.meta["categories"]
     assert tuple(segmentation[1:]) == VOC_CLASSES[1:]
     assert VOC_CLASSES[0] == "background"
-    assert HEADS["detection"].guess_classes(80) == COCO_CLASSES
-    assert HEADS["segmentation"].guess_classes(21) == VOC_CLASSES
-    assert HEADS["classification"].guess_classes(1000) == imagenet_classes()
-    for head in HEADS.values():
-        assert head.guess_classes(2) == ("class_0", "class_1")
+    for task, classes in (
+        ("detection", COCO_CLASSES),
+        ("segmentation", VOC_CLASSES),
+        ("classification", imagenet_classes()),
+    ):
+        model = HEADS[task].build(MODELS["mobilevit_xxs"], len(classes), None)
+        assert HEADS[task].guess_classes(model.state_dict()) == classes
 
 
 def test_imagenet_classes() -> None:
