@@ -102,7 +102,8 @@ def benchmark(model: str | os.PathLike[str], config: BenchmarkConfig | None = No
 def _networks(model: Model, config: BenchmarkConfig, folder: Path) -> tuple[list[Network], list[str]]:
     """List the networks, ours first, and a line on each that is absent; workers read the weights from the folder."""
     card = card_of(model)
-    if card.task != "classification" and (config.cvnets is not None or config.compare):
+    is_classifier = card.task == "classification"
+    if not is_classifier and (config.cvnets is not None or config.compare):
         name = "compare" if config.cvnets is None else "cvnets"
         raise MobileViTError(f"`{name}` is for classification; this checkpoint does {card.task}")
     size = config.image_size or card.preprocessing.size
@@ -112,7 +113,7 @@ def _networks(model: Model, config: BenchmarkConfig, folder: Path) -> tuple[list
     if config.compare:
         ours = replace(ours, published_top1=peers.PUBLISHED_TOP1.get(card.name))
     rivals, absent = list[Network](), list[str]()
-    if config.peers and card.task == "classification":
+    if config.peers and is_classifier:
         rivals, absent = peers.installed_peers(ours)
     if config.cvnets is not None:
         clone = str(peers.check_cvnets(config.cvnets))

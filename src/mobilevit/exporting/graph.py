@@ -7,8 +7,9 @@ Letters used in shape comments:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, cast
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.nn import functional as F
 
-from mobilevit.card import card_of
+from mobilevit.card import TaskName, card_of
 from mobilevit.models.deeplabv3 import DeepLabv3
 from mobilevit.models.fuse import fuse
 from mobilevit.models.mobilevit import MobileViTBackbone
@@ -119,10 +120,12 @@ def export_graph(
         baked: take uint8 (B, H, W, 3) and scale inside, instead of scaled float32 (B, 3, H, W).
         label_map: segmentation: give the best class of every pixel instead of logits.
     """
-    task = card_of(model).task
-    if task == "segmentation":
-        return SegmentationGraph(model, baked=baked, image_size=image_size, label_map=label_map).eval()
-    return (DetectionGraph if task == "detection" else ExportGraph)(model, baked=baked).eval()
+    graphs: dict[TaskName, Callable[..., ExportGraph]] = {
+        "classification": ExportGraph,
+        "detection": DetectionGraph,
+        "segmentation": partial(SegmentationGraph, image_size=image_size, label_map=label_map),
+    }
+    return graphs[card_of(model).task](model, baked=baked).eval()
 
 
 def _enlarging(coarse: int, fine: int) -> Tensor:

@@ -93,6 +93,7 @@ def check_options(
     """Raise a `MobileViTError` for options that do not suit each other or the model."""
     size, steps = options.image_size or card.preprocessing.size, graph.size_multiple
     near = [max(step, round(side / step) * step) for side, step in zip(size, steps, strict=True)]
+    is_detector = card.task == "detection"
     unknown = [wish for wish in options.dynamic if wish not in get_args(Dynamic)]
     mistakes = (
         (not card.classes, "this checkpoint names no classes, so its answers would mean nothing; save it with classes"),
@@ -102,7 +103,7 @@ def check_options(
             f"{format_} files have one batch and one size; leave `dynamic` out, or choose onnx, openvino or pt2",
         ),
         (
-            "size" in options.dynamic and card.task == "detection",
+            "size" in options.dynamic and is_detector,
             "a detector's anchors belong to one input size; leave `dynamic` size out and set `image_size`",
         ),
         (
@@ -118,7 +119,7 @@ def check_options(
             f"`label_map` is for segmentation; this checkpoint does {card.task}",
         ),
         (
-            options.nms and (card.task != "detection" or format_ != "onnx"),
+            options.nms and not (is_detector and format_ == "onnx"),
             "`nms` is for detection in onnx; elsewhere the predictor suppresses overlapping boxes itself",
         ),
         (

@@ -163,6 +163,11 @@ class TrainConfig:
                 object.__setattr__(self, name, Path(place))
 
     @property
+    def known_task(self) -> TaskName | None:
+        """The task; None if it is still to be recognized by the data."""
+        return None if self.task == "auto" else self.task
+
+    @property
     def peak_learning_rate(self) -> float:
         """The learning rate given, or the paper's scaled to this batch: by the square root, the rule for Adam.
 
@@ -170,7 +175,7 @@ class TrainConfig:
         """
         if self.learning_rate is not None:
             return self.learning_rate
-        published = DEFAULTS["classification" if self.task == "auto" else self.task]
+        published = DEFAULTS[self.known_task or "classification"]
         images = self.batch_size * self.optimizer.grad_accum_steps
         return published.learning_rate * math.sqrt(images / published.batch_size)
 
@@ -250,7 +255,7 @@ class TrainConfig:
                 require(name, allowed, all(holds(number) for number in _numbers(values[name])))
         low, high = self.segmentation.scale_range
         require("scale_range", "two numbers above 0, in order", 0 < low <= high)
-        is_possible = self.resize_mode != "crop" or self.task == "auto" or DEFAULTS[self.task].can_crop
+        is_possible = self.resize_mode != "crop" or self.known_task is None or DEFAULTS[self.known_task].can_crop
         require("resize_mode", "stretch or pad for masks", is_possible)
         for names, needed, is_given in (
             ("teacher_weights distillation_share distillation_temperature", "teacher", self.distillation.teacher),

@@ -138,7 +138,7 @@ class Run:
     ) -> None:
         self.train_set, self.val_set = load_train_val(
             config.data,
-            task=None if config.task == "auto" else config.task,
+            task=config.known_task,
             val_path=config.val_data,
             val_fraction=config.val_fraction,
             seed=config.seed,
