@@ -483,12 +483,10 @@ def startup_table(results: Results) -> str:
 def device_table(results: Results) -> str:
     found = results["before_after"]
     before, device = found["cold"]["before"], found["cold"]["device"]
-    worker = found["serving"]["resident_mb_after_100_requests"]
     rows = [
         ["seconds", number(before["seconds"]), number(device["seconds"])],
         ["peak memory, MB", number(before["peak_mb"]), number(device["peak_mb"])],
         ["installed packages, MB", "", number(found["installed"]["onnx_mb"])],
-        ["worker of `serve` after 100 requests, MB", number(worker["before"]), number(worker["device"])],
     ]
     return table(("", "version 0.1", "this version, without PyTorch"), rows)
 
@@ -497,8 +495,7 @@ SECTIONS = (
     Section(
         title="On a device",
         names=("before_after",),
-        summary="`mobilevit predict best.onnx one.jpg` in a fresh process, and `mobilevit serve best.onnx`; "
-        "this version with `mobilevit[onnx]` only.",
+        summary="`mobilevit predict best.onnx one.jpg` in a fresh process; this version with `mobilevit[onnx]` only.",
         body=device_table,
     ),
     Section(
