@@ -40,7 +40,7 @@ _SHAPES: dict[TaskName, tuple[Callable[..., None], int]] = {
     "detection": (shapes.write_boxes, 3000),
     "segmentation": (shapes.write_masks, 1500),
 }
-"""What draws labeled images into a folder, and how many."""
+"""Functions that draw labeled images into a folder, and how many they draw."""
 
 _SETTINGS: dict[TaskName, TrainConfig] = {
     "classification": TrainConfig(

@@ -20,7 +20,7 @@ from mobilevit.plotting import new_figure, save_figure
 from mobilevit.results.base import Outputs
 
 Truth = TypeVar("Truth")
-"""What evaluation compares the predictions for an image with."""
+"""Ground truth that predictions for an image are compared with."""
 
 MOST_IN_MATRIX = 60
 """Confusion matrices of more classes would not be legible."""
@@ -110,7 +110,7 @@ class Meter(ABC, Generic[Truth]):
     """
 
     images: Mapping[int, object]
-    """What is kept of the images seen, by their numbers in the data."""
+    """Records of the images seen, by their numbers in the data."""
 
     def __init__(self, classes: Sequence[str]) -> None:
         self.classes = tuple(classes)

@@ -109,7 +109,7 @@ class SegmentationMeter(Meter[NDArray[np.uint8]]):
         )
 
     def errors(self) -> dict[int, float]:
-        """What each image's mean IoU lacks to 1."""
+        """1 minus the mean IoU, of each image."""
         return {index: 1 - image.miou for index, image in self.images.items()}
 
     def report(self) -> SegmentationReport:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 State = dict[str, Any]
-"""What resuming needs, in tensors and plain values; see `last.pt`."""
+"""The state that resuming needs, in tensors and plain values; see `last.pt`."""
 
 # Settings that may differ when a run goes on, because the weights do not depend on them.
 _FREE_ON_RESUME = {"out", "data", "val_data", "device", "num_workers", "checkpoint_minutes", "early_stopping"}
