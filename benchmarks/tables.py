@@ -483,9 +483,11 @@ def startup_table(results: Results) -> str:
 def device_table(results: Results) -> str:
     found = results["before_after"]
     before, device = found["cold"]["before"], found["cold"]["device"]
+    worker = found["serving"]["resident_mb_after_100_requests"]
     rows = [
         ["seconds", number(before["seconds"]), number(device["seconds"])],
         ["peak memory, MB", number(before["peak_mb"]), number(device["peak_mb"])],
+        ["worker of `serve` after 100 requests, MB", number(worker["before"]), number(worker["device"])],
         ["installed packages, MB", "", number(found["installed"]["onnx_mb"])],
     ]
     return table(("", "version 0.1", "this version, without PyTorch"), rows)

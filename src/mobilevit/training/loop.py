@@ -29,6 +29,7 @@ from mobilevit.data.loaders import BatchLoader, Segment, ahead_on, default_num_w
 from mobilevit.devices import peak_memory_mb
 from mobilevit.errors import MobileViTError
 from mobilevit.evaluation import evaluation_loader, measure, report_unreadable, write_evaluation
+from mobilevit.machine import keep_freed_memory
 from mobilevit.progress import Progress
 from mobilevit.tasks.report import Report
 from mobilevit.torch_session import TorchSession
@@ -150,6 +151,8 @@ class Run:
         settings = {f"`{name}`": value for name, value in config.flat().items()}
         distributed.require_same(world, "a setting", settings | {"the data": self.fingerprint})
 
+        if device.type == "cpu":
+            keep_freed_memory()
         torch.manual_seed(config.seed)
         random.seed(config.seed)
         np.random.seed(config.seed)
