@@ -163,7 +163,7 @@ def short_table(results: Results, words: Words) -> str:
         engines = results.get("engines", {"figures": {}})["figures"]
         for engine, engine_name in IN_README.items():
             if measured := engines.get(f"{case} {engine}"):
-                rows.append(_engine_row(words.engine.format(engine=engine_name), measured["milliseconds"]))
+                rows.append(_engine_row(words, engine_name, measured["milliseconds"]))
     if speed := results.get("training_speed"):
         row = [words.training.format(size=speed["image_size"]), number(speed["figures"]["mobilevit"])]
         for peer in ("timm", "timm channels_last"):
@@ -213,11 +213,12 @@ def short_table(results: Results, words: Words) -> str:
     return "\n".join([table(words.head, rows), "", *(f"- {note}" for note in notes)])
 
 
-def _engine_row(label: str, milliseconds: dict[str, float]) -> list[str]:
+def _engine_row(words: Words, engine: str, milliseconds: dict[str, float]) -> list[str]:
     """Compare our best time with timm's best in one stream."""
     ours = min(value for side, value in milliseconds.items() if side.startswith("mobilevit"))
     timm = min(value for side, value in milliseconds.items() if side in ("timm", "timm by ONNX"))
-    return [label, f"{number(ours)} ms", f"{number(timm)} ms ({number(round(timm / ours, 2))} x)", "", ""]
+    timms = words.times.format(value=f"{number(timm)} ms", ratio=number(round(timm / ours, 2)))
+    return [words.engine.format(engine=engine), f"{number(ours)} ms", timms, "", ""]
 
 
 # -- the full tables of docs/benchmarks.md ----------------------------------------------------------------------------

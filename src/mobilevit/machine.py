@@ -76,9 +76,8 @@ def free_memory() -> int | None:
 def keep_freed_memory() -> None:
     """Let the C library keep memory that is freed, as the next step of a training run asks for as much again.
 
-    glibc gives large blocks back, and the kernel clears each page anew: a tenth to a fifth of a step on a CPU. Peak
-    memory is the same with one image size, a fifth more with many. Other C libraries, and settings of the user's own,
-    are left as they are.
+    Otherwise glibc returns large blocks to the kernel, which clears each page anew. Peak memory stays the same with one
+    image size and grows with many. Other C libraries, and settings of the user's own, are left as they are.
     """
     own = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TOP_PAD_", "GLIBC_TUNABLES")
     if platform.libc_ver()[0] != "glibc" or any(name in os.environ for name in own):
