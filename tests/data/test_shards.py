@@ -757,7 +757,10 @@ def test_ctrl_c_on_the_command_leaves_nothing(tmp_path: Path) -> None:
         "--shorter-side",  # takes seconds rather than moments
         "1400",
     ]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE)
+    # Ctrl-C reaches it also where the tests themselves run in the background.
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+    )
     deadline = time.monotonic() + 30
     while not list((tmp_path / "out").glob(".writing-*/*.tar")) and time.monotonic() < deadline:
         time.sleep(0.02)

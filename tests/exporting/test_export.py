@@ -32,6 +32,7 @@ from mobilevit.machine import available_cores
 from mobilevit.models import Model
 from mobilevit.runtime.artifact import SUFFIXES, is_artifact, read_sidecar, sidecar_of
 from mobilevit.runtime.session import ArtifactSession
+from shallow_models import shallow
 from test_cli import refused
 
 TASKS: tuple[TaskName, ...] = ("classification", "detection", "segmentation")
@@ -39,9 +40,9 @@ SIZE = (64, 128)
 
 
 def make(task: TaskName) -> Model:
-    """A small input, and scaling that is not the default."""
+    """A shallow model of a small input, with scaling that is not the default."""
     classes = [f"kind {number}" for number in range(4)]
-    model = mobilevit.create_model("mobilevit_xxs", task=task, classes=classes)
+    model = shallow(mobilevit.create_model("mobilevit_xxs", task=task, classes=classes))
     if task == "classification":
         fill_with_golden_weights(model)
     preprocessing = Preprocessing(
@@ -66,16 +67,15 @@ def task(request: pytest.FixtureRequest) -> TaskName:
 
 
 @pytest.fixture(scope="module")
-def checkpoint(task: TaskName, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return mobilevit.save(make(task), tmp_path_factory.mktemp(task) / "best.safetensors", score_threshold=None)
+def model(task: TaskName) -> Model:
+    return make(task)
 
 
-@pytest.mark.parametrize("baked", [False, True])
-@pytest.mark.parametrize("format_", ["onnx", "openvino", "pt2"])
-def test_predictors_of_artifacts_answer_as_that_of_the_checkpoint(
-    task: TaskName, checkpoint: Path, format_: str, baked: bool, images: Path, tmp_path: Path
+@pytest.mark.parametrize(("format_", "baked"), [("onnx", False), ("onnx", True), ("openvino", True), ("pt2", False)])
+def test_predictors_of_artifacts_answer_as_that_of_the_model(
+    task: TaskName, model: Model, format_: str, baked: bool, images: Path, tmp_path: Path
 ) -> None:
-    report = export(checkpoint, tmp_path, format=format_, bake_preprocessing=baked, images=images)
+    report = export(model, tmp_path, format=format_, bake_preprocessing=baked, images=images)
     assert report.verified == "yes"
     assert report.parity is not None
     assert report.parity.max_difference is not None
@@ -83,7 +83,7 @@ def test_predictors_of_artifacts_answer_as_that_of_the_checkpoint(
     assert report.parity.agreement == 1
     assert is_artifact(report.path)
     before, after = (
-        mobilevit.Predictor(checkpoint),
+        mobilevit.Predictor(model),
         mobilevit.Predictor(report.path, threads=1, batch_size=3, trust_pt2=True),
     )
     after.warm_up()
@@ -101,8 +101,8 @@ def test_predictors_of_artifacts_answer_as_that_of_the_checkpoint(
             assert (one.label_map == other.label_map).mean() > 0.999
 
 
-def test_an_onnx_file_says_everything_and_holds_nothing_odd(task: TaskName, checkpoint: Path, tmp_path: Path) -> None:
-    path = export(checkpoint, tmp_path, format="onnx").path
+def test_an_onnx_file_says_everything_and_holds_nothing_odd(model: Model, tmp_path: Path) -> None:
+    path = export(model, tmp_path, format="onnx").path
     model = onnx.load(path)
     told = {entry.key: entry.value for entry in model.metadata_props}
     embedded = json.loads(told["mobilevit"])
@@ -114,7 +114,7 @@ def test_an_onnx_file_says_everything_and_holds_nothing_odd(task: TaskName, chec
     assert not {node.op_type for node in model.graph.node} & {"Resize", "Upsample", "GridSample", "If", "Loop"}
     inferred = onnx.shape_inference.infer_shapes(model)
     ranks = [len(value.type.tensor_type.shape.dim) for value in inferred.graph.value_info]
-    assert len(ranks) > 100
+    assert len(ranks) > 60
     assert max(ranks) <= 4
     assert model.opset_import[0].version == 18
     assert [o.name for o in model.graph.output] == list(read_sidecar(path).outputs)
@@ -146,6 +146,8 @@ def test_a_fixed_batch_takes_any_number_of_images(images: Path, tmp_path: Path) 
 
 def test_any_size_where_it_may_change(images: Path, tmp_path: Path) -> None:
     model = make("classification")
+    for stage in ("layer4", "layer5"):  # PyTorch simplifies sizes of three strides in seconds, of five in a minute
+        model.get_submodule(stage)[1] = nn.Identity()  # type: ignore[index]
     report = export(model, tmp_path, dynamic=["size"], format="pt2", images=images)
     pixels = torch.randint(0, 256, (1, 3, 128, 192), dtype=torch.uint8)
     assert model.card is not None

@@ -29,6 +29,7 @@ from mobilevit.exporting.quantization import float_modules, is_below
 from mobilevit.exporting.sensitivity import choose_float, measure_sensitivity, save_plot
 from mobilevit.runtime.artifact import Artifact, write_sidecar
 from mobilevit.runtime.session import ArtifactSession
+from shallow_models import shallow
 
 SIZE = (64, 64)
 CONVERT = {"onnx": onnx_format.convert, "openvino": openvino_format.convert}
@@ -46,6 +47,8 @@ def make(task: str = "classification") -> Any:
     """Weights that are not those of a fresh model, where biases are zero and attention is even."""
     torch.manual_seed(0)
     model = mobilevit.create_model("mobilevit_xxs", task=task, classes=[f"kind {n}" for n in range(4)])
+    if task != "classification":
+        shallow(model)
     generator = torch.Generator().manual_seed(1)
     for parameter in model.parameters():
         if parameter.ndim == 1 or float(parameter.detach().abs().max()) < 0.1:
@@ -213,8 +216,8 @@ def test_int8_of_other_tasks_with_all_that_can_be_inside(task: str, format_: str
 
 
 @pytest.mark.parametrize("format_", list(CONVERT))
-def test_int8_with_any_batch(format_: str, model: Any, tmp_path: Path) -> None:
-    plan = plan_for(model, format_, "int8", open_batch=True)
+def test_int8_with_any_batch(format_: str, tmp_path: Path) -> None:
+    plan = plan_for(shallow(make()), format_, "int8", open_batch=True)
     path = write(plan, tmp_path)
     pixels = images(100, 5)
     (found,) = _outputs(path, pixels)
@@ -265,7 +268,7 @@ def test_layer_spoilt_for_int8_is_the_most_sensitive(model: Any, tmp_path: Path)
 def test_sensitivity_of_other_tasks_and_inputs(task: str) -> None:
     plan = plan_for(make(task), "onnx", "int8", baked=True, label_map=task == "segmentation")
     rows = measure_sensitivity(plan.graph, plan.calibration[:4])
-    assert len({row.name for row in rows}) == len(rows) > 80
+    assert len({row.name for row in rows}) == len(rows) > 50
     assert all(5 < row.sqnr_db <= 200 for row in rows)
     assert getattr(plan.graph, "label_map", False) == (task == "segmentation")  # the graph stays as it is
 
