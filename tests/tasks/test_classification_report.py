@@ -1,4 +1,5 @@
 import json
+import math
 import pickle
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from mobilevit.imaging.drawing import GREEN, RED
 from mobilevit.imaging.preprocessing import Preprocessing
 from mobilevit.tasks.classification_report import ClassificationMeter, classification_report
 
-pytest.importorskip("torchmetrics.functional.classification")  # here, so that no test's time is that of its import
+torchmetrics = pytest.importorskip("torchmetrics.functional.classification")
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
@@ -91,6 +92,20 @@ def test_top5_needs_six_classes() -> None:
     assert report.top5 == pytest.approx(5 / 6)
     assert report.top1 == pytest.approx(1 / 6)
     assert classification_report(logits[:5, :5], torch.arange(5), list("abcde")).top5 is None
+
+
+@pytest.mark.parametrize("sureness", [0.5, 3, 50])
+def test_calibration_error_is_that_of_torchmetrics(sureness: float) -> None:
+    logits, labels = torch.randn(500, 7) * sureness, torch.randint(7, (500,))
+    report = classification_report(logits, labels, list("abcdefg"))
+    theirs = torchmetrics.multiclass_calibration_error(logits.softmax(dim=1), labels, 7, n_bins=15)
+    assert report.calibration_error == pytest.approx(float(theirs), abs=1e-6)
+
+
+def test_a_model_that_answers_nan_is_reported() -> None:
+    report = classification_report(torch.full((4, 3), torch.nan), torch.tensor([0, 1, 2, 0]), list("abc"))
+    assert math.isnan(report.calibration_error)
+    assert report.num_images == 4
 
 
 def test_a_perfect_model() -> None:
