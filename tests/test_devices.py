@@ -1,5 +1,10 @@
 from __future__ import annotations
 
+import os
+import platform
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -24,3 +29,28 @@ def test_devices_that_are_not_there() -> None:
         with pytest.raises(MobileViTError, match=f"`device` is '{name}'.*{reason}"):
             pick_device(name)
     assert pick_device("cpu") == torch.device("cpu")
+
+
+_FAULTS = """
+import resource, sys
+import numpy as np
+from mobilevit.devices import keep_freed_memory
+if sys.argv[1] == "kept":
+    keep_freed_memory()
+for number in range(20):
+    np.ones(2**23)  # 64 MB, which glibc gives back as soon as it is freed
+    if number == 10:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="settings of glibc")
+def test_freed_memory_is_kept_unless_the_user_says_otherwise() -> None:
+    def faults(which: str, **variables: str) -> int:
+        command = [sys.executable, "-c", _FAULTS, which]
+        return int(subprocess.check_output(command, text=True, env={**os.environ, **variables}))
+
+    given_back = faults("given back")
+    assert faults("kept") < given_back / 10
+    assert faults("kept", MALLOC_MMAP_THRESHOLD_="131072") > given_back / 2

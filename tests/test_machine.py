@@ -1,11 +1,8 @@
 from __future__ import annotations
 
 import os
-import platform
 import subprocess
 import sys
-
-import pytest
 
 from mobilevit.devices import gpu_names
 from mobilevit.machine import available_cores, this_machine, versions
@@ -29,28 +26,3 @@ def test_versions_are_those_of_installed_packages() -> None:
     import numpy
 
     assert versions(["numpy", "no-such-package"]) == {"numpy": numpy.__version__}
-
-
-_FAULTS = """
-import resource, sys
-import numpy as np
-from mobilevit.machine import keep_freed_memory
-if sys.argv[1] == "kept":
-    keep_freed_memory()
-for number in range(20):
-    np.ones(2**23)  # 64 MB, which glibc gives back as soon as it is freed
-    if number == 10:
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-"""
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="settings of glibc")
-def test_freed_memory_is_kept_unless_the_user_says_otherwise() -> None:
-    def faults(which: str, **variables: str) -> int:
-        command = [sys.executable, "-c", _FAULTS, which]
-        return int(subprocess.check_output(command, text=True, env={**os.environ, **variables}))
-
-    given_back = faults("given back")
-    assert faults("kept") < given_back / 10
-    assert faults("kept", MALLOC_MMAP_THRESHOLD_="131072") > given_back / 2

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import platform
 import subprocess
@@ -71,21 +70,6 @@ def free_memory() -> int | None:
         return free
     left = limit - taken + int(counts.get("inactive_file", 0))  # the kernel gives up cached files
     return left if free is None else min(free, left)
-
-
-def keep_freed_memory() -> None:
-    """Let the C library keep memory that is freed, as the next step of a training run asks for as much again.
-
-    Otherwise glibc returns large blocks to the kernel, which clears each page anew. Peak memory stays the same with one
-    image size and grows with many. Other C libraries, and settings of the user's own, are left as they are.
-    """
-    own = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TOP_PAD_", "GLIBC_TUNABLES")
-    if platform.libc_ver()[0] != "glibc" or any(name in os.environ for name in own):
-        return
-    mallopt = ctypes.CDLL(None).mallopt
-    m_trim_threshold, m_mmap_threshold = -1, -3  # malloc.h
-    mallopt(m_mmap_threshold, 2**30)
-    mallopt(m_trim_threshold, 2**31 - 1)
 
 
 def versions(packages: Iterable[str]) -> dict[str, str]:

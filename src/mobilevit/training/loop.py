@@ -26,10 +26,9 @@ from mobilevit.card import TaskName
 from mobilevit.data.datasets import load_train_val
 from mobilevit.data.imageset import report_problems
 from mobilevit.data.loaders import BatchLoader, Segment, ahead_on, default_num_workers
-from mobilevit.devices import peak_memory_mb
+from mobilevit.devices import keep_freed_memory, peak_memory_mb
 from mobilevit.errors import MobileViTError
 from mobilevit.evaluation import evaluation_loader, measure, report_unreadable, write_evaluation
-from mobilevit.machine import keep_freed_memory
 from mobilevit.progress import Progress
 from mobilevit.tasks.report import Report
 from mobilevit.torch_session import TorchSession
