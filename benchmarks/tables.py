@@ -498,7 +498,8 @@ SECTIONS = (
     Section(
         title="On a device",
         names=("before_after",),
-        summary="`mobilevit predict best.onnx one.jpg` in a fresh process; this version with `mobilevit[onnx]` only.",
+        summary="`mobilevit predict best.onnx one.jpg` in a fresh process, and `mobilevit serve best.onnx`; "
+        "this version with `mobilevit[onnx]` only.",
         body=device_table,
     ),
     Section(
