@@ -1,6 +1,7 @@
-"""mobilevit_xxs from scratch on 4,317 flower photographs at 128 pixels, and timm's model in the same loop as control.
+"""A model from scratch on 4,317 flower photographs at 128 pixels, and timm's in the same loop as control.
 
     python benchmarks/flowers.py --data FOLDER --network mobilevit
+    python benchmarks/flowers.py --data FOLDER --model mobilevitv2_050
     python benchmarks/flowers.py --data FOLDER --network timm
     python benchmarks/flowers.py --data FOLDER --network timm-channels-last --epochs 3
 
@@ -28,14 +29,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--network", choices=["mobilevit", "timm", "timm-channels-last"], default="mobilevit")
+    parser.add_argument("--model", default="mobilevit_xxs")
     parser.add_argument("--epochs", type=int, default=25)
     parser.add_argument("--learning-rate", type=float, default=8e-4)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs"))
     arguments = parser.parse_args()
+    name = f"flowers-{arguments.network}" if arguments.model == "mobilevit_xxs" else f"flowers-{arguments.model}"
     config = TrainConfig(
         data=arguments.data,
-        out=arguments.out / f"flowers-{arguments.network}",
+        out=arguments.out / name,
+        model=arguments.model,
         image_size=128,
         epochs=arguments.epochs,
         batch_size=16,
@@ -47,7 +51,7 @@ def main() -> None:
     )
 
     def network(num_classes: int) -> nn.Module:
-        model = peers.timm_model("mobilevit_xxs", num_classes)
+        model = peers.timm_model(arguments.model, num_classes)
         return model.to(memory_format=torch.channels_last) if "channels" in arguments.network else Contiguous(model)
 
     start = time.monotonic()
@@ -65,7 +69,7 @@ def main() -> None:
         "config": json.loads(config.to_json()) | {"data": "flowers5", "out": config.out.name},
     }
     print(json.dumps({k: v for k, v in figures.items() if k != "config"}))
-    record.write(f"flowers-{arguments.network}", figures)
+    record.write(name, figures)
 
 
 class Contiguous(nn.Module):

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from mobilevit.card import ModelCard, default_classes
 from mobilevit.errors import MobileViTError, some, unknown
-from mobilevit.models import HEADS, MODELS, HeadConfig, Model
+from mobilevit.models import HEADS, MODELS, Config, HeadConfig, Model
 from mobilevit.models.deeplabv3 import DeepLabv3Config
-from mobilevit.models.mobilevit import MobileViT, MobileViTConfig, PatchSize
+from mobilevit.models.mobilevit import Backbone, PatchSize
 from mobilevit.weights.checkpoint import Weights, find_misfit
 from mobilevit.weights.reading import backbone_of, read_file, read_weights
 
@@ -44,7 +44,8 @@ def create_model(
         weights: None, a name from `list_pretrained()`, or a file from this package, ml-cvnets, timm or transformers.
             From weights for other classes, the answers for classes of the same name are kept and the others start
             afresh; from weights for another task, the backbone is kept. The log says so.
-        patch_size: at strides 8, 16 and 32; (8, 4, 2) is the paper's configuration B. None: as `weights`, or 2, 2, 2.
+        patch_size: at strides 8, 16 and 32; (8, 4, 2) is the paper's configuration B. None: as `weights`, or 2, 2, 2,
+            which is all that MobileViTv2 has.
         output_stride: 32, or 16 or 8 by dilation. None: as `weights`, or 16 for segmentation and 32 otherwise.
         head: shape of the part after the backbone, in detection and segmentation. None: as `weights`, or the published.
 
@@ -95,7 +96,7 @@ def create_model(
     return model.eval()
 
 
-def build_model(config: MobileViTConfig, card: ModelCard, head: HeadConfig | None = None) -> Model:
+def build_model(config: Config, card: ModelCard, head: HeadConfig | None = None) -> Model:
     """Make a model with fresh weights for the card's task and classes; `head` None: the published one.
 
     Raises:
@@ -115,7 +116,8 @@ def load(path: str | os.PathLike[str]) -> Model:
 
     A file from ml-cvnets, timm or transformers does not hold these: architecture and task are recognized by its names
     and shapes, the classes are taken for those of ImageNet, COCO or VOC where there are 1000, 80 or 21, the patch size
-    for 2, 2, 2, and DeepLabv3 of 512 channels for one of output stride 8 (see `create_model` to say otherwise).
+    for 2, 2, 2, and DeepLabv3 for one of output stride 8 where it has 512 channels, on MobileViT, or 150 classes, on
+    MobileViTv2 (see `create_model` to say otherwise).
 
     Raises:
         MobileViTError: the file is missing, damaged, unsafe, or no MobileViT.
@@ -164,7 +166,7 @@ def _fill(model: Model, source: Weights, classes: tuple[str, ...] | None) -> Mod
                     counts = len(names), model.num_classes
                     state[key] = _keep_rows(state[key], value, kept, head.other_rows, counts)
     else:
-        prefix = "" if isinstance(model, MobileViT) else "backbone."
+        prefix = "" if isinstance(model, Backbone) else "backbone."
         ours = backbone_of(fresh)
         state = {key: value for key, value in fresh.items() if key.removeprefix(prefix) not in ours}
         state |= {prefix + key: value for key, value in backbone.items()}

@@ -20,14 +20,15 @@ def test_parameter_counts_are_the_published_ones(name: str, expected: int) -> No
 
 
 def test_names() -> None:
-    assert list_models() == ["mobilevit_s", "mobilevit_xs", "mobilevit_xxs"]
+    widths = ["050", "075", "100", "125", "150", "175", "200"]
+    assert list_models() == ["mobilevit_s", "mobilevit_xs", "mobilevit_xxs", *(f"mobilevitv2_{w}" for w in widths)]
 
 
 def reference_unfold(x: Tensor, ph: int, pw: int) -> Tensor:
     """The textbook form, through six dimensions, in this package's order of sequences."""
     batch, dim, height, width = x.shape
     x = x.reshape(batch, dim, height // ph, ph, width // pw, pw)
-    return x.permute(5, 3, 0, 2, 4, 1).reshape(ph * pw * batch, -1, dim)
+    return x.permute(0, 3, 5, 2, 4, 1).reshape(batch * ph * pw, -1, dim)
 
 
 @pytest.mark.parametrize("patch", [(1, 1), (2, 2), (4, 2), (8, 4), (2, 3)])

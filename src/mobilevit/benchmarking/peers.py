@@ -19,6 +19,7 @@ from mobilevit.card import card_of
 from mobilevit.errors import MissingPackageError, MobileViTError
 from mobilevit.imaging.preprocessing import Preprocessing
 from mobilevit.models import MODELS
+from mobilevit.models.mobilevitv2 import MobileViTv2Config
 from mobilevit.weights.convert import convert_state_dict
 
 PUBLISHED_TOP1 = {"mobilevit_xxs": 0.690, "mobilevit_xs": 0.748, "mobilevit_s": 0.784}
@@ -107,16 +108,19 @@ class Logits(nn.Module):
 
 def transformers_model(name: str, num_classes: int = 1000) -> nn.Module:
     """Build the model of transformers, configured to the same sizes."""
-    from transformers import MobileViTConfig, MobileViTForImageClassification
+    import transformers
 
     ours = MODELS[name]
-    config = MobileViTConfig(
+    if isinstance(ours, MobileViTv2Config):
+        config = transformers.MobileViTV2Config(width_multiplier=ours.width, num_labels=num_classes)
+        return Logits(transformers.MobileViTV2ForImageClassification(config))
+    config = transformers.MobileViTConfig(
         hidden_sizes=list(ours.embed_dims),
         neck_hidden_sizes=[ours.stem_channels, *ours.channels, ours.head_channels],
         expand_ratio=float(ours.expand_ratio),
         num_labels=num_classes,
     )
-    return Logits(MobileViTForImageClassification(config))
+    return Logits(transformers.MobileViTForImageClassification(config))
 
 
 def check_cvnets(clone: str | os.PathLike[str]) -> Path:

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from mobilevit.models.mobilevit import Attention, MobileViTBackbone, MobileViTBlock
+from mobilevit.models.mobilevit import Attention, Backbone, MobileViTBlock
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +64,7 @@ class Recording:
 
 
 @contextmanager
-def recording(backbone: MobileViTBackbone) -> Iterator[Recording]:
+def recording(backbone: Backbone) -> Iterator[Recording]:
     """Record every forward pass of a backbone until the context ends."""
     record = Recording()
 
@@ -106,7 +106,7 @@ def block_attention(
     padded = (-(-height // ph) * ph, -(-width // pw) * pw)
     row, column = (min(int(share * side), side - 1) for share, side in zip(place[::-1], padded, strict=True))
     rows, columns = padded[0] // ph, padded[1] // pw
-    sequence = column % pw * ph + row % ph  # as `unfold` orders them
+    sequence = row % ph * pw + column % pw  # as `unfold` orders them
     token = row // ph * columns + column // pw
     layers = [
         attention_weights(module, record.attention[module][sequence : sequence + 1])[0]

@@ -20,7 +20,7 @@ from mobilevit.imaging.decode import Source, read_image
 from mobilevit.imaging.drawing import save_image
 from mobilevit.imaging.preprocessing import Placement
 from mobilevit.models.deeplabv3 import SegmentationOutput
-from mobilevit.models.mobilevit import MobileViTBackbone
+from mobilevit.models.mobilevit import Backbone
 from mobilevit.models.ssdlite import DetectionOutput, decode_boxes
 from mobilevit.results.detection import DEFAULT_SCORE_THRESHOLD
 
@@ -137,7 +137,7 @@ def explain(model: nn.Module, source: Source, pixel: tuple[int, int] | None = No
     placement = card.preprocessing.placement((image.height, image.width))
     place = None if pixel is None else _place_in_input(pixel, placement)
     images = torch.from_numpy(card.preprocessing.normalize(card.preprocessing.resize(image)[None]))
-    backbone: MobileViTBackbone = getattr(model, "backbone", model)  # type: ignore[arg-type]
+    backbone: Backbone = getattr(model, "backbone", model)  # type: ignore[arg-type]
     with recording(backbone) as record, torch.inference_mode(False), torch.enable_grad():
         output = model(images.to(next(model.parameters()).device))
         subject = subject_of(output, card, place)

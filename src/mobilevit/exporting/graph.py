@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from mobilevit.card import TaskName, card_of
 from mobilevit.models.deeplabv3 import DeepLabv3
 from mobilevit.models.fuse import fuse
-from mobilevit.models.mobilevit import MobileViTBackbone
+from mobilevit.models.mobilevit import Backbone
 from mobilevit.models.ssdlite import SSDLite
 from mobilevit.runtime.artifact import Artifact
 
@@ -58,8 +58,8 @@ class ExportGraph(nn.Module):
     @property
     def size_multiple(self) -> tuple[int, int]:
         """(height, width) of which inputs must be multiples, so that nothing is resized inside."""
-        backbone = self.model if isinstance(self.model, MobileViTBackbone) else self.model.backbone
-        return cast(MobileViTBackbone, backbone).size_multiple
+        backbone = self.model if isinstance(self.model, Backbone) else self.model.backbone
+        return cast(Backbone, backbone).size_multiple
 
     def example(self, batch_size: int, image_size: tuple[int, int]) -> Tensor:
         """Make an input of the right shape and type, of zeros."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mobilevit.exporting.graph import ExportGraph, Plan
 from mobilevit.models.deeplabv3 import DeepLabv3
-from mobilevit.models.mobilevit import MobileViT, MobileViTBackbone
+from mobilevit.models.mobilevit import Backbone, MobileViT
 from mobilevit.models.ssdlite import DetectionHead
 
 
@@ -33,7 +33,7 @@ def in_bfloat16(graph: ExportGraph) -> ExportGraph:
     graph = copy.deepcopy(graph)
     graph.model.to(torch.bfloat16)
     for module in graph.model.modules():
-        if isinstance(module, MobileViTBackbone):
+        if isinstance(module, Backbone):
             module.stem = nn.Sequential(_As(torch.bfloat16), module.stem)  # type: ignore[assignment]
         if isinstance(module, MobileViT | DeepLabv3):
             module.classifier = nn.Sequential(_As(torch.float32), module.classifier.float())

@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from torch import nn
 
 from mobilevit.errors import MobileViTError
-from mobilevit.models.mobilevit import InvertedResidual, MobileViTBackbone
+from mobilevit.models.mobilevit import Backbone, InvertedResidual
 
 
 def float_modules(graph: nn.Module, keep_float: Sequence[str] = ()) -> tuple[str, ...]:
@@ -25,7 +25,7 @@ def float_modules(graph: nn.Module, keep_float: Sequence[str] = ()) -> tuple[str
     names, found = [], []
     for name, module in graph.named_modules():
         names.append(name)
-        if isinstance(module, MobileViTBackbone):
+        if isinstance(module, Backbone):
             found.append(f"{name}.stem")
         elif isinstance(module, InvertedResidual):
             found.append(name)

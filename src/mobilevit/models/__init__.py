@@ -12,12 +12,21 @@ from mobilevit.card import TaskName, default_classes
 from mobilevit.class_names import COCO_CLASSES, VOC_CLASSES
 from mobilevit.imaging.preprocessing import Preprocessing
 from mobilevit.models.deeplabv3 import DeepLabv3, DeepLabv3Config
-from mobilevit.models.mobilevit import XS, XXS, MobileViT, MobileViTBackbone, MobileViTConfig, S
+from mobilevit.models.mobilevit import XS, XXS, Backbone, MobileViT, MobileViTBackbone, MobileViTConfig, S
+from mobilevit.models.mobilevitv2 import MobileViTv2, MobileViTv2Backbone, MobileViTv2Config
 from mobilevit.models.ssdlite import SSDLite, SSDLiteConfig
 
-MODELS: dict[str, MobileViTConfig] = {"mobilevit_s": S, "mobilevit_xs": XS, "mobilevit_xxs": XXS}
+Config = MobileViTConfig | MobileViTv2Config
+"""The shape of a backbone of either generation."""
 
-Model = MobileViT | SSDLite | DeepLabv3
+MODELS: dict[str, Config] = {
+    "mobilevit_s": S,
+    "mobilevit_xs": XS,
+    "mobilevit_xxs": XXS,
+    **{f"mobilevitv2_{percent:03}": MobileViTv2Config(width=percent / 100) for percent in range(50, 201, 25)},
+}
+
+Model = MobileViT | MobileViTv2 | SSDLite | DeepLabv3
 """A model for any of the tasks."""
 
 HeadConfig = SSDLiteConfig | DeepLabv3Config
@@ -41,7 +50,7 @@ def imagenet_classes() -> tuple[str, ...]:
 class Head:
     """How models for one task are built, and their defaults."""
 
-    build: Callable[[MobileViTConfig, int, HeadConfig | None], Model]
+    build: Callable[[Config, int, HeadConfig | None], Model]
     """Makes a model from a backbone's shape, the number of classes and a head's shape (None: the published one)."""
     config_type: type[HeadConfig] | None
     """Type of the head's shape; None if the head has none of its own."""
@@ -53,8 +62,6 @@ class Head:
     """Output stride of a new model."""
     preprocessing: Preprocessing
     """Preprocessing of a new model."""
-    published_preprocessing: Preprocessing
-    """Preprocessing with which the public weights reach their published accuracy."""
     class_layers: tuple[str, ...]
     """Layers whose tensors have rows for each class: for each anchor `other_rows` rows, then one for each class."""
     anchors: int = 1
@@ -69,14 +76,25 @@ class Head:
         return self.class_names() if num_classes == self.num_classes else default_classes(num_classes)
 
 
-def _build_detector(config: MobileViTConfig, num_classes: int, head: HeadConfig | None) -> Model:
+def build_backbone(config: Config) -> Backbone:
+    """Make a backbone with fresh weights."""
+    return MobileViTBackbone(config) if isinstance(config, MobileViTConfig) else MobileViTv2Backbone(config)
+
+
+def _build_classifier(config: Config, num_classes: int, _: HeadConfig | None) -> Model:
+    if isinstance(config, MobileViTConfig):
+        return MobileViT(config, num_classes)
+    return MobileViTv2(config, num_classes)
+
+
+def _build_detector(config: Config, num_classes: int, head: HeadConfig | None) -> Model:
     assert head is None or isinstance(head, SSDLiteConfig)
-    return SSDLite(MobileViTBackbone(config), num_classes, head)
+    return SSDLite(build_backbone(config), num_classes, head)
 
 
-def _build_segmenter(config: MobileViTConfig, num_classes: int, head: HeadConfig | None) -> Model:
+def _build_segmenter(config: Config, num_classes: int, head: HeadConfig | None) -> Model:
     assert head is None or isinstance(head, DeepLabv3Config)
-    return DeepLabv3(MobileViTBackbone(config), num_classes, head)
+    return DeepLabv3(build_backbone(config), num_classes, head)
 
 
 _DETECTION_INPUT = Preprocessing(size=(320, 320), resize_mode="stretch", interpolation="bilinear")
@@ -84,13 +102,12 @@ _SEGMENTATION_INPUT = Preprocessing(size=(512, 512), resize_mode="stretch", inte
 
 HEADS: dict[TaskName, Head] = {
     "classification": Head(
-        build=lambda config, num_classes, _: MobileViT(config, num_classes),
+        build=_build_classifier,
         config_type=None,
         num_classes=1000,
         class_names=imagenet_classes,
         output_stride=32,
         preprocessing=Preprocessing(),
-        published_preprocessing=Preprocessing(crop_fraction=0.9),
         class_layers=("classifier",),
     ),
     "detection": Head(
@@ -100,7 +117,6 @@ HEADS: dict[TaskName, Head] = {
         class_names=lambda: COCO_CLASSES,
         output_stride=32,
         preprocessing=_DETECTION_INPUT,
-        published_preprocessing=_DETECTION_INPUT,
         class_layers=tuple(f"heads.{level}.predict" for level in range(6)),
         anchors=SSDLiteConfig().anchors_per_cell[0],
         other_rows=5,
@@ -112,7 +128,13 @@ HEADS: dict[TaskName, Head] = {
         class_names=lambda: VOC_CLASSES,
         output_stride=16,
         preprocessing=_SEGMENTATION_INPUT,
-        published_preprocessing=_SEGMENTATION_INPUT,
         class_layers=("classifier", "aux_head.2"),
     ),
 }
+
+
+def published_preprocessing(config: Config, task: TaskName) -> Preprocessing:
+    """Return the preprocessing with which public weights reach their published accuracy."""
+    if task == "classification" and isinstance(config, MobileViTConfig):
+        return Preprocessing(crop_fraction=0.9)
+    return HEADS[task].preprocessing

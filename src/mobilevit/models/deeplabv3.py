@@ -17,40 +17,47 @@ from torch.nn import functional as F
 
 from mobilevit.card import ModelCard
 from mobilevit.errors import MobileViTError
-from mobilevit.models.mobilevit import ConvNormAct, MobileViTBackbone, initialize, initialize_prediction
+from mobilevit.models.mobilevit import Backbone, ConvNormAct, initialize_prediction
 
 
 @dataclass(frozen=True, kw_only=True)
 class DeepLabv3Config:
-    """Width and dilations of the head; the defaults are the paper's.
+    """Width and dilations of the head; None: as published for the backbone and its output stride.
 
     Raises:
         MobileViTError: a rate or width below one.
     """
 
-    aspp_channels: int = 256
-    """Channels of each branch; 512 in the weights Apple published later."""
-    atrous_rates: tuple[int, ...] = (6, 12, 18)
-    """Dilations of the 3x3 branches; twice these at output stride 8."""
+    aspp_channels: int | None = None
+    """Channels of each branch; published: 256 on MobileViT, also 512 in later weights, 512 on MobileViTv2."""
+    atrous_rates: tuple[int, ...] | None = None
+    """Dilations of the 3x3 branches; published: 6, 12, 18, and twice these at output stride 8."""
     dropout: float = 0.1
     """Dropout before the classifier."""
     aux_head: bool = False
     """Add a small second classifier on the map of layer4, which helps training and is not used afterwards."""
-    aux_channels: int = 128
-    """Channels of the auxiliary head."""
+    aux_channels: int | None = None
+    """Channels of the auxiliary head; published: a quarter of layer4's, 128 or more."""
 
     def __post_init__(self) -> None:
-        if min((self.aspp_channels, self.aux_channels, *self.atrous_rates)) < 1:
+        numbers = (self.aspp_channels, self.aux_channels, *(self.atrous_rates or ()))
+        if any(number is not None and number < 1 for number in numbers):
             raise MobileViTError("`aspp_channels`, `aux_channels` and `atrous_rates` must be 1 or more")
 
-    @classmethod
-    def for_output_stride(cls, output_stride: int) -> DeepLabv3Config:
-        """Scale the dilations to see equally far at every output stride (arXiv:1706.05587, section 4.1)."""
-        return cls().scaled(16 / output_stride)
-
     def scaled(self, ratio: float) -> DeepLabv3Config:
-        """Adapt the dilations to a map that is `ratio` times as large on each side."""
-        return replace(self, atrous_rates=tuple(max(int(rate * ratio), 1) for rate in self.atrous_rates))
+        """Adapt dilations to a map `ratio` times as large on each side (arXiv:1706.05587, section 4.1)."""
+        rates = self.atrous_rates
+        return self if rates is None else replace(self, atrous_rates=tuple(max(int(r * ratio), 1) for r in rates))
+
+    def published_for(self, backbone: Backbone) -> DeepLabv3Config:
+        """Fill in what is None."""
+        published = DeepLabv3Config(
+            aspp_channels=backbone.aspp_channels,
+            atrous_rates=(6, 12, 18),
+            aux_channels=max(backbone.config.channels[-2] // 4, 128),
+        ).scaled(16 / backbone.config.output_stride)
+        given = {name: value for name, value in vars(self).items() if value is not None}
+        return replace(published, **given)
 
 
 class SegmentationOutput(NamedTuple):
@@ -74,13 +81,13 @@ class ASPP(nn.Module):
 
     def __init__(self, in_channels: int, config: DeepLabv3Config) -> None:
         super().__init__()
-        width = config.aspp_channels
+        width, rates = config.aspp_channels, config.atrous_rates
+        assert width is not None
+        assert rates is not None
         self.near = ConvNormAct(in_channels, width, 1, act="relu")
-        self.atrous = nn.ModuleList(
-            ConvNormAct(in_channels, width, 3, dilation=rate, act="relu") for rate in config.atrous_rates
-        )
+        self.atrous = nn.ModuleList(ConvNormAct(in_channels, width, 3, dilation=rate, act="relu") for rate in rates)
         self.pool = ConvNormAct(in_channels, width, 1, act="relu")
-        self.project = ConvNormAct((2 + len(config.atrous_rates)) * width, width, 1, act="relu")
+        self.project = ConvNormAct((2 + len(rates)) * width, width, 1, act="relu")
 
     def forward(self, x: Tensor) -> Tensor:
         branches = [self.near(x), *(branch(x) for branch in self.atrous)]
@@ -100,13 +107,15 @@ class DeepLabv3(nn.Module):
     card: ModelCard
     """Name, task, classes and preprocessing; set by `create_model` and `load`."""
 
-    def __init__(self, backbone: MobileViTBackbone, num_classes: int, config: DeepLabv3Config | None = None) -> None:
+    def __init__(self, backbone: Backbone, num_classes: int, config: DeepLabv3Config | None = None) -> None:
         super().__init__()
         self.backbone = backbone
         self.config = backbone.config
         self.num_classes = num_classes
         self.output_stride = max(backbone.feature_channels)
-        self.head_config = config = config or DeepLabv3Config.for_output_stride(self.output_stride)
+        self.head_config = config = (config or DeepLabv3Config()).published_for(backbone)
+        assert config.aspp_channels is not None
+        assert config.aux_channels is not None
         self.aspp = ASPP(backbone.feature_channels[self.output_stride], config)
         self.dropout = nn.Dropout2d(config.dropout)
         self.classifier = nn.Conv2d(config.aspp_channels, num_classes, 1)
@@ -115,10 +124,10 @@ class DeepLabv3(nn.Module):
             aux_conv = ConvNormAct(backbone.config.channels[-2], config.aux_channels, 3, act="relu")
             aux_classifier = nn.Conv2d(config.aux_channels, num_classes, 1)
             self.aux_head = nn.Sequential(aux_conv, nn.Dropout2d(config.dropout), aux_classifier)
-        initialize(self.aspp)
+        backbone.initialize(self.aspp)
         initialize_prediction(self.classifier)
         if self.aux_head is not None:
-            initialize(self.aux_head)
+            backbone.initialize(self.aux_head)
             initialize_prediction(aux_classifier)
 
     def forward(self, x: Tensor) -> SegmentationOutput:

@@ -1,10 +1,12 @@
 """Rewrite a model for inference: the same function in fewer steps.
 
-BatchNorm and the affine part of LayerNorm are linear, so a neighboring linear layer can take them over:
+BatchNorm and the affine part of other norms are linear, so a neighboring linear layer can take them over:
 
     BatchNorm after a convolution        -> the convolution's weight and bias
-    LayerNorm's gain and shift           -> the linear layer (or 1x1 convolution) that follows
+    gain and shift of any other norm     -> the linear layers (or the 1x1 convolution) that follow
     1 / sqrt(head_dim) on the attention  -> the rows of the projection that make queries
+
+MobileViTv2's norm goes over whole images, so only its gain and shift can move; mean and variance remain.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from mobilevit.models.mobilevit import Attention, ConvNormAct, MobileViTBlock, TransformerLayer
+from mobilevit.models.mobilevitv2 import GlobalNorm, MobileViTv2Block, SeparableLayer
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -33,13 +36,18 @@ def fuse(model: Model) -> Model:
         if isinstance(module, ConvNormAct):
             _fold_batch_norm(module)
         elif isinstance(module, TransformerLayer):
-            _fold_layer_norm(module.attention_norm, module.attention.qkv)
-            _fold_layer_norm(module.ffn_norm, module.ffn_in)
+            _fold_affine(module.attention_norm, module.attention.qkv)
+            _fold_affine(module.ffn_norm, module.ffn_in)
             _fold_attention_scale(module.attention)
             module.ffn_act = nn.SiLU(inplace=True)
+        elif isinstance(module, SeparableLayer):
+            attention = module.attention
+            _fold_affine(module.attention_norm, attention.query, attention.key, attention.value)
+            _fold_affine(module.ffn_norm, module.ffn_in)
+            module.ffn_act = nn.SiLU(inplace=True)
     for module in fused.modules():  # after the BatchNorms: these convolutions have a bias by now
-        if isinstance(module, MobileViTBlock):
-            _fold_layer_norm(module.norm, module.project_out.conv)
+        if isinstance(module, MobileViTBlock | MobileViTv2Block):
+            _fold_affine(module.norm, module.project_out.conv)
     fused.fused = True  # type: ignore[assignment]
     return fused.to(memory_format=torch.channels_last)
 
@@ -60,17 +68,22 @@ def _fold_batch_norm(block: ConvNormAct) -> None:
         block.act = type(block.act)(inplace=True)  # nothing else reads the output of a convolution
 
 
-def _fold_layer_norm(norm: nn.LayerNorm, following: nn.Linear | nn.Conv2d) -> None:
+def _fold_affine(norm: nn.LayerNorm | GlobalNorm, *following: nn.Linear | nn.Conv2d) -> None:
     """Use that following(gain * x + shift) = (W * gain) x + (W shift + bias).
 
-    A bilinear resize between the two does not matter: it is linear, and its weights sum to one.
+    A bilinear resize between the two does not matter: it is linear, and its weights sum to one. Nor does a weighted sum
+    of tokens whose weights sum to one.
     """
-    assert following.bias is not None
-    gain, shift, weight = norm.weight.double(), norm.bias.double(), following.weight.double()
-    trailing = (1,) * (weight.ndim - 2)
-    bias = weight.flatten(1) @ shift + following.bias.double()
-    _set(following, weight * gain.view(1, -1, *trailing), bias)
-    norm.elementwise_affine = False
+    gain, shift = norm.weight.double(), norm.bias.double()
+    for layer in following:
+        assert layer.bias is not None
+        weight = layer.weight.double()
+        bias = weight.flatten(1) @ shift + layer.bias.double()
+        _set(layer, weight * gain.view(1, -1, *(1,) * (weight.ndim - 2)), bias)
+    if isinstance(norm, nn.LayerNorm):
+        norm.elementwise_affine = False
+    else:
+        norm.affine = False
     norm.register_parameter("weight", None)
     norm.register_parameter("bias", None)
 

@@ -16,9 +16,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import Field, dataclass
 from itertools import pairwise
-from typing import Literal
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -62,10 +62,36 @@ class MobileViTConfig:
     """Input size divided by the size of the last map: 32, or 16 or 8 by dilation instead of striding."""
 
     def __post_init__(self) -> None:
-        if len(self.patch_size) != 3 or any(min(_pair(p)) < 1 for p in self.patch_size):
-            raise MobileViTError(f"`patch_size` is {self.patch_size}; give three sizes of 1 or more, such as 2, 2, 2")
-        if self.output_stride not in (8, 16, 32):
-            raise MobileViTError(f"`output_stride` is {self.output_stride}; it can be 32, 16 or 8")
+        check_shape(self)
+
+
+class BackboneConfig(Protocol):
+    """The shape of a backbone of either generation, a dataclass; `MobileViTConfig` says what the names mean."""
+
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
+
+    @property
+    def channels(self) -> tuple[int, int, int, int, int]: ...
+    @property
+    def embed_dims(self) -> tuple[int, int, int]: ...
+    @property
+    def expand_ratio(self) -> int: ...
+    @property
+    def stem_channels(self) -> int: ...
+    @property
+    def depths(self) -> tuple[int, int, int]: ...
+    @property
+    def patch_size(self) -> tuple[PatchSize, PatchSize, PatchSize]: ...
+    @property
+    def output_stride(self) -> int: ...
+
+
+def check_shape(config: BackboneConfig) -> None:
+    """Raise a `MobileViTError` for a patch size or an output stride that no backbone can have."""
+    if len(config.patch_size) != 3 or any(min(_pair(p)) < 1 for p in config.patch_size):
+        raise MobileViTError(f"`patch_size` is {config.patch_size}; give three sizes of 1 or more, such as 2, 2, 2")
+    if config.output_stride not in (8, 16, 32):
+        raise MobileViTError(f"`output_stride` is {config.output_stride}; it can be 32, 16 or 8")
 
 
 def _pair(size: PatchSize) -> tuple[int, int]:
@@ -123,7 +149,7 @@ class InvertedResidual(nn.Module):
         self, in_channels: int, out_channels: int, *, stride: int, expand_ratio: int, dilation: int = 1
     ) -> None:
         super().__init__()
-        hidden = _round_channels(in_channels * expand_ratio)
+        hidden = round_channels(in_channels * expand_ratio)
         self.expand = ConvNormAct(in_channels, hidden, 1)
         self.depthwise = ConvNormAct(hidden, hidden, 3, stride=stride, dilation=dilation, groups=hidden)
         self.project = ConvNormAct(hidden, out_channels, 1, act=None)
@@ -134,9 +160,9 @@ class InvertedResidual(nn.Module):
         return x + y if self.residual else y
 
 
-def _round_channels(channels: int, multiple: int = 8) -> int:
+def round_channels(channels: float, multiple: int = 8) -> int:
     """Round to the nearest multiple, at least 90 % of `channels` (arXiv:1801.04381, official code)."""
-    rounded = max(multiple, (channels + multiple // 2) // multiple * multiple)
+    rounded = max(multiple, int(channels + multiple / 2) // multiple * multiple)
     return rounded if rounded >= 0.9 * channels else rounded + multiple
 
 
@@ -204,28 +230,34 @@ class TransformerLayer(nn.Module):
 def unfold(x: Tensor, patch_size: tuple[int, int]) -> Tensor:
     """Collect the pixels at the same offset inside their patches into one sequence each (arXiv:2110.02178, figure 4).
 
-    Sequences are ordered by offset inside the patch, then by image. Costs two copies, of whole rows and of runs of D
-    numbers; no tensor has more than 4 dimensions, so that exported graphs suit compilers for small devices.
+    Sequences are ordered by image, then by offset inside the patch, row by row. Costs two copies, of whole rows and of
+    runs of D numbers; no tensor has more than 4 dimensions, so that exported graphs suit compilers for small devices.
 
-    Shape: (B, D, H, W) -> (P * B, N, D); H and W are multiples of the patch.
+    Shape: (B, D, H, W) -> (B * P, N, D); H and W are multiples of the patch.
     """
     (batch, dim, height, width), (ph, pw) = x.shape, patch_size
     x = x.permute(0, 2, 3, 1)  # (B, H, W, D), no copy: the map is channels-last in memory
-    x = x.reshape(batch * height // ph, ph, width * dim).transpose(0, 1)  # (ph, B * H/ph, W * D)
-    x = x.reshape(ph * batch * height // ph, width // pw, pw, dim).permute(2, 0, 1, 3)  # (pw, ph * B * H/ph, W/pw, D)
-    return x.reshape(pw * ph * batch, (height // ph) * (width // pw), dim)
+    x = x.reshape(batch, height // ph, ph, width * dim).transpose(1, 2)  # (B, ph, H/ph, W * D)
+    x = x.reshape(batch * ph, height // ph * (width // pw), pw, dim).transpose(1, 2)  # (B * ph, pw, N, D)
+    return x.reshape(batch * ph * pw, height // ph * (width // pw), dim)
 
 
 def fold(tokens: Tensor, size: tuple[int, int], patch_size: tuple[int, int]) -> Tensor:
     """Put every token back at its pixel: the inverse of `unfold`.
 
-    Shape: (P * B, N, D) -> (B, D, H, W), channels-last in memory; `size` is (H, W).
+    Shape: (B * P, N, D) -> (B, D, H, W), channels-last in memory; `size` is (H, W).
     """
     (height, width), (ph, pw), dim = size, patch_size, tokens.shape[-1]
     batch = tokens.shape[0] // (ph * pw)
-    x = tokens.reshape(pw, ph * batch * height // ph, width // pw, dim).permute(1, 2, 0, 3)
-    x = x.reshape(ph, batch * height // ph, width * dim).transpose(0, 1)
+    x = tokens.reshape(batch * ph, pw, height // ph * (width // pw), dim).transpose(1, 2)  # (B * ph, N, pw, D)
+    x = x.reshape(batch, ph, height // ph, width * dim).transpose(1, 2)  # (B, H/ph, ph, W * D)
     return x.reshape(batch, height, width, dim).permute(0, 3, 1, 2)
+
+
+def whole_patches(height: int, width: int, patch_size: tuple[int, int]) -> tuple[int, int]:
+    """Round the size of a map up to whole patches."""
+    ph, pw = patch_size
+    return -(-height // ph) * ph, -(-width // pw) * pw
 
 
 class MobileViTBlock(nn.Module):
@@ -257,13 +289,13 @@ class MobileViTBlock(nn.Module):
         self.fusion = ConvNormAct(2 * in_channels, in_channels, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        (height, width), (ph, pw) = x.shape[-2:], self.patch_size
-        padded = (-(-height // ph) * ph, -(-width // pw) * pw)
+        height, width = x.shape[-2:]
+        padded = whole_patches(height, width, self.patch_size)
 
         y = self.project_in(self.local_conv(x))  # (B, D, H, W)
         if padded != (height, width):
             y = F.interpolate(y, size=padded, mode="bilinear", align_corners=False)
-        tokens = unfold(y, self.patch_size)  # (P * B, N, D)
+        tokens = unfold(y, self.patch_size)  # (B * P, N, D)
         tokens = self.norm(self.transformer(tokens))
         y = fold(tokens, padded, self.patch_size)  # (B, D, H, W)
         if padded != (height, width):
@@ -273,35 +305,39 @@ class MobileViTBlock(nn.Module):
         return x
 
 
-class MobileViTBackbone(nn.Module):
-    """The five stages that classification, detection and segmentation share; each halves the map and adds channels.
+class Backbone(nn.Module):
+    """The stem and five stages of either generation; each halves the map and adds channels.
 
     Shape: RGB in 0..1, (B, 3, H, W), H and W >= 32 -> the maps of `forward_features`.
     """
 
     card: ModelCard
     """Name, task, classes and preprocessing; set by `create_model` and `load`."""
+    layer2_strides: ClassVar[tuple[int, ...]]
+    """Strides of the inverted residuals of layer2."""
+    aspp_channels: ClassVar[int]
+    """Published width of a DeepLabv3 head on this backbone."""
 
-    def __init__(self, config: MobileViTConfig) -> None:
+    def __init__(self, config: BackboneConfig) -> None:
         super().__init__()
         self.config = config
         stem, (c1, c2, c3, c4, c5) = config.stem_channels, config.channels
-        # Where layer4 no longer halves the map, layer5 dilates its depthwise convolution to see as far as before.
-        # As in the official code, no other is dilated: those inside the MobileViT blocks never are.
+        # Where a stage no longer halves the map, later depthwise convolutions are dilated to see as far; as in
+        # the official code, that of the stage's own inverted residual is not.
         stride4, stride5 = (2 if config.output_stride >= 16 else 1), (2 if config.output_stride >= 32 else 1)
 
         self.stem = ConvNormAct(3, stem, 3, stride=2)
         self.layer1 = self._inverted_residuals(stem, c1, strides=(1,))
-        self.layer2 = self._inverted_residuals(c1, c2, strides=(2, 1, 1))
-        self.layer3 = self._mobilevit_stage(0, c2, c3, stride=2)
-        self.layer4 = self._mobilevit_stage(1, c3, c4, stride=stride4)
-        self.layer5 = self._mobilevit_stage(2, c4, c5, stride=stride5, dilation=2 // stride4)
+        self.layer2 = self._inverted_residuals(c1, c2, strides=self.layer2_strides)
+        self.layer3 = self._stage(0, c2, c3, stride=2)
+        self.layer4 = self._stage(1, c3, c4, stride=stride4)
+        self.layer5 = self._stage(2, c4, c5, stride=stride5, dilation=2 // stride4)
 
         strides = (2, 4, 8, 8 * stride4, 8 * stride4 * stride5)
         self.feature_channels: dict[int, int] = dict(zip(strides, config.channels, strict=True))
         """Channels of each map that `forward_features` returns, by stride."""
         self._feature_strides = strides
-        initialize(self)
+        self.initialize(self)
 
     def _inverted_residuals(self, in_channels: int, out_channels: int, *, strides: Sequence[int]) -> nn.Sequential:
         widths = pairwise((in_channels, *(out_channels for _ in strides)))
@@ -310,23 +346,21 @@ class MobileViTBackbone(nn.Module):
             *(InvertedResidual(i, o, stride=s, expand_ratio=ratio) for (i, o), s in zip(widths, strides, strict=True))
         )
 
-    def _mobilevit_stage(
-        self, index: int, in_channels: int, out_channels: int, *, stride: int, dilation: int = 1
-    ) -> nn.Sequential:
-        config = self.config
+    def _stage(self, index: int, in_channels: int, out_channels: int, *, stride: int, dilation: int = 1) -> nn.Module:
+        ratio = self.config.expand_ratio
         return nn.Sequential(
-            InvertedResidual(
-                in_channels, out_channels, stride=stride, expand_ratio=config.expand_ratio, dilation=dilation
-            ),
-            MobileViTBlock(
-                out_channels,
-                embed_dim=config.embed_dims[index],
-                depth=config.depths[index],
-                num_heads=config.num_heads,
-                patch_size=config.patch_size[index],
-                dropout=config.dropout,
-            ),
+            InvertedResidual(in_channels, out_channels, stride=stride, expand_ratio=ratio, dilation=dilation),
+            self._block(index, out_channels, dilation=dilation * (2 // stride)),
         )
+
+    def _block(self, index: int, channels: int, *, dilation: int) -> nn.Module:
+        """Make the transformer block of layer 3 + `index`; `dilation` is for a generation that dilates it."""
+        raise NotImplementedError
+
+    @staticmethod
+    def initialize(module: nn.Module) -> None:
+        """Give a module, and all in it, initial weights and channels-last memory."""
+        raise NotImplementedError
 
     @property
     def size_multiple(self) -> tuple[int, int]:
@@ -339,7 +373,8 @@ class MobileViTBackbone(nn.Module):
     def forward_features(self, x: Tensor) -> dict[int, Tensor]:
         """Compute the deepest feature map at each stride.
 
-        Shape: (B, 3, H, W) -> {stride: (B, feature_channels[stride], ceil(H / stride), ceil(W / stride))}.
+        Shape: (B, 3, H, W) -> {stride: (B, feature_channels[stride], ceil(H / stride), ceil(W / stride))}; MobileViTv2
+        makes maps of odd size from stride 8 on larger by one.
         """
         return dict(zip(self._feature_strides, self.forward_stages(x), strict=True))
 
@@ -354,6 +389,35 @@ class MobileViTBackbone(nn.Module):
             x = layer(x)
             stages.append(x)
         return stages
+
+
+class MobileViTBackbone(Backbone):
+    """The backbone that classification, detection and segmentation share (arXiv:2110.02178, table 4)."""
+
+    layer2_strides = (2, 1, 1)
+    aspp_channels = 256
+
+    def __init__(self, config: MobileViTConfig) -> None:
+        super().__init__(config)
+        self.config: MobileViTConfig = config
+
+    def _block(self, index: int, channels: int, *, dilation: int) -> MobileViTBlock:
+        del dilation  # as in the official code
+        config = self.config
+        return MobileViTBlock(
+            channels,
+            embed_dim=config.embed_dims[index],
+            depth=config.depths[index],
+            num_heads=config.num_heads,
+            patch_size=config.patch_size[index],
+            dropout=config.dropout,
+        )
+
+    @staticmethod
+    def initialize(module: nn.Module) -> None:
+        """Convolutions: Kaiming normal over fan-out; linear layers: normal 0.02; as in the official code."""
+        module.apply(_init_weights)
+        module.to(memory_format=torch.channels_last)
 
 
 class MobileViT(MobileViTBackbone):
@@ -373,23 +437,14 @@ class MobileViT(MobileViTBackbone):
         self.classifier_dropout = nn.Dropout(config.classifier_dropout)
         self.num_classes = num_classes
         self.classifier: nn.Module = nn.Linear(config.head_channels, num_classes) if num_classes else nn.Identity()
-        initialize(self.classifier)
-        initialize(self.head_conv)
+        self.initialize(self.classifier)
+        self.initialize(self.head_conv)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.forward_features(x)[self._feature_strides[-1]]  # (B, C5, H / 32, W / 32)
         x = self.head_conv(x).mean((2, 3))  # (B, head_channels)
         x = self.classifier(self.classifier_dropout(x))  # (B, K)
         return x
-
-
-def initialize(module: nn.Module) -> None:
-    """Give a module and all in it the initial weights of the official code, and channels-last memory.
-
-    Convolutions: Kaiming normal over fan-out; linear layers: normal 0.02.
-    """
-    module.apply(_init_weights)
-    module.to(memory_format=torch.channels_last)
 
 
 def _init_weights(module: nn.Module) -> None:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from mobilevit.card import ModelCard
 from mobilevit.errors import MobileViTError
-from mobilevit.models.mobilevit import ConvNormAct, MobileViTBackbone, initialize, initialize_prediction
+from mobilevit.models.mobilevit import Backbone, ConvNormAct, initialize_prediction
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +40,7 @@ class SSDLiteConfig:
     pool_channels: int = 64
     """Channels of the last level, a single cell that sees the whole image."""
     head_channels: tuple[int | None, ...] = (512, 256, None, None, None, None)
-    """Channels each level is projected to before its head; None: as it is."""
+    """Channels each level has in its head, by a projection where it has others; None: as it is."""
     min_scale: float = 0.1
     """Side of the smallest anchors, relative to the image."""
     max_scale: float = 1.05
@@ -143,7 +143,7 @@ class SSDLite(nn.Module):
     card: ModelCard
     """Name, task, classes and preprocessing; set by `create_model` and `load`."""
 
-    def __init__(self, backbone: MobileViTBackbone, num_classes: int, config: SSDLiteConfig | None = None) -> None:
+    def __init__(self, backbone: Backbone, num_classes: int, config: SSDLiteConfig | None = None) -> None:
         super().__init__()
         if not {16, 32} <= backbone.feature_channels.keys():
             raise MobileViTError(
@@ -169,7 +169,7 @@ class SSDLite(nn.Module):
             last = len(self.heads) == len(levels) - 1
             self.heads.append(DetectionHead(channels, head_channels, anchors, num_classes + 1, separable=not last))
         for part in (self.extra, self.pool, self.heads):
-            initialize(part)
+            backbone.initialize(part)
         for head in self.heads:
             assert isinstance(head, DetectionHead)
             initialize_prediction(head.predict)
@@ -201,7 +201,7 @@ class DetectionHead(nn.Module):
         super().__init__()
         self.width = 4 + num_outputs
         self.project: nn.Module = nn.Identity()
-        if head_channels is not None:
+        if head_channels not in (None, channels):
             self.project = ConvNormAct(channels, head_channels, 1, act="relu")
             channels = head_channels
         self.depthwise: nn.Module = nn.Identity()

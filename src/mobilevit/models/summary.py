@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mobilevit.models import Model
 from mobilevit.models.deeplabv3 import ASPP
-from mobilevit.models.mobilevit import MobileViTBackbone, MobileViTBlock
+from mobilevit.models.mobilevit import Backbone, MobileViTBlock
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +97,7 @@ def summarize(model: Model, input_size: tuple[int, int]) -> Summary:
 def _layers(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
     """Walk through the stem, every block of every stage, and the parts of the head."""
     for name, child in module.named_children():
-        if isinstance(child, nn.Sequential | nn.ModuleList | MobileViTBackbone | ASPP):
+        if isinstance(child, nn.Sequential | nn.ModuleList | Backbone | ASPP):
             yield from _layers(child, f"{prefix}{name}.")
         elif not isinstance(child, nn.Dropout | nn.Dropout2d):
             yield f"{prefix}{name}", child

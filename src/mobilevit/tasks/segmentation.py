@@ -100,8 +100,7 @@ class SegmentationTask(Task[Mask, NDArray[np.uint8]]):
         own = settings.segmentation
         if own.aspp_channels is None and not own.aux_head:
             return None
-        head = DeepLabv3Config.for_output_stride(own.output_stride or 16)
-        return replace(head, aspp_channels=own.aspp_channels or head.aspp_channels, aux_head=own.aux_head)
+        return DeepLabv3Config(aspp_channels=own.aspp_channels, aux_head=own.aux_head)
 
     def read_truth(self, target: Mask, size: tuple[int, int]) -> NDArray[np.uint8]:
         return target.read(size)

@@ -110,7 +110,7 @@ class TrainConfig:
     """Share of every class held out for validation where the data are not divided."""
 
     model: str = "mobilevit_xxs"
-    """mobilevit_xxs, mobilevit_xs or mobilevit_s."""
+    """mobilevit_xxs, mobilevit_xs, mobilevit_s, or mobilevitv2_050 to mobilevitv2_200 in steps of 25."""
     weights: str | None = None
     """Start from "pretrained" (ImageNet weights of this model), a name, or a checkpoint. Default: from scratch."""
     patch_size: tuple[int, int, int] = (2, 2, 2)

@@ -24,8 +24,7 @@ from mobilevit.card import ModelCard, card_of
 from mobilevit.errors import MobileViTError
 from mobilevit.files import Json, write_bytes
 from mobilevit.imaging.preprocessing import Preprocessing
-from mobilevit.models import HEADS, HeadConfig, Model
-from mobilevit.models.mobilevit import MobileViTConfig
+from mobilevit.models import HEADS, MODELS, Config, HeadConfig, Model
 
 FORMAT_VERSION = 1
 
@@ -41,7 +40,7 @@ class Weights:
     state: dict[str, Tensor]
     card: ModelCard
     """Without classes if the weights have no classifier."""
-    config: MobileViTConfig
+    config: Config
     head: HeadConfig | None
     """None: the published one, or a task that needs none."""
 
@@ -154,10 +153,10 @@ def describe(tensors: Mapping[str, Tensor], header: Json, path: str | os.PathLik
     Raises:
         MobileViTError: written by a newer version.
     """
-    if header["format_version"] > FORMAT_VERSION or header["task"] not in HEADS:
-        version, task = header["provenance"].get("mobilevit"), header["task"]
+    if header["format_version"] > FORMAT_VERSION or header["task"] not in HEADS or header["name"] not in MODELS:
+        version, task, name = header["provenance"].get("mobilevit"), header["task"], header["name"]
         raise MobileViTError(
-            f"{path}: a checkpoint for {task} by mobilevit {version}, which is newer; upgrade to read it"
+            f"{path}: a checkpoint of {name} for {task} by mobilevit {version}, which is newer; upgrade to read it"
         )
     head_type, head = HEADS[header["task"]].config_type, header.get("head")  # the first checkpoints had no head
     return Weights(
@@ -165,7 +164,7 @@ def describe(tensors: Mapping[str, Tensor], header: Json, path: str | os.PathLik
         described=True,
         state=dict(tensors),
         card=ModelCard.from_dict(header),
-        config=MobileViTConfig(**_tuples(header["config"])),
+        config=type(MODELS[header["name"]])(**_tuples(header["config"])),
         head=None if head_type is None or head is None else head_type(**_tuples(head)),
     )
 

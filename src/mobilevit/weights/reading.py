@@ -12,12 +12,12 @@ from torch import Tensor
 
 from mobilevit.card import ModelCard
 from mobilevit.errors import MobileViTError
-from mobilevit.models import HEADS, MODELS, HeadConfig
+from mobilevit.models import HEADS, MODELS, Config, HeadConfig, build_backbone, published_preprocessing
 from mobilevit.models.deeplabv3 import DeepLabv3Config
-from mobilevit.models.mobilevit import MobileViTBackbone, MobileViTConfig
+from mobilevit.models.mobilevit import MobileViTConfig
 from mobilevit.weights import checkpoint, pretrained
 from mobilevit.weights.checkpoint import Weights, find_misfit
-from mobilevit.weights.convert import convert_state_dict, recognize, unwrap_state_dict
+from mobilevit.weights.convert import TITLES, convert_state_dict, recognize, unwrap_state_dict
 
 
 def read_weights(weights: str | os.PathLike[str], architecture: str) -> Weights:
@@ -60,14 +60,17 @@ def read_file(path: str | os.PathLike[str], architecture: str | None = None) -> 
 
     tensors = unwrap_state_dict(content)
     state = convert_state_dict(tensors, to="mobilevit")
-    family, task = recognize(tensors)
+    family, task, generation = recognize(tensors)
     name = architecture or _architecture_of(state, path)
+    if not name.startswith(f"{generation}_"):
+        told = ", ".join(model for model in MODELS if model.startswith(f"{generation}_"))
+        raise MobileViTError(f"{path}: weights of a {TITLES[generation]}, not of {name}; use one of {told}")
     config, head = _published_shape(state, MODELS[name])
     card = ModelCard(
         name=name,
         task=task,
         classes=HEADS[task].guess_classes(state),
-        preprocessing=HEADS[task].published_preprocessing,
+        preprocessing=published_preprocessing(config, task),
         provenance={"weights": Path(path).name, "family": family},
     )
     return Weights(origin=str(path), described=False, state=state, card=card, config=config, head=head)
@@ -88,22 +91,21 @@ def _architecture_of(state: Mapping[str, Tensor], path: str | os.PathLike[str]) 
     backbone = backbone_of(state)
     for name, config in MODELS.items():
         with torch.device("meta"):
-            ours = MobileViTBackbone(config).state_dict()
+            ours = build_backbone(config).state_dict()
         if not find_misfit(ours, backbone):
             return name
     raise MobileViTError(f"{path}: its shapes fit none of {', '.join(MODELS)}; give the weights of one of these")
 
 
-def _published_shape(state: Mapping[str, Tensor], config: MobileViTConfig) -> tuple[MobileViTConfig, HeadConfig | None]:
-    """Read the shape of a DeepLabv3 from its weights; dilation leaves no trace in them, so it is guessed by width."""
+def _published_shape(state: Mapping[str, Tensor], config: Config) -> tuple[Config, HeadConfig | None]:
+    """Read the shape of a DeepLabv3 from its weights; dilation leaves no trace in them, so it is guessed.
+
+    The published forms of output stride 8 have 512 channels on MobileViT, and ADE20k's 150 classes on MobileViTv2.
+    """
     if "aspp.near.conv.weight" not in state:
         return config, None
-    width = len(state["aspp.near.conv.weight"])
-    config = dataclasses.replace(config, output_stride=8 if width == 512 else 16)  # the two published forms
+    width, num_classes = len(state["aspp.near.conv.weight"]), len(state.get("classifier.weight", ()))
+    fine = width == 512 if isinstance(config, MobileViTConfig) else num_classes == 150
     aux_channels = len(state.get("aux_head.0.conv.weight", ()))
-    return config, DeepLabv3Config(
-        aspp_channels=width,
-        atrous_rates=DeepLabv3Config.for_output_stride(config.output_stride).atrous_rates,
-        aux_head=aux_channels > 0,
-        aux_channels=aux_channels or DeepLabv3Config.aux_channels,
-    )
+    head = DeepLabv3Config(aspp_channels=width, aux_head=aux_channels > 0, aux_channels=aux_channels or None)
+    return dataclasses.replace(config, output_stride=8 if fine else 16), head

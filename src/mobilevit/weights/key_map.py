@@ -1,17 +1,24 @@
-"""MobileViT's modules under the names of ml-cvnets, timm, transformers and this package."""
+"""The modules of MobileViT and MobileViTv2 under the names of ml-cvnets, timm, transformers and this package."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 from mobilevit.card import TaskName
-from mobilevit.models.mobilevit import XXS
+
+Generation = Literal["mobilevit", "mobilevitv2"]
+"""MobileViT or MobileViTv2; also how transformers begins the names of its tensors."""
 
 Family = Literal["mobilevit", "cvnets", "timm", "transformers"]
 """A code base, by the names it gives to tensors."""
+
+
+SPLIT_FAMILIES: dict[Generation, tuple[Family, ...]] = {"mobilevit": ("transformers",), "mobilevitv2": ("mobilevit",)}
+"""Families that have a layer each for queries, keys and values, where the others, and the rows below, have one, qkv."""
+QKV = ("query", "key", "value")
 
 
 class Row(NamedTuple):
@@ -42,9 +49,7 @@ def _inverted_residual(block: Row) -> Iterator[Row]:
 
 def _transformer_layer(layer: Row) -> Iterator[Row]:
     yield layer.child("attention_norm", "pre_norm_mha.0", "norm1", "layernorm_before")
-    yield layer.child(
-        "attention.qkv", "pre_norm_mha.1.qkv_proj", "attn.qkv", "attention.attention.qkv"
-    )  # see _fuse_qkv
+    yield layer.child("attention.qkv", "pre_norm_mha.1.qkv_proj", "attn.qkv", "attention.attention.qkv")  # see join_qkv
     yield layer.child("attention.out", "pre_norm_mha.1.out_proj", "attn.proj", "attention.output.dense")
     yield layer.child("ffn_norm", "pre_norm_ffn.0", "norm2", "layernorm_after")
     yield layer.child("ffn_in", "pre_norm_ffn.1", "mlp.fc1", "intermediate.dense")
@@ -62,27 +67,49 @@ def _mobilevit_block(block: Row, depth: int) -> Iterator[Row]:
     yield from _conv_norm(block.child("fusion", "fusion", "conv_fusion", "fusion"))
 
 
-def _backbone(root: Row) -> Iterator[Row]:
+def _separable_layer(layer: Row) -> Iterator[Row]:
+    yield layer.child("attention_norm", "pre_norm_attn.0", "norm1", "layernorm_before")
+    attention = layer.child("attention", "pre_norm_attn.1", "attn", "attention")
+    yield attention.child("qkv", "qkv_proj.block.conv", "qkv_proj", "qkv_proj.convolution")  # see join_qkv
+    yield attention.child("out", "out_proj.block.conv", "out_proj", "out_proj.convolution")
+    yield layer.child("ffn_norm", "pre_norm_ffn.0", "norm2", "layernorm_after")
+    yield layer.child("ffn_in", "pre_norm_ffn.1.block.conv", "mlp.fc1", "ffn.conv1.convolution")
+    yield layer.child("ffn_out", "pre_norm_ffn.3.block.conv", "mlp.fc2", "ffn.conv2.convolution")
+
+
+def _mobilevitv2_block(block: Row, depth: int) -> Iterator[Row]:
+    yield from _conv_norm(block.child("local_conv", "local_rep.0", "conv_kxk", "conv_kxk"))
+    yield block.child("project_in.conv", "local_rep.1.block.conv", "conv_1x1", "conv_1x1.convolution")
+    for i in range(depth):
+        layer = (f"transformer.{i}", f"global_rep.{i}", f"transformer.{i}", f"transformer.layer.{i}")
+        yield from _separable_layer(block.child(*layer))
+    yield block.child("norm", f"global_rep.{depth}", "norm", "layernorm")
+    yield from _conv_norm(block.child("project_out", "conv_proj", "conv_proj", "conv_projection"))
+
+
+def _backbone(root: Row, generation: Generation) -> Iterator[Row]:
+    layer2_blocks, transformer_block = (3, _mobilevit_block) if generation == "mobilevit" else (2, _mobilevitv2_block)
     yield from _conv_norm(root.child("stem", "conv_1", "stem", "conv_stem"))
     stages = [root.child(f"layer{i + 1}", f"layer_{i + 1}", f"stages.{i}", f"encoder.layer.{i}") for i in range(5)]
-    for stage, num_blocks in zip(stages[:2], (1, 3), strict=True):
+    for stage, num_blocks in zip(stages[:2], (1, layer2_blocks), strict=True):
         for i in range(num_blocks):
             yield from _inverted_residual(stage.child(f"{i}", f"{i}", f"{i}", f"layer.{i}"))
-    for stage, depth in zip(stages[2:], XXS.depths, strict=True):  # XS and S are as deep
+    for stage, depth in zip(stages[2:], (2, 4, 3), strict=True):  # the same in all models
         yield from _inverted_residual(stage.child("0", "0", "0", "downsampling_layer"))
-        yield from _mobilevit_block(stage.child("1", "1", "1", ""), depth)
+        yield from transformer_block(stage.child("1", "1", "1", ""), depth)
 
 
-def _classifier() -> Iterator[Row]:
-    root = Row("", "", "", "mobilevit")
-    yield from _backbone(root)
-    yield from _conv_norm(root.child("head_conv", "conv_1x1_exp", "final_conv", "conv_1x1_exp"))
-    yield Row("classifier", "classifier.fc", "head.fc", "classifier")
+def _classifier(generation: Generation) -> Iterator[Row]:
+    root = Row("", "", "", generation)
+    yield from _backbone(root, generation)
+    if generation == "mobilevit":
+        yield from _conv_norm(root.child("head_conv", "conv_1x1_exp", "final_conv", "conv_1x1_exp"))
+    yield Row("classifier", "classifier.fc" if generation == "mobilevit" else "classifier.1", "head.fc", "classifier")
 
 
-def _detector() -> Iterator[Row]:
+def _detector(generation: Generation) -> Iterator[Row]:
     """SSDLite, which timm and transformers do not have."""
-    yield from _backbone(Row("backbone", "encoder", None, None))
+    yield from _backbone(Row("backbone", "encoder", None, None), generation)
     for i, stride in enumerate((64, 128, 256)):
         level = Row(f"extra.{i}", f"extra_layers.os_{stride}", None, None)
         yield from _conv_norm(level.child("0", "dw_conv", "", ""))
@@ -96,9 +123,9 @@ def _detector() -> Iterator[Row]:
         yield head.child("predict", last, "", "")
 
 
-def _segmenter() -> Iterator[Row]:
+def _segmenter(generation: Generation) -> Iterator[Row]:
     """DeepLabv3, which timm does not have; transformers has no auxiliary head."""
-    yield from _backbone(Row("backbone", "encoder", None, "mobilevit"))
+    yield from _backbone(Row("backbone", "encoder", None, generation), generation)
     aspp = Row("aspp", "seg_head.aspp.aspp_layer", None, "segmentation_head.aspp")
     yield from _conv_norm(aspp.child("near", "convs.0", "", "convs.0"))
     for i in range(3):
@@ -111,23 +138,29 @@ def _segmenter() -> Iterator[Row]:
     yield aux_head.child("2", "2.block.conv", "", "")
 
 
-KEY_MAP: dict[TaskName, tuple[Row, ...]] = {
-    "classification": tuple(_classifier()),
-    "detection": tuple(_detector()),
-    "segmentation": tuple(_segmenter()),
+_TASKS: dict[TaskName, Callable[[Generation], Iterator[Row]]] = {
+    "classification": _classifier,
+    "detection": _detector,
+    "segmentation": _segmenter,
 }
-"""All modules of a model for each task, the first convolution first."""
+KEY_MAP: dict[tuple[Generation, TaskName], tuple[Row, ...]] = {
+    (generation, task): tuple(rows(generation)) for generation in get_args(Generation) for task, rows in _TASKS.items()
+}
+"""All modules of a model of each generation for each task, the first convolution first."""
 
 IGNORED = re.compile(r"(encoder\.)?(anchor_box_generator|match_prior|neural_augmentor)\.")
 """Matches tensors of ml-cvnets that every model makes anew, or that only training uses."""
 
 
 @cache
-def rows_by_name(family: Family, task: TaskName) -> dict[str, Row]:
+def rows_by_name(generation: Generation, task: TaskName, family: Family) -> dict[str, Row]:
     """Index the modules of a model by their names in a family, among them the names in a backbone on its own."""
-    rows = {name: row for row in KEY_MAP[task] if (name := getattr(row, family)) is not None}
+    rows = {name: row for row in KEY_MAP[generation, task] if (name := getattr(row, family)) is not None}
+    if family in SPLIT_FAMILIES[generation]:
+        joined = {name.removesuffix("qkv"): row for name, row in rows.items() if name.endswith(".qkv")}
+        rows |= {name + part: row for name, row in joined.items() for part in QKV}
     if family == "transformers":
-        rows |= {name.removeprefix("mobilevit."): row for name, row in rows.items()}  # MobileViTModel
+        rows |= {name.removeprefix(f"{generation}."): row for name, row in rows.items()}  # MobileViTModel
     if family == "cvnets":
         rows = {f"encoder.{name}": row for name, row in rows.items()} | rows  # cut out of a larger model
         classifier = rows.get("seg_head.classifier.block.conv")
