@@ -15,14 +15,14 @@ from threading import Thread
 from typing import Any
 
 import pytest
+import torch
 
+import mobilevit
 from mobilevit.imaging.preprocessing import Preprocessing
-from mobilevit.models import HEADS, MODELS
-from mobilevit.weights.pretrained import (
-    PRETRAINED,
-    list_pretrained,
-    resolve,
-)
+from mobilevit.models import MODELS, published_preprocessing
+from mobilevit.models.deeplabv3 import DeepLabv3Config
+from mobilevit.weights.convert import convert_state_dict
+from mobilevit.weights.pretrained import PRETRAINED, PretrainedWeights, list_pretrained, resolve
 
 NAME = "mobilevit_xxs.cvnets_in1k"
 TIMM_FILE = "timm/mobilevit_xxs.cvnets_in1k/resolve/main/model.safetensors"
@@ -174,46 +174,128 @@ def test_a_placed_file_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert resolve(NAME) == default
 
 
-PREPROCESSING = {
-    "cvnets_in1k": ("classification", Preprocessing(size=(256, 256), crop_fraction=0.9, interpolation="bicubic")),
-    "cvnets_coco": ("detection", Preprocessing(size=(320, 320), resize_mode="stretch", interpolation="bilinear")),
-    "cvnets_voc": ("segmentation", Preprocessing(size=(512, 512), resize_mode="stretch", interpolation="bilinear")),
-}
+AT_256 = Preprocessing(size=(256, 256), crop_fraction=256 / 288, interpolation="bicubic")
+AT_384 = Preprocessing(size=(384, 384), crop_fraction=1.0, interpolation="bicubic")
+BOXES = Preprocessing(size=(320, 320), resize_mode="stretch", interpolation="bilinear")
+MASKS = Preprocessing(size=(512, 512), resize_mode="stretch", interpolation="bilinear")
+V1 = ("mobilevit_xxs", "mobilevit_xs", "mobilevit_s")
+V2 = tuple(f"mobilevitv2_{percent}" for percent in ("050", "075", "100", "125", "150", "175", "200"))
+PUBLISHED = (
+    (V1, "cvnets_in1k", "classification", dataclasses.replace(AT_256, crop_fraction=0.9)),
+    (V1, "cvnets_coco", "detection", BOXES),
+    (V1, "cvnets_voc", "segmentation", MASKS),
+    (V2, "cvnets_in1k", "classification", AT_256),
+    (V2, "cvnets_in1k_384", "classification", AT_384),
+    (V2[4:], "cvnets_in22k_ft_in1k", "classification", AT_256),
+    (V2[4:], "cvnets_in22k_ft_in1k_384", "classification", AT_384),
+    (V2, "cvnets_coco", "detection", BOXES),
+    (("mobilevitv2_050", "mobilevitv2_100", "mobilevitv2_125", "mobilevitv2_150"), "cvnets_voc", "segmentation", MASKS),
+    (V2, "cvnets_ade20k", "segmentation", MASKS),
+)
+
+
+def preprocessing_of(weights: PretrainedWeights) -> Preprocessing:
+    return weights.preprocessing or published_preprocessing(MODELS[weights.architecture], weights.task)
 
 
 def test_names() -> None:
-    names = [f"{model}.{data}" for model in MODELS for data in PREPROCESSING]
-    assert list_pretrained() == sorted(names) == sorted(PRETRAINED)
-    for name, weights in PRETRAINED.items():
-        assert weights.name == name
-        assert name.startswith(f"{weights.architecture}.")
-        preprocessing = HEADS[weights.task].published_preprocessing
-        assert (weights.task, preprocessing) == PREPROCESSING[name.rpartition(".")[2]]
-        assert (preprocessing.mean, preprocessing.std) == ((0, 0, 0), (1, 1, 1))
-    assert PRETRAINED["mobilevit_s.cvnets_in1k"].urls == (
-        "https://huggingface.co/timm/mobilevit_s.cvnets_in1k/resolve/main/model.safetensors",
-        "https://huggingface.co/apple/mobilevit-small/resolve/main/pytorch_model.bin",
-    )
-    assert PRETRAINED["mobilevit_xxs.cvnets_voc"].urls[0] == (
-        "https://huggingface.co/apple/deeplabv3-mobilevit-xx-small/resolve/main/pytorch_model.bin"
-    )
-    assert PRETRAINED["mobilevit_xs.cvnets_coco"].urls[0].endswith("/models/cvnets/detection/ssd_mobilevit_xs_320.pt")
+    expected = {
+        f"{model}.{data}": (model, task, preprocessing)
+        for models, data, task, preprocessing in PUBLISHED
+        for model in models
+    }
+    found = {name: (one.architecture, one.task, preprocessing_of(one)) for name, one in PRETRAINED.items()}
+    assert found == expected
+    assert list_pretrained() == sorted(expected)
+    assert [name for name, one in PRETRAINED.items() if one.name != name] == []
     with pytest.raises(ValueError, match=r"^unknown weights 'mobilevit_xs\.cvnet'; did you mean mobilevit_xs\.cvnets"):
         resolve("mobilevit_xs.cvnet")
     with pytest.raises(ValueError, match=r"^unknown weights '123'; There are mobilevit_s\.cvnets_coco, "):
         resolve("123")
 
 
+APPLE = "https://docs-assets.developer.apple.com/ml-research/models"
+
+
+@pytest.mark.parametrize(
+    ("name", "urls"),
+    [
+        (
+            "mobilevit_s.cvnets_in1k",
+            (
+                "https://huggingface.co/timm/mobilevit_s.cvnets_in1k/resolve/main/model.safetensors",
+                "https://huggingface.co/apple/mobilevit-small/resolve/main/pytorch_model.bin",
+            ),
+        ),
+        (
+            "mobilevit_xxs.cvnets_voc",
+            ("https://huggingface.co/apple/deeplabv3-mobilevit-xx-small/resolve/main/pytorch_model.bin",),
+        ),
+        ("mobilevit_xs.cvnets_coco", (f"{APPLE}/cvnets/detection/ssd_mobilevit_xs_320.pt",)),
+        (
+            "mobilevitv2_175.cvnets_in22k_ft_in1k_384",
+            ("https://huggingface.co/timm/mobilevitv2_175.cvnets_in22k_ft_in1k_384/resolve/main/model.safetensors",),
+        ),
+        (
+            "mobilevitv2_050.cvnets_in1k_384",
+            (f"{APPLE}/cvnets-v2/classification/mobilevitv2/imagenet1k/384x384/mobilevitv2-0.5.pt",),
+        ),
+        ("mobilevitv2_100.cvnets_coco", (f"{APPLE}/cvnets-v2/detection/mobilevitv2/coco-ssd-mobilevitv2-1.0.pt",)),
+        (
+            "mobilevitv2_125.cvnets_voc",
+            (f"{APPLE}/cvnets-v2/segmentation/pascalvoc/mobilevitv2/deeplabv3-mobilevitv2-1.25.pt",),
+        ),
+        (
+            "mobilevitv2_200.cvnets_ade20k",
+            (f"{APPLE}/cvnets-v2/segmentation/ade20k/mobilevitv2/deeplabv3-mobilevitv2-2.0.pt",),
+        ),
+    ],
+)
+def test_addresses(name: str, urls: tuple[str, ...]) -> None:
+    assert PRETRAINED[name].urls == urls
+
+
+@pytest.mark.parametrize(
+    ("data", "task", "num_classes", "output_stride", "preprocessing"),
+    [
+        ("cvnets_coco", "detection", 80, 32, BOXES),
+        ("cvnets_in1k_384", "classification", 1000, 32, AT_384),
+        ("cvnets_ade20k", "segmentation", 150, 8, MASKS),
+    ],
+)
+def test_a_placed_file_of_the_official_names_becomes_the_published_model(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    data: str,
+    task: str,
+    num_classes: int,
+    output_stride: int,
+    preprocessing: Preprocessing,
+) -> None:
+    monkeypatch.setenv("MOBILEVIT_HOME", str(tmp_path))
+    name = f"mobilevitv2_050.{data}"
+    head = DeepLabv3Config(aux_head=True) if task == "segmentation" else None
+    theirs = mobilevit.create_model("mobilevitv2_050", task=task, num_classes=num_classes, head=head)
+    torch.save(convert_state_dict(theirs.state_dict(), to="cvnets"), tmp_path / f"{name}.pt")
+    model = mobilevit.create_model("mobilevitv2_050", task=task, weights=name)
+    assert (model.card.preprocessing, len(model.card.classes)) == (preprocessing, num_classes)
+    assert model.config.output_stride == output_stride
+    assert model.card.provenance["weights"] == name
+    first = "stem.conv.weight" if task == "classification" else "backbone.stem.conv.weight"
+    assert torch.equal(model.state_dict()[first], theirs.state_dict()[first]), "MobileViTv2 takes RGB everywhere"
+
+
 def test_facts_agree_with_timm() -> None:
     timm = pytest.importorskip("timm")
-    classifiers = [weights for weights in PRETRAINED.values() if weights.task == "classification"]
-    assert len(classifiers) == 3
-    preprocessing = HEADS["classification"].published_preprocessing
-    for weights in classifiers:
-        theirs = timm.get_pretrained_cfg(weights.name)
+    on_timm = [weights for weights in PRETRAINED.values() if "/timm/" in weights.urls[0]]
+    names = {name for name in timm.list_pretrained() if name.startswith("mobilevit")}
+    assert {weights.name for weights in on_timm} == names
+    assert len(names) == 3 + 13
+    for weights in on_timm:
+        theirs, preprocessing = timm.get_pretrained_cfg(weights.name), preprocessing_of(weights)
         assert weights.urls[0].startswith(f"https://huggingface.co/{theirs.hf_hub_id}/")
         assert theirs.input_size[1:] == preprocessing.size
-        assert theirs.crop_pct == preprocessing.crop_fraction
+        assert theirs.crop_pct == pytest.approx(preprocessing.crop_fraction, abs=1e-3)
         assert theirs.interpolation == preprocessing.interpolation
         assert (theirs.mean, theirs.std) == (preprocessing.mean, preprocessing.std)
 

@@ -12,6 +12,7 @@ from urllib.request import urlopen
 from mobilevit.card import TaskName
 from mobilevit.errors import MobileViTError, one_line, unknown
 from mobilevit.files import cache_folder, write_bytes
+from mobilevit.imaging.preprocessing import Preprocessing
 
 log = logging.getLogger("mobilevit")
 
@@ -30,46 +31,84 @@ class PretrainedWeights:
     """Addresses at which the same numbers are published, in order of preference."""
     source: str
     """Who made them, and with what."""
+    preprocessing: Preprocessing | None = None
+    """Preprocessing, where it is not that of other public weights for the task."""
 
 
 LICENSE = "Apple sample code license, https://github.com/apple/ml-cvnets/blob/main/LICENSE"
 """Name and address of the terms that all repositories refer to."""
 
 _HUB = "https://huggingface.co/"
-_SIZES = {"s": "small", "xs": "x-small", "xxs": "xx-small"}
+_TIMM = f"{_HUB}timm/{{name}}/resolve/main/model.safetensors"
 _AUTHORS = "by the paper's authors with apple/ml-cvnets"
+_MODELS = "https://docs-assets.developer.apple.com/ml-research/models"
 # As given by the README of ml-cvnets 0.1; later versions no longer mention these files.
-_DETECTORS = "https://docs-assets.developer.apple.com/ml-research/models/cvnets/detection"
+_V1_DETECTION = f"{_MODELS}/cvnets/detection"
+_V2_CLASSIFICATION = f"{_MODELS}/cvnets-v2/classification/mobilevitv2"
+_V2_DETECTION = f"{_MODELS}/cvnets-v2/detection/mobilevitv2"
+_V2_SEGMENTATION = f"{_MODELS}/cvnets-v2/segmentation"
+
+_V1 = {"mobilevit_s": "small", "mobilevit_xs": "x-small", "mobilevit_xxs": "xx-small"}
+_V2 = {f"mobilevitv2_{percent:03}": f"{percent / 100}" for percent in range(50, 201, 25)}
+"""Models, and how their authors call them in the names of files."""
+_V2_LARGE = {model: size for model, size in _V2.items() if model >= "mobilevitv2_150"}
+_V2_VOC = {model: _V2[model] for model in ("mobilevitv2_050", "mobilevitv2_100", "mobilevitv2_125", "mobilevitv2_150")}
+
+_AT_384 = Preprocessing(size=(384, 384), crop_fraction=1.0)
+
+# Names after the dot, task, what they are, models, addresses, and a preprocessing other than the task's.
+_PUBLIC: tuple[tuple[str, TaskName, str, dict[str, str], tuple[str, ...], Preprocessing | None], ...] = (
+    (
+        "cvnets_in1k", "classification", "trained on ImageNet-1k", _V1,
+        (_TIMM, f"{_HUB}apple/mobilevit-{{size}}/resolve/main/pytorch_model.bin"), None,
+    ),
+    (
+        "cvnets_coco", "detection", "SSDLite trained on ImageNet-1k, then COCO 2017,", _V1,
+        (f"{_V1_DETECTION}/ssd_{{model}}_320.pt",), None,
+    ),
+    (
+        "cvnets_voc", "segmentation", "DeepLabv3 trained on ImageNet-1k, then PASCAL VOC 2012,", _V1,
+        (f"{_HUB}apple/deeplabv3-mobilevit-{{size}}/resolve/main/pytorch_model.bin",), None,
+    ),
+    ("cvnets_in1k", "classification", "trained on ImageNet-1k", _V2, (_TIMM,), None),
+    (
+        "cvnets_in1k_384", "classification", "trained on ImageNet-1k, at the end with 384 pixels,", _V2,
+        (f"{_V2_CLASSIFICATION}/imagenet1k/384x384/mobilevitv2-{{size}}.pt",), _AT_384,
+    ),
+    (
+        "cvnets_in22k_ft_in1k", "classification", "trained on ImageNet-21k, then ImageNet-1k,", _V2_LARGE,
+        (_TIMM,), None,
+    ),
+    (
+        "cvnets_in22k_ft_in1k_384", "classification",
+        "trained on ImageNet-21k, then ImageNet-1k, at the end with 384 pixels,", _V2_LARGE, (_TIMM,), _AT_384,
+    ),
+    (
+        "cvnets_coco", "detection", "SSDLite trained on ImageNet-1k, then COCO 2017,", _V2,
+        (f"{_V2_DETECTION}/coco-ssd-mobilevitv2-{{size}}.pt",), None,
+    ),
+    (
+        "cvnets_voc", "segmentation", "DeepLabv3 trained on ImageNet-1k, then COCO and PASCAL VOC 2012,", _V2_VOC,
+        (f"{_V2_SEGMENTATION}/pascalvoc/mobilevitv2/deeplabv3-mobilevitv2-{{size}}.pt",), None,
+    ),
+    (
+        "cvnets_ade20k", "segmentation", "DeepLabv3 trained on ImageNet-1k, then ADE20k,", _V2,
+        (f"{_V2_SEGMENTATION}/ade20k/mobilevitv2/deeplabv3-mobilevitv2-{{size}}.pt",), None,
+    ),
+)  # fmt: skip
 
 PRETRAINED: dict[str, PretrainedWeights] = {
-    weights.name: weights
-    for size, apple_size in _SIZES.items()
-    for weights in (
-        PretrainedWeights(
-            name=f"mobilevit_{size}.cvnets_in1k",
-            architecture=f"mobilevit_{size}",
-            task="classification",
-            urls=(
-                f"{_HUB}timm/mobilevit_{size}.cvnets_in1k/resolve/main/model.safetensors",
-                f"{_HUB}apple/mobilevit-{apple_size}/resolve/main/pytorch_model.bin",
-            ),
-            source=f"trained on ImageNet-1k {_AUTHORS}",
-        ),
-        PretrainedWeights(
-            name=f"mobilevit_{size}.cvnets_coco",
-            architecture=f"mobilevit_{size}",
-            task="detection",
-            urls=(f"{_DETECTORS}/ssd_mobilevit_{size}_320.pt",),
-            source=f"SSDLite trained on ImageNet-1k, then COCO 2017, {_AUTHORS}",
-        ),
-        PretrainedWeights(
-            name=f"mobilevit_{size}.cvnets_voc",
-            architecture=f"mobilevit_{size}",
-            task="segmentation",
-            urls=(f"{_HUB}apple/deeplabv3-mobilevit-{apple_size}/resolve/main/pytorch_model.bin",),
-            source=f"DeepLabv3 trained on ImageNet-1k, then PASCAL VOC 2012, {_AUTHORS}",
-        ),
+    name: PretrainedWeights(
+        name=name,
+        architecture=model,
+        task=task,
+        urls=tuple(url.format(name=name, model=model, size=size) for url in urls),
+        source=f"{about} {_AUTHORS}",
+        preprocessing=preprocessing,
     )
+    for data, task, about, models, urls, preprocessing in _PUBLIC
+    for model, size in models.items()
+    for name in (f"{model}.{data}",)
 }
 
 

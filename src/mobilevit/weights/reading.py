@@ -37,7 +37,8 @@ def read_weights(weights: str | os.PathLike[str], architecture: str) -> Weights:
         )
     source = read_file(pretrained.resolve(public.name), architecture)
     provenance = {"weights": public.name, "source": public.source, "license": pretrained.LICENSE}
-    card = dataclasses.replace(source.card, provenance=provenance)
+    preprocessing = public.preprocessing or source.card.preprocessing
+    card = dataclasses.replace(source.card, preprocessing=preprocessing, provenance=provenance)
     return dataclasses.replace(source, origin=public.name, card=card)
 
 
