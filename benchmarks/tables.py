@@ -32,14 +32,24 @@ FLOWERS = {
     "timm": "flowers-timm",
     "timm channels_last": "flowers-timm-channels-last",
 }
-FROM_SCRATCH = {"detection": "bccd-mobilevit_xxs", "segmentation": "camvid-mobilevit_xxs"}
-SHORT_NAMES = {"mobilevit_xxs": "XXS", "mobilevit_xs": "XS", "mobilevit_s": "S"}
+TRAINED = ("mobilevit_xxs", "mobilevitv2_050")
+FLOWERS_V2 = "flowers-mobilevitv2_050"
+FROM_SCRATCH = {
+    task: {model: f"{data}-{model}" for model in TRAINED}
+    for task, data in {"detection": "bccd", "segmentation": "camvid"}.items()
+}
+SCRATCH_FILES = [name for runs in FROM_SCRATCH.values() for name in runs.values()]
+TRAINING_SPEED = {"mobilevit_xxs": "training_speed", "mobilevitv2_050": "training_speed-mobilevitv2_050"}
+SHORT_NAMES = {
+    "mobilevit_xxs": "XXS", "mobilevit_xs": "XS", "mobilevit_s": "S",
+    **{f"mobilevitv2_{percent:03}": f"v2-{percent / 100}" for percent in range(50, 201, 25)},
+}  # fmt: skip
 IN_README = {"onnx": "ONNX Runtime, float32", "openvino bf16": "OpenVINO, bfloat16"}
 GPU_RUNS = ("imagenette-mobilevit_xxs", "imagenette-mobilevit_s", "cifar10-mobilevit_xxs")
 DEMOS = ("demo-classification", "demo-detection", "demo-segmentation")
 MEASUREMENTS = (
-    "inference", "engines", "quantization", "mobile_runtimes", "training_speed", *FLOWERS.values(),
-    *FROM_SCRATCH.values(), "postprocessing", *DEMOS, "resume", "startup",
+    "inference", "engines", "quantization", "mobile_runtimes", *TRAINING_SPEED.values(), *FLOWERS.values(), FLOWERS_V2,
+    *SCRATCH_FILES, "postprocessing", *DEMOS, "resume", "startup",
     "data_pipeline", "processes", "experiments", "experiments_time", "experiments_samplers",
     "imagenet_costs", "training_speed_bf16", "gpu_tests", "gpu_inference", "gpu_training", *GPU_RUNS,
     "browser", "serving", "bulk", "before_after",
@@ -95,11 +105,13 @@ class Words:
     nothing: str = "Not measured yet: `python benchmarks/inference.py` and the other scripts fill this table."
     inference: str = "inference, {model}, batch {batch}"
     engine: str = "same in {engine}"
-    training: str = "training, XXS, {size} px, images/s"
-    top1: str = "XXS from scratch, {epochs} epochs: top-1 on {images:,} held-out flower photos"
+    training: str = "training, {model}, {size} px, images/s"
+    top1: str = "{model} from scratch, {epochs} epochs: top-1 on {images:,} held-out flower photos"
     minutes: str = "same: minutes to train and validate on {threads} thread(s)"
-    detection: str = "XXS from scratch, {epochs} epochs: AP50 on {images} test images of BCCD (blood cells)"
-    segmentation: str = "XXS from scratch, {epochs} epochs: mean IoU on {images} test images of CamVid (road scenes)"
+    detection: str = "{model} from scratch, {epochs} epochs: AP50 on {images} test images of BCCD (blood cells)"
+    segmentation: str = (
+        "{model} from scratch, {epochs} epochs: mean IoU on {images} test images of CamVid (road scenes)"
+    )
     times: str = "{value} ({ratio} x)"
     where: str = (
         "In parentheses: speedup of this package. Inference is the median time of an eager float32 forward pass at "
@@ -125,11 +137,11 @@ CHINESE = Words(
     nothing="尚未测量：运行 `python benchmarks/inference.py` 及同目录下的其他脚本后，此表自动填写。",
     inference="推理，{model}，batch {batch}",
     engine="同上，{engine}",
-    training="训练，XXS，{size} px，张/秒",
-    top1="XXS 从零训练 {epochs} 个 epoch：{images:,} 张留出花卉照片上的 top-1",
+    training="训练，{model}，{size} px，张/秒",
+    top1="{model} 从零训练 {epochs} 个 epoch：{images:,} 张留出花卉照片上的 top-1",
     minutes="同上，{threads} 个线程上训练加验证用时（分钟）",
-    detection="XXS 从零训练 {epochs} 个 epoch：血细胞检测 AP50，BCCD 的 {images} 张测试图片",
-    segmentation="XXS 从零训练 {epochs} 个 epoch：道路场景分割 mean IoU，CamVid 的 {images} 张测试图片",
+    detection="{model} 从零训练 {epochs} 个 epoch：血细胞检测 AP50，BCCD 的 {images} 张测试图片",
+    segmentation="{model} 从零训练 {epochs} 个 epoch：道路场景分割 mean IoU，CamVid 的 {images} 张测试图片",
     times="{value}（{ratio} 倍）",
     where=(
         "括号内为本项目的速度是对方的几倍。推理行是 eager 模式、float32、256 x 256 输入下单次前向的耗时中位数，"
@@ -164,8 +176,11 @@ def short_table(results: Results, words: Words) -> str:
         for engine, engine_name in IN_README.items():
             if measured := engines.get(f"{case} {engine}"):
                 rows.append(_engine_row(words, engine_name, measured["milliseconds"]))
-    if speed := results.get("training_speed"):
-        row = [words.training.format(size=speed["image_size"]), number(speed["figures"]["mobilevit"])]
+    for model, name in TRAINING_SPEED.items():
+        if not (speed := results.get(name)):
+            continue
+        row = [words.training.format(model=SHORT_NAMES[model], size=speed["image_size"])]
+        row.append(number(speed["figures"]["mobilevit"]))
         for peer in ("timm", "timm channels_last"):
             ratio = number(speed["ratios"][f"faster than {peer}"])
             row.append(words.times.format(value=number(speed["figures"][peer]), ratio=ratio))
@@ -174,24 +189,26 @@ def short_table(results: Results, words: Words) -> str:
         runs = {side: results.get(name) for side, name in FLOWERS.items()}
         alike = {side: run for side, run in runs.items() if run and run["epochs"] == ours["epochs"]}
         said = {"images": ours["validation_images"], "epochs": ours["epochs"]}
-        accuracies = [words.top1.format(**said)]
+        accuracies = [words.top1.format(model="XXS", **said)]
         for side in FLOWERS:
             run = alike.get(side)
             accuracies.append(percent(run["last_epoch_top1"]) if run else "")
         minutes = [words.minutes.format(threads=ours["hardware"]["threads"]), f"{ours['minutes']:.1f}", "", ""]
         rows += [[*accuracies, ""], [*minutes, ""]]
-    for name, text, figure in (
-        (FROM_SCRATCH["detection"], words.detection, "ap50"),
-        (FROM_SCRATCH["segmentation"], words.segmentation, "miou"),
-    ):
-        if run := results.get(name):
-            label = text.format(epochs=run["epochs"], images=run["test_report"]["num_images"])
-            rows.append([label, percent(run["test"][figure]), "", "", ""])
+    if run := results.get(FLOWERS_V2):
+        label = words.top1.format(model="v2-0.5", epochs=run["epochs"], images=run["validation_images"])
+        rows.append([label, percent(run["last_epoch_top1"]), "", "", ""])
+    for task, text, figure in (("detection", words.detection, "ap50"), ("segmentation", words.segmentation, "miou")):
+        for model, name in FROM_SCRATCH[task].items():
+            if run := results.get(name):
+                images = run["test_report"]["num_images"]
+                label = text.format(model=SHORT_NAMES[model], epochs=run["epochs"], images=images)
+                rows.append([label, percent(run["test"][figure]), "", "", ""])
     if not rows:
         return words.nothing
     measured = results.get("inference") or next(r for r in results.values() if "packages" in r)
     said = {"date": measured["date"], **measured["hardware"], **measured["packages"]}
-    tabled = ("inference", "engines", "training_speed", *FLOWERS.values(), *FROM_SCRATCH.values())
+    tabled = ("inference", "engines", *TRAINING_SPEED.values(), *FLOWERS.values(), FLOWERS_V2, *SCRATCH_FILES)
     processors = dict.fromkeys(short_processor(results[name]) for name in tabled if name in results)
     notes = [words.where.format(**{**said, "processor": " / ".join(processors)})]
     if resume := results.get("resume"):
@@ -219,6 +236,39 @@ def _engine_row(words: Words, engine: str, milliseconds: dict[str, float]) -> li
     timm = min(value for side, value in milliseconds.items() if side in ("timm", "timm by ONNX"))
     timms = words.times.format(value=f"{number(timm)} ms", ratio=number(round(timm / ours, 2)))
     return [words.engine.format(engine=engine), f"{number(ours)} ms", timms, "", ""]
+
+
+# -- both generations side by side, for docs/alternatives.md ----------------------------------------------------------
+
+
+def generations_table(results: Results) -> str:
+    """Compare MobileViT and MobileViTv2 of about the same size, this package's best in each engine."""
+    models = ("mobilevit_xxs", "mobilevitv2_050", "mobilevit_s", "mobilevitv2_100")
+    of_case: dict[str, dict[str, str]] = {}
+    for name in ("inference", "engines"):
+        for case, figures in results.get(name, {"figures": {}})["figures"].items():
+            model, rest = case.split(" batch ")
+            batch, _, engine = rest.partition(" ")
+            ours = min(value for side, value in figures["milliseconds"].items() if side.startswith("mobilevit"))
+            row = f"{engine or 'PyTorch, eager'}, batch {batch}, ms"
+            if engine != "eager":  # the same as in `inference`
+                of_case.setdefault(row, {})[model] = number(ours)
+    for name, figure, files in (
+        ("flowers from scratch, top-1", "last_epoch_top1", {TRAINED[0]: FLOWERS["mobilevit"], TRAINED[1]: FLOWERS_V2}),
+        ("BCCD from scratch, AP50", "ap50", FROM_SCRATCH["detection"]),
+        ("CamVid from scratch, mean IoU", "miou", FROM_SCRATCH["segmentation"]),
+    ):
+        for model, file in files.items():
+            if run := results.get(file):
+                of_case.setdefault(name, {})[model] = percent(run.get("test", run)[figure])
+    rows = [
+        [row, *(cells.get(model, "") for model in models)]
+        for row, cells in of_case.items()
+        if any(model.startswith("mobilevitv2") for model in cells)
+    ]
+    if not rows:
+        return "Not measured yet."
+    return table(("", *(SHORT_NAMES[model] for model in models)), rows)
 
 
 # -- the full tables of docs/benchmarks.md ----------------------------------------------------------------------------
@@ -347,16 +397,19 @@ def mobile_table(results: Results) -> str:
 
 
 def training_table(results: Results) -> str:
-    speed = results["training_speed"]
     rows = []
-    for side, images_per_second in speed["figures"].items():
-        ratio = speed["ratios"].get(f"faster than {side}")
-        rows.append([side, number(images_per_second), number(ratio) if ratio else "1"])
+    for model, name in TRAINING_SPEED.items():
+        speed = results.get(name, {"figures": {}})
+        for side, images_per_second in speed["figures"].items():
+            ratio = speed["ratios"].get(f"faster than {side}")
+            row = [f"{SHORT_NAMES[model]}, {side}", number(images_per_second), number(ratio) if ratio else "1"]
+            rows.append(row)
     return table(("", "images/s, median", "step time over mobilevit's"), rows)
 
 
 def flowers_tables(results: Results) -> str:
-    runs = {side: results[name] for side, name in FLOWERS.items() if name in results}
+    named = {**FLOWERS, "mobilevit, v2-0.5": FLOWERS_V2}
+    runs = {side: results[name] for side, name in named.items() if name in results}
     rows = []
     for side, run in runs.items():
         error = (run["validation_top1"] * (1 - run["validation_top1"]) / run["validation_images"]) ** 0.5
@@ -367,7 +420,7 @@ def flowers_tables(results: Results) -> str:
                 percent(run["last_epoch_top1"], 2),
                 percent(run["validation_top1"], 2),
                 percent(error, 2),
-                f"{run['minutes']:.1f}" if side == "mobilevit" else "",  # a control may share the machine
+                f"{run['minutes']:.1f}" if side == "mobilevit" else "",  # the others may share the machine
             ]
         )
     head = ("", "epochs", "top-1, last epoch", "top-1, best epoch", "standard error", "minutes")
@@ -384,7 +437,7 @@ def flowers_tables(results: Results) -> str:
 
 def from_scratch_tables(results: Results) -> str:
     parts: list[str] = []
-    for task, name in FROM_SCRATCH.items():
+    for task, model, name in ((task, *run) for task, runs in FROM_SCRATCH.items() for run in runs.items()):
         if run := results.get(name):
             heading, figures, shown, plots = _FROM_SCRATCH_TEXTS[task]
             config = run["config"]
@@ -408,7 +461,7 @@ def from_scratch_tables(results: Results) -> str:
             epochs = [epoch for epoch in range(len(run["per_epoch"])) if (epoch + 1) % 10 == 0]
             by_epoch = [[figures[score], *(percent(run["per_epoch"][epoch][score]) for epoch in epochs)]]
             parts += [
-                f"### {heading}",
+                f"### {heading}, {SHORT_NAMES[model]}",
                 settings,
                 table(("", *columns), rows),
                 f"By class, on the test part:\n\n{table(('', *shown.values()), per_class)}",
@@ -547,31 +600,31 @@ SECTIONS = (
     ),
     Section(
         title="Training speed",
-        names=("training_speed",),
+        names=tuple(TRAINING_SPEED.values()),
         summary=(
-            "Complete training steps of XXS on the CPU: forward, loss, backward, AdamW, weight average. Every side "
+            "Complete training steps on the CPU: forward, loss, backward, AdamW, weight average. Every side "
             "runs the same code with its own network. The last column is the median of the ratios of each round."
         ),
         body=training_table,
     ),
     Section(
         title="Flowers from scratch",
-        names=tuple(FLOWERS.values()),
+        names=(*FLOWERS.values(), FLOWERS_V2),
         summary=(
-            "XXS without pretrained weights on flower photos of five classes, scaled to 128 x 128; a fifth of each "
-            "class is held out. timm's model is the control: same loop, data, settings and seed. Minutes include "
-            "validation after every epoch. The held-out images also choose the best epoch, so the last epoch's figure"
-            " is the fairer one. Crop, batch, learning rate, MixUp and clipping were chosen in a few earlier runs on "
-            "the same images, mostly with this package's model, so both figures are slightly optimistic. One seed; "
-            "the standard error is that of a proportion over the held-out images."
+            "XXS, where not named otherwise, without pretrained weights on flower photos of five classes, scaled to "
+            "128 x 128; a fifth of each class is held out. timm's model is the control: same loop, data, settings and"
+            " seed. Minutes include validation after every epoch. The held-out images also choose the best epoch, so "
+            "the last epoch's figure is the fairer one. Crop, batch, learning rate, MixUp and clipping were chosen in"
+            " a few earlier runs on the same images, mostly with this package's model, so both figures are slightly "
+            "optimistic. One seed; the standard error is that of a proportion over the held-out images."
         ),
         body=flowers_tables,
     ),
     Section(
         title="Detection and segmentation from scratch",
-        names=tuple(FROM_SCRATCH.values()),
+        names=tuple(SCRATCH_FILES),
         summary=(
-            "XXS without pretrained weights on two small public sets. BCCD: 364 microscope images of blood (205 "
+            "Without pretrained weights, on two small public sets. BCCD: 364 microscope images of blood (205 "
             "train, 87 validation, 72 test) with boxes of three kinds of cells. CamVid: 701 frames of road scenes at "
             "480 x 360 (367, 101, 233) with masks of eleven classes. Validation chose the best epoch, whose weights "
             "were then measured on test. One seed; the settings had one short trial before. Precision and recall are "
@@ -1115,6 +1168,7 @@ PAGES: dict[str, Callable[[Results], str]] = {
     "README.md": lambda results: short_table(results, ENGLISH),
     "README.zh-CN.md": lambda results: short_table(results, CHINESE),
     "docs/benchmarks.md": full_tables,
+    "docs/alternatives.md": generations_table,
     "docs/bulk.md": bulk_tables,
     "docs/serving.md": serving_tables,
     "docs/browser.md": lambda results: browser_table(results) if "browser" in results else "Not measured yet.",
