@@ -108,7 +108,7 @@ class SeparableAttention(nn.Module):
 
     A score for each token, which sums to one over the tokens, weighs the keys into one context vector; it multiplies
     the values of all tokens. As the keys are linear and the scores sum to one, the tokens are weighed first and the key
-    of the result is taken: the same numbers for a sixth fewer multiply-adds, and no tensor of keys.
+    of the result is taken: the same numbers, without one of a layer's seven D x D products and the tensor of keys.
 
     Shape: (B, P, N, D) -> (B, P, N, D).
     """
