@@ -60,13 +60,21 @@ def test_a_missing_configuration_is_named(tmp_path: Path) -> None:
         ("learning_rate", -1e-3), ("learning_rate", 0.0), ("epochs", 0), ("batch_size", 1), ("image_size", 31),
         ("val_fraction", 1.0), ("label_smoothing", 1.5), ("min_crop_area", 0.0), ("crop_fraction", 1.1),
         ("grad_accum_steps", 0), ("weight_decay", -0.1), ("randaugment", 31), ("num_workers", -1),
-        ("early_stopping", 0), ("clip_grad_norm", 0.0), ("patch_size", (0, 1, 1)),
+        ("early_stopping", 0), ("clip_grad_norm", 0.0), ("patch_size", (0, 1, 1)), ("warmup_steps", -1),
+        ("initial_lr_fraction", 1.1),
     ],
 )  # fmt: skip
 def test_impossible_settings_name_the_flag(setting: str, value: object) -> None:
     config = with_settings(TrainConfig(data=Path("a")), **{setting: value})
     with pytest.raises(MobileViTError, match=f"^`{setting}` is "):
         config.validate()
+
+
+def test_the_default_learning_rate_is_not_for_sgd() -> None:
+    config = with_settings(TrainConfig(data=Path("a")), optimizer="sgd")
+    with pytest.raises(MobileViTError, match=r"^`learning_rate` is None; it must be given for `optimizer` sgd"):
+        config.validate()
+    dataclasses.replace(config, learning_rate=0.1).validate()
 
 
 def test_the_smallest_image_size_works() -> None:
@@ -104,7 +112,8 @@ def test_configurations_of_version_0_1(tmp_path: Path, task: TaskName) -> None:
     written = json.loads((Path(__file__).parent / f"v01_{task}.json").read_text())
     config = TrainConfig.from_json(Path(__file__).parent / f"v01_{task}.json")
     flat = json.loads(json.dumps(config.flat(), default=str))
-    assert flat | {"decode": "cpu"} == written
+    assert {name: flat.get(name, "cpu" if name == "decode" else None) for name in written} == written
+    assert not config.changes().keys() - written.keys(), "what came later has its default"
     assert config.resolve(task) == config
     (tmp_path / "config.json").write_text(config.to_json())
     assert TrainConfig.from_json(tmp_path / "config.json") == config

@@ -128,7 +128,9 @@ def by_hand(config: TrainConfig) -> dict[str, torch.Tensor]:
                     kept = copy.deepcopy(dict(model.named_buffers()))
             for name, buffer in model.named_buffers():
                 buffer.copy_(kept[name])
-            rate = learning_rate((epoch + step.start / len(train_set)) / config.epochs, config)
+            rate = learning_rate(
+                (epoch + step.start / len(train_set)) / config.epochs, config, config.optimizer.warmup_fraction
+            )
             for group in optimizer.param_groups:
                 group["lr"] = rate * group["lr_factor"]
             optimizer.step()

@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 import mobilevit
+from mobilevit.errors import MobileViTError
 from mobilevit.training.config import OptimizerSettings, TrainConfig
-from mobilevit.training.learner import WeightAverage, learning_rate, make_optimizer
+from mobilevit.training.learner import WeightAverage, learning_rate, make_optimizer, warmup_share
 from training_settings import with_settings
 
 
@@ -17,9 +18,13 @@ def config(**settings: object) -> TrainConfig:
     return with_settings(TrainConfig(data=Path("a")), **settings)
 
 
+def rates_of(told: TrainConfig, num_updates: int = 1000) -> list[float]:
+    warmup = warmup_share(told, num_updates)
+    return [learning_rate(update / num_updates, told, warmup) for update in range(num_updates)]
+
+
 def test_schedule() -> None:
-    told = config(learning_rate=1.0, warmup_fraction=0.1, final_lr_fraction=0.1)
-    rates = [learning_rate(update / 1000, told) for update in range(1000)]
+    rates = rates_of(config(learning_rate=1.0, warmup_fraction=0.1, final_lr_fraction=0.1))
     assert rates[0] == pytest.approx(0.1)
     assert rates[50] == pytest.approx(0.55)
     assert rates[100] == max(rates) == 1.0
@@ -29,8 +34,47 @@ def test_schedule() -> None:
     assert rates[325] == pytest.approx(middle)
 
 
+def test_schedule_of_mobilevitv2() -> None:
+    told = config(learning_rate=9e-3, warmup_steps=200, initial_lr_fraction=1e-6 / 9e-3, final_lr_fraction=0.1)
+    rates = rates_of(told)
+    assert rates[0] == pytest.approx(1e-6)
+    assert rates[100] == pytest.approx((1e-6 + 9e-3) / 2)
+    assert rates[200] == max(rates) == 9e-3
+    assert rates[-1] == pytest.approx(9e-4, rel=1e-4)
+    assert rates_of(told, 4000)[200] == max(rates_of(told, 4000)), "steps are steps, however long the run"
+
+
 def test_schedule_without_warmup_starts_at_the_peak() -> None:
-    assert learning_rate(0.0, config(learning_rate=2.0, warmup_fraction=0.0)) == 2.0
+    assert rates_of(config(learning_rate=2.0, warmup_fraction=0.0))[0] == 2.0
+    assert rates_of(config(learning_rate=2.0, warmup_steps=0))[0] == 2.0
+
+
+def test_a_fixed_learning_rate() -> None:
+    assert set(rates_of(config(learning_rate=1e-3, warmup_fraction=0.0, final_lr_fraction=1.0))) == {1e-3}
+
+
+def test_a_warm_up_longer_than_the_run() -> None:
+    with pytest.raises(MobileViTError, match=r"^`warmup_steps` is 500, but the run has 12 updates; lower it"):
+        warmup_share(config(warmup_steps=500), 12)
+
+
+def test_sgd_moves_by_the_formula() -> None:
+    """Velocity 0.9 v + g + decay * w, from which the learning rate takes its part."""
+    model = nn.Linear(3, 2)
+    settings = OptimizerSettings(optimizer="sgd", weight_decay=0.1, decay_norm_and_bias=False)
+    optimizer = make_optimizer(model, settings, torch.device("cpu"))
+    weight, velocity = model.weight.detach().clone(), torch.zeros(2, 3)
+    bias, bias_velocity = model.bias.detach().clone(), torch.zeros(2)
+    for _ in range(3):
+        for group in optimizer.param_groups:
+            group["lr"] = 0.5
+        model.weight.grad, model.bias.grad = torch.randn(2, 3), torch.randn(2)
+        velocity = 0.9 * velocity + model.weight.grad + 0.1 * weight
+        bias_velocity = 0.9 * bias_velocity + model.bias.grad
+        weight, bias = weight - 0.5 * velocity, bias - 0.5 * bias_velocity
+        optimizer.step()
+    torch.testing.assert_close(model.weight.detach(), weight)
+    torch.testing.assert_close(model.bias.detach(), bias)
 
 
 def test_groups_cover_every_trainable_parameter_once() -> None:

@@ -28,16 +28,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerSettings:
-    """AdamW, the learning rate's schedule, and the moving average of the weights."""
+    """Optimizer, the learning rate's schedule, and the moving average of the weights."""
 
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """adamw, or sgd with momentum 0.9, which needs a --learning-rate of its own."""
     grad_accum_steps: int = 1
     """Batches whose gradients are added up for one update."""
     warmup_fraction: float = 0.1
-    """Share of all updates over which the learning rate rises from a tenth of its peak; 3,000 updates in the paper."""
+    """Share of all updates over which the learning rate rises to its peak; 3,000 updates in the paper."""
+    warmup_steps: int | None = None
+    """Updates over which the learning rate rises to its peak, in place of --warmup-fraction."""
+    initial_lr_fraction: float = 0.1
+    """Learning rate at the start of the warm-up, as a share of its peak; the paper's value."""
     final_lr_fraction: float = 0.01
-    """Learning rate at the end of the cosine, as a share of its peak; 0.1 in the paper."""
+    """Learning rate at the end of the cosine, as a share of its peak; 0.1 in the paper; 1 keeps it at the peak."""
     weight_decay: float = 0.01
-    """Weight decay of AdamW; the paper's value."""
+    """Weight decay; the paper's value, for AdamW."""
     decay_norm_and_bias: bool = True
     """Decay normalization weights and biases, too, as in the paper."""
     head_lr_factor: float | None = None
@@ -257,6 +263,8 @@ class TrainConfig:
         require("scale_range", "two numbers above 0, in order", 0 < low <= high)
         is_possible = self.resize_mode != "crop" or self.known_task is None or DEFAULTS[self.known_task].can_crop
         require("resize_mode", "stretch or pad for masks", is_possible)
+        is_known = self.learning_rate is not None or self.optimizer.optimizer == "adamw"
+        require("learning_rate", "given for `optimizer` sgd, as the default is for adamw", is_known)
         for names, needed, is_given in (
             ("teacher_weights distillation_share distillation_temperature", "teacher", self.distillation.teacher),
             ("train_sizes max_batch_size", "multi_scale", self.sizes.multi_scale != "off"),
@@ -302,11 +310,11 @@ _ALLOWED: tuple[tuple[str, str, Callable[[float], bool]], ...] = (
     ("epochs grad_accum_steps early_stopping aspp_channels", "1 or more", lambda x: x >= 1),
     ("patch_size", "three sizes of 1 or more", lambda x: x >= 1),
     ("batch_size max_batch_size", "2 or more, for the statistics of BatchNorm", lambda x: x >= 2),
-    ("weight_decay checkpoint_minutes head_lr_factor num_workers", "0 or more", lambda x: x >= 0),
+    ("weight_decay checkpoint_minutes head_lr_factor num_workers warmup_steps", "0 or more", lambda x: x >= 0),
     ("mixup cutmix rotation aux_weight", "0 or more", lambda x: x >= 0),
     ("learning_rate clip_grad_norm distillation_temperature", "above 0", lambda x: x > 0),
     ("zoom_out random_erasing label_smoothing distillation_share", "from 0 to 1", lambda x: 0 <= x <= 1),
-    ("warmup_fraction final_lr_fraction ema_momentum", "from 0 to 1", lambda x: 0 <= x <= 1),
+    ("warmup_fraction initial_lr_fraction final_lr_fraction ema_momentum", "from 0 to 1", lambda x: 0 <= x <= 1),
     ("min_crop_area crop_fraction layer_decay", "above 0 and at most 1", lambda x: 0 < x <= 1),
     ("val_fraction", "between 0 and 1", lambda x: 0 < x < 1),
     ("randaugment", "from 0 to 30", lambda x: 0 <= x <= 30),

@@ -134,7 +134,7 @@ def dry_run(config: TrainConfig) -> DryRun:
             parameters=sum(p.numel() for p in everything),
             trainable_parameters=sum(p.numel() for p in trained),
             sizes=_plans(run, steps, seconds),
-            updates=math.ceil(len(steps) / run.config.optimizer.grad_accum_steps) * run.config.epochs,
+            updates=run.num_updates,
             weights_mb=round((copies * bytes_of_state + 3 * sum(p.nbytes for p in trained)) / 1e6, 1),
             activations_mb=round(saved_bytes(learner.model, images, amp_dtype=learner.amp_dtype) / 1e6, 1),
             peak_memory_mb=peak_memory_mb(device),

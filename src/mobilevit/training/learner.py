@@ -250,8 +250,8 @@ def _stages_to_head(parameter: str) -> int:
     return len(_STAGES) - _STAGES.index(stage) if stage in _STAGES else 0
 
 
-def make_optimizer(model: nn.Module, settings: OptimizerSettings, device: torch.device) -> torch.optim.AdamW:
-    """AdamW (arXiv:1711.05101) with the published betas, fused into one kernel where the device has one.
+def make_optimizer(model: nn.Module, settings: OptimizerSettings, device: torch.device) -> torch.optim.Optimizer:
+    """AdamW (arXiv:1711.05101) or SGD as published, fused into one kernel where the device has one.
 
     Trainable parameters are grouped by weight decay and by learning rate relative to the schedule's (`lr_factor`).
     """
@@ -268,18 +268,39 @@ def make_optimizer(model: nn.Module, settings: OptimizerSettings, device: torch.
         {"params": parameters, "lr_factor": factor, "weight_decay": decay}
         for (factor, decay), parameters in groups.items()
     ]
-    return torch.optim.AdamW(told, betas=(0.9, 0.999), fused=device.type in ("cpu", "cuda"))
+    fused = device.type in ("cpu", "cuda")
+    if settings.optimizer == "sgd":
+        return torch.optim.SGD(told, momentum=0.9, fused=fused)
+    return torch.optim.AdamW(told, betas=(0.9, 0.999), fused=fused)
 
 
-def learning_rate(progress: float, config: TrainConfig) -> float:
-    """Linear warm-up from a tenth of the peak, then half a cosine down to `final_lr_fraction` of it.
+def warmup_share(config: TrainConfig, num_updates: int) -> float:
+    """Share of a run of so many updates over which the learning rate rises.
+
+    Raises:
+        MobileViTError: its steps are more than there are updates.
+    """
+    steps = config.optimizer.warmup_steps
+    if steps is None:
+        return config.optimizer.warmup_fraction
+    if steps > num_updates:
+        raise MobileViTError(
+            f"`warmup_steps` is {steps}, but the run has {num_updates} updates; lower it, or raise `epochs`"
+        )
+    return steps / num_updates
+
+
+def learning_rate(progress: float, config: TrainConfig, warmup: float) -> float:
+    """Linear warm-up from `initial_lr_fraction` of the peak, then half a cosine down to `final_lr_fraction` of it.
 
     `progress` is the share of all images of the run, each counted once an epoch, that were seen before the update. It
-    counts images, as updates take more or fewer of them where their size varies.
+    counts images, as updates take more or fewer of them where their size varies. `warmup` is the share to rise over.
     """
-    peak, warmup, end = config.peak_learning_rate, config.optimizer.warmup_fraction, config.optimizer.final_lr_fraction
+    peak, start, end = (
+        config.peak_learning_rate, config.optimizer.initial_lr_fraction, config.optimizer.final_lr_fraction
+    )  # fmt: skip
     if progress < warmup:
-        return peak * (0.1 + 0.9 * progress / warmup)
+        return peak * (start + (1 - start) * progress / warmup)
     progress = (progress - warmup) / max(1 - warmup, 1e-9)
     return peak * (end + (1 - end) * (1 + math.cos(math.pi * progress)) / 2)
 

@@ -35,7 +35,7 @@ from mobilevit.torch_session import TorchSession
 from mobilevit.training import distributed
 from mobilevit.training.config import TrainConfig
 from mobilevit.training.distributed import World
-from mobilevit.training.learner import Learner, Network, learning_rate
+from mobilevit.training.learner import Learner, Network, learning_rate, warmup_share
 from mobilevit.training.run_folder import RunFolder, State, TrainingInterrupted
 
 log = logging.getLogger("mobilevit")
@@ -175,6 +175,9 @@ class Run:
             pin_memory=device.type == "cuda",
             shard=(world.rank, world.size),
         )
+        self.num_updates = config.epochs * -(-len(self.loader.start(0)) // config.optimizer.grad_accum_steps)
+        """In the whole run; where sizes vary, other epochs may have some more or fewer than the first."""
+        self.warmup = warmup_share(config, self.num_updates)
         self.position = Position()
         self.unreadable: set[str] = set()
         """One line for each training image that could not be read, in the epochs before this one."""
@@ -225,7 +228,7 @@ def _train_epoch(run: Run, stop: _Stop) -> float:
     def rate_at(index: int) -> float:
         """Learning rate of the update that a step is part of."""
         seen = before + steps[index - index % accumulate].start
-        return learning_rate((position.epoch + seen / num_images) / config.epochs, config)
+        return learning_rate((position.epoch + seen / num_images) / config.epochs, config, run.warmup)
 
     steps_between_looks = accumulate * max(1, _STEPS_BETWEEN_LOOKS // accumulate)  # so that an update ends there
     learner.train_mode()
