@@ -11,11 +11,13 @@ from PIL import Image
 from mobilevit.cli import main
 
 
-@pytest.mark.parametrize("task", ["detection", "segmentation"])
-def test_demo_of_the_other_tasks(task: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(("task", "model"), [("detection", "mobilevitv2_050"), ("segmentation", "mobilevit_xxs")])
+def test_demo_of_the_other_tasks(task: str, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "demo"
-    assert main(["demo", "--task", task, "--out", str(out), "--epochs", "1", "--num-images", "40"]) == 0
+    settings = ["--task", task, "--model", model, "--out", str(out), "--epochs", "1", "--num-images", "40"]
+    assert main(["demo", *settings]) == 0
     page = (out / "report.html").read_text()
+    assert f"{model}, {task}, " in page
     score = {"detection": "validation AP50", "segmentation": "validation mean IoU"}[task]
     assert score in page
     assert page.count("data:image/png;base64,") >= 4
@@ -52,3 +54,6 @@ def test_demo_leaves_other_folders_alone(tmp_path: Path, capsys: pytest.CaptureF
     assert main(["demo", "--out", str(tmp_path)]) == 2
     assert "holds something else" in capsys.readouterr().err
     assert (tmp_path / "data" / "thesis.txt").read_text() == "all of it"
+    assert main(["demo", "--out", str(tmp_path / "new"), "--model", "mobilevit_xxl"]) == 2
+    assert "unknown model 'mobilevit_xxl'; did you mean mobilevit_xxs?" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()

@@ -16,11 +16,12 @@ from PIL import Image
 from mobilevit import factory
 from mobilevit.card import TaskName
 from mobilevit.data import shapes
-from mobilevit.errors import MissingPackageError, MobileViTError
+from mobilevit.errors import MissingPackageError, MobileViTError, unknown
 from mobilevit.exporting.export import ExportReport, export
 from mobilevit.files import write_text
 from mobilevit.imaging.decode import Source, find_images
 from mobilevit.imaging.drawing import DARK, contact_sheet, save_image
+from mobilevit.models import MODELS
 from mobilevit.results.base import Result
 from mobilevit.results.classification import ClassificationResult
 from mobilevit.runtime.predictor import Predictor
@@ -72,17 +73,25 @@ _SETTINGS: dict[TaskName, TrainConfig] = {
 
 
 def run_demo(
-    out: Path, task: TaskName = "classification", *, epochs: int | None, num_images: int | None, seed: int
+    out: Path,
+    task: TaskName = "classification",
+    *,
+    model: str = TrainConfig.model,
+    epochs: int | None,
+    num_images: int | None,
+    seed: int,
 ) -> Path:
-    """Draw images, train mobilevit_xxs on them, export it, predict unseen images, write `report.html`.
+    """Draw images, train a model on them, export it, predict unseen images, write `report.html`.
 
     Every step but the drawing is what a user's own command would do, and the command is shown. Epochs and images that
     are None are as many as the task needs.
 
     Raises:
-        MobileViTError: the folder holds something that is not a demo.
+        MobileViTError: no such model, or the folder holds something that is not a demo.
     """
     begun = time.monotonic()
+    if model not in MODELS:
+        raise unknown("model", model, MODELS)
     write_shapes, usual_number = _SHAPES[task]
     num_images = usual_number if num_images is None else num_images
     data, unseen, run = out / "data", out / "unseen", out / "run"
@@ -93,7 +102,7 @@ def run_demo(
     for folder in (data, unseen, run):
         shutil.rmtree(folder, ignore_errors=True)
     log.info("drawing %d images of shapes into %s", num_images, data)
-    config = dataclasses.replace(_SETTINGS[task], data=data, out=run, seed=seed)
+    config = dataclasses.replace(_SETTINGS[task], data=data, out=run, model=model, seed=seed)
     if epochs is not None:
         config = dataclasses.replace(config, epochs=epochs)
     write_shapes(data, num_images=num_images, seed=seed, size=config.input_size[0])
@@ -113,11 +122,11 @@ def run_demo(
     for prediction in predictions[:6]:
         log.info("%s  %s", prediction.source, prediction.describe(top=1))
     save_image(_sheet(predictions), out / "unseen.png")
-    model = factory.load(result.best)
+    num_parameters = sum(parameter.numel() for parameter in factory.load(result.best).parameters())
     facts = {
         **{f"validation {name}": value for name, value in result.report.headline()[:3]},
         "measured on": f"{result.report.num_images:,} images held out",
-        "model": f"mobilevit_xxs, {task}, {sum(p.numel() for p in model.parameters()):,} parameters, "
+        "model": f"{model}, {task}, {num_parameters:,} parameters, "
         f"{len(shapes.CLASSES)} shapes, {' x '.join(map(str, config.input_size))} pixels",
         "training": f"{config.epochs} epochs at {result.images_per_second:,.0f} images a second",
         **({"exported": str(exported.path), **dict(exported.lines())} if exported else {}),

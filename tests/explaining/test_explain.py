@@ -21,10 +21,12 @@ from mobilevit.explaining.explain import Explanation, _strongest_place, explain,
 from mobilevit.imaging.preprocessing import Preprocessing
 from mobilevit.models.deeplabv3 import SegmentationOutput
 from mobilevit.models.mobilevit import Attention, unfold
+from mobilevit.models.mobilevitv2 import SeparableAttention
 from mobilevit.models.ssdlite import DetectionOutput
 
 CLASSES = ("circle", "cross", "ring")
 IMAGE = render_scene(3, size=160).image.resize((200, 160))
+each_generation = pytest.mark.parametrize("name", ["mobilevit_xxs", "mobilevitv2_050"])
 
 
 def prepared(model: nn.Module) -> torch.Tensor:
@@ -32,11 +34,14 @@ def prepared(model: nn.Module) -> torch.Tensor:
     return torch.from_numpy(preprocessing.normalize(preprocessing.resize(IMAGE)[None]))
 
 
-def model_of(task: str = "classification", side: int = 128, **options: Any) -> nn.Module:
+def model_of(
+    task: str = "classification", side: int | tuple[int, int] = 128, name: str = "mobilevit_xxs", **options: Any
+) -> nn.Module:
     torch.manual_seed(0)
     mode = "pad" if task == "segmentation" else "stretch"
-    model = mobilevit.create_model("mobilevit_xxs", task=task, classes=CLASSES, **options)  # type: ignore[arg-type]
-    model.card = replace(model.card, preprocessing=Preprocessing(size=(side, side), resize_mode=mode))  # type: ignore
+    size = (side, side) if isinstance(side, int) else side
+    model = mobilevit.create_model(name, task=task, classes=CLASSES, **options)
+    model.card = replace(model.card, preprocessing=Preprocessing(size=size, resize_mode=mode))  # type: ignore
     return model.eval()
 
 
@@ -50,10 +55,23 @@ def test_the_weights_are_those_the_model_uses() -> None:
     torch.testing.assert_close(told, attention(x), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("patch_size", [(2, 2, 2), (8, 4, 2), (3, 3, 3)])
-def test_the_chosen_pixel_is_found_among_the_sequences(patch_size: tuple[int, int, int]) -> None:
+def test_context_scores_are_weights_of_the_keys() -> None:
+    attention = SeparableAttention(48)
+    x = torch.randn(3, 10, 48)
+    weights = attention_weights(attention, x)[:, 0]
+    torch.testing.assert_close(weights.sum(-1), torch.ones(3, 10))
+    assert torch.equal(weights, weights[:, :1].expand(3, 10, 10)), "the same for every token"
+    told = attention.out(attention.value(x).relu() * (weights @ attention.key(x)))
+    torch.testing.assert_close(told, attention(x[None])[0], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "patch_size"),
+    [*(("mobilevit_xxs", sides) for sides in ((2, 2, 2), (8, 4, 2), (3, 3, 3))), ("mobilevitv2_050", (2, 2, 2))],
+)
+def test_the_chosen_pixel_is_found_among_the_sequences(name: str, patch_size: tuple[int, int, int]) -> None:
     """Paint one pixel of a block's map, and see which of the unfolded tokens is painted."""
-    model = model_of(patch_size=patch_size)
+    model = model_of(name=name, patch_size=patch_size)
     explanation = explain(model, IMAGE, pixel=(130, 47))
     for block in explanation.blocks:
         (height, width), (ph, pw), (row, column) = block.map_size, block.patch_size, block.pixel
@@ -64,20 +82,23 @@ def test_the_chosen_pixel_is_found_among_the_sequences(patch_size: tuple[int, in
         sequence, token, _ = torch.nonzero(tokens)[0].tolist()
         rows, columns = height // ph, width // pw
         assert block.rollout.shape == (rows, columns)
-        layers = [m for m in getattr(model, block.name)[1].modules() if isinstance(m, Attention)]
-        assert block.weights.shape == (len(layers), 4, rows, columns)
+        layers = [layer.attention for layer in getattr(model, block.name)[1].transformer]
+        heads = 1 if block.separable else 4
+        assert block.weights.shape == (len(layers), heads, rows, columns)
         seen: list[torch.Tensor] = []
         handle = layers[0].register_forward_hook(lambda _, inputs, __, seen=seen: seen.append(inputs[0]))
         with torch.no_grad():
             pixels = prepared(model)
             model(pixels)
-            expected = attention_weights(layers[0], seen[0])[sequence, :, token].reshape(4, rows, columns)
+            x = seen[0].reshape(ph * pw, rows * columns, -1)
+            expected = attention_weights(layers[0], x)[sequence, :, token].reshape(heads, rows, columns)
         handle.remove()
         np.testing.assert_allclose(block.weights[0], expected.numpy(), atol=1e-6)
 
 
-def test_weights_and_rollout_are_shares() -> None:
-    for block in explain(model_of(), IMAGE).blocks:
+@each_generation
+def test_weights_and_rollout_are_shares(name: str) -> None:
+    for block in explain(model_of(name=name), IMAGE).blocks:
         np.testing.assert_allclose(block.weights.sum(axis=(2, 3)), 1, atol=1e-5)
         assert block.rollout.sum() == pytest.approx(1, abs=1e-5)
         assert ((block.attended() >= 0.999) & (block.attended() <= block.num_tokens + 1e-3)).all()
@@ -103,26 +124,35 @@ def test_class_activation_points_at_what_decides() -> None:
     assert (explanation.pixel[0] * 4 // 200, explanation.pixel[1] * 4 // 160) == (column, row)
 
 
-@pytest.mark.parametrize("task", ["classification", "detection", "segmentation"])
-def test_all_tasks_are_drawn(task: str, tmp_path: Path) -> None:
-    model = model_of(task)
+@pytest.mark.parametrize(
+    ("name", "task"),
+    [
+        ("mobilevit_xxs", "classification"),
+        ("mobilevit_xxs", "detection"),
+        ("mobilevit_xxs", "segmentation"),
+        ("mobilevitv2_050", "segmentation"),
+    ],
+)
+def test_all_tasks_are_drawn(name: str, task: str, tmp_path: Path) -> None:
+    model = model_of(task, name=name)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     explanation = explain(model, IMAGE, pixel=(30, 40))
     assert isinstance(explanation, Explanation)
     assert explanation.label in CLASSES
     assert 0 < explanation.score <= 1
     assert explanation.class_activation.max() in (0, 1)
-    for draw, name in ((explanation.draw, "attention.png"), (explanation.draw_patches, "patches.png")):
-        drawn = draw(tmp_path / name)
-        with Image.open(tmp_path / name) as saved:
+    for draw in (explanation.draw, explanation.draw_patches):
+        drawn = draw(tmp_path / "drawn.png")
+        with Image.open(tmp_path / "drawn.png") as saved:
             assert saved.size == drawn.size
         assert len(drawn.getcolors(1 << 24)) > 100
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     assert not [hook for module in model.modules() for hook in module._forward_hooks.values()]
 
 
-def test_the_most_attended_are_pixels_at_the_same_offset() -> None:
-    explanation = explain(model_of(), IMAGE, pixel=(130, 47))
+@each_generation
+def test_the_most_attended_are_pixels_at_the_same_offset(name: str) -> None:
+    explanation = explain(model_of(name=name), IMAGE, pixel=(130, 47))
     for block, told in zip(explanation.blocks, explanation.to_dict()["blocks"], strict=True):
         (height, width), (ph, pw), (row, column) = block.map_size, block.patch_size, block.pixel
         own = (row // ph, column // pw)
@@ -145,6 +175,15 @@ def test_maps_that_patches_do_not_divide() -> None:
         ((12, 12), (15, 15), (14, 14)), ((6, 6), (8, 8), (7, 7)), ((3, 3), (4, 4), (3, 3)),
     ]  # fmt: skip
     assert [b.rollout.shape for b in blocks] == [(3, 3), (2, 2), (2, 2)]
+
+
+@each_generation
+def test_maps_of_odd_size(name: str) -> None:
+    """MobileViTv2 keeps the larger map; the next one is as large either way."""
+    blocks = explain(model_of(side=(250, 230), name=name), IMAGE, pixel=(199, 159)).blocks
+    assert [(b.stride, b.map_size_before, b.map_size, b.pixel) for b in blocks] == [
+        (8, (32, 29), (32, 30), (31, 29)), (16, (16, 15), (16, 16), (15, 15)), (32, (8, 8), (8, 8), (7, 7)),
+    ]  # fmt: skip
 
 
 def test_without_a_pixel_the_margin_has_no_say() -> None:
@@ -210,15 +249,24 @@ def test_a_pixel_outside() -> None:
         explain(model, IMAGE, pixel=(0, 0))
 
 
-def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    mobilevit.save(model_of(), tmp_path / "model.safetensors")
+@pytest.mark.parametrize(
+    ("name", "told", "verb"),
+    [
+        ("mobilevit_xxs", "attention of pixel", "attends to"),
+        ("mobilevitv2_050", "context scores at the offset of pixel", "scores spread over"),
+    ],
+)
+def test_command(name: str, told: str, verb: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    mobilevit.save(model_of(name=name), tmp_path / "model.safetensors")
     IMAGE.save(tmp_path / "scene.png")
-    told = ["explain", str(tmp_path / "model.safetensors"), str(tmp_path / "scene.png"), "--pixel", "20", "30"]
-    assert main([*told, "--out", str(tmp_path / "why.png"), "--figure", "both"]) == 0
+    explained = ["explain", str(tmp_path / "model.safetensors"), str(tmp_path / "scene.png"), "--pixel", "20", "30"]
+    assert main([*explained, "--out", str(tmp_path / "why.png"), "--figure", "both"]) == 0
     assert (tmp_path / "why.png").exists()
     assert (tmp_path / "why-patches.png").exists()
-    capsys.readouterr()
-    assert main([*told, "--out", str(tmp_path / "why.png"), "--json"]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0].endswith(f", {told} 20 30")
+    assert printed[1].startswith(f"  layer3, patches of 2 x 2: {verb} ")
+    assert main([*explained, "--out", str(tmp_path / "why.png"), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["pixel"] == [20, 30]
     assert [block["stride"] for block in found["blocks"]] == [8, 16, 32]

@@ -13,6 +13,8 @@ class Demo:
 
     task: Literal["classification", "detection", "segmentation"] = "classification"
     """Task to train for."""
+    model: str = "mobilevit_xxs"
+    """Model to train, as in train."""
     out: Path = Path("demo")
     """Folder for data, run and report.html; a former demo in it is replaced."""
     epochs: int | None = None
@@ -26,6 +28,13 @@ class Demo:
         """Run the demo."""
         from mobilevit.demo import run_demo
 
-        report = run_demo(self.out, self.task, epochs=self.epochs, num_images=self.num_images, seed=self.seed)
+        report = run_demo(
+            self.out,
+            self.task,
+            model=self.model,
+            epochs=self.epochs,
+            num_images=self.num_images,
+            seed=self.seed,
+        )
         print(f"\nopen {report}")
         return 0

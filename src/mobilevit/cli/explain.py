@@ -14,7 +14,10 @@ from mobilevit.errors import MobileViTError
 
 @dataclass(frozen=True, kw_only=True)
 class Explain:
-    """Draw what a pixel attends to in every block, layer and head, and the evidence in the image for the answer."""
+    """Draw what a pixel attends to in every block, layer and head, and the evidence in the image for the answer.
+
+    MobileViTv2 has context scores in its place, the same for all pixels at the same offset in their patches.
+    """
 
     checkpoint: Positional[Path]
     """A .safetensors of this package, or a file of ml-cvnets, timm or transformers."""
@@ -49,11 +52,14 @@ class Explain:
             print_json(explanation.to_dict())
             return 0
         x, y = explanation.pixel
-        print(f"{explanation.label}  {explanation.score:.1%}, attention of pixel {x} {y}")
+        told, verb = "attention", "attends to"
+        if explanation.blocks[0].separable:
+            told, verb = "context scores at the offset", "scores spread over"
+        print(f"{explanation.label}  {explanation.score:.1%}, {told} of pixel {x} {y}")
         for block in explanation.blocks:
             (ph, pw), spread = block.patch_size, block.attended().mean(axis=1)
             means = ", ".join(f"{value:.1f}" for value in spread)
-            print(f"  {block.name}, patches of {ph} x {pw}: attends to {means} of {block.num_tokens} patches, by layer")
+            print(f"  {block.name}, patches of {ph} x {pw}: {verb} {means} of {block.num_tokens} patches, by layer")
         for path, drawn in ((self.out, self.figure != "patches"), (patches, self.figure != "attention")):
             if drawn:
                 print(path)

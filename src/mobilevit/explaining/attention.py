@@ -1,5 +1,8 @@
 """Attention in the blocks of a MobileViT: recorded while the model runs, then read out for one pixel.
 
+MobileViTv2 has context scores instead: one for each token, the share of it in the context that all tokens read. They
+are attention by one head whose N x N matrix has equal rows.
+
 Letters are those of `mobilevit.models.mobilevit`: P pixels in a patch, N patches in a map, h heads.
 """
 
@@ -15,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from mobilevit.models.mobilevit import Attention, Backbone, MobileViTBlock
+from mobilevit.models.mobilevitv2 import MobileViTv2Block, SeparableAttention
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +39,8 @@ class BlockAttention:
     """(row, column) of the chosen pixel on the map."""
     weights: NDArray[np.float32]
     """(layers, h, rows, columns): attention of the chosen pixel to each patch's pixel; sums to one over the patches."""
+    separable: bool
+    """Whether these are context scores, the same for all pixels at the chosen one's offset."""
     rollout: NDArray[np.float32]
     """(rows, columns): attention through all layers of the block and past them, heads averaged (arXiv:2005.00928)."""
 
@@ -55,9 +61,9 @@ class BlockAttention:
 class Recording:
     """Inputs and outputs inside a backbone during one forward pass."""
 
-    maps: dict[MobileViTBlock, tuple[int, int]] = field(default_factory=dict)
+    maps: dict[MobileViTBlock | MobileViTv2Block, tuple[int, int]] = field(default_factory=dict)
     """(height, width) of each block's map, before it is resized to whole patches."""
-    attention: dict[Attention, Tensor] = field(default_factory=dict)
+    attention: dict[Attention | SeparableAttention, Tensor] = field(default_factory=dict)
     """Input of each attention layer."""
     stages: list[Tensor] = field(default_factory=list)
     """Outputs of layer4 and layer5, which gradients reach."""
@@ -69,9 +75,9 @@ def recording(backbone: Backbone) -> Iterator[Recording]:
     record = Recording()
 
     def keep_input(module: nn.Module, inputs: tuple[Tensor]) -> None:
-        if isinstance(module, Attention):
+        if isinstance(module, Attention | SeparableAttention):
             record.attention[module] = inputs[0].detach()
-        elif isinstance(module, MobileViTBlock):
+        elif isinstance(module, MobileViTBlock | MobileViTv2Block):
             record.maps[module] = (inputs[0].shape[2], inputs[0].shape[3])
 
     def keep_stage(_: nn.Module, __: tuple[Tensor], output: Tensor) -> Tensor:
@@ -88,9 +94,11 @@ def recording(backbone: Backbone) -> Iterator[Recording]:
         yield record
 
 
-def attention_weights(attention: Attention, x: Tensor) -> Tensor:
-    """Compute the weights that `Attention.forward` gives to values. Shape: (B, N, D) -> (B, h, N, N)."""
+def attention_weights(attention: Attention | SeparableAttention, x: Tensor) -> Tensor:
+    """Compute the weights that `attention` gives to values, or to keys. Shape: (B, N, D) -> (B, h, N, N)."""
     batch, num_tokens, _ = x.shape
+    if isinstance(attention, SeparableAttention):  # every token reads the same context
+        return attention.scores(x[:, None]).transpose(2, 3).expand(-1, -1, num_tokens, -1)
     qkv = attention.qkv(x).view(batch, num_tokens, 3 * attention.num_heads, attention.head_dim)
     q, k, _ = qkv.transpose(1, 2).chunk(3, dim=1)
     weights: Tensor = (q @ k.transpose(2, 3) * attention.scale).softmax(dim=-1)
@@ -99,7 +107,11 @@ def attention_weights(attention: Attention, x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def block_attention(
-    name: str, block: MobileViTBlock, record: Recording, place: tuple[float, float], input_width: int
+    name: str,
+    block: MobileViTBlock | MobileViTv2Block,
+    record: Recording,
+    place: tuple[float, float],
+    stride: int,
 ) -> BlockAttention:
     """Read out the attention of the pixel at `place`, (x, y) as shares of the input's width and height, in a block."""
     (height, width), (ph, pw) = record.maps[block], block.patch_size
@@ -109,9 +121,9 @@ def block_attention(
     sequence = row % ph * pw + column % pw  # as `unfold` orders them
     token = row // ph * columns + column // pw
     layers = [
-        attention_weights(module, record.attention[module][sequence : sequence + 1])[0]
+        attention_weights(module, record.attention[module].flatten(end_dim=-3)[sequence : sequence + 1])[0]
         for module in block.modules()
-        if isinstance(module, Attention)
+        if isinstance(module, Attention | SeparableAttention)
     ]
     identity = torch.eye(rows * columns, device=layers[0].device)
     through = identity
@@ -120,12 +132,13 @@ def block_attention(
     weights = torch.stack([layer[:, token] for layer in layers]).reshape(len(layers), -1, rows, columns)
     return BlockAttention(
         name=name,
-        stride=round(input_width / width),
+        stride=stride,
         map_size=padded,
         map_size_before=(height, width),
         patch_size=(ph, pw),
         pixel=(row, column),
         weights=weights.numpy(force=True),
+        separable=isinstance(block, MobileViTv2Block),
         rollout=through[token].reshape(rows, columns).numpy(force=True),
     )
 

@@ -95,6 +95,7 @@ class Explanation:
                     "map_size_before": list(block.map_size_before),
                     "patch_size": list(block.patch_size),
                     "num_tokens": block.num_tokens,
+                    "separable": block.separable,
                     "patches_attended_by_layer_and_head": block.attended().round(2).tolist(),
                     "most_attended": self._most_attended(block),
                 }
@@ -156,8 +157,8 @@ def explain(model: nn.Module, source: Source, pixel: tuple[int, int] | None = No
         score=subject.score,
         pixel=pixel,
         blocks=tuple(
-            block_attention(name, block, record, place, placement.size[1])
-            for name, block in zip(("layer3", "layer4", "layer5"), record.maps, strict=True)
+            block_attention(f"layer{number}", block, record, place, min(2**number, backbone.config.output_stride))
+            for number, block in enumerate(record.maps, start=3)
         ),
         class_activation=activation,
         placement=placement,

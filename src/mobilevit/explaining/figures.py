@@ -49,7 +49,7 @@ def attention_figure(
     `corners` are the upper left and lower right of the object that is explained, if it is one.
     """
     tall = min(1.0, view.height / view.width)
-    heights = [2.7 * tall + 0.7, *(max(2.6, 0.98 * len(block.weights)) * tall + 0.9 for block in blocks)]
+    heights = [2.7 * tall + 0.7, *(max(2.6, 0.98 * len(_grid(block)[0])) * tall + 0.9 for block in blocks)]
     figure = new_figure(9.0, sum(heights))
     top, *parts = figure.subfigures(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
     _head(top, title, size=14)
@@ -77,7 +77,8 @@ def _draw_rollout(axes: Axes, view: Image.Image, block: BlockAttention) -> None:
     # The chosen pixel's own patch would outshine the rest, as every layer adds to its input.
     values[row // ph, column // pw] = 0
     _heat(axes, view, values)
-    _caption(axes, "all layers; own patch (blue) left out\ndots: the pixels it can attend to")
+    told = "the pixels at its offset" if block.separable else "the pixels it can attend to"
+    _caption(axes, f"all layers; own patch (blue) left out\ndots: {told}")
     across, down = view.width / width, view.height / height
     ys, xs = np.mgrid[row % ph : height : ph, column % pw : width : pw]
     if xs.size <= 400:  # else there is no room for dots
@@ -88,23 +89,30 @@ def _draw_rollout(axes: Axes, view: Image.Image, block: BlockAttention) -> None:
 
 
 def _draw_layers(axes: Axes, small: Image.Image, block: BlockAttention) -> None:
-    """Draw attention in each layer (rows) and head (columns), the mean of all heads first."""
-    (height, width), (row, column) = block.map_size, block.pixel
-    maps = np.concatenate([block.weights.mean(axis=1, keepdims=True), block.weights], axis=1)
-    layers, columns = maps.shape[:2]
-    lefts, tops = np.arange(columns) * (small.width + 8), np.arange(layers) * (small.height + 8)
-    for layer, number in np.ndindex(layers, columns):
-        left, top = float(lefts[number]), float(tops[layer])
-        _heat(axes, small, maps[layer, number], (left, top))
+    """Draw attention in each layer and head."""
+    (height, width), (row, column), (row_names, column_names, maps) = block.map_size, block.pixel, _grid(block)
+    lefts, tops = np.arange(len(column_names)) * (small.width + 8), np.arange(len(row_names)) * (small.height + 8)
+    for down, across in np.ndindex(maps.shape[:2]):
+        left, top = float(lefts[across]), float(tops[down])
+        _heat(axes, small, maps[down, across], (left, top))
         x, y = left + (column + 0.5) * small.width / width, top + (row + 0.5) * small.height / height
         axes.plot(x, y, "o", markersize=4, markerfacecolor="none", markeredgecolor=_MARK)
     axes.set(xlim=(0, lefts[-1] + small.width), ylim=(tops[-1] + small.height, 0))
-    heads = ["all heads", *(f"head {number}" for number in range(1, columns))]
     axes.set_axis_on()
-    axes.set_xticks(lefts + small.width / 2, heads, fontsize=8)
-    axes.set_yticks(tops + small.height / 2, [f"layer {number + 1}" for number in range(layers)], fontsize=8)
+    axes.set_xticks(lefts + small.width / 2, column_names, fontsize=8)
+    axes.set_yticks(tops + small.height / 2, row_names, fontsize=8)
     axes.tick_params(length=0, labeltop=True, labelbottom=False)
     axes.set_frame_on(False)
+
+
+def _grid(block: BlockAttention) -> tuple[list[str], list[str], NDArray[np.float32]]:
+    """Arrange the maps of all layers: names of rows, names of columns, (rows, columns, height, width)."""
+    layers = [f"layer {number}" for number in range(1, len(block.weights) + 1)]
+    if block.separable:  # by one head: layers side by side
+        return ["context\nscores"], layers, block.weights.swapaxes(0, 1)
+    heads = [f"head {number}" for number in range(1, block.weights.shape[1] + 1)]
+    mean = block.weights.mean(axis=1, keepdims=True)
+    return layers, ["all heads", *heads], np.concatenate([mean, block.weights], axis=1)
 
 
 def patches_figure(view: Image.Image, blocks: Sequence[BlockAttention]) -> Image.Image:
@@ -137,7 +145,8 @@ def _draw_unfolding(axes: Sequence[Axes], view: Image.Image, block: BlockAttenti
 
     count = ph * pw
     colors = np.array(class_colors(count)).reshape(ph, pw, 3) / 255
-    told = f"P = {ph} x {pw} = {count} offsets, one color each;\npixels of one color attend to each other"
+    shared = "share a context" if block.separable else "attend to each other"
+    told = f"P = {ph} x {pw} = {count} offsets, one color each;\npixels of one color {shared}"
     _show(closeup, small[top:bottom, left:right], told)
     closeup.hlines(np.arange(ph, bottom - top, ph), 0, right - left, color="white", linewidth=2)
     closeup.vlines(np.arange(pw, right - left, pw), 0, bottom - top, color="white", linewidth=2)
