@@ -148,6 +148,18 @@ def test_classes_in_json(tmp_path: Path, content: Any, row: list[int]) -> None:
     assert rows(data) == [row]
 
 
+def test_ade20k_begins_at_1(tmp_path: Path) -> None:
+    for part, value in (("training", 1), ("validation", 2)):
+        write_image(tmp_path / "images" / part / "ADE_1.jpg")
+        write_mask(tmp_path / "annotations" / part / "ADE_1.png", 0, value, 2)
+    table = "Idx\tRatio\tTrain\tVal\tName\n1\t0.1576\t11664\t1172\twall\n2\t0.1072\t6046\t612\tbuilding, edifice\n"
+    (tmp_path / "objectInfo150.txt").write_text(table)
+    train, val = (read(tmp_path, part) for part in ("train", "val"))
+    assert train.classes == val.classes == ("wall", "building")
+    assert (rows(train), rows(val)) == ([[IGNORE, 0, 1, 1]], [[IGNORE, 1, 1, 1]])
+    assert train.problems == val.problems == ()
+
+
 def test_values_with_the_same_name_are_one_class(tmp_path: Path) -> None:
     write_pair(tmp_path, "a", 0, 1, 2)
     write_classes(tmp_path, "ground", "car", "ground")
@@ -221,6 +233,7 @@ def test_files_that_do_not_match(tmp_path: Path) -> None:
         ("classes.json", '{"sky": 0}', "cannot be read; it needs a list"),
         ("classes.json", '{"256": "sky"}', "values outside 0..255"),
         ("classes.json", "{", "cannot be read"),
+        ("objectInfo150.txt", "Idx\tName\nwall\n", "cannot be read; it needs lines of a number, a tab and a name"),
     ],
 )
 def test_useless_class_lists(tmp_path: Path, name: str, text: str, reason: str) -> None:

@@ -436,7 +436,7 @@ def away_from_edges(mask: Tensor, reach: int = 3) -> Tensor:
         {"rotation": 30.0},
         {"scale_range": (0.5, 2.0)},
         {"scale_range": (0.3, 0.6)},
-        {"flip": True, "rotation": 10.0, "scale_range": (0.5, 1.5)},
+        {"flip": True, "rotation": 10.0, "short_side_range": (64, 128), "max_long_side": 160},
     ],
 )
 @pytest.mark.parametrize("mode", ["stretch", "pad"])
@@ -501,6 +501,40 @@ def test_crops_have_their_size_and_void_is_where_no_image_is(
         pixels, mask = everything(image, target)
         assert pixels.shape[1:] == mask.shape == crop_size
         assert set(mask.unique().tolist()) <= {1, IGNORE}
+
+
+def test_the_shorter_side_is_drawn_and_the_longer_limited(tmp_path: Path) -> None:
+    image, target = Image.new("RGB", (150, 100), "white"), save_mask(tmp_path / "a.png", np.ones((100, 150)))
+    transform = segmentation_transform(
+        preprocessing=sized(), crop_size=(200, 200), **(STILL | {"short_side_range": (40, 120), "max_long_side": 150})
+    )
+    sizes = set()
+    for _ in range(60):
+        rows, columns = (transform(image, target)[1] == 1).nonzero().max(dim=0).values.add(1).tolist()
+        assert columns == pytest.approx(1.5 * rows, abs=1)
+        sizes.add((rows, columns))
+    assert min(rows for rows, _ in sizes) < 45
+    assert max(sizes) == (100, 150), "120 rows would be 180 columns"
+    assert len(sizes) > 20
+
+
+def test_blur_evens_out_pixels_and_leaves_masks(tmp_path: Path) -> None:
+    values = np.indices((64, 64)).sum(axis=0) % 2
+    image, target = (
+        Image.fromarray((255 * values).astype(np.uint8)).convert("RGB"),
+        save_mask(tmp_path / "a.png", values),
+    )
+    share = {}
+    for blur in (0.0, 0.5, 1.0):
+        transform = segmentation_transform(
+            preprocessing=sized(size=(64, 64)), crop_size=(64, 64), **(STILL | {"blur": blur})
+        )
+        drawn = [transform(image, target) for _ in range(60)]
+        assert all(torch.equal(mask, torch.from_numpy(values).byte()) for _, mask in drawn)
+        share[blur] = sum(pixels.float().std() < 125 for pixels, _ in drawn) / 60
+    assert share[0.0] == 0
+    assert 0.2 < share[0.5] < 0.5
+    assert share[1.0] > 0.5, "a sigma below 0.3 changes nothing that a byte can show"
 
 
 def test_void_of_the_file_stays_void(tmp_path: Path) -> None:

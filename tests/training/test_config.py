@@ -61,7 +61,8 @@ def test_a_missing_configuration_is_named(tmp_path: Path) -> None:
         ("val_fraction", 1.0), ("label_smoothing", 1.5), ("min_crop_area", 0.0), ("crop_fraction", 1.1),
         ("grad_accum_steps", 0), ("weight_decay", -0.1), ("randaugment", 31), ("num_workers", -1),
         ("early_stopping", 0), ("clip_grad_norm", 0.0), ("patch_size", (0, 1, 1)), ("warmup_steps", -1),
-        ("initial_lr_fraction", 1.1),
+        ("initial_lr_fraction", 1.1), ("scale_range", (1.0, 0.5)), ("short_side_range", (768, 256)),
+        ("short_side_range", (0, 256)), ("max_long_side", 1024), ("blur", 1.5),
     ],
 )  # fmt: skip
 def test_impossible_settings_name_the_flag(setting: str, value: object) -> None:

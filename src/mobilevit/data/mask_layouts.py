@@ -32,6 +32,7 @@ _UNUSED = "mask without an image"
 _MASK_FOLDERS = ("masks", "mask", "annotations", "labels")
 _MASK_SUFFIXES = (".gif", ".tiff", ".tif", ".bmp", ".png")  # the last one that a name has is taken
 _LAYOUTS = "images/ and masks/ (PNG, named as the images), or Pascal VOC (JPEGImages/, SegmentationClass/)"
+_ADE20K = "objectInfo150.txt"
 _NAME_255 = 'add classes.json to name it, such as {"0": "background", "255": "object"}'
 
 
@@ -49,7 +50,8 @@ def segmentation_splits(path: Path) -> dict[str, ImageSet[Mask]]:
       of SBD were added as `SegmentationClassAug/`, these, and `trainaug.txt` (or `train_aug.txt`) beside the lists.
 
     Classes stand in `classes.txt`, a name a line, by value from 0, or in `classes.json`: a list, or
-    `{"value": "name"}`. Without either they are those of VOC in its layout, else numbered by the values found.
+    `{"value": "name"}`. ADE20k's `objectInfo150.txt` is read, too: its classes begin at 1. Without any of them they are
+    those of VOC in its layout, else numbered by the values found.
     Values without a name are neither trained on nor counted; nor is 255, unless `classes.json` names it.
 
     Whatever is wrong with single files is in the `problems` of the sets, with what was done about it.
@@ -198,7 +200,7 @@ def _name_values(
     places: Iterable[Path], layout: _Layout, masks: Sequence[Path]
 ) -> tuple[dict[int, str], list[Problem]]:
     """Name the values in the masks, and report what some of the masks have against these names."""
-    candidates = (place / name for place in places for name in ("classes.json", "classes.txt"))
+    candidates = (place / name for place in places for name in ("classes.json", "classes.txt", _ADE20K))
     file = next((p for p in candidates if p.is_file()), None)
     if file is None and not layout.is_voc:
         used, problems = _values(masks, 200)
@@ -214,7 +216,8 @@ def _name_values(
         where = str(masks[0].parent)
         problems.append(Problem(where, "masks of 0 and 255 only", remedy=f"255 is not counted; {_NAME_255}"))
     where = "the 21 classes of VOC" if file is None else str(file)
-    return names, problems + values_without_class(set(used) - names.keys(), where)
+    void = {0} if file is not None and file.name == _ADE20K else set()
+    return names, problems + values_without_class(set(used) - names.keys() - void, where)
 
 
 def values_without_class(values: Iterable[int], file: str) -> list[Problem]:
@@ -224,17 +227,23 @@ def values_without_class(values: Iterable[int], file: str) -> list[Problem]:
 
 
 def _read_names(file: Path) -> dict[int, str]:
-    if file.suffix == ".txt":
+    if file.suffix == ".txt" and file.name != _ADE20K:
         lines = read_class_names(file)
         if len(lines) > IGNORE:
             raise MobileViTError(f"{file}: {len(lines)} classes; a mask can have 255, as 255 is the ignore label")
         return dict(enumerate(lines))
     try:
-        content = json.loads(file.read_text(encoding="utf-8-sig"))
+        text = file.read_text(encoding="utf-8-sig")
+        if file.name == _ADE20K:  # titles, then lines as "2  0.1072  6046  612  building, edifice", with tabs
+            rows = [line.split("\t") for line in text.splitlines()[1:]]
+            content = {row[0]: row[-1].partition(",")[0] for row in rows}
+        else:
+            content = json.loads(text)
         pairs = enumerate(content) if isinstance(content, list) else content.items()
         names = {int(value): str(name).strip() for value, name in pairs}
     except (ValueError, AttributeError, RecursionError):
-        raise MobileViTError(f'{file}: cannot be read; it needs a list of names, or {{"0": "name"}}') from None
+        form = "lines of a number, a tab and a name" if file.name == _ADE20K else 'a list of names, or {"0": "name"}'
+        raise MobileViTError(f"{file}: cannot be read; it needs {form}") from None
     if not names or not all(names.values()) or not all(0 <= value <= IGNORE for value in names):
         raise MobileViTError(f"{file}: names missing, or values outside 0..255; each class needs a name and a value")
     return dict(sorted(names.items()))

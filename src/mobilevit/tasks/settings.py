@@ -52,6 +52,12 @@ class SegmentationSettings:
     """Side of the training crops in pixels, or height and width. Default: the image size."""
     scale_range: tuple[float, float] = (0.5, 1.5)
     """Size of training images before the crop, relative to their size in evaluation."""
+    short_side_range: tuple[int, int] | None = None
+    """Shorter side of training images before the crop, in pixels, in place of --scale-range."""
+    max_long_side: int | None = None
+    """With --short-side-range: most pixels of the longer side before the crop."""
+    blur: float = 0.0
+    """Probability that a training image is blurred, by a Gaussian of up to one pixel; 0 is off, 0.5 is usual."""
     rotation: float = 10.0
     """Rotate half of the training images by up to this many degrees."""
     output_stride: int | None = None

@@ -167,7 +167,7 @@ def collate_boxes(targets: Sequence[tuple[Tensor, Tensor]]) -> BoxTargets:
 
 @dataclass(frozen=True, kw_only=True)
 class SegmentationTransform:
-    """Random size, crop, flip, rotation and colors; what lies outside the image is labeled `IGNORE`."""
+    """Random size, crop, flip, rotation, blur and colors; what lies outside the image is labeled `IGNORE`."""
 
     preprocessing: Preprocessing
     """Size at scale 1, and interpolation."""
@@ -180,9 +180,7 @@ class SegmentationTransform:
     def __call__(self, source: Source | EncodedImage, target: Mask) -> tuple[Tensor, Tensor]:
         image = read_image(source)
         mask = torch.from_numpy(target.read((image.height, image.width)))[None]
-        scale = _uniform(*self.settings.scale_range)
-        rows, columns = self.preprocessing.placement((image.height, image.width)).filled
-        size = [max(1, round(rows * scale)), max(1, round(columns * scale))]
+        size = self._size_of_image((image.height, image.width))
         pixels = _pixels(F.resize(image, size, interpolation=InterpolationMode(self.preprocessing.interpolation)))
         # The "exact" one takes the middle of each pixel, as Pillow does; the other is off by up to half a pixel.
         mask = F.resize(mask, size, interpolation=InterpolationMode.NEAREST_EXACT)
@@ -198,9 +196,23 @@ class SegmentationTransform:
             angle = _uniform(-self.settings.rotation, self.settings.rotation)
             pixels = F.rotate(pixels, angle, interpolation=InterpolationMode.BILINEAR)
             mask = F.rotate(mask, angle, interpolation=InterpolationMode.NEAREST, fill=IGNORE)
+        if self.settings.blur and _uniform(0, 1) < self.settings.blur:
+            sigma = _uniform(1, 0)  # never 0
+            pixels = F.gaussian_blur(pixels, kernel_size=[7, 7], sigma=[sigma, sigma])
         if self.photometric_distortion:
             pixels = v2.RandomPhotometricDistort()(pixels)
         return _channels_last(pixels), mask[0]
+
+    def _size_of_image(self, image: tuple[int, int]) -> list[int]:
+        """Draw the (height, width) to which an image of (height, width) pixels is resized before the crop."""
+        sides, most = image, self.settings.max_long_side
+        if self.settings.short_side_range is None:
+            scale, sides = _uniform(*self.settings.scale_range), self.preprocessing.placement(image).filled
+        else:
+            low, high = self.settings.short_side_range
+            scale = int(torch.randint(low, high + 1, ())) / min(image)
+            scale = scale if most is None else min(scale, most / max(image))
+        return [max(1, round(side * scale)) for side in sides]
 
     def _place_of_crop(self, mask: Tensor) -> tuple[int, int]:
         """Draw top and left of a crop in which no class prevails, if ten attempts find one."""

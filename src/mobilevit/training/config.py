@@ -259,8 +259,9 @@ class TrainConfig:
         for names, allowed, holds in _ALLOWED:
             for name in names.split():
                 require(name, allowed, all(holds(number) for number in _numbers(values[name])))
-        low, high = self.segmentation.scale_range
-        require("scale_range", "two numbers above 0, in order", 0 < low <= high)
+        for name in ("scale_range", "short_side_range"):
+            low, high = getattr(self.segmentation, name) or (1, 1)
+            require(name, "two numbers above 0, in order", 0 < low <= high)
         is_possible = self.resize_mode != "crop" or self.known_task is None or DEFAULTS[self.known_task].can_crop
         require("resize_mode", "stretch or pad for masks", is_possible)
         is_known = self.learning_rate is not None or self.optimizer.optimizer == "adamw"
@@ -268,6 +269,7 @@ class TrainConfig:
         for names, needed, is_given in (
             ("teacher_weights distillation_share distillation_temperature", "teacher", self.distillation.teacher),
             ("train_sizes max_batch_size", "multi_scale", self.sizes.multi_scale != "off"),
+            ("max_long_side", "short_side_range", self.segmentation.short_side_range),
         ):
             for name in names.split():
                 require(name, f"left out without `{needed}`", bool(is_given) or name not in changes)
@@ -313,12 +315,12 @@ _ALLOWED: tuple[tuple[str, str, Callable[[float], bool]], ...] = (
     ("weight_decay checkpoint_minutes head_lr_factor num_workers warmup_steps", "0 or more", lambda x: x >= 0),
     ("mixup cutmix rotation aux_weight", "0 or more", lambda x: x >= 0),
     ("learning_rate clip_grad_norm distillation_temperature", "above 0", lambda x: x > 0),
-    ("zoom_out random_erasing label_smoothing distillation_share", "from 0 to 1", lambda x: 0 <= x <= 1),
+    ("zoom_out blur random_erasing label_smoothing distillation_share", "from 0 to 1", lambda x: 0 <= x <= 1),
     ("warmup_fraction initial_lr_fraction final_lr_fraction ema_momentum", "from 0 to 1", lambda x: 0 <= x <= 1),
     ("min_crop_area crop_fraction layer_decay", "above 0 and at most 1", lambda x: 0 < x <= 1),
     ("val_fraction", "between 0 and 1", lambda x: 0 < x < 1),
     ("randaugment", "from 0 to 30", lambda x: 0 <= x <= 30),
-    ("image_size crop_size", "32 or more", lambda x: x >= 32),
+    ("image_size crop_size short_side_range max_long_side", "32 or more", lambda x: x >= 32),
     ("train_sizes", "multiples of 32, height and width in turn", lambda x: x >= 32 and x % 32 == 0),
     ("seed", "from 0 to 4294967295", lambda x: 0 <= x < 2**32),
 )
