@@ -11,6 +11,7 @@ import math
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,15 +21,27 @@ from torch import Tensor, nn
 GOLDEN = Path(__file__).parent / "golden"
 
 
+def golden_name(name: str) -> str:
+    """How the reference files call a model: mobilevit_xxs, mobilevitv2_0.5."""
+    generation, size = name.split("_")
+    return f"{generation}_{int(size) / 100}" if size.isdigit() else name
+
+
 def golden_outputs(task: str) -> dict[str, Tensor]:
-    """The reference outputs of all models for a task."""
-    return load_file(GOLDEN / f"cvnets_{task}.safetensors")
+    """The reference outputs of all models of both generations for a task."""
+    return load_file(GOLDEN / f"cvnets_{task}.safetensors") | load_file(GOLDEN / f"cvnets_v2_{task}.safetensors")
 
 
-def golden_manifest(file: str = "cvnets_classification_manifest.json") -> dict[str, dict[str, list[int]]]:
-    """Shapes of the reference models' weights: {model: {name: shape}}."""
-    manifest = json.loads((GOLDEN / file).read_text())
-    return {model: entry["state"] for model, entry in manifest.items()}
+def golden_manifest(task: str = "classification") -> dict[str, dict[str, Any]]:
+    """What is known of the reference models of both generations; "state" has the shapes of the weights by name."""
+    files = (GOLDEN / f"{file}_{task}_manifest.json" for file in ("cvnets", "cvnets_v2"))
+    return {model: entry for file in files for model, entry in json.loads(file.read_text()).items()}
+
+
+def golden_parameter_counts() -> dict[str, dict[str, int]]:
+    """Parameters of MobileViTv2 in the reference code: {model: {form: count}}."""
+    counts = json.loads((GOLDEN / "cvnets_v2_parameter_counts.json").read_text())
+    return {f"mobilevitv2_{float(width) * 100:03.0f}": forms for width, forms in counts.items()}
 
 
 def golden_weights(shapes: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:

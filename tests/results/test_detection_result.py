@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from torchvision.ops import box_iou, nms
 
-from golden_weights import golden_images, golden_manifest, golden_outputs, golden_weights
+from golden_weights import golden_images, golden_manifest, golden_name, golden_outputs, golden_weights
 from mobilevit.factory import create_model
 from mobilevit.imaging.preprocessing import Preprocessing
 from mobilevit.models.ssdlite import DetectionOutput, SSDLiteConfig, decode_boxes, make_anchors
@@ -64,13 +64,13 @@ def test_nothing_above_the_threshold():
     assert [tuple(part.shape) for part in found] == [(0, 4), (0,), (0,)]
 
 
-@pytest.mark.parametrize("size", ["xxs", "xs", "s"])
-def test_detections_of_the_official_code(size):
+@pytest.mark.parametrize("model_name", ["mobilevit_xxs", "mobilevit_xs", "mobilevit_s", "mobilevitv2_050"])
+def test_detections_of_the_official_code(model_name):
     """From images to boxes; as sets, for random weights give many nearly equal scores."""
-    name = f"detection.ssdlite_mobilevit_{size}"
-    shapes = golden_manifest("cvnets_detection_manifest.json")[name]
+    name = f"detection.ssdlite_{golden_name(model_name)}"
+    shapes = golden_manifest("detection")[name]["state"]
     weights = convert_state_dict(golden_weights(shapes), to="mobilevit", source_channel_order="rgb")
-    model = create_model(f"mobilevit_{size}", task="detection", num_classes=80)
+    model = create_model(model_name, task="detection", num_classes=80)
     model.load_state_dict(weights)
     with torch.inference_mode():
         (boxes_and_scores,) = _anchors(model(golden_images(1, 320, 320)))

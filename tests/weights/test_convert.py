@@ -4,24 +4,37 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from golden_weights import GOLDEN, fill_with_golden_weights, golden_images, golden_manifest, golden_weights
-from mobilevit.models.mobilevit import XS, XXS, MobileViT, MobileViTConfig, S
+from golden_weights import (
+    fill_with_golden_weights,
+    golden_images,
+    golden_manifest,
+    golden_name,
+    golden_outputs,
+    golden_weights,
+)
+from mobilevit.models import HEADS, MODELS, Model
+from mobilevit.models.mobilevit import XXS, MobileViT
 from mobilevit.weights.convert import Family, convert_state_dict, recognize, unwrap_state_dict
+from transformers_models import as_transformers_sees, dilate, transformers_model
 
-CONFIGS: dict[str, MobileViTConfig] = {"xxs": XXS, "xs": XS, "s": S}
+V1 = ["mobilevit_xxs", "mobilevit_xs", "mobilevit_s"]
+V2 = [name for name in MODELS if name not in V1]
 SIZES = [(256, 256), (192, 320), (250, 230)]
+V2_SIZES = [(64, 128), (54, 38)]  # the latter has odd maps at strides 8 and 16; small, as there are seven models
 PEERS: list[Family] = ["cvnets", "timm", "transformers"]
 TOLERANCE = 1e-4  # for maps, whose values reach 2
 LOGIT_TOLERANCE = 1e-5  # pooling over images of noise hides a wrong channel order up to about 1e-4
+V2_GOLDEN_TOLERANCE = 5e-5  # norms over whole images add up a million numbers; in float64 the difference is 3e-6
 
-each_size = pytest.mark.parametrize("size", CONFIGS)
+each_model = pytest.mark.parametrize("name", [*V1, "mobilevitv2_050"])
+each_generation = pytest.mark.parametrize("name", ["mobilevit_xxs", "mobilevitv2_050"])
 each_peer = pytest.mark.parametrize("peer", PEERS)
 
 
@@ -34,47 +47,40 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def timm_model(size: str) -> Any:
+def timm_model(name: str) -> Any:
     timm = pytest.importorskip("timm")
-    return fill_with_golden_weights(timm.create_model(f"mobilevit_{size}"))
-
-
-def transformers_config(size: str, output_stride: int = 32) -> Any:
-    transformers = pytest.importorskip("transformers")
-    config = CONFIGS[size]
-    return transformers.MobileViTConfig(
-        hidden_sizes=list(config.embed_dims),
-        neck_hidden_sizes=[config.stem_channels, *config.channels, config.head_channels],
-        expand_ratio=float(config.expand_ratio),
-        output_stride=output_stride,
-        num_labels=1000,
-    )
-
-
-def transformers_model(size: str) -> Any:
-    transformers = pytest.importorskip("transformers")
-    return fill_with_golden_weights(transformers.MobileViTForImageClassification(transformers_config(size)))
+    return fill_with_golden_weights(timm.create_model(name))
 
 
 @cache
-def weights_of(peer: Family, size: str) -> dict[str, Tensor]:
+def weights_of(peer: Family, name: str) -> dict[str, Tensor]:
     """A whole state dict in a peer's own names, no number of it at its initial value."""
     if peer == "cvnets":
-        state = golden_weights(golden_manifest()[f"classification.mobilevit_{size}"])
+        state = golden_weights(golden_manifest()[f"classification.{golden_name(name)}"]["state"])
     else:
-        state = dict((timm_model if peer == "timm" else transformers_model)(size).state_dict())
+        state = dict((timm_model if peer == "timm" else transformers_model)(name).state_dict())
     for key, value in state.items():
         if key.endswith("num_batches_tracked"):
             state[key] = torch.full_like(value, zlib.crc32(key.encode()))
     return state
 
 
-def our_model(
-    size: str, state_dict: Mapping[str, Tensor], order: Any = None, *, output_stride: int = 32, num_classes: int = 1000
-) -> MobileViT:
-    model = MobileViT(replace(CONFIGS[size], output_stride=output_stride), num_classes)
+def fresh_model(name: str, *, output_stride: int = 32, num_classes: int = 1000) -> Model:
+    return HEADS["classification"].build(replace(MODELS[name], output_stride=output_stride), num_classes, None)
+
+
+def our_model(name: str, state_dict: Mapping[str, Tensor], order: Any = None, **options: int) -> Model:
+    model = fresh_model(name, **options)
     model.load_state_dict(convert_state_dict(state_dict, to="mobilevit", source_channel_order=order))
     return model.eval()
+
+
+M = TypeVar("M", nn.Module, Tensor)
+
+
+def as_precise(name: str, model_or_images: M) -> M:
+    """MobileViTv2 in float64: its rounding in float32 is as large as the tolerance."""
+    return model_or_images if name in V1 else model_or_images.double()
 
 
 def difference(ours: Tensor, theirs: Tensor) -> float:
@@ -89,27 +95,28 @@ def assert_identical(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -
         assert torch.equal(ours[key], value), key
 
 
-@each_size
+@each_model
 @each_peer
-def test_there_and_back_is_bit_exact(peer: Family, size: str) -> None:
-    state = weights_of(peer, size)
+def test_there_and_back_is_bit_exact(peer: Family, name: str) -> None:
+    state = weights_of(peer, name)
     before = {key: value.clone() for key, value in state.items()}
     ours = convert_state_dict(state, to="mobilevit")
-    assert recognize(state)[0] == peer
-    assert recognize(ours)[0] == "mobilevit"
-    assert ours.keys() == MobileViT(CONFIGS[size]).state_dict().keys()
+    generation = name.split("_")[0]
+    assert recognize(state) == (peer, "classification", generation)
+    assert recognize(ours) == ("mobilevit", "classification", generation)
+    assert ours.keys() == fresh_model(name).state_dict().keys()
     assert_identical(convert_state_dict(ours, to=peer), before)
     for other in PEERS:
         assert_identical(convert_state_dict(convert_state_dict(state, to=other), to=peer), before)
     assert_identical(state, before)  # the input is as it was
 
 
-@each_size
-def test_timm_computes_the_same(size: str) -> None:
-    theirs = timm_model(size)
-    ours = our_model(size, theirs.state_dict())
-    for height, width in SIZES:
-        x = golden_images(1, height, width)
+@pytest.mark.parametrize("name", [*V1, *V2])
+def test_timm_computes_the_same(name: str) -> None:
+    theirs = as_precise(name, timm_model(name))
+    ours = as_precise(name, our_model(name, theirs.state_dict()))
+    for height, width in SIZES if name in V1 else V2_SIZES:
+        x = as_precise(name, golden_images(1, height, width))
         with torch.inference_mode():
             maps = theirs.forward_intermediates(x, intermediates_only=True, exclude_final_conv=True)
             features = ours.forward_features(x)
@@ -119,67 +126,92 @@ def test_timm_computes_the_same(size: str) -> None:
             assert difference(features[stride], theirs_map) <= TOLERANCE, stride
 
 
-@each_size
-def test_transformers_computes_the_same_on_bgr(size: str) -> None:
-    theirs = transformers_model(size)
-    ours = our_model(size, theirs.state_dict())
-    for height, width in SIZES:
-        x = golden_images(1, height, width)
+@each_model
+def test_transformers_computes_the_same(name: str) -> None:
+    theirs = as_precise(name, transformers_model(name))
+    ours = as_precise(name, our_model(name, theirs.state_dict()))
+    for height, width in SIZES if name in V1 else [(256, 256), (192, 320)]:
+        x = as_precise(name, golden_images(1, height, width))
         with torch.inference_mode():
-            output = theirs(x.flip(1), output_hidden_states=True)
+            output = theirs(as_transformers_sees(name, x), output_hidden_states=True)
             features = ours.forward_features(x)
             assert difference(ours(x), output.logits) <= LOGIT_TOLERANCE
         for stride, theirs_map in zip(features, output.hidden_states, strict=True):
             assert difference(features[stride], theirs_map) <= TOLERANCE, stride
 
 
-@each_size
-def test_golden_outputs_of_cvnets(size: str) -> None:
-    name = f"classification.mobilevit_{size}"
-    golden = load_file(GOLDEN / "cvnets_classification.safetensors")
-    model = our_model(size, golden_weights(golden_manifest()[name]), "rgb")
+@pytest.mark.parametrize("size", [(250, 230), (122, 102)])
+def test_transformers_differs_where_maps_are_odd(size: tuple[int, int]) -> None:
+    """Its MobileViTv2 drops the last row or column, where the official code resizes; resized as there, it is equal."""
+    theirs = transformers_model("mobilevitv2_050").double()
+    ours = our_model("mobilevitv2_050", theirs.state_dict()).double()
+    x = golden_images(1, *size).double()
+    with torch.inference_mode():
+        assert difference(ours(x), theirs(x).logits) > 0.1
+        for stage in theirs.mobilevitv2.encoder.layer[2:]:
+            stage.conv_kxk.register_forward_pre_hook(_resize_to_even)
+        assert difference(ours(x), theirs(x).logits) <= LOGIT_TOLERANCE
+
+
+def _resize_to_even(module: nn.Module, inputs: tuple[Tensor]) -> Tensor:
+    even = [side + side % 2 for side in inputs[0].shape[2:]]
+    return nn.functional.interpolate(inputs[0], size=even, mode="bilinear", align_corners=True)
+
+
+@pytest.mark.parametrize("name", [*V1, "mobilevitv2_050", "mobilevitv2_100", "mobilevitv2_200"])
+def test_golden_outputs_of_cvnets(name: str) -> None:
+    golden, key = golden_outputs("classification"), f"classification.{golden_name(name)}"
+    known = golden_manifest()[key]
+    model = our_model(name, golden_weights(known["state"]), "rgb" if name in V1 else None)
+    tolerance = LOGIT_TOLERANCE if name in V1 else V2_GOLDEN_TOLERANCE
     with torch.inference_mode():
         for height, width in SIZES:
-            logits = golden[f"{name}.logits.{height}x{width}"]
-            assert difference(model(golden_images(2, height, width)), logits) <= LOGIT_TOLERANCE
-        features = model.forward_features(golden_images(1, 256, 256))
-        for level, feature in enumerate(features.values(), start=1):
-            mean = golden[f"{name}.feature_mean_c.out_l{level}.256x256"]
-            assert difference(feature.mean((2, 3)), mean) <= LOGIT_TOLERANCE, level
+            logits = golden[f"{key}.logits.{height}x{width}"]
+            assert difference(model(golden_images(2, height, width)), logits) <= tolerance
+        for size in ("256x256",) if name in V1 else ("256x256", "250x230"):
+            features = model.forward_features(golden_images(1, *map(int, size.split("x"))))
+            for level, feature in enumerate(features.values(), start=1):
+                mean = golden[f"{key}.feature_mean_c.out_l{level}.{size}"]
+                assert difference(feature.mean((2, 3)), mean) <= tolerance, level
+                if name in V2:
+                    assert list(feature.shape[1:]) == known["feature_shapes"][f"out_l{level}.{size}"]
 
 
 @pytest.mark.parametrize(("output_stride", "strides"), [(32, [2, 4, 8, 16, 32]), (16, [2, 4, 8, 16]), (8, [2, 4, 8])])
-@pytest.mark.parametrize("size", ["xxs", "s"])
-def test_output_stride_agrees_with_transformers(size: str, output_stride: int, strides: list[int]) -> None:
-    transformers = pytest.importorskip("transformers")
-    theirs = fill_with_golden_weights(transformers.MobileViTModel(transformers_config(size, output_stride)))
+@pytest.mark.parametrize("name", ["mobilevit_xxs", "mobilevit_s", "mobilevitv2_050"])
+def test_output_stride_agrees_with_transformers(name: str, output_stride: int, strides: list[int]) -> None:
+    theirs = transformers_model(name, "Model", output_stride=output_stride)
+    if name in V2:
+        dilate(theirs.encoder, output_stride)
     # A backbone alone: its names have no prefix, and there is no classifier.
-    assert recognize(theirs.state_dict())[0] == "transformers"
-    ours = our_model(size, theirs.state_dict(), output_stride=output_stride, num_classes=0)
+    assert recognize(theirs.state_dict()).family == "transformers"
+    ours = our_model(name, theirs.state_dict(), output_stride=output_stride, num_classes=0)
     assert list(ours.feature_channels) == strides
-    assert ours.feature_channels[output_stride] == CONFIGS[size].channels[-1]
+    assert ours.feature_channels[output_stride] == MODELS[name].channels[-1]
 
-    x = golden_images(1, 128, 160)
+    x = golden_images(1, 128, 192)
     with torch.inference_mode():
-        output = theirs(x.flip(1), output_hidden_states=True)
+        output = theirs(as_transformers_sees(name, x), output_hidden_states=True)
         features = ours.forward_features(x)
-        assert difference(ours.head_conv(features[output_stride]), output.last_hidden_state) <= TOLERANCE
+        last = ours.head_conv(features[output_stride]) if name in V1 else features[output_stride]
+        assert difference(last, output.last_hidden_state) <= TOLERANCE
     deepest = {x.shape[-1] // theirs_map.shape[-1]: theirs_map for theirs_map in output.hidden_states}
     assert list(features) == list(deepest) == strides
     for stride in strides:
-        assert features[stride].shape[1:] == (ours.feature_channels[stride], 128 // stride, 160 // stride)
+        assert features[stride].shape[1:] == (ours.feature_channels[stride], 128 // stride, 192 // stride)
         assert difference(features[stride], deepest[stride]) <= TOLERANCE, stride
 
 
+@each_generation
 @each_peer
-def test_parts_of_a_model_convert(peer: Family) -> None:
-    whole = weights_of(peer, "xxs")
+def test_parts_of_a_model_convert(peer: Family, name: str) -> None:
+    whole = weights_of(peer, name)
     without_classifier = {
         key: value for key, value in whole.items() if "classifier" not in key and "head.fc" not in key
     }
     assert len(without_classifier) == len(whole) - 2
     ours = convert_state_dict(without_classifier, to="mobilevit")
-    assert ours.keys() == MobileViT(XXS, 0).state_dict().keys()
+    assert ours.keys() == fresh_model(name, num_classes=0).state_dict().keys()
     assert_identical(convert_state_dict(ours, to=peer), without_classifier)
 
 
@@ -187,7 +219,7 @@ FIRST = {
     "mobilevit": "stem.conv.weight",
     "cvnets": "conv_1.block.conv.weight",
     "timm": "stem.conv.weight",
-    "transformers": "mobilevit.conv_stem.convolution.weight",
+    "transformers": "{generation}.conv_stem.convolution.weight",
 }
 
 
@@ -207,40 +239,54 @@ FIRST = {
         ("timm", "mobilevit", "bgr", True),
     ],
 )
-def test_channel_order(source: Family, to: Family, order: Any, flipped: bool) -> None:
-    state = weights_of(source, "xxs")
+@each_generation
+def test_channel_order(name: str, source: Family, to: Family, order: Any, flipped: bool) -> None:
+    state = weights_of(source, name)
     converted = convert_state_dict(state, to=to, source_channel_order=order)
-    expected = state[FIRST[source]].flip(1) if flipped else state[FIRST[source]]
-    assert torch.equal(converted[FIRST[to]], expected)
+    generation = name.split("_")[0]
+    before, after = (FIRST[family].format(generation=generation) for family in (source, to))
+    if generation == "mobilevitv2":  # all families have it in RGB
+        flipped = order == "bgr"
+    expected = state[before].flip(1) if flipped else state[before]
+    assert torch.equal(converted[after], expected)
     assert not torch.equal(expected, expected.flip(1))
 
 
 def test_fused_projection_becomes_query_key_value_in_this_order() -> None:
-    state = weights_of("cvnets", "xxs")
+    state = weights_of("cvnets", "mobilevit_xxs")
     fused = state["layer_3.1.global_rep.1.pre_norm_mha.1.qkv_proj.weight"]
     converted = convert_state_dict(state, to="transformers")
     prefix = "mobilevit.encoder.layer.2.transformer.layer.1.attention.attention"
     for i, name in enumerate(("query", "key", "value")):
         assert torch.equal(converted[f"{prefix}.{name}.weight"], fused[64 * i : 64 * (i + 1)])
 
+    state = weights_of("cvnets", "mobilevitv2_050")  # a score, then keys and values; 1x1 convolutions
+    fused = state["layer_3.1.global_rep.1.pre_norm_attn.1.qkv_proj.block.conv.weight"]
+    assert fused.shape == (1 + 2 * 64, 64, 1, 1)
+    converted = convert_state_dict(state, to="mobilevit")
+    for name, rows in (("query", slice(0, 1)), ("key", slice(1, 65)), ("value", slice(65, None))):
+        assert torch.equal(converted[f"layer3.1.transformer.1.attention.{name}.weight"], fused[rows, :, 0, 0])
 
+
+@each_generation
 @each_peer
-def test_every_result_can_be_written_to_safetensors(peer: Family, tmp_path: Any) -> None:
-    state = convert_state_dict(convert_state_dict(weights_of("cvnets", "xxs"), to="mobilevit"), to=peer)
+def test_every_result_can_be_written_to_safetensors(peer: Family, name: str, tmp_path: Any) -> None:
+    state = convert_state_dict(convert_state_dict(weights_of("cvnets", name), to="mobilevit"), to=peer)
     save_file({key: value.contiguous() for key, value in state.items()}, tmp_path / "model.safetensors")
     assert_identical(load_file(tmp_path / "model.safetensors"), state)
 
 
-def test_other_models_take_the_result() -> None:
+@each_generation
+def test_other_models_take_the_result(name: str) -> None:
     """Ours to theirs, where the other tests go from theirs to ours."""
-    ours = fill_with_golden_weights(MobileViT(XXS))
-    x = golden_images(1, 64, 96)
-    timm, transformers = timm_model("xxs"), transformers_model("xxs")
+    ours = fill_with_golden_weights(fresh_model(name))
+    x = golden_images(1, 64, 128)
+    timm, transformers = timm_model(name), transformers_model(name)
     timm.load_state_dict(convert_state_dict(ours.state_dict(), to="timm"))
     transformers.load_state_dict(convert_state_dict(ours.state_dict(), to="transformers"))
     with torch.inference_mode():
         assert difference(ours(x), timm(x)) <= LOGIT_TOLERANCE
-        assert difference(ours(x), transformers(x.flip(1)).logits) <= LOGIT_TOLERANCE
+        assert difference(ours(x), transformers(as_transformers_sees(name, x)).logits) <= LOGIT_TOLERANCE
 
 
 def _prefixed(prefix: str) -> Callable[[dict[str, Tensor]], dict[str, Any]]:
@@ -284,7 +330,7 @@ def test_a_prefix_that_only_some_names_have_stays() -> None:
 
 
 def test_backbone_of_a_larger_cvnets_model_converts_and_its_head_is_named() -> None:
-    state = weights_of("cvnets", "xxs")
+    state = weights_of("cvnets", "mobilevit_xxs")
     backbone = {f"encoder.{key}": value for key, value in state.items() if not key.startswith("classifier")}
     assert convert_state_dict(backbone, to="mobilevit").keys() == MobileViT(XXS, 0).state_dict().keys()
     heads = {f"seg_head.{i}.weight": torch.ones(1) for i in range(5)}
@@ -296,7 +342,7 @@ def test_backbone_of_a_larger_cvnets_model_converts_and_its_head_is_named() -> N
 
 
 def test_half_an_attention_is_named() -> None:
-    state = dict(weights_of("transformers", "xxs"))
+    state = dict(weights_of("transformers", "mobilevit_xxs"))
     missing = "mobilevit.encoder.layer.2.transformer.layer.0.attention.attention.key.bias"
     del state[missing]
     with pytest.raises(ValueError, match=r"^2 of .*attention\.query\.bias, .*attention\.value\.bias"):

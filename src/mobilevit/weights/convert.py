@@ -62,7 +62,8 @@ def convert_state_dict(
     family, task, generation = recognize(tensors)
     tensors = _join_qkv({key: value for key, value in tensors.items() if not IGNORED.match(key)})
     rows, title = rows_by_name(generation, task, family), TITLES[generation]
-    if strangers := [key for key in tensors if _module(key) not in rows]:
+    # A query, key or value that is still there lacks one of the other two.
+    if strangers := [key for key in tensors if _module(key) not in rows or _module(key).endswith(QKV)]:
         raise MobileViTError(
             f"{len(strangers)} of {len(tensors)} tensors belong to no part of a {title} {_DOERS[task]} in {family} "
             f"names ({_some(strangers)}); remove them to convert the rest"
