@@ -1,7 +1,8 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
-import torch
 
 from mobilevit.card import default_classes
 from mobilevit.class_names import COCO_CLASSES, VOC_CLASSES
@@ -9,16 +10,20 @@ from mobilevit.factory import create_model
 from mobilevit.models import HEADS, MODELS, imagenet_classes
 from mobilevit.models.deeplabv3 import DeepLabv3, DeepLabv3Config
 from mobilevit.models.mobilevit import MobileViT
+from mobilevit.models.mobilevitv2 import MobileViTv2
 from mobilevit.models.ssdlite import SSDLite, SSDLiteConfig
 
 
-@pytest.mark.parametrize(("task", "kind"), list(zip(HEADS, (MobileViT, SSDLite, DeepLabv3), strict=True)))
-def test_the_rows_of_the_classes(task: str, kind: type[torch.nn.Module]) -> None:
+@pytest.mark.parametrize("name", ["mobilevit_xxs", "mobilevitv2_050"])
+@pytest.mark.parametrize(
+    ("task", "kinds"), list(zip(HEADS, ((MobileViT, MobileViTv2), SSDLite, DeepLabv3), strict=True))
+)
+def test_the_rows_of_the_classes(task: str, kinds: Any, name: str) -> None:
     head = DeepLabv3Config(aux_head=True) if task == "segmentation" else None
     states = {}
     for count in (2, 7):
-        model = HEADS[task].build(MODELS["mobilevit_xxs"], count, head)
-        assert isinstance(model, kind)
+        model = HEADS[task].build(MODELS[name], count, head)
+        assert isinstance(model, kinds)
         states[count] = model.state_dict()
         assert HEADS[task].guess_classes(states[count]) == default_classes(count)
     differ = {key for key, value in states[2].items() if value.shape != states[7][key].shape}

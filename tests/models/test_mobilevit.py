@@ -8,10 +8,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mobilevit.models import MODELS, list_models
+from mobilevit.models import HEADS, MODELS, Config, Model, list_models
 from mobilevit.models.mobilevit import Dropout, MobileViT, MobileViTBlock, fold, unfold
+from shallow_models import shallow
 
 PARAMETERS = {"mobilevit_xxs": 1_272_024, "mobilevit_xs": 2_317_848, "mobilevit_s": 5_578_632}
+each_generation = pytest.mark.parametrize("name", ["mobilevit_xxs", "mobilevitv2_050"])
+
+
+def classifier(config: Config, num_classes: int = 4) -> Model:
+    return HEADS["classification"].build(config, num_classes, None)
 
 
 @pytest.mark.parametrize(("name", "expected"), PARAMETERS.items())
@@ -92,15 +98,17 @@ def test_any_patch_size_and_any_input_size(patch_size: tuple[object, ...]) -> No
     assert sum(p.numel() for p in MobileViT(config).parameters()) == PARAMETERS["mobilevit_xxs"]
 
 
+@each_generation
 @pytest.mark.parametrize(("stride", "expected"), [(32, {8: 8, 16: 4, 32: 2}), (16, {8: 8, 16: 4}), (8, {8: 8})])
-def test_output_stride(stride: int, expected: dict[int, int]) -> None:
-    model = MobileViT(dataclasses.replace(MODELS["mobilevit_xxs"], output_stride=stride), 3).eval()
+def test_output_stride(stride: int, expected: dict[int, int], name: str) -> None:
+    model = classifier(dataclasses.replace(MODELS[name], output_stride=stride)).eval()
     features = model.forward_features(torch.rand(1, 3, 64, 64))
     assert {s: f.shape[-1] for s, f in features.items()} == {2: 32, 4: 16, **expected}
     assert {s: f.shape[1] for s, f in features.items()} == model.feature_channels
-    assert model.feature_channels[max(expected)] == 80
-    dilations = {c.dilation for c in model.layer5.modules() if isinstance(c, nn.Conv2d)}
-    assert dilations == ({(1, 1), (2, 2)} if stride == 8 else {(1, 1)})
+    assert model.feature_channels[max(expected)] == MODELS[name].channels[-1]
+    if name == "mobilevit_xxs":  # MobileViTv2 dilates more
+        dilations = {c.dilation for c in model.layer5.modules() if isinstance(c, nn.Conv2d)}
+        assert dilations == ({(1, 1), (2, 2)} if stride == 8 else {(1, 1)})
 
 
 def test_impossible_configurations_are_refused() -> None:
@@ -122,8 +130,9 @@ def test_gradients_reach_every_parameter() -> None:
     assert without == []
 
 
-def test_the_layout_is_channels_last_throughout() -> None:
-    model = MobileViT(MODELS["mobilevit_xxs"], 4).eval()
+@each_generation
+def test_the_layout_is_channels_last_throughout(name: str) -> None:
+    model = classifier(MODELS[name]).eval()
     for features in model.forward_features(torch.rand(2, 3, 64, 64)).values():
         assert features.is_contiguous(memory_format=torch.channels_last)
 
@@ -162,25 +171,27 @@ def test_fast_dropout_is_dropout(p: float, count: int) -> None:
     assert abs(neighbors) < 5 / count**0.5
 
 
-def exported_operations(size: tuple[int, int]) -> tuple[set[str], int]:
+def exported_operations(name: str, size: tuple[int, int]) -> tuple[set[str], int]:
     """Names of the operations of an exported graph, and the highest rank of a tensor in it."""
-    model = MobileViT(MODELS["mobilevit_xxs"]).eval()
+    model = shallow(classifier(MODELS[name])).eval()
     program = torch.export.export(model, (torch.rand(1, 3, *size),)).run_decompositions()
     values = (node.meta.get("val") for node in program.graph.nodes)
     ranks = [t.ndim for v in values for t in (v if isinstance(v, tuple | list) else [v]) if isinstance(t, Tensor)]
     return {str(node.target) for node in program.graph.nodes if node.op == "call_function"}, max(ranks)
 
 
-def test_exported_graph_has_no_tensor_above_rank_four_and_no_resize() -> None:
-    operations, rank = exported_operations((64, 64))
+@each_generation
+def test_exported_graph_has_no_tensor_above_rank_four_and_no_resize(name: str) -> None:
+    operations, rank = exported_operations(name, (64, 64))
     assert rank == 4
     assert not any("upsample" in op or "interpolate" in op or "index" in op for op in operations)
-    with_resize, rank = exported_operations((72, 72))
+    with_resize, rank = exported_operations(name, (72, 72))
     assert rank == 4
     assert with_resize - operations, "a map that patches do not divide is resized"
 
 
-def test_heights_and_widths_are_not_exchanged() -> None:
-    model = MobileViT(MODELS["mobilevit_xxs"]).eval()
-    for (h, w), stride in itertools.product([(64, 96)], [2, 8, 32]):
+@each_generation
+def test_heights_and_widths_are_not_exchanged(name: str) -> None:
+    model = classifier(MODELS[name]).eval()
+    for (h, w), stride in itertools.product([(64, 128)], [2, 8, 32]):
         assert model.forward_features(torch.rand(1, 3, h, w))[stride].shape[-2:] == (h // stride, w // stride)
