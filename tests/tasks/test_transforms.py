@@ -7,6 +7,8 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
+from torchvision.transforms import InterpolationMode, RandAugment
+from torchvision.transforms.autoaugment import _apply_op
 
 from box_files import boxes_of
 from mobilevit.class_names import IGNORE
@@ -203,19 +205,25 @@ def test_erasing(probability: float, least: int, most: int) -> None:
     assert least <= erased <= most
 
 
-def test_randaugment_changes_images_in_many_ways() -> None:
-    image = render_scene(1, size=48).image
-    plain = evaluated(square(48), image)
-    transform = classification_transform(preprocessing=square(48), min_crop_area=1.0, flip=False, randaugment=9)
-    seen = {bytes(transform(image, 0)[0].numpy()) for _ in range(40)}
-    assert len(seen) > 20
-    assert len(seen - {bytes(plain.numpy())}) > 20
-    weak = classification_transform(preprocessing=square(48), min_crop_area=1.0, flip=False, randaugment=1)
-    strong = classification_transform(preprocessing=square(48), min_crop_area=1.0, flip=False, randaugment=30)
-    gaps = [
-        np.mean([(t(image, 0)[0].int() - plain.int()).abs().float().mean() for _ in range(60)]) for t in (weak, strong)
-    ]
-    assert gaps[1] > 1.5 * gaps[0]
+@pytest.mark.parametrize("magnitude", [9, 30])
+def test_randaugment_is_two_of_the_published_operations(magnitude: int) -> None:
+    """Those of torchvision's first version, which ml-cvnets trains with, of 31 magnitudes, bilinear, filled black."""
+    space = RandAugment()._augmentation_space(31, (32, 32))
+
+    def changed(image: Image.Image) -> list[Image.Image]:
+        return [
+            _apply_op(image, name, sign * strength, interpolation=InterpolationMode.BILINEAR, fill=None)
+            for name, (strengths, is_signed) in space.items()
+            for strength in [float(strengths[magnitude]) if strengths.ndim else 0.0]
+            for sign in ((1, -1) if is_signed else (1,))
+        ]
+
+    image = render_scene(1, size=32).image
+    possible = {two.tobytes() for one in changed(image) for two in changed(one)}
+    transform = classification_transform(preprocessing=square(32), min_crop_area=1.0, flip=False, randaugment=magnitude)
+    seen = {transform(image, 0)[0].permute(1, 2, 0).numpy().tobytes() for _ in range(60)}
+    assert seen <= possible
+    assert len(seen - {one.tobytes() for one in changed(image)}) > 20
 
 
 def test_the_same_random_state_gives_the_same_image() -> None:
