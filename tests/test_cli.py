@@ -155,6 +155,12 @@ def test_info(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "5,578,632" in told
     assert "196 * 196 * C = 38,416 C" in told
     assert "4 * 49 * 49 * C = 9,604 C" in told
+    assert "separable" not in told
+    assert main(["info", "mobilevitv2_050", "--image-size", "224"]) == 0
+    told = capsys.readouterr().out
+    assert "4 * 49 * 49 * C = 9,604 C" in told
+    assert "4 * 49 * C = 196 C" in told
+    assert "1,370,593" in told
     assert main(["info", "mobilevit_xxs", "--image-size", "192", "320", "--patch-size", "8", "4", "2", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["input_size"] == [192, 320]
     assert main(["info", str(run / "best.safetensors")]) == 0

@@ -110,17 +110,21 @@ def _print_summary(summary: Summary) -> None:
         total=["total", "", "", *_counts(summary.parameters, summary.macs, summary.activations)],
     )
     print("\nOne product of queries and keys, in multiply-adds; C is the transformer's width")
+    separable = all(block.separable_cost_per_channel for block in summary.attention)
     rows = []
     for block in summary.attention:
         (h, w), (ph, pw) = block.map_size, block.patch_size
         p, n = block.num_sequences, block.num_tokens
+        cost = block.separable_cost_per_channel or block.cost_per_channel
         rows.append([
             block.name, f"{h} x {w}", f"{ph} x {pw}", str(block.embed_dim),
             f"{h * w} * {h * w} * C = {block.plain_cost_per_channel:,} C",
             f"{p} * {n} * {n} * C = {block.cost_per_channel:,} C",
-            f"{block.plain_cost_per_channel / block.cost_per_channel:.0f} x",
+            *([f"{p} * {n} * C = {cost:,} C"] if separable else []),
+            f"{block.plain_cost_per_channel / cost:.0f} x",
         ])  # fmt: skip
-    print_rows(["block", "map", "patch", "C", "plain attention", "same-offset attention", "saved"], rows)
+    columns = ["block", "map", "patch", "C", "plain attention", "same-offset attention"]
+    print_rows([*columns, *(["separable attention"] if separable else []), "saved"], rows)
 
 
 def _counts(*numbers: int) -> list[str]:

@@ -13,7 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mobilevit.models import Model
 from mobilevit.models.deeplabv3 import ASPP
-from mobilevit.models.mobilevit import Backbone, MobileViTBlock
+from mobilevit.models.mobilevit import Backbone, MobileViTBlock, whole_patches
+from mobilevit.models.mobilevitv2 import MobileViTv2Block
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +34,10 @@ class LayerRow:
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionRow:
-    """Cost of one product of queries and keys in a MobileViT block (arXiv:2110.02178, section 3.1)."""
+    """Cost of comparing tokens in a block: for MobileViT, one product of queries and keys.
+
+    Sources: arXiv:2110.02178, section 3.1; arXiv:2206.02680, section 3.
+    """
 
     name: str
     map_size: tuple[int, int]
@@ -48,6 +52,8 @@ class AttentionRow:
     """(H W)^2: every pixel attends to every pixel. Times D for multiply-adds."""
     cost_per_channel: int
     """P N^2: every pixel attends to those at its own offset."""
+    separable_cost_per_channel: int | None
+    """P N: every pixel is compared with the query that all share; None for MobileViT, which compares pixels."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +89,11 @@ def summarize(model: Model, input_size: tuple[int, int]) -> Summary:
         )
         for name, module in _layers(model)
     )
-    attention = tuple(_attention(name, m, shapes[name]) for name, m in _layers(model) if isinstance(m, MobileViTBlock))
+    attention = tuple(
+        _attention(name, module, shapes[name])
+        for name, module in _layers(model)
+        if isinstance(module, MobileViTBlock | MobileViTv2Block)
+    )
     return Summary(
         input_size=input_size,
         layers=layers,
@@ -103,9 +113,9 @@ def _layers(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Modul
             yield f"{prefix}{name}", child
 
 
-def _attention(name: str, block: MobileViTBlock, shape: tuple[int, ...]) -> AttentionRow:
-    (_, height, width), (ph, pw) = shape, block.patch_size
-    height, width = -(-height // ph) * ph, -(-width // pw) * pw
+def _attention(name: str, block: MobileViTBlock | MobileViTv2Block, shape: tuple[int, ...]) -> AttentionRow:
+    (ph, pw), separable = block.patch_size, isinstance(block, MobileViTv2Block)
+    height, width = whole_patches(shape[1], shape[2], block.patch_size)
     num_sequences, num_tokens = ph * pw, (height // ph) * (width // pw)
     return AttentionRow(
         name=name,
@@ -113,7 +123,8 @@ def _attention(name: str, block: MobileViTBlock, shape: tuple[int, ...]) -> Atte
         patch_size=(ph, pw),
         num_sequences=num_sequences,
         num_tokens=num_tokens,
-        embed_dim=block.norm.normalized_shape[0],
+        embed_dim=block.project_in.conv.out_channels,
         plain_cost_per_channel=(height * width) ** 2,
         cost_per_channel=num_sequences * num_tokens**2,
+        separable_cost_per_channel=num_sequences * num_tokens if separable else None,
     )
