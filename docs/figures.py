@@ -20,7 +20,9 @@ from matplotlib.patches import Circle, FancyArrowPatch, FancyBboxPatch, Rectangl
 from PIL import Image
 from torch import Tensor
 
-from mobilevit.models.mobilevit import MobileViT, MobileViTBlock, S, fold, unfold
+from mobilevit.explaining.attention import attention_weights
+from mobilevit.models.mobilevit import Attention, MobileViT, MobileViTBlock, S, fold, unfold
+from mobilevit.models.mobilevitv2 import SeparableAttention
 
 IMAGES = Path(__file__).parent / "images"
 PATCH = (2, 2)
@@ -55,6 +57,7 @@ def main() -> None:
         "patches": draw_patches,
         "unfold": draw_unfold,
         "attention_cost": draw_attention_cost,
+        "separable_attention": draw_separable_attention,
         "architecture": draw_architecture,
     }.items():
         path = save(draw(), IMAGES / f"{name}.png")
@@ -368,6 +371,76 @@ def draw_attention_cost() -> Figure:
     ):
         axes.add_patch(Circle((x, bottom + extent + 0.14), 0.055, color=color))
         axes.text(x + 0.13, bottom + extent + 0.14, label, va="center", fontsize=9, color=MUTED)
+    return figure
+
+
+def draw_separable_attention() -> Figure:
+    """How the tokens at one offset are joined: by a matrix of weights, or by one score for each and a context."""
+    figure, axes = canvas(9.3, 4.5)
+    pixels, side, dim = pixels_by_sequence(6, 6)[0], 0.27, 16
+    count, top = len(pixels), 3.52
+    torch.manual_seed(3)
+    x = 3 * torch.randn(1, count, dim)
+    matrix = attention_weights(Attention(dim, 1), x)[0, 0].detach().numpy()
+    scores = attention_weights(SeparableAttention(dim), 2 * x)[0, 0, 0].detach().numpy()
+    ink = np.array(mpl.colors.to_rgb(OFFSETS[0]))
+    middles = [top - (row + 0.5) * side for row in range(count)]
+    center = top - count * side / 2
+
+    def tokens(left: float, title: str, mark: str = "") -> None:
+        axes.text(left + side / 2, top + 0.14, title, fontsize=9, color=MUTED, ha="center")
+        for middle, index in zip(middles, pixels, strict=True):
+            pixel(axes, left, middle - side / 2, side, OFFSETS[0], label=f"{index}{mark}")
+
+    def weights(left: float, values: np.ndarray) -> None:
+        """Each row of `values` beside its token, darkest at the largest of all."""
+        for (row, column), value in np.ndenumerate(values):
+            shade = 1 - (0.08 + 0.92 * value / values.max()) * (1 - ink)
+            pixel(axes, left + column * side, middles[row] - side / 2, side, shade)
+
+    def caption(left: float, told: str, cost: str, sum_of: str) -> None:
+        axes.text(left, 0.88, told, fontsize=9, color=MUTED, va="top", linespacing=1.4)
+        axes.text(left, 0.2, cost, fontsize=12, weight="bold")
+        axes.text(left + 1.0, 0.2, f"{sum_of}, in a map of 14 × 14", fontsize=9, color=MUTED)
+
+    sequences, length = unfold(torch.zeros(1, 1, 14, 14), PATCH).shape[:2]
+    left, matrix_at, after = 0.25, 0.85, 3.98
+    axes.text(left, 4.12, "Multi-head attention (MobileViT)", fontsize=11, weight="bold")
+    tokens(left, "tokens")
+    weights(matrix_at, matrix)
+    axes.text(
+        matrix_at + count * side / 2, top + 0.14, "N × N weights, in each head", fontsize=9, color=MUTED, ha="center"
+    )
+    arrow(axes, (left + side + 0.06, center), (matrix_at - 0.05, center))
+    arrow(axes, (matrix_at + count * side + 0.06, center), (after - 0.06, center))
+    axes.text((matrix_at + count * side + after) / 2, center + 0.12, "· values", fontsize=9, color=MUTED, ha="center")
+    tokens(after, "tokens", "′")
+    told = "Every token is compared with every token,\nand sums the values with its own weights."
+    caption(left, told, f"{sequences * length**2:,} · C", f"= {sequences} · {length}² · C")
+
+    left, scores_at, context_at, after = 4.98, 5.58, 6.72, 8.6
+    axes.plot([4.62, 4.62], [0.2, 4.25], color=LINE, linewidth=1)
+    axes.text(left, 4.12, "Separable attention (MobileViTv2)", fontsize=11, weight="bold")
+    tokens(left, "tokens")
+    weights(scores_at, scores[:, None])
+    axes.text(scores_at + side / 2, top + 0.14, "N scores", fontsize=9, color=MUTED, ha="center")
+    arrow(axes, (left + side + 0.06, center), (scores_at - 0.05, center))
+    for middle, score in zip(middles, scores, strict=True):
+        strength = float(score / scores.max())
+        start, end = (scores_at + side, middle), (context_at, center)
+        axes.plot(
+            *zip(start, end, strict=True), color=OFFSETS[0], linewidth=0.5 + 2.5 * strength, alpha=0.25 + 0.7 * strength
+        )
+        arrow(axes, (context_at + 0.5, center), (after - 0.05, middle), color=LINE)
+    box(axes, context_at, center - 0.62, 0.5, 1.24, fill=ATTEND, edge=ATTEND_EDGE)
+    axes.text(context_at + 0.25, center, "context", rotation=90, fontsize=9.5, ha="center", va="center")
+    axes.text(context_at + 0.25, center + 0.72, "sum,\nkey", fontsize=9, color=MUTED, ha="center")
+    axes.text(
+        7.86, center, "· ReLU(values)", fontsize=9, color=MUTED, ha="center", va="center", backgroundcolor="white"
+    )
+    tokens(after, "tokens", "′")
+    told = "One score for each token, one sum of all, the context;\nit multiplies the values of every token."
+    caption(left, told, f"{sequences * length:,} · C", f"= {sequences} · {length} · C")
     return figure
 
 
