@@ -12,12 +12,17 @@ from torch import Tensor, nn
 
 import mobilevit
 from golden_weights import fill_with_golden_weights
-from mobilevit.card import card_of
+from mobilevit.card import card_of, default_classes
 from mobilevit.class_names import COCO_CLASSES, VOC_CLASSES
+from mobilevit.imaging.preprocessing import Preprocessing
+from mobilevit.models import HEADS
 from mobilevit.models.deeplabv3 import DeepLabv3Config
 from mobilevit.models.mobilevit import MobileViT
+from mobilevit.models.mobilevitv2 import MobileViTv2
 from mobilevit.models.ssdlite import SSDLiteConfig
 from mobilevit.weights.convert import Family, convert_state_dict
+
+each_generation = pytest.mark.parametrize("name", ["mobilevit_xxs", "mobilevitv2_050"])
 
 
 @pytest.fixture(autouse=True)
@@ -31,18 +36,18 @@ def saved(tmp_path: Path, *, name: str = "mobilevit_xxs", num_classes: int = 6) 
     return mobilevit.save(model, tmp_path / f"{name}-{num_classes}.safetensors", metrics={"top1": 0.9})
 
 
-def saved_for(task: str, tmp_path: Path, classes: Sequence[str] | None = None, **options: Any) -> Path:
+def saved_for(
+    task: str, tmp_path: Path, classes: Sequence[str] | None = None, *, name: str = "mobilevit_xxs", **options: Any
+) -> Path:
     model = fill_with_golden_weights(
-        mobilevit.create_model(
-            "mobilevit_xxs", task=task, classes=classes, num_classes=None if classes else 3, **options
-        )
+        mobilevit.create_model(name, task=task, classes=classes, num_classes=None if classes else 3, **options)
     )
     return mobilevit.save(model, tmp_path / f"{task}.safetensors", metrics={"score": 0.9}, score_threshold=0.4)
 
 
 def backbone_of(model: nn.Module) -> dict[str, Tensor]:
     state, heads = model.state_dict(), ("head_conv.", "classifier.")
-    if isinstance(model, MobileViT):
+    if isinstance(model, MobileViT | MobileViTv2):
         return {key: value for key, value in state.items() if not key.startswith(heads)}
     return {key.removeprefix("backbone."): value for key, value in state.items() if key.startswith("backbone.")}
 
@@ -51,12 +56,13 @@ def same(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> bool:
     return ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
-def test_defaults() -> None:
-    model = mobilevit.create_model("mobilevit_xxs")
+@each_generation
+def test_defaults(name: str) -> None:
+    model = mobilevit.create_model(name)
     assert model.num_classes == 1000
     assert not model.training
     card = card_of(model)
-    assert (card.name, card.task, len(card.classes)) == ("mobilevit_xxs", "classification", 1000)
+    assert (card.name, card.task, len(card.classes)) == (name, "classification", 1000)
 
 
 @pytest.mark.parametrize(
@@ -84,10 +90,11 @@ def test_classes_are_named_at_once() -> None:
 
 def test_segmentation_at_other_strides() -> None:
     for output_stride, rates in ((8, (12, 24, 36)), (16, (6, 12, 18)), (32, (3, 6, 9))):
-        model = mobilevit.create_model("mobilevit_xxs", task="segmentation", output_stride=output_stride)
-        assert model.config.output_stride == output_stride
-        assert model.head_config.atrous_rates == rates
-    head = DeepLabv3Config(aspp_channels=64, aux_head=True)
+        for name, width in (("mobilevit_xxs", 256), ("mobilevitv2_050", 512)):
+            model = mobilevit.create_model(name, task="segmentation", output_stride=output_stride)
+            assert model.config.output_stride == output_stride
+            assert model.head_config == DeepLabv3Config(aspp_channels=width, atrous_rates=rates, aux_channels=128)
+    head = DeepLabv3Config(aspp_channels=64, atrous_rates=(2, 4, 6), aux_head=True, aux_channels=32)
     assert mobilevit.create_model("mobilevit_xxs", task="segmentation", head=head).head_config == head
 
 
@@ -119,17 +126,18 @@ def test_weights_without_a_classifier(tmp_path: Path, caplog: pytest.LogCaptureF
     assert torch.equal(model.stem.conv.weight, state["stem.conv.weight"])
 
 
-@pytest.mark.parametrize("wrapper", ["state_dict", "model", None])
-@pytest.mark.parametrize("suffix", [".pt", ".pth", ".bin"])
-def test_a_foreign_file_is_recognized(tmp_path: Path, wrapper: str | None, suffix: str) -> None:
+@pytest.mark.parametrize(("wrapper", "suffix"), [("state_dict", ".pt"), ("model", ".pth"), (None, ".bin")])
+@pytest.mark.parametrize("name", ["mobilevit_xs", "mobilevitv2_075"])
+def test_a_foreign_file_is_recognized(tmp_path: Path, name: str, wrapper: str | None, suffix: str) -> None:
     timm = pytest.importorskip("timm")
-    theirs = timm.create_model("mobilevit_xs", num_classes=1000).eval()
+    theirs = timm.create_model(name, num_classes=1000).eval()
     state = theirs.state_dict()
     torch.save({wrapper: state} if wrapper else state, tmp_path / f"w{suffix}")
     model = mobilevit.load(tmp_path / f"w{suffix}")
     card = card_of(model)
-    assert card.name == "mobilevit_xs"
+    assert card.name == name
     assert card.classes[0] == "tench"
+    assert card.preprocessing.crop_fraction == (0.9 if name == "mobilevit_xs" else Preprocessing().crop_fraction)
     x = torch.rand(1, 3, 64, 64)
     with torch.no_grad():
         assert (model(x) - theirs(x)).abs().max() <= 1e-4
@@ -138,6 +146,19 @@ def test_a_foreign_file_is_recognized(tmp_path: Path, wrapper: str | None, suffi
 def test_mistakes_have_remedies(tmp_path: Path) -> None:
     for call, message in [
         (lambda: mobilevit.create_model("mobilevit_xxxs"), "did you mean mobilevit_xxs"),
+        (lambda: mobilevit.create_model("mobilevitv2_060"), r"did you mean mobilevitv2_050\? There are mobilevit_s, "),
+        (lambda: mobilevit.create_model("mobilevitv2_0.5"), r"did you mean mobilevitv2_050\? "),
+        (lambda: mobilevit.create_model("mobilevitv2-1.0"), r"did you mean mobilevitv2_100\? "),
+        (lambda: mobilevit.create_model("mobilevitv2_3"), r"did you mean mobilevitv2_200\? "),
+        (lambda: mobilevit.create_model("mobilevitv2_l"), r"did you mean mobilevitv2_\d+\? "),
+        (
+            lambda: mobilevit.create_model("mobilevitv2_050", patch_size=(8, 4, 2)),
+            r"`patch_size` is \(8, 4, 2\); MobileViTv2 has only 2, 2, 2, so leave it out",
+        ),
+        (
+            lambda: mobilevit.create_model("mobilevitv2_050", weights="mobilevitv2_100.cvnets_in1k"),
+            "belong to mobilevitv2_100, not mobilevitv2_050; change one of them",
+        ),
         (lambda: mobilevit.create_model("mobilevit_s", task="pose"), "unknown task 'pose'; choose from classification"),
         (
             lambda: mobilevit.create_model("mobilevit_s", num_classes=3, classes=["a"]),
@@ -164,11 +185,33 @@ def test_mistakes_have_remedies(tmp_path: Path) -> None:
         assert "\n" not in str(raised.value)
 
 
-def test_weights_of_another_architecture(tmp_path: Path) -> None:
-    timm = pytest.importorskip("timm")
-    torch.save(timm.create_model("mobilevit_xs").state_dict(), tmp_path / "xs.pt")
-    with pytest.raises(ValueError, match="not weights of this architecture"):
-        mobilevit.create_model("mobilevit_s", weights=tmp_path / "xs.pt")
+ONE, TWO = "mobilevit_xxs", "mobilevitv2_050"
+
+
+@pytest.mark.parametrize("family", ["mobilevit", "cvnets", "timm", "transformers"])
+@pytest.mark.parametrize(
+    ("source", "wanted", "message"),
+    [
+        (ONE, "mobilevit_s", f"weights of {ONE}, not mobilevit_s; change the model or the weights"),
+        (TWO, "mobilevitv2_200", f"weights of {TWO}, not mobilevitv2_200; change the model or the weights"),
+        (ONE, TWO, f"weights of a MobileViT, not of {TWO}; use one of mobilevit_s, mobilevit_xs, mobilevit_xxs"),
+        (TWO, ONE, f"weights of a MobileViTv2, not of {ONE}; use one of mobilevitv2_050, mobilevitv2_075, "),
+    ],
+)
+def test_weights_of_another_architecture(
+    family: Family, source: str, wanted: str, message: str, tmp_path: Path
+) -> None:
+    path, model = tmp_path / "w.pt", mobilevit.create_model(source, num_classes=5)
+    torch.save(convert_state_dict(model.state_dict(), to=family), path)
+    with pytest.raises(mobilevit.MobileViTError, match=rf"w\.pt: {message}") as raised:
+        mobilevit.create_model(wanted, weights=path)
+    assert "\n" not in str(raised.value)
+    own = mobilevit.save(model, tmp_path / "own.safetensors")
+    with pytest.raises(mobilevit.MobileViTError, match=rf"own\.safetensors: weights of {source}, not {wanted}; change"):
+        mobilevit.create_model(wanted, weights=own)
+
+
+def test_other_weights(tmp_path: Path) -> None:
     torch.save({"fc.weight": torch.zeros(2, 2)}, tmp_path / "other.pt")
     with pytest.raises(ValueError, match=r"fc\.weight"):
         mobilevit.load(tmp_path / "other.pt")
@@ -177,13 +220,14 @@ def test_weights_of_another_architecture(tmp_path: Path) -> None:
 TASKS = ["classification", "detection", "segmentation"]
 
 
+@each_generation
 @pytest.mark.parametrize("source", TASKS)
 @pytest.mark.parametrize("target", TASKS)
 def test_weights_for_another_task_give_their_backbone(
-    source: str, target: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    source: str, target: str, name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    path = saved_for(source, tmp_path, ["a", "b", "c"])
-    model = mobilevit.create_model("mobilevit_xxs", task=target, classes=["a", "b"], weights=path)
+    path = saved_for(source, tmp_path, ["a", "b", "c"], name=name)
+    model = mobilevit.create_model(name, task=target, classes=["a", "b"], weights=path)
     assert same(backbone_of(model), backbone_of(mobilevit.load(path)))
     card = card_of(model)
     assert (card.task, card.classes, card.metrics, card.score_threshold) == (target, ("a", "b"), {}, None)
@@ -191,16 +235,17 @@ def test_weights_for_another_task_give_their_backbone(
     message = f"weights for {source}; the backbone is kept, the rest of the model for {target} starts afresh"
     assert (message in caplog.text) == (source != target)
     if source != target:
-        assert card.preprocessing == card_of(mobilevit.create_model("mobilevit_xxs", task=target)).preprocessing
+        assert card.preprocessing == HEADS[target].preprocessing
         assert model.config.output_stride == (16 if target == "segmentation" else 32)
 
 
+@each_generation
 @pytest.mark.parametrize("family", ["cvnets", "timm", "transformers"])
-def test_any_classifier_starts_a_detector(family: Family, tmp_path: Path) -> None:
-    ours = fill_with_golden_weights(mobilevit.create_model("mobilevit_xxs"))
+def test_any_classifier_starts_a_detector(family: Family, name: str, tmp_path: Path) -> None:
+    ours = fill_with_golden_weights(mobilevit.create_model(name))
     torch.save(convert_state_dict(ours.state_dict(), to=family), tmp_path / "w.pt")
     for task in ("detection", "segmentation"):
-        model = mobilevit.create_model("mobilevit_xxs", task=task, num_classes=2, weights=tmp_path / "w.pt")
+        model = mobilevit.create_model(name, task=task, num_classes=2, weights=tmp_path / "w.pt")
         assert same(backbone_of(model), backbone_of(ours))
 
 
@@ -218,11 +263,12 @@ def test_public_weights_start_a_detector(tmp_path: Path, monkeypatch: pytest.Mon
     assert card.preprocessing.size == (320, 320)
 
 
-def test_a_backbone_alone_starts_any_model(tmp_path: Path) -> None:
-    backbone = backbone_of(fill_with_golden_weights(mobilevit.create_model("mobilevit_xxs")))
+@each_generation
+def test_a_backbone_alone_starts_any_model(name: str, tmp_path: Path) -> None:
+    backbone = backbone_of(fill_with_golden_weights(mobilevit.create_model(name)))
     torch.save(backbone, tmp_path / "backbone.pt")
     for task in TASKS:
-        model = mobilevit.create_model("mobilevit_xxs", task=task, num_classes=2, weights=tmp_path / "backbone.pt")
+        model = mobilevit.create_model(name, task=task, num_classes=2, weights=tmp_path / "backbone.pt")
         assert same(backbone_of(model), backbone)
 
 
@@ -330,52 +376,65 @@ def test_long_lists_of_kept_classes_are_cut(tmp_path: Path, caplog: pytest.LogCa
     )
 
 
-def foreign_file(task: str, num_classes: int, path: Path, family: Family = "cvnets", **options: Any) -> nn.Module:
-    ours = fill_with_golden_weights(
-        mobilevit.create_model("mobilevit_xs", task=task, num_classes=num_classes, **options)
-    )
+def foreign_file(
+    task: str, num_classes: int, path: Path, family: Family = "cvnets", *, name: str = "mobilevit_xs", **options: Any
+) -> nn.Module:
+    ours = fill_with_golden_weights(mobilevit.create_model(name, task=task, num_classes=num_classes, **options))
     torch.save({"state_dict": convert_state_dict(ours.state_dict(), to=family)}, path)
     return ours
 
 
-def test_a_foreign_detector_is_recognized(tmp_path: Path) -> None:
-    ours = foreign_file("detection", 80, tmp_path / "w.pt")
+@pytest.mark.parametrize("name", ["mobilevit_xs", "mobilevitv2_050"])
+def test_a_foreign_detector_is_recognized(name: str, tmp_path: Path) -> None:
+    ours = foreign_file("detection", 80, tmp_path / "w.pt", name=name)
     model = mobilevit.load(tmp_path / "w.pt")
     assert same(model.state_dict(), ours.state_dict())
     card = card_of(model)
-    assert (card.name, card.task, card.classes) == ("mobilevit_xs", "detection", COCO_CLASSES)
+    assert (card.name, card.task, card.classes) == (name, "detection", COCO_CLASSES)
     assert card.preprocessing.size == (320, 320)
     assert card.provenance["family"] == "cvnets"
-    model = mobilevit.create_model("mobilevit_xs", task="detection", classes=["car", "yak"], weights=tmp_path / "w.pt")
+    model = mobilevit.create_model(name, task="detection", classes=["car", "yak"], weights=tmp_path / "w.pt")
     assert_rows(model, ours, {0: 2})
 
 
 @pytest.mark.parametrize(
-    ("family", "width", "aux_head", "output_stride", "rates"),
+    ("name", "family", "num_classes", "width", "aux_head", "output_stride", "rates"),
     [
-        ("cvnets", 256, False, 16, (6, 12, 18)),
-        ("cvnets", 512, True, 8, (12, 24, 36)),
-        ("transformers", 256, False, 16, (6, 12, 18)),
+        ("mobilevit_xs", "cvnets", 21, 256, False, 16, (6, 12, 18)),
+        ("mobilevit_xs", "cvnets", 21, 512, True, 8, (12, 24, 36)),
+        ("mobilevit_xs", "transformers", 21, 256, False, 16, (6, 12, 18)),
+        ("mobilevitv2_050", "cvnets", 21, 512, True, 16, (6, 12, 18)),
+        ("mobilevitv2_050", "cvnets", 150, 512, True, 8, (12, 24, 36)),
+        ("mobilevitv2_050", "transformers", 21, 512, False, 16, (6, 12, 18)),
     ],
 )
 def test_a_foreign_segmenter_is_recognized(
-    family: Family, width: int, aux_head: bool, output_stride: int, rates: tuple[int, ...], tmp_path: Path
+    name: str,
+    family: Family,
+    num_classes: int,
+    width: int,
+    aux_head: bool,
+    output_stride: int,
+    rates: tuple[int, ...],
+    tmp_path: Path,
 ) -> None:
-    head = DeepLabv3Config(aspp_channels=width, atrous_rates=rates, aux_head=aux_head)
-    ours = foreign_file("segmentation", 21, tmp_path / "w.pt", family, head=head, output_stride=output_stride)
+    head = DeepLabv3Config(aspp_channels=width, atrous_rates=rates, aux_head=aux_head, aux_channels=128)
+    options = {"name": name, "head": head, "output_stride": output_stride}
+    ours = foreign_file("segmentation", num_classes, tmp_path / "w.pt", family, **options)
     model = mobilevit.load(tmp_path / "w.pt")
     assert same(model.state_dict(), ours.state_dict())
     assert model.head_config == head
     assert model.config == ours.config
-    assert (card_of(model).name, card_of(model).classes) == ("mobilevit_xs", VOC_CLASSES)
+    classes = VOC_CLASSES if num_classes == 21 else default_classes(150)
+    assert (card_of(model).name, card_of(model).classes) == (name, classes)
     assert card_of(model).preprocessing.size == (512, 512)
 
     other = mobilevit.create_model(
-        "mobilevit_xs", task="segmentation", weights=tmp_path / "w.pt", output_stride=output_stride * 2
+        name, task="segmentation", weights=tmp_path / "w.pt", output_stride=output_stride * 2
     )
     assert other.head_config.atrous_rates == tuple(rate // 2 for rate in rates)
-    own = DeepLabv3Config(aspp_channels=width, atrous_rates=(2, 3, 4), aux_head=not aux_head)
-    other = mobilevit.create_model("mobilevit_xs", task="segmentation", weights=tmp_path / "w.pt", head=own)
+    own = DeepLabv3Config(aspp_channels=width, atrous_rates=(2, 3, 4), aux_head=not aux_head, aux_channels=128)
+    other = mobilevit.create_model(name, task="segmentation", weights=tmp_path / "w.pt", head=own)
     assert other.head_config == own
     assert torch.equal(other.aspp.project.conv.weight, ours.aspp.project.conv.weight)
 

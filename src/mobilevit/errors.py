@@ -37,10 +37,10 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f"did you mean {near[0]}? " if near else ""
 
 
-def unknown(kind: str, name: str, known: Iterable[str]) -> MobileViTError:
-    """Make the error for a name that does not exist: the nearest is suggested, and all are listed."""
+def unknown(kind: str, name: str, known: Iterable[str], *, meant: str | None = None) -> MobileViTError:
+    """Make the error for a name that does not exist: `meant`, or else the nearest, is suggested, and all are listed."""
     known = list(known)
-    return MobileViTError(f"unknown {kind} {name!r}; {did_you_mean(name, known)}There are {', '.join(known)}")
+    return MobileViTError(f"unknown {kind} {name!r}; {did_you_mean(meant or name, known)}There are {', '.join(known)}")
 
 
 def some(names: Sequence[str], limit: int = 5) -> str:

@@ -12,12 +12,12 @@ from pathlib import Path
 from torch import Tensor
 
 from mobilevit.card import ModelCard, default_classes
-from mobilevit.errors import MobileViTError, some, unknown
-from mobilevit.models import HEADS, MODELS, Config, HeadConfig, Model
+from mobilevit.errors import MobileViTError, some
+from mobilevit.models import HEADS, Config, HeadConfig, Model, config_of
 from mobilevit.models.deeplabv3 import DeepLabv3Config
 from mobilevit.models.mobilevit import Backbone, PatchSize
 from mobilevit.weights.checkpoint import Weights, find_misfit
-from mobilevit.weights.reading import backbone_of, read_file, read_weights
+from mobilevit.weights.reading import architecture_of, backbone_of, read_file, read_weights
 
 log = logging.getLogger("mobilevit")
 
@@ -56,8 +56,7 @@ def create_model(
         MobileViTError: unknown name or task, options that contradict each other, or weights that cannot be read or
             belong to another architecture.
     """
-    if name not in MODELS:
-        raise unknown("model", name, MODELS)
+    config = config_of(name)
     if task not in HEADS:
         raise MobileViTError(f"unknown task {task!r}; choose from {', '.join(HEADS)}")
     if classes is not None:
@@ -70,7 +69,7 @@ def create_model(
         raise MobileViTError(f"`num_classes` is {num_classes}; give 1 or more")
 
     # What the caller leaves open comes from weights for the same task, else it is the published.
-    config, defaults = MODELS[name], HEADS[task]
+    defaults = HEADS[task]
     source = weights if isinstance(weights, Weights) or weights is None else read_weights(weights, name)
     if source is not None:
         config = source.config
@@ -171,6 +170,10 @@ def _fill(model: Model, source: Weights, classes: tuple[str, ...] | None) -> Mod
         state = {key: value for key, value in fresh.items() if key.removeprefix(prefix) not in ours}
         state |= {prefix + key: value for key, value in backbone.items()}
     if reason := find_misfit(fresh, state):
+        if (fitting := architecture_of(source.state)) not in (None, card.name):
+            raise MobileViTError(
+                f"{source.origin}: weights of {fitting}, not {card.name}; change the model or the weights"
+            )
         raise MobileViTError(f"{source.origin}: not weights of this architecture ({reason}); change one of them")
     model.load_state_dict(state)
 

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,8 +18,8 @@ from mobilevit.models.deeplabv3 import DeepLabv3Config
 from mobilevit.models.ssdlite import SSDLiteConfig
 
 
-def make(**options: object) -> mobilevit.models.mobilevit.MobileViT:  # type: ignore[name-defined]
-    return fill_with_golden_weights(mobilevit.create_model("mobilevit_xxs", **options))  # type: ignore[return-value]
+def make(name: str = "mobilevit_xxs", **options: Any) -> Any:
+    return fill_with_golden_weights(mobilevit.create_model(name, **options))
 
 
 def test_a_checkpoint_needs_nothing_remembered(tmp_path: Path) -> None:
@@ -43,9 +44,13 @@ def test_a_checkpoint_needs_nothing_remembered(tmp_path: Path) -> None:
     assert not loaded.training
 
 
-def test_saving_a_loaded_model_again_changes_no_weight(tmp_path: Path) -> None:
-    first = mobilevit.save(make(num_classes=4), tmp_path / "a.safetensors")
-    second = mobilevit.save(mobilevit.load(first), tmp_path / "b.safetensors")
+@pytest.mark.parametrize("name", ["mobilevit_xxs", "mobilevitv2_050"])
+def test_saving_a_loaded_model_again_changes_no_weight(name: str, tmp_path: Path) -> None:
+    model = make(name, num_classes=4)
+    first = mobilevit.save(model, tmp_path / "a.safetensors")
+    loaded = mobilevit.load(first)
+    assert (type(loaded), loaded.config) == (type(model), model.config)
+    second = mobilevit.save(loaded, tmp_path / "b.safetensors")
     ours, theirs = load_file(first), load_file(second)
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
@@ -139,13 +144,14 @@ def test_headers_of_the_first_version_are_read(tmp_path: Path) -> None:
 
 HEADS = {
     "detection": SSDLiteConfig(min_scale=0.05, pool_channels=32),
-    "segmentation": DeepLabv3Config(aspp_channels=64, atrous_rates=(2, 4), aux_head=True),
+    "segmentation": DeepLabv3Config(aspp_channels=64, atrous_rates=(2, 4), aux_head=True, aux_channels=32),
 }
 
 
+@pytest.mark.parametrize("name", ["mobilevit_xxs", "mobilevitv2_050"])
 @pytest.mark.parametrize("task", HEADS)
-def test_every_task_and_head_survives(task: str, tmp_path: Path) -> None:
-    model = make(task=task, classes=["cat", "dog", "bird"], head=HEADS[task])
+def test_every_task_and_head_survives(task: str, name: str, tmp_path: Path) -> None:
+    model = make(name, task=task, classes=["cat", "dog", "bird"], head=HEADS[task])
     path = mobilevit.save(model, tmp_path / "m.safetensors", score_threshold=0.37, metrics={"map": 0.2})
     loaded = mobilevit.load(path)
     assert type(loaded) is type(model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from mobilevit.card import TaskName, default_classes
 from mobilevit.class_names import COCO_CLASSES, VOC_CLASSES
+from mobilevit.errors import unknown
 from mobilevit.imaging.preprocessing import Preprocessing
 from mobilevit.models.deeplabv3 import DeepLabv3, DeepLabv3Config
 from mobilevit.models.mobilevit import XS, XXS, Backbone, MobileViT, MobileViTBackbone, MobileViTConfig, S
@@ -31,6 +33,22 @@ Model = MobileViT | MobileViTv2 | SSDLite | DeepLabv3
 
 HeadConfig = SSDLiteConfig | DeepLabv3Config
 """The shape of a model beyond its backbone."""
+
+
+def config_of(name: str) -> Config:
+    """Return the shape of a published model.
+
+    Raises:
+        MobileViTError: unknown name; for a width that does not exist, in percent or as a factor, the nearest is told.
+    """
+    if name in MODELS:
+        return MODELS[name]
+    meant, written = None, re.fullmatch(r"mobilevitv2.?(\d+(?:\.\d+)?)", name)
+    if written:
+        width = float(written[1]) / (1 if float(written[1]) < 10 else 100)
+        widths = {abs(c.width - width): other for other, c in MODELS.items() if isinstance(c, MobileViTv2Config)}
+        meant = widths[min(widths)]
+    raise unknown("model", name, MODELS, meant=meant)
 
 
 def list_models() -> list[str]:

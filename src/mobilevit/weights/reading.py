@@ -62,7 +62,9 @@ def read_file(path: str | os.PathLike[str], architecture: str | None = None) -> 
     tensors = unwrap_state_dict(content)
     state = convert_state_dict(tensors, to="mobilevit")
     family, task, generation = recognize(tensors)
-    name = architecture or _architecture_of(state, path)
+    name = architecture or architecture_of(state)
+    if name is None:
+        raise MobileViTError(f"{path}: its shapes fit none of {', '.join(MODELS)}; give the weights of one of these")
     if not name.startswith(f"{generation}_"):
         told = ", ".join(model for model in MODELS if model.startswith(f"{generation}_"))
         raise MobileViTError(f"{path}: weights of a {TITLES[generation]}, not of {name}; use one of {told}")
@@ -88,14 +90,15 @@ def backbone_of(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def _architecture_of(state: Mapping[str, Tensor], path: str | os.PathLike[str]) -> str:
+def architecture_of(state: Mapping[str, Tensor]) -> str | None:
+    """Name the model whose backbone has the tensors of these weights, if there is one."""
     backbone = backbone_of(state)
     for name, config in MODELS.items():
         with torch.device("meta"):
             ours = build_backbone(config).state_dict()
         if not find_misfit(ours, backbone):
             return name
-    raise MobileViTError(f"{path}: its shapes fit none of {', '.join(MODELS)}; give the weights of one of these")
+    return None
 
 
 def _published_shape(state: Mapping[str, Tensor], config: Config) -> tuple[Config, HeadConfig | None]:
