@@ -240,25 +240,41 @@ def test_a_worker_answers_and_survives_mistakes(checkpoint: Path, tmp_path: Path
         assert turn.gpu_memory is None
 
 
+@pytest.mark.parametrize("name", ["mobilevit_xxs", "mobilevitv2_050"])
 @pytest.mark.parametrize("origin", ["timm", "transformers"])
-def test_peers_compute_the_same(origin: str, checkpoint: Path) -> None:
+def test_peers_compute_the_same(origin: str, name: str, tmp_path: Path) -> None:
+    """On the same images, with their channels in the order that each expects."""
     pytest.importorskip(origin)
-    ours, _ = peers.build(dataclasses.replace(NETWORK, checkpoint=str(checkpoint)))
-    peer, preprocessing = peers.build(dataclasses.replace(NETWORK, origin=origin, checkpoint=str(checkpoint)))
-    assert preprocessing.size == (64, 64)
-    images = torch.rand(2, 3, 64, 64)
-    with torch.inference_mode():
-        theirs = peer(images.flip(1) if origin == "transformers" else images)
-        torch.testing.assert_close(theirs, ours(images), atol=1e-4, rtol=1e-4)
+    torch.manual_seed(0)
+    path = mobilevit.save(mobilevit.create_model(name, classes=("a", "b", "c")), tmp_path / "three.safetensors")
+    ours = dataclasses.replace(NETWORK, architecture=name, checkpoint=str(path))
+    answers = []
+    for network in (ours, dataclasses.replace(ours, origin=origin)):
+        model, preprocessing = peers.build(network)
+        assert preprocessing.size == (64, 64)
+        with torch.inference_mode():
+            answers.append(
+                model(worker._images(Contender(network=network, engine="eager", batch_size=2), preprocessing))
+            )
+    torch.testing.assert_close(*answers, atol=1e-4, rtol=1e-4)
 
 
-def test_a_clone_of_cvnets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("name", "config", "option", "value"),
+    [
+        ("mobilevit_xxs", "mobilevit.yaml", "model.classification.mit.mode", "xx_small"),
+        ("mobilevitv2_050", "mobilevit_v2.yaml", "model.classification.mitv2.width_multiplier", 0.5),
+    ],
+)
+def test_a_clone_of_cvnets(
+    name: str, config: str, option: str, value: str | float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A stand-in with the functions of Apple's repository that are called."""
-    for name, text in {
+    for file, text in {
         "options/opts.py": (
             "from types import SimpleNamespace\n"
             "def get_training_arguments(args):\n"
-            "    assert args[0] == '--common.config-file'\n"
+            f"    assert args[0] == '--common.config-file' and args[1].endswith('/{config}')\n"
             "    return SimpleNamespace()\n"
         ),
         "options/__init__.py": "",
@@ -266,25 +282,25 @@ def test_a_clone_of_cvnets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         "cvnets/__init__.py": (
             "import torch\n"
             "def get_model(opts):\n"
-            "    assert getattr(opts, 'model.classification.mit.mode') == 'xx_small'\n"
+            f"    assert getattr(opts, {option!r}) == {value!r}\n"
             "    return torch.nn.Linear(1, getattr(opts, 'model.classification.n_classes'))\n"
         ),
-        "config/classification/imagenet/mobilevit.yaml": "",
+        f"config/classification/imagenet/{config}": "",
     }.items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(text)
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_text(text)
     monkeypatch.setattr(sys, "path", [*sys.path])
-    for name in ("options", "options.opts", "cvnets"):
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    model = peers.cvnets_model("mobilevit_xxs", tmp_path, num_classes=7)
+    for module in ("options", "options.opts", "cvnets"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    model = peers.cvnets_model(name, tmp_path, num_classes=7)
     assert next(model.parameters()).shape[0] == 7
-    for name in ("options", "options.opts", "cvnets"):
-        sys.modules.pop(name, None)
+    for module in ("options", "options.opts", "cvnets"):
+        sys.modules.pop(module, None)
     (tmp_path / "cvnets" / "__init__.py").write_text("import no_such_package\n")
     with pytest.raises(ValueError, match="no_such_package"):
-        peers.cvnets_model("mobilevit_xxs", tmp_path)
-    for name in ("options", "options.opts", "cvnets"):
-        sys.modules.pop(name, None)
+        peers.cvnets_model(name, tmp_path)
+    for module in ("options", "options.opts", "cvnets"):
+        sys.modules.pop(module, None)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no such signals")

@@ -116,7 +116,7 @@ def _networks(model: Model, config: BenchmarkConfig, folder: Path) -> tuple[list
     if config.peers and is_classifier:
         rivals, absent = peers.installed_peers(ours)
     if config.cvnets is not None:
-        clone = str(peers.check_cvnets(config.cvnets))
+        clone = str(peers.check_cvnets(card.name, config.cvnets))
         rivals.append(replace(ours, label="ml-cvnets", origin="cvnets", clone=clone))
     if rivals and model.config != MODELS[card.name]:
         absent.append(f"{', '.join(r.label for r in rivals)}: have no model of these patches and this stride")

@@ -22,8 +22,12 @@ from mobilevit.models import MODELS
 from mobilevit.models.mobilevitv2 import MobileViTv2Config
 from mobilevit.weights.convert import convert_state_dict
 
-PUBLISHED_TOP1 = {"mobilevit_xxs": 0.690, "mobilevit_xs": 0.748, "mobilevit_s": 0.784}
-"""On ImageNet, by the paper."""
+PUBLISHED_TOP1 = {
+    **{"mobilevit_xxs": 0.690, "mobilevit_xs": 0.748, "mobilevit_s": 0.784},
+    **{"mobilevitv2_050": 0.702, "mobilevitv2_075": 0.756, "mobilevitv2_100": 0.781, "mobilevitv2_125": 0.796},
+    **{"mobilevitv2_150": 0.804, "mobilevitv2_175": 0.808, "mobilevitv2_200": 0.812},
+}
+"""On ImageNet, by the papers."""
 
 _COMPARED = (
     ("mobilenetv2_100", "MobileNetV2", 0.733),
@@ -32,7 +36,7 @@ _COMPARED = (
 )
 """Networks that the paper compares MobileViT with for speed (arXiv:2110.02178, table 3): name in timm, label, top-1."""
 
-_CVNETS_CONFIG = Path("config", "classification", "imagenet", "mobilevit.yaml")
+_CVNETS_CONFIGS = Path("config", "classification", "imagenet")
 _CVNETS_MODES = {"mobilevit_xxs": "xx_small", "mobilevit_xs": "x_small", "mobilevit_s": "small"}
 
 
@@ -123,15 +127,23 @@ def transformers_model(name: str, num_classes: int = 1000) -> nn.Module:
     return Logits(transformers.MobileViTForImageClassification(config))
 
 
-def check_cvnets(clone: str | os.PathLike[str]) -> Path:
-    """Make the folder absolute, and raise a `MobileViTError` if it is not a clone of ml-cvnets."""
+def check_cvnets(name: str, clone: str | os.PathLike[str]) -> Path:
+    """Make the folder absolute, and raise a `MobileViTError` if it is not a clone of ml-cvnets with this model."""
     folder = Path(clone).resolve()
-    for part in (Path("cvnets", "models"), Path("options", "opts.py"), _CVNETS_CONFIG):
+    for part in (Path("cvnets", "models"), Path("options", "opts.py"), _cvnets_settings(name)[0]):
         if not (folder / part).exists():
             raise MobileViTError(
                 f"{clone}: no clone of https://github.com/apple/ml-cvnets, as it has no {part.as_posix()}"
             )
     return folder
+
+
+def _cvnets_settings(name: str) -> tuple[Path, str, str | float]:
+    """Name a model's configuration file, and the option that says its size, with its value."""
+    ours = MODELS[name]
+    if isinstance(ours, MobileViTv2Config):
+        return _CVNETS_CONFIGS / "mobilevit_v2.yaml", "model.classification.mitv2.width_multiplier", ours.width
+    return _CVNETS_CONFIGS / "mobilevit.yaml", "model.classification.mit.mode", _CVNETS_MODES[name]
 
 
 def cvnets_model(name: str, clone: str | os.PathLike[str], num_classes: int = 1000) -> nn.Module:
@@ -140,15 +152,15 @@ def cvnets_model(name: str, clone: str | os.PathLike[str], num_classes: int = 10
     Puts the clone first on `sys.path`; its modules have names such as `utils` and `data`, so call this only in a
     process that does nothing else.
     """
-    folder = check_cvnets(clone)
+    folder, (config, option, size) = check_cvnets(name, clone), _cvnets_settings(name)
     sys.path.insert(0, str(folder))
     try:
         arguments = importlib.import_module("options.opts").get_training_arguments
         get_model = importlib.import_module("cvnets").get_model
     except ImportError as error:
         raise MobileViTError(f"{clone}: cannot be imported ({error}); pip install its requirements.txt") from None
-    options = arguments(args=["--common.config-file", str(folder / _CVNETS_CONFIG)])
-    setattr(options, "model.classification.mit.mode", _CVNETS_MODES[name])
+    options = arguments(args=["--common.config-file", str(folder / config)])
+    setattr(options, option, size)
     setattr(options, "model.classification.n_classes", num_classes)
     model: nn.Module = get_model(options)
     return model

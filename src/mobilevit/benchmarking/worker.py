@@ -33,6 +33,8 @@ from mobilevit.exporting.graph import export_graph
 from mobilevit.exporting.images import parity_pixels
 from mobilevit.imaging.preprocessing import Preprocessing
 from mobilevit.machine import peak_memory
+from mobilevit.models import MODELS
+from mobilevit.models.mobilevit import MobileViTConfig
 from mobilevit.results.base import Array
 from mobilevit.runtime.artifact import artifact_files, read_sidecar
 from mobilevit.runtime.engine import open_engine
@@ -234,8 +236,10 @@ def _images(contender: Contender, preprocessing: Preprocessing) -> Tensor:
     """Prepare photographs. Shape: (B, 3, H, W), float32."""
     pixels, _ = parity_pixels(None, preprocessing)
     images = torch.from_numpy(preprocessing.normalize(pixels[np.arange(contender.batch_size) % len(pixels)]))
-    # Weights converted for these two expect BGR.
-    return images.flip(1) if contender.network.origin in ("transformers", "cvnets") else images
+    network = contender.network
+    if network.origin in ("transformers", "cvnets") and isinstance(MODELS[network.architecture], MobileViTConfig):
+        return images.flip(1)  # weights of the first MobileViT converted for these two expect BGR
+    return images
 
 
 class _Exportable(nn.Module):
