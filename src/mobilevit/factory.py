@@ -12,8 +12,8 @@ from pathlib import Path
 from torch import Tensor
 
 from mobilevit.card import ModelCard, default_classes
-from mobilevit.errors import MobileViTError, some
-from mobilevit.models import HEADS, Config, HeadConfig, Model, config_of
+from mobilevit.errors import MobileViTError, some, unknown
+from mobilevit.models import HEAD_CONFIGS, HEADS, Config, HeadConfig, Model, config_of
 from mobilevit.models.deeplabv3 import DeepLabv3Config
 from mobilevit.models.mobilevit import Backbone, PatchSize
 from mobilevit.weights.checkpoint import Weights, find_misfit
@@ -31,7 +31,7 @@ def create_model(
     weights: str | os.PathLike[str] | Weights | None = None,
     patch_size: tuple[PatchSize, PatchSize, PatchSize] | None = None,
     output_stride: int | None = None,
-    head: HeadConfig | None = None,
+    head: HeadConfig | str | None = None,
 ) -> Model:
     """Build a model, with random, public or your own weights.
 
@@ -47,7 +47,8 @@ def create_model(
         patch_size: at strides 8, 16 and 32; (8, 4, 2) is the paper's configuration B. None: as `weights`, or 2, 2, 2,
             which is all that MobileViTv2 has.
         output_stride: 32, or 16 or 8 by dilation. None: as `weights`, or 16 for segmentation and 32 otherwise.
-        head: shape of the part after the backbone, in detection and segmentation. None: as `weights`, or the published.
+        head: shape of the part after the backbone, in detection and segmentation, or its name for the published shape:
+            "ssdlite", "deeplabv3" or "pspnet". None: as `weights`, or the published, of DeepLabv3 in segmentation.
 
     Returns:
         The model in eval mode; `model.card` holds its classes and preprocessing.
@@ -65,6 +66,10 @@ def create_model(
                 f"`num_classes` is {num_classes}, but `classes` has {len(classes)} names; leave `num_classes` out"
             )
         num_classes = len(classes)
+    if isinstance(head, str):
+        if head not in HEAD_CONFIGS:
+            raise unknown("head", head, HEAD_CONFIGS)
+        head = HEAD_CONFIGS[head]()
     if num_classes is not None and num_classes < 1:
         raise MobileViTError(f"`num_classes` is {num_classes}; give 1 or more")
 
@@ -102,8 +107,8 @@ def build_model(config: Config, card: ModelCard, head: HeadConfig | None = None)
         MobileViTError: a head of another task, or a backbone that does not suit the task.
     """
     task = HEADS[card.task]
-    if head is not None and type(head) is not task.config_type:
-        remedy = f"give a {task.config_type.__name__}" if task.config_type else "leave it out"
+    if head is not None and type(head) not in task.config_types:
+        remedy = f"give a {task.config_types[0].__name__}" if task.config_types else "leave it out"
         raise MobileViTError(f"`head` is a {type(head).__name__}, which does not suit {card.task}; {remedy}")
     model = task.build(config, len(card.classes), head)
     model.card = card

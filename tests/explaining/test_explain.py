@@ -19,9 +19,9 @@ from mobilevit.data.shapes import render_scene
 from mobilevit.explaining.attention import attention_weights
 from mobilevit.explaining.explain import Explanation, _strongest_place, explain, subject_of
 from mobilevit.imaging.preprocessing import Preprocessing
-from mobilevit.models.deeplabv3 import SegmentationOutput
 from mobilevit.models.mobilevit import Attention, unfold
 from mobilevit.models.mobilevitv2 import SeparableAttention
+from mobilevit.models.segmenter import SegmentationOutput
 from mobilevit.models.ssdlite import DetectionOutput
 
 CLASSES = ("circle", "cross", "ring")

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mobilevit.class_names import IGNORE
-from mobilevit.models.deeplabv3 import SegmentationOutput
+from mobilevit.models.segmenter import SegmentationOutput
 from mobilevit.tasks.segmentation import segmentation_loss
 
 

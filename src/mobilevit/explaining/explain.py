@@ -19,8 +19,8 @@ from mobilevit.explaining.figures import attention_figure, patches_figure
 from mobilevit.imaging.decode import Source, read_image
 from mobilevit.imaging.drawing import save_image
 from mobilevit.imaging.preprocessing import Placement
-from mobilevit.models.deeplabv3 import SegmentationOutput
 from mobilevit.models.mobilevit import Backbone
+from mobilevit.models.segmenter import SegmentationOutput
 from mobilevit.models.ssdlite import DetectionOutput, decode_boxes
 from mobilevit.results.detection import DEFAULT_SCORE_THRESHOLD
 

@@ -18,9 +18,9 @@ from torch.export import Dim, ExportedProgram
 from torch.nn import functional as F
 
 from mobilevit.card import TaskName, card_of
-from mobilevit.models.deeplabv3 import DeepLabv3
 from mobilevit.models.fuse import fuse
 from mobilevit.models.mobilevit import Backbone
+from mobilevit.models.segmenter import Segmenter
 from mobilevit.models.ssdlite import SSDLite
 from mobilevit.runtime.artifact import Artifact
 
@@ -80,7 +80,7 @@ class DetectionGraph(ExportGraph):
 class SegmentationGraph(ExportGraph):
     """Gives "logits" (B, K, H, W), or "label_map" (B, H, W), uint8: the best class of every pixel."""
 
-    model: DeepLabv3
+    model: Segmenter
 
     def __init__(self, model: nn.Module, *, baked: bool, image_size: tuple[int, int] | None, label_map: bool) -> None:
         super().__init__(model, baked=baked)

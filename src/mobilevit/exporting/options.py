@@ -14,6 +14,7 @@ from mobilevit.errors import MobileViTError
 from mobilevit.exporting import coreml, executorch, litert, onnx, openvino, pt2
 from mobilevit.exporting.graph import ExportGraph, Plan
 from mobilevit.exporting.images import Images
+from mobilevit.models.pspnet import PSPNet
 from mobilevit.runtime.artifact import Format, Precision
 
 Dynamic = Literal["batch", "size"]
@@ -105,6 +106,10 @@ def check_options(
         (
             "size" in options.dynamic and is_detector,
             "a detector's anchors belong to one input size; leave `dynamic` size out and set `image_size`",
+        ),
+        (
+            "size" in options.dynamic and isinstance(graph.model, PSPNet),
+            "PSPNet's pools belong to one input size; leave `dynamic` size out and set `image_size`",
         ),
         (
             precision == "int8" and options.calibration is None,

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from mobilevit.exporting.graph import ExportGraph, Plan
-from mobilevit.models.deeplabv3 import DeepLabv3
 from mobilevit.models.mobilevit import Backbone, MobileViT
+from mobilevit.models.mobilevitv2 import MobileViTv2
+from mobilevit.models.segmenter import Segmenter
 from mobilevit.models.ssdlite import DetectionHead
 
 
@@ -35,7 +36,7 @@ def in_bfloat16(graph: ExportGraph) -> ExportGraph:
     for module in graph.model.modules():
         if isinstance(module, Backbone):
             module.stem = nn.Sequential(_As(torch.bfloat16), module.stem)  # type: ignore[assignment]
-        if isinstance(module, MobileViT | DeepLabv3):
+        if isinstance(module, MobileViT | MobileViTv2 | Segmenter):
             module.classifier = nn.Sequential(_As(torch.float32), module.classifier.float())
         elif isinstance(module, DetectionHead):
             module.predict = nn.Sequential(_As(torch.float32), module.predict.float())  # type: ignore[assignment]

@@ -16,6 +16,7 @@ from mobilevit.imaging.preprocessing import Preprocessing
 from mobilevit.models.deeplabv3 import DeepLabv3, DeepLabv3Config
 from mobilevit.models.mobilevit import XS, XXS, Backbone, MobileViT, MobileViTBackbone, MobileViTConfig, S
 from mobilevit.models.mobilevitv2 import MobileViTv2, MobileViTv2Backbone, MobileViTv2Config
+from mobilevit.models.pspnet import PSPNet, PSPNetConfig
 from mobilevit.models.ssdlite import SSDLite, SSDLiteConfig
 
 Config = MobileViTConfig | MobileViTv2Config
@@ -28,11 +29,18 @@ MODELS: dict[str, Config] = {
     **{f"mobilevitv2_{percent:03}": MobileViTv2Config(width=percent / 100) for percent in range(50, 201, 25)},
 }
 
-Model = MobileViT | MobileViTv2 | SSDLite | DeepLabv3
+Model = MobileViT | MobileViTv2 | SSDLite | DeepLabv3 | PSPNet
 """A model for any of the tasks."""
 
-HeadConfig = SSDLiteConfig | DeepLabv3Config
+HeadConfig = SSDLiteConfig | DeepLabv3Config | PSPNetConfig
 """The shape of a model beyond its backbone."""
+
+HEAD_CONFIGS: dict[str, type[HeadConfig]] = {
+    "ssdlite": SSDLiteConfig,
+    "deeplabv3": DeepLabv3Config,
+    "pspnet": PSPNetConfig,
+}
+"""Types of heads by the names that `create_model` takes."""
 
 
 def config_of(name: str) -> Config:
@@ -70,8 +78,8 @@ class Head:
 
     build: Callable[[Config, int, HeadConfig | None], Model]
     """Makes a model from a backbone's shape, the number of classes and a head's shape (None: the published one)."""
-    config_type: type[HeadConfig] | None
-    """Type of the head's shape; None if the head has none of its own."""
+    config_types: tuple[type[HeadConfig], ...]
+    """Types of the head's shape, the usual one first; none if the head has no shape of its own."""
     num_classes: int
     """Classes of the data behind the public weights, which a new model has, too."""
     class_names: Callable[[], tuple[str, ...]]
@@ -111,6 +119,8 @@ def _build_detector(config: Config, num_classes: int, head: HeadConfig | None) -
 
 
 def _build_segmenter(config: Config, num_classes: int, head: HeadConfig | None) -> Model:
+    if isinstance(head, PSPNetConfig):
+        return PSPNet(build_backbone(config), num_classes, head)
     assert head is None or isinstance(head, DeepLabv3Config)
     return DeepLabv3(build_backbone(config), num_classes, head)
 
@@ -121,7 +131,7 @@ _SEGMENTATION_INPUT = Preprocessing(size=(512, 512), resize_mode="stretch", inte
 HEADS: dict[TaskName, Head] = {
     "classification": Head(
         build=_build_classifier,
-        config_type=None,
+        config_types=(),
         num_classes=1000,
         class_names=imagenet_classes,
         output_stride=32,
@@ -130,7 +140,7 @@ HEADS: dict[TaskName, Head] = {
     ),
     "detection": Head(
         build=_build_detector,
-        config_type=SSDLiteConfig,
+        config_types=(SSDLiteConfig,),
         num_classes=len(COCO_CLASSES),
         class_names=lambda: COCO_CLASSES,
         output_stride=32,
@@ -141,7 +151,7 @@ HEADS: dict[TaskName, Head] = {
     ),
     "segmentation": Head(
         build=_build_segmenter,
-        config_type=DeepLabv3Config,
+        config_types=(DeepLabv3Config, PSPNetConfig),
         num_classes=len(VOC_CLASSES),
         class_names=lambda: VOC_CLASSES,
         output_stride=16,

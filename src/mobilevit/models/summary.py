@@ -15,6 +15,7 @@ from mobilevit.models import Model
 from mobilevit.models.deeplabv3 import ASPP
 from mobilevit.models.mobilevit import Backbone, MobileViTBlock, whole_patches
 from mobilevit.models.mobilevitv2 import MobileViTv2Block
+from mobilevit.models.pspnet import PyramidPooling
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +108,7 @@ def summarize(model: Model, input_size: tuple[int, int]) -> Summary:
 def _layers(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
     """Walk through the stem, every block of every stage, and the parts of the head."""
     for name, child in module.named_children():
-        if isinstance(child, nn.Sequential | nn.ModuleList | Backbone | ASPP):
+        if isinstance(child, nn.Sequential | nn.ModuleList | Backbone | ASPP | PyramidPooling):
             yield from _layers(child, f"{prefix}{name}.")
         elif not isinstance(child, nn.Dropout | nn.Dropout2d):
             yield f"{prefix}{name}", child

@@ -20,7 +20,9 @@ from mobilevit.class_names import IGNORE
 from mobilevit.errors import MobileViTError
 from mobilevit.imaging.drawing import background, draw_label_map
 from mobilevit.imaging.preprocessing import Preprocessing
-from mobilevit.models.deeplabv3 import DeepLabv3Config, SegmentationOutput
+from mobilevit.models.deeplabv3 import DeepLabv3Config
+from mobilevit.models.pspnet import PSPNetConfig
+from mobilevit.models.segmenter import SegmentationOutput
 from mobilevit.results.segmentation import SegmentationResult
 from mobilevit.tasks.segmentation_report import SegmentationMeter
 from mobilevit.tasks.targets import Mask
@@ -95,11 +97,13 @@ class SegmentationTask(Task[Mask, NDArray[np.uint8]]):
             loss=partial(segmentation_loss, aux_weight=settings.segmentation.aux_weight),
         )
 
-    def head(self, settings: TrainingSettings) -> DeepLabv3Config | None:
-        """Width and auxiliary head as the settings say; None if they say nothing."""
+    def head(self, settings: TrainingSettings) -> DeepLabv3Config | PSPNetConfig | None:
+        """Kind, width and auxiliary head as the settings say; None if they say nothing."""
         own = settings.segmentation
-        if own.aspp_channels is None and not own.aux_head:
+        if own.head is None and own.aspp_channels is None and not own.aux_head:
             return None
+        if own.head == "pspnet":
+            return PSPNetConfig(aux_head=own.aux_head)
         return DeepLabv3Config(aspp_channels=own.aspp_channels, aux_head=own.aux_head)
 
     def read_truth(self, target: Mask, size: tuple[int, int]) -> NDArray[np.uint8]:

@@ -62,8 +62,10 @@ class SegmentationSettings:
     """Rotate half of the training images by up to this many degrees."""
     output_stride: int | None = None
     """16, or 8 for maps twice as fine at three times the cost. Default: 16."""
+    head: Literal["deeplabv3", "pspnet"] | None = None
+    """Head on the backbone. Default: that of the weights, or deeplabv3."""
     aspp_channels: int | None = None
-    """Width of the head. Default: that of the weights, or the paper's 256."""
+    """Width of a deeplabv3 head. Default: that of the weights, or the paper's 256, 512 for MobileViTv2."""
     aux_head: bool = False
     """Train a second classifier on the map before the last; it is dropped after training."""
     aux_weight: float = 0.4

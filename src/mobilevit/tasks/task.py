@@ -16,6 +16,7 @@ from torch import Tensor
 from mobilevit.card import TaskName
 from mobilevit.imaging.preprocessing import Preprocessing
 from mobilevit.models.deeplabv3 import DeepLabv3Config
+from mobilevit.models.pspnet import PSPNetConfig
 from mobilevit.results.base import Result
 from mobilevit.tasks.report import Meter, Truth
 from mobilevit.tasks.settings import ClassificationSettings, DetectionSettings, SegmentationSettings
@@ -132,7 +133,7 @@ class Task(ABC, Generic[Target, Truth]):
         """Choose random changes and loss by the settings of a run, and by the targets of all its training images."""
 
     @abstractmethod
-    def head(self, settings: TrainingSettings) -> DeepLabv3Config | None:
+    def head(self, settings: TrainingSettings) -> DeepLabv3Config | PSPNetConfig | None:
         """The head that the settings ask for; None leaves it to the weights, or the default."""
 
     # -- evaluation ---------------------------------------------------------------------------------------------------

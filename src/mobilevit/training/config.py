@@ -266,6 +266,8 @@ class TrainConfig:
         require("resize_mode", "stretch or pad for masks", is_possible)
         is_known = self.learning_rate is not None or self.optimizer.optimizer == "adamw"
         require("learning_rate", "given for `optimizer` sgd, as the default is for adamw", is_known)
+        is_free = self.segmentation.head != "pspnet" or self.segmentation.aspp_channels is None
+        require("aspp_channels", "left out with `head` pspnet", is_free)
         for names, needed, is_given in (
             ("teacher_weights distillation_share distillation_temperature", "teacher", self.distillation.teacher),
             ("train_sizes max_batch_size", "multi_scale", self.sizes.multi_scale != "off"),

@@ -158,14 +158,15 @@ def describe(tensors: Mapping[str, Tensor], header: Json, path: str | os.PathLik
         raise MobileViTError(
             f"{path}: a checkpoint of {name} for {task} by mobilevit {version}, which is newer; upgrade to read it"
         )
-    head_type, head = HEADS[header["task"]].config_type, header.get("head")  # the first checkpoints had no head
+    head = header.get("head")  # the first checkpoints had none
+    known = [kind for kind in HEADS[header["task"]].config_types if head and head.keys() <= kind.__annotations__.keys()]
     return Weights(
         origin=str(path),
         described=True,
         state=dict(tensors),
         card=ModelCard.from_dict(header),
         config=type(MODELS[header["name"]])(**_tuples(header["config"])),
-        head=None if head_type is None or head is None else head_type(**_tuples(head)),
+        head=known[0](**_tuples(head)) if known else None,
     )
 
 

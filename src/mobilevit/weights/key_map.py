@@ -124,7 +124,7 @@ def _detector(generation: Generation) -> Iterator[Row]:
 
 
 def _segmenter(generation: Generation) -> Iterator[Row]:
-    """DeepLabv3, which timm does not have; transformers has no auxiliary head."""
+    """DeepLabv3 and PSPNet, which timm does not have; transformers has DeepLabv3 without an auxiliary head."""
     yield from _backbone(Row("backbone", "encoder", None, generation), generation)
     aspp = Row("aspp", "seg_head.aspp.aspp_layer", None, "segmentation_head.aspp")
     yield from _conv_norm(aspp.child("near", "convs.0", "", "convs.0"))
@@ -132,6 +132,10 @@ def _segmenter(generation: Generation) -> Iterator[Row]:
         yield from _conv_norm(aspp.child(f"atrous.{i}", f"convs.{i + 1}", "", f"convs.{i + 1}"))
     yield from _conv_norm(aspp.child("pool", "convs.4.aspp_pool.conv_1x1", "", "convs.4.conv_1x1"))
     yield from _conv_norm(aspp.child("project", "project", "", "project"))
+    psp = Row("psp", "seg_head.psp_layer", None, None)
+    for i in range(4):
+        yield from _conv_norm(psp.child(f"pools.{i}", f"psp_branches.{i}.1", "", ""))
+    yield from _conv_norm(psp.child("project", "fusion.0", "", ""))
     yield Row("classifier", "seg_head.classifier.block.conv", None, "segmentation_head.classifier.convolution")
     aux_head = Row("aux_head", "seg_head.aux_head", None, None)
     yield from _conv_norm(aux_head.child("0", "0", "", ""))

@@ -15,6 +15,7 @@ from mobilevit.errors import MobileViTError
 from mobilevit.models import HEADS, MODELS, Config, HeadConfig, build_backbone, published_preprocessing
 from mobilevit.models.deeplabv3 import DeepLabv3Config
 from mobilevit.models.mobilevit import MobileViTConfig
+from mobilevit.models.pspnet import PSPNetConfig
 from mobilevit.weights import checkpoint, pretrained
 from mobilevit.weights.checkpoint import Weights, find_misfit
 from mobilevit.weights.convert import TITLES, convert_state_dict, recognize, unwrap_state_dict
@@ -102,14 +103,19 @@ def architecture_of(state: Mapping[str, Tensor]) -> str | None:
 
 
 def _published_shape(state: Mapping[str, Tensor], config: Config) -> tuple[Config, HeadConfig | None]:
-    """Read the shape of a DeepLabv3 from its weights; dilation leaves no trace in them, so it is guessed.
+    """Read the shape of a segmenter from its weights; dilation leaves no trace in them, so it is guessed.
 
     The published forms of output stride 8 have 512 channels on MobileViT, and ADE20k's 150 classes on MobileViTv2.
     """
-    if "aspp.near.conv.weight" not in state:
+    widths = (len(state.get(f"{key}.conv.weight", ())) for key in ("aspp.near", "psp.project", "aux_head.0"))
+    aspp_channels, channels, aux_channels = widths
+    if not (aspp_channels or channels):
         return config, None
-    width, num_classes = len(state["aspp.near.conv.weight"]), len(state.get("classifier.weight", ()))
-    fine = width == 512 if isinstance(config, MobileViTConfig) else num_classes == 150
-    aux_channels = len(state.get("aux_head.0.conv.weight", ()))
-    head = DeepLabv3Config(aspp_channels=width, aux_head=aux_channels > 0, aux_channels=aux_channels or None)
-    return dataclasses.replace(config, output_stride=8 if fine else 16), head
+    fine = (
+        aspp_channels == 512 if isinstance(config, MobileViTConfig) else len(state.get("classifier.weight", ())) == 150
+    )
+    config = dataclasses.replace(config, output_stride=8 if fine else 16)
+    has_aux, aux = aux_channels > 0, aux_channels or None
+    if channels:
+        return config, PSPNetConfig(channels=channels, aux_head=has_aux, aux_channels=aux)
+    return config, DeepLabv3Config(aspp_channels=aspp_channels, aux_head=has_aux, aux_channels=aux)
