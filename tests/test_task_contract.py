@@ -1,4 +1,7 @@
-"""What holds for every task, in one place: each test here runs for classification, detection and segmentation."""
+"""What holds for every task, in one place: each test here runs for classification, detection and segmentation.
+
+`ModelContract` runs for both generations; `TaskContract`, whose tests do not depend on the model, for the first alone.
+"""
 
 from __future__ import annotations
 
@@ -32,9 +35,10 @@ from training_settings import with_settings
 SIZE = 64
 
 
-class TaskContract:
-    """Subclasses name a task, how its data are written, and its figures and plots."""
+class ModelContract:
+    """What both generations do for every task; subclasses name a task, how its data are written, figures and plots."""
 
+    model_name = "mobilevit_xxs"
     task: TaskName
     write: Callable[..., None]
     score: str
@@ -51,24 +55,26 @@ class TaskContract:
     @pytest.fixture
     def config(self, data: Path, tmp_path: Path) -> TrainConfig:
         return TrainConfig(
-            data=data, out=tmp_path / "run", image_size=SIZE, epochs=2, batch_size=4, num_workers=0, learning_rate=1e-3
+            data=data,
+            model=self.model_name,
+            out=tmp_path / "run",
+            image_size=SIZE,
+            epochs=2,
+            batch_size=4,
+            num_workers=0,
+            learning_rate=1e-3,
         )
 
     @pytest.fixture(scope="class")
     @classmethod
     def run(cls, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         out = tmp_path_factory.mktemp("runs") / cls.task
-        train(TrainConfig(data=data, out=out, image_size=SIZE, epochs=1, batch_size=4, num_workers=0))
+        settings = {"image_size": SIZE, "epochs": 1, "batch_size": 4, "num_workers": 0}
+        train(TrainConfig(data=data, model=cls.model_name, out=out, **settings))
         return out
 
     def model(self, **settings: Any) -> nn.Module:
-        return mobilevit.create_model("mobilevit_xxs", task=self.task, **settings)
-
-    # -- data and training --------------------------------------------------------------------------------------------
-
-    def test_the_task_is_recognized_by_the_data(self, data: Path) -> None:
-        (found,) = find_splits(data).values()
-        assert (found.task.name, len(found), len(found.classes)) == (self.task, 24, self.num_classes)
+        return mobilevit.create_model(self.model_name, task=self.task, **settings)
 
     def test_the_run_folder_is_the_record(self, run: Path, data: Path) -> None:
         files = {path.name for path in run.iterdir()}
@@ -78,33 +84,11 @@ class TaskContract:
         } <= files  # fmt: skip
         (row,) = (json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines())
         card = card_of(mobilevit.load(run / "best.safetensors"))
-        assert card.task == self.task
+        assert (card.name, card.task) == (self.model_name, self.task)
         assert card.classes == next(iter(find_splits(data).values())).classes
         assert card.preprocessing.size == (SIZE, SIZE)
         assert card.metrics[self.score] == row[self.score]
         assert f"{card.name}, {self.task}" in (run / "README.md").read_text()
-
-    def test_resumed_is_uninterrupted(self, config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-        whole = train(config)
-        config = dataclasses.replace(config, out=config.out.parent / "other", checkpoint_minutes=0)
-        saves = 0
-        save = RunFolder.save_last
-
-        def save_and_stop(run: RunFolder, state: dict[str, Any]) -> None:
-            nonlocal saves
-            save(run, state)
-            saves += 1
-            if saves == 7:  # in the second epoch
-                raise TrainingInterrupted(run.config)
-
-        monkeypatch.setattr(RunFolder, "save_last", save_and_stop)
-        with pytest.raises(TrainingInterrupted):
-            train(config)
-        monkeypatch.undo()
-        resumed = train(config, resume=True)
-        ours, theirs = (mobilevit.load(result.best).state_dict() for result in (whole, resumed))
-        assert [key for key in ours if not torch.equal(ours[key], theirs[key])] == []
-        assert whole.report.to_dict() == resumed.report.to_dict()
 
     def test_loss_falls_and_reaches_every_parameter(self, config: TrainConfig) -> None:
         (data,) = find_splits(config.data).values()
@@ -133,50 +117,13 @@ class TaskContract:
         assert losses[-1] < 0.8 * losses[0]
         assert [name for name, p in model.named_parameters() if p.grad is None] == []
 
-    def test_a_frozen_backbone_stays(self, config: TrainConfig, tmp_path: Path) -> None:
-        start = self.model(num_classes=self.num_classes)
-        mobilevit.save(start, tmp_path / "start.safetensors")
-        config = with_settings(
-            config, weights=str(tmp_path / "start.safetensors"), freeze_backbone=True, ema=False, epochs=1
-        )
-        before, after = start.state_dict(), mobilevit.load(train(config).best).state_dict()
-        changed = {key for key in after if key in before and before[key].shape == after[key].shape}
-        changed = {key for key in changed if not torch.equal(before[key], after[key])}
-        stages = ("stem.", "layer1.", "layer2.", "layer3.", "layer4.", "layer5.")
-        assert not [key for key in changed if key.removeprefix("backbone.").startswith(stages)]
-        assert changed
-
     def test_starts_from_a_classifier(self, tmp_path: Path) -> None:
-        classifier = mobilevit.create_model("mobilevit_xxs", num_classes=7)
+        classifier = mobilevit.create_model(self.model_name, num_classes=7)
         mobilevit.save(classifier, tmp_path / "classifier.safetensors")
         model = self.model(num_classes=5, weights=tmp_path / "classifier.safetensors")
         backbone = {key: value for key, value in classifier.state_dict().items() if key.startswith(("stem", "layer"))}
         ours = {key.removeprefix("backbone."): value for key, value in model.state_dict().items()}
         assert all(torch.equal(ours[key], value) for key, value in backbone.items())
-
-    # -- evaluation ---------------------------------------------------------------------------------------------------
-
-    def test_eval_command(self, run: Path, data: Path, tmp_path: Path, capsys: Any) -> None:
-        best = str(run / "best.safetensors")
-        assert main(["eval", best, "--data", str(data), "--out", str(tmp_path / "e"), "--json"]) == 0
-        told = json.loads(capsys.readouterr().out)
-        written = json.loads((run / "evaluation.json").read_text())
-        assert told[self.score] == pytest.approx(written[self.score], abs=1e-6)  # the part that was held out
-        assert {"evaluation.json", "samples.png", *self.plots} <= {path.name for path in (tmp_path / "e").iterdir()}
-        report = mobilevit.evaluate(best, str(data), device="cpu")
-        assert (report.num_images, report.score) == (told["num_images"], pytest.approx(told[self.score], abs=1e-6))
-        assert main(["eval", best, "--data", str(data), "--out", str(tmp_path / "e"), "--split", "all"]) == 0
-        assert "24 images" in capsys.readouterr().out
-
-    def test_two_processes_report_what_one_does(self, run: Path, data: Path, tmp_path: Path) -> None:
-        model = mobilevit.load(run / "best.safetensors")
-        report = _report(model, data)
-        # Forked, as reading processes are: importing PyTorch anew takes longer than all the rest.
-        multiprocessing.start_processes(_evaluate_in_process, (run, data, tmp_path), nprocs=2, start_method="fork")
-        for rank in range(2):
-            assert json.loads((tmp_path / f"{rank}.json").read_text()) == json.loads(json.dumps(report))
-
-    # -- files and prediction -----------------------------------------------------------------------------------------
 
     def test_saved_and_loaded_is_the_same(self, tmp_path: Path) -> None:
         model = self.model(num_classes=3)
@@ -200,24 +147,6 @@ class TaskContract:
             for ours, theirs in zip(_tensors(mobilevit.fuse(model)(x)), _tensors(model(x)), strict=True):
                 assert torch.allclose(ours, theirs, atol=1e-4)
 
-    def test_every_kind_of_source_gives_the_same_result(self, run: Path, tmp_path: Path) -> None:
-        scene = shapes.render_scene(5, size=100, num_objects=2)
-        path = tmp_path / "scene.png"
-        scene.image.save(path)
-        predictor = Predictor(run / "best.safetensors")
-        results = predictor([str(path), path, path.read_bytes(), scene.image, np.asarray(scene.image)])
-        told = [{k: v for k, v in result.to_dict().items() if k != "source"} for result in results]
-        assert all(one == told[0] for one in told)
-        assert all(type(result) is type(results[0]) for result in results)
-        assert predictor(path).to_dict() == predictor([path])[0].to_dict()
-
-    def test_a_result_keeps_the_images_size(self, run: Path) -> None:
-        result: Result = Predictor(run / "best.safetensors")(Image.new("RGB", (150, 70), "gray"))
-        assert result.image.size == (150, 70)
-        drawn = result.draw()
-        assert drawn.width >= 150
-        assert drawn.height >= 70
-
     def test_predict_command(self, run: Path, tmp_path: Path, capsys: Any) -> None:
         for number in range(3):
             shapes.render_scene(number, size=80).image.save(tmp_path / f"{number}.png")
@@ -239,8 +168,89 @@ class TaskContract:
         model = mobilevit.load(run / "best.safetensors")
         assert told["task"] == self.task
         assert told["parameters"] == sum(p.numel() for p in model.parameters())
-        assert main(["info", "mobilevit_xxs", "--task", self.task]) == 0
+        assert main(["info", self.model_name, "--task", self.task]) == 0
         assert self.task in capsys.readouterr().out
+
+
+class TaskContract(ModelContract):
+    """What runs for the first generation alone, as it does not depend on the model."""
+
+    def test_the_task_is_recognized_by_the_data(self, data: Path) -> None:
+        (found,) = find_splits(data).values()
+        assert (found.task.name, len(found), len(found.classes)) == (self.task, 24, self.num_classes)
+
+    def test_resumed_is_uninterrupted(self, config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+        whole = train(config)
+        config = dataclasses.replace(config, out=config.out.parent / "other", checkpoint_minutes=0)
+        saves = 0
+        save = RunFolder.save_last
+
+        def save_and_stop(run: RunFolder, state: dict[str, Any]) -> None:
+            nonlocal saves
+            save(run, state)
+            saves += 1
+            if saves == 7:  # in the second epoch
+                raise TrainingInterrupted(run.config)
+
+        monkeypatch.setattr(RunFolder, "save_last", save_and_stop)
+        with pytest.raises(TrainingInterrupted):
+            train(config)
+        monkeypatch.undo()
+        resumed = train(config, resume=True)
+        ours, theirs = (mobilevit.load(result.best).state_dict() for result in (whole, resumed))
+        assert [key for key in ours if not torch.equal(ours[key], theirs[key])] == []
+        assert whole.report.to_dict() == resumed.report.to_dict()
+
+    def test_a_frozen_backbone_stays(self, config: TrainConfig, tmp_path: Path) -> None:
+        start = self.model(num_classes=self.num_classes)
+        mobilevit.save(start, tmp_path / "start.safetensors")
+        config = with_settings(
+            config, weights=str(tmp_path / "start.safetensors"), freeze_backbone=True, ema=False, epochs=1
+        )
+        before, after = start.state_dict(), mobilevit.load(train(config).best).state_dict()
+        changed = {key for key in after if key in before and before[key].shape == after[key].shape}
+        changed = {key for key in changed if not torch.equal(before[key], after[key])}
+        stages = ("stem.", "layer1.", "layer2.", "layer3.", "layer4.", "layer5.")
+        assert not [key for key in changed if key.removeprefix("backbone.").startswith(stages)]
+        assert changed
+
+    def test_eval_command(self, run: Path, data: Path, tmp_path: Path, capsys: Any) -> None:
+        best = str(run / "best.safetensors")
+        assert main(["eval", best, "--data", str(data), "--out", str(tmp_path / "e"), "--json"]) == 0
+        told = json.loads(capsys.readouterr().out)
+        written = json.loads((run / "evaluation.json").read_text())
+        assert told[self.score] == pytest.approx(written[self.score], abs=1e-6)  # the part that was held out
+        assert {"evaluation.json", "samples.png", *self.plots} <= {path.name for path in (tmp_path / "e").iterdir()}
+        report = mobilevit.evaluate(best, str(data), device="cpu")
+        assert (report.num_images, report.score) == (told["num_images"], pytest.approx(told[self.score], abs=1e-6))
+        assert main(["eval", best, "--data", str(data), "--out", str(tmp_path / "e"), "--split", "all"]) == 0
+        assert "24 images" in capsys.readouterr().out
+
+    def test_two_processes_report_what_one_does(self, run: Path, data: Path, tmp_path: Path) -> None:
+        model = mobilevit.load(run / "best.safetensors")
+        report = _report(model, data)
+        # Forked, as reading processes are: importing PyTorch anew takes longer than all the rest.
+        multiprocessing.start_processes(_evaluate_in_process, (run, data, tmp_path), nprocs=2, start_method="fork")
+        for rank in range(2):
+            assert json.loads((tmp_path / f"{rank}.json").read_text()) == json.loads(json.dumps(report))
+
+    def test_every_kind_of_source_gives_the_same_result(self, run: Path, tmp_path: Path) -> None:
+        scene = shapes.render_scene(5, size=100, num_objects=2)
+        path = tmp_path / "scene.png"
+        scene.image.save(path)
+        predictor = Predictor(run / "best.safetensors")
+        results = predictor([str(path), path, path.read_bytes(), scene.image, np.asarray(scene.image)])
+        told = [{k: v for k, v in result.to_dict().items() if k != "source"} for result in results]
+        assert all(one == told[0] for one in told)
+        assert all(type(result) is type(results[0]) for result in results)
+        assert predictor(path).to_dict() == predictor([path])[0].to_dict()
+
+    def test_a_result_keeps_the_images_size(self, run: Path) -> None:
+        result: Result = Predictor(run / "best.safetensors")(Image.new("RGB", (150, 70), "gray"))
+        assert result.image.size == (150, 70)
+        drawn = result.draw()
+        assert drawn.width >= 150
+        assert drawn.height >= 70
 
     def test_data_check_command(self, data: Path, tmp_path: Path, capsys: Any) -> None:
         assert main(["data", "check", str(data), "--out", str(tmp_path / "sheet.png"), "--json"]) == 0
@@ -285,7 +295,7 @@ def _evaluate_in_process(rank: int, run: Path, data: Path, out: Path) -> None:
     distributed.destroy_process_group()
 
 
-class TestClassification(TaskContract):
+class Classification:
     task = "classification"
     write = shapes.write_folder
     score = "top1"
@@ -293,13 +303,27 @@ class TestClassification(TaskContract):
     num_classes = 6
 
 
-class TestDetection(TaskContract):
+class TestClassificationV2(Classification, ModelContract):
+    model_name = "mobilevitv2_050"
+
+
+class TestClassification(Classification, TaskContract):
+    pass
+
+
+class Detection:
     task = "detection"
     write = shapes.write_boxes
     score = "ap"
     plots = ("pr_curves.png", "per_class.png")
     num_classes = 6
 
+
+class TestDetectionV2(Detection, ModelContract):
+    model_name = "mobilevitv2_050"
+
+
+class TestDetection(Detection, TaskContract):
     def test_coco_results(self, run: Path, tmp_path: Path) -> None:
         shapes.render_scene(0, size=80).image.save(tmp_path / "0.png")
         found = tmp_path / "found.json"
@@ -314,13 +338,19 @@ class TestDetection(TaskContract):
         assert "--masks is for segmentation" in capsys.readouterr().err
 
 
-class TestSegmentation(TaskContract):
+class Segmentation:
     task = "segmentation"
     write = shapes.write_masks
     score = "miou"
     plots = ("per_class_iou.png", "confusion_matrix.csv")
     num_classes = 7
 
+
+class TestSegmentationV2(Segmentation, ModelContract):
+    model_name = "mobilevitv2_050"
+
+
+class TestSegmentation(Segmentation, TaskContract):
     def test_masks(self, run: Path, tmp_path: Path) -> None:
         shapes.render_scene(0, size=80).image.save(tmp_path / "0.png")
         out = tmp_path / "masks"

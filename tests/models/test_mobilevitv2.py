@@ -100,6 +100,14 @@ def test_every_output_of_a_block_depends_on_every_pixel() -> None:
         assert (gradient.abs().sum(1) > 0).all()
 
 
+def test_images_of_a_batch_do_not_see_each_other() -> None:
+    model = fill_with_golden_weights(MobileViTv2(SMALLEST, 4))
+    x = torch.rand(3, 3, 64, 96) * torch.tensor([1.0, 0.1, 3.0])[:, None, None, None]
+    with torch.inference_mode():
+        for one in (model, mobilevit.fuse(model)):
+            assert torch.allclose(one(x), torch.cat([one(image[None]) for image in x]), atol=1e-5)
+
+
 @pytest.mark.parametrize("size", [(7, 5), (8, 5), (7, 6)])
 def test_odd_maps_become_even_and_stay_so(size: tuple[int, int]) -> None:
     block = fill_with_golden_weights(MobileViTv2Block(16, embed_dim=8, depth=1, dilation=1))
