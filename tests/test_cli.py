@@ -196,8 +196,9 @@ def test_info_of_an_exported_file(run: Path, tmp_path: Path, capsys: pytest.Capt
     assert "its sidecar m.onnx.json is missing" in refused(["info", str(path)], capsys)
 
 
-def test_convert_there_and_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    model = fill_with_golden_weights(mobilevit.create_model("mobilevit_xxs", num_classes=6))
+@pytest.mark.parametrize("name", ["mobilevit_xxs", "mobilevitv2_050"])
+def test_convert_there_and_back(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = fill_with_golden_weights(mobilevit.create_model(name, num_classes=6))
     ours = mobilevit.save(model, tmp_path / "ours.safetensors")
     theirs, back = tmp_path / "timm.safetensors", tmp_path / "back.safetensors"
     assert main(["convert", str(ours), str(theirs), "--to", "timm"]) == 0
