@@ -295,13 +295,9 @@ def assert_rows(model: nn.Module, weights: nn.Module, kept: Mapping[int, int]) -
             row = ours[:, fixed + index]
             equal = [torch.equal(row, theirs[:, fixed + i]) for i in range(theirs.shape[1] - fixed)]
             assert [i for i, yes in enumerate(equal) if yes] == ([kept[index]] if index in kept else [])
-    rest = {
-        key
-        for key in model.state_dict()
-        if ".predict." not in key and "classifier." not in key and "head.2." not in key
-    }
-    before = weights.state_dict()
-    assert all(torch.equal(model.state_dict()[key], before[key]) for key in rest)
+    before, after = weights.state_dict(), model.state_dict()
+    rest = [key for key in after if not any(part in key for part in (".predict.", "classifier.", "head.2."))]
+    assert all(torch.equal(after[key], before[key]) for key in rest)
 
 
 OURS = ["person", "car", "boat"]
