@@ -21,6 +21,7 @@ import mobilevit
 from mobilevit.imaging.preprocessing import Preprocessing
 from mobilevit.models import MODELS, published_preprocessing
 from mobilevit.models.deeplabv3 import DeepLabv3Config
+from mobilevit.models.pspnet import PSPNetConfig
 from mobilevit.weights.convert import convert_state_dict
 from mobilevit.weights.pretrained import PRETRAINED, PretrainedWeights, list_pretrained, resolve
 
@@ -191,6 +192,8 @@ PUBLISHED = (
     (V2, "cvnets_coco", "detection", BOXES),
     (("mobilevitv2_050", "mobilevitv2_100", "mobilevitv2_125", "mobilevitv2_150"), "cvnets_voc", "segmentation", MASKS),
     (V2, "cvnets_ade20k", "segmentation", MASKS),
+    (V2[:5], "cvnets_voc_pspnet", "segmentation", MASKS),
+    (V2[:6], "cvnets_ade20k_pspnet", "segmentation", MASKS),
 )
 
 
@@ -249,6 +252,10 @@ APPLE = "https://docs-assets.developer.apple.com/ml-research/models"
             "mobilevitv2_200.cvnets_ade20k",
             (f"{APPLE}/cvnets-v2/segmentation/ade20k/mobilevitv2/deeplabv3-mobilevitv2-2.0.pt",),
         ),
+        (
+            "mobilevitv2_075.cvnets_voc_pspnet",
+            (f"{APPLE}/cvnets-v2/segmentation/pascalvoc/mobilevitv2/pspnet-mobilevitv2-0.75.pt",),
+        ),
     ],
 )
 def test_addresses(name: str, urls: tuple[str, ...]) -> None:
@@ -261,6 +268,7 @@ def test_addresses(name: str, urls: tuple[str, ...]) -> None:
         ("cvnets_coco", "detection", 80, 32, BOXES),
         ("cvnets_in1k_384", "classification", 1000, 32, AT_384),
         ("cvnets_ade20k", "segmentation", 150, 8, MASKS),
+        ("cvnets_voc_pspnet", "segmentation", 21, 16, MASKS),
     ],
 )
 def test_a_placed_file_of_the_official_names_becomes_the_published_model(
@@ -274,12 +282,12 @@ def test_a_placed_file_of_the_official_names_becomes_the_published_model(
 ) -> None:
     monkeypatch.setenv("MOBILEVIT_HOME", str(tmp_path))
     name = f"mobilevitv2_050.{data}"
-    head = DeepLabv3Config(aux_head=True) if task == "segmentation" else None
+    head = (PSPNetConfig if "pspnet" in data else DeepLabv3Config)(aux_head=True) if task == "segmentation" else None
     theirs = mobilevit.create_model("mobilevitv2_050", task=task, num_classes=num_classes, head=head)
     torch.save(convert_state_dict(theirs.state_dict(), to="cvnets"), tmp_path / f"{name}.pt")
     model = mobilevit.create_model("mobilevitv2_050", task=task, weights=name)
     assert (model.card.preprocessing, len(model.card.classes)) == (preprocessing, num_classes)
-    assert model.config.output_stride == output_stride
+    assert (type(model), model.config.output_stride) == (type(theirs), output_stride)
     assert model.card.provenance["weights"] == name
     first = "stem.conv.weight" if task == "classification" else "backbone.stem.conv.weight"
     assert torch.equal(model.state_dict()[first], theirs.state_dict()[first]), "MobileViTv2 takes RGB everywhere"

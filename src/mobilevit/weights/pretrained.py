@@ -51,8 +51,10 @@ _V2_SEGMENTATION = f"{_MODELS}/cvnets-v2/segmentation"
 _V1 = {"mobilevit_s": "small", "mobilevit_xs": "x-small", "mobilevit_xxs": "xx-small"}
 _V2 = {f"mobilevitv2_{percent:03}": f"{percent / 100}" for percent in range(50, 201, 25)}
 """Models, and how their authors call them in the names of files."""
-_V2_LARGE = {model: size for model, size in _V2.items() if model >= "mobilevitv2_150"}
-_V2_VOC = {model: _V2[model] for model in ("mobilevitv2_050", "mobilevitv2_100", "mobilevitv2_125", "mobilevitv2_150")}
+_V2_LARGE, _V2_TO_150, _V2_TO_175, _V2_VOC = (
+    {f"mobilevitv2_{percent}": _V2[f"mobilevitv2_{percent}"] for percent in some.split()}
+    for some in ("150 175 200", "050 075 100 125 150", "050 075 100 125 150 175", "050 100 125 150")
+)
 
 _AT_384 = Preprocessing(size=(384, 384), crop_fraction=1.0)
 
@@ -94,6 +96,14 @@ _PUBLIC: tuple[tuple[str, TaskName, str, dict[str, str], tuple[str, ...], Prepro
     (
         "cvnets_ade20k", "segmentation", "DeepLabv3 trained on ImageNet-1k, then ADE20k,", _V2,
         (f"{_V2_SEGMENTATION}/ade20k/mobilevitv2/deeplabv3-mobilevitv2-{{size}}.pt",), None,
+    ),
+    (
+        "cvnets_voc_pspnet", "segmentation", "PSPNet trained on ImageNet-1k, then COCO and PASCAL VOC 2012,",
+        _V2_TO_150, (f"{_V2_SEGMENTATION}/pascalvoc/mobilevitv2/pspnet-mobilevitv2-{{size}}.pt",), None,
+    ),
+    (
+        "cvnets_ade20k_pspnet", "segmentation", "PSPNet trained on ImageNet-1k, then ADE20k,", _V2_TO_175,
+        (f"{_V2_SEGMENTATION}/ade20k/mobilevitv2/pspnet-mobilevitv2-{{size}}.pt",), None,
     ),
 )  # fmt: skip
 
