@@ -110,16 +110,17 @@ def test_golden_detection(form: str) -> None:
     assert output.class_logits.shape == (1, 3232, 81)
     if FORMS[form].generation == "mobilevit":
         logits, ours = golden["class_logits.320x320"], output.class_logits
+        tolerance = 1e-3 * logits.abs().max()  # kept in half precision, likewise below
         assert (output.anchors_cxcywh - golden["anchors_cxcywh.320x320"]).abs().max() <= 1e-6
     else:
-        logits, ours = golden["class_logits_every3.320x320"], output.class_logits[:, ::3]
+        logits, ours, tolerance = golden["class_logits_every3.320x320"], output.class_logits[:, ::3], 2e-3
         assert (output.class_logits.logsumexp(2) - golden["class_logsumexp.320x320"]).abs().max() <= 1e-4
-        assert (output.class_logits.argmax(2) == golden["class_argmax.320x320"]).float().mean() >= 0.999
+        assert (output.class_logits.argmax(2) == golden["class_argmax.320x320"]).float().mean() >= 0.9999
         assert (
             zlib.crc32(output.anchors_cxcywh.numpy().tobytes()) == golden_manifest("detection")[form]["anchors_crc32"]
         )
     assert ours.shape == logits.shape
-    assert (ours - logits.float()).abs().max() <= 1e-3 * logits.abs().max()  # kept in half precision
+    assert (ours - logits.float()).abs().max() <= tolerance
 
 
 @pytest.mark.parametrize("form", [form for form in FORMS if form.startswith("segmentation")])
