@@ -383,7 +383,7 @@ def _with_tuples(value: object) -> object:
 def _fits(value: object, hint: object) -> bool:
     """Whether a value is of a field's type; true and 1 are not the same."""
     inner = typing.get_args(hint)
-    if isinstance(hint, types.UnionType):
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):  # the latter with a Literal in it
         return any(_fits(value, kind) for kind in inner)
     if typing.get_origin(hint) is Literal:
         return value in inner
