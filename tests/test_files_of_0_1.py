@@ -105,7 +105,8 @@ def test_checkpoints(name: str, old: Path, tmp_path: Path) -> None:
     if name == "classifier":
         assert model.config.patch_size == (8, 4, 2)
     if name == "segmenter":
-        assert model.head_config == DeepLabv3Config(aspp_channels=64, atrous_rates=(2, 4, 6), aux_head=True)
+        head = DeepLabv3Config(aspp_channels=64, atrous_rates=(2, 4, 6), aux_head=True, aux_channels=128)
+        assert model.head_config == head
 
     again = mobilevit.save(model, tmp_path / "again.safetensors")
     assert_card(card_of(mobilevit.load(again)), name)
