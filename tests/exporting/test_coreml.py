@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_export import SIZE, TASKS, make
+from test_export import NAMES, SIZE, TASKS, make
 
 from mobilevit.exporting import export as exporting
 from mobilevit.exporting.export import export
@@ -32,11 +32,12 @@ def operations(spec: Any) -> list[Any]:
     return list(block.operations)
 
 
-@pytest.mark.parametrize("task", TASKS)
-def test_packages_say_what_they_are(task: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("task", "name"), [*((task, NAMES[0]) for task in TASKS), ("segmentation", NAMES[1])])
+def test_packages_say_what_they_are(task: Any, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[str] = []
     monkeypatch.setattr(exporting.log, "warning", lambda text, *values: told.append(text % values))
-    report = export(make(task), tmp_path, format="coreml", precision="fp16", bake_preprocessing=task == "segmentation")
+    model, baked = make(task, name), task == "segmentation"
+    report = export(model, tmp_path, format="coreml", precision="fp16", bake_preprocessing=baked)
     if not FORMATS["coreml"].runs_here:
         assert report.verified.startswith("coreml does not run on this system")
         assert len(told) == 1

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_export import TASKS, make
+from test_export import NAMES, TASKS, make
 
 import mobilevit
 from mobilevit.data import shapes as drawn
@@ -48,9 +48,10 @@ def test_any_pytorch_program_can_load_it(program: Path) -> None:
     assert logits.shape == (3, 4)
 
 
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("task", TASKS)
-def test_bfloat16_computes_in_bfloat16_and_answers_in_float32(task: Any) -> None:
-    model = make(task)
+def test_bfloat16_computes_in_bfloat16_and_answers_in_float32(task: Any, name: str) -> None:
+    model = make(task, name)
     graph = export_graph(model, image_size=(64, 128))
     halved = in_bfloat16(graph)
     assert next(graph.parameters()).dtype == torch.float32  # the original stays as it is

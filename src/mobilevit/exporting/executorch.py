@@ -1,6 +1,6 @@
 """ExecuTorch: phones and boards, computing on their processors through XNNPACK.
 
-XNNPACK has no LayerNorm, no attention and no broadcasting of maps. ExecuTorch computes these by plain loops, and copies
+XNNPACK has no norms, no attention and no broadcasting of maps. ExecuTorch computes these by plain loops, and copies
 everything to and fro; so the graph is first rewritten into operators that XNNPACK has. XXS at 256 x 256 then takes
 13 ms on one core instead of 53, and a single call does it all.
 """
@@ -19,9 +19,10 @@ from torch.nn import functional as F
 
 from mobilevit.exporting.graph import ExportGraph, Plan, SegmentationGraph
 from mobilevit.exporting.quantization import is_below
-from mobilevit.exporting.rewrites import SplitASPP, set_weights
+from mobilevit.exporting.rewrites import GlobalNormByMeans, SplitASPP, separable_in_rows, set_weights
 from mobilevit.models.deeplabv3 import DeepLabv3
 from mobilevit.models.mobilevit import Attention, ConvNormAct, MobileViTBlock, TransformerLayer
+from mobilevit.models.mobilevitv2 import MobileViTv2Block
 
 if TYPE_CHECKING:
     from executorch.exir import EdgeProgramManager
@@ -151,6 +152,8 @@ def _suited(graph: ExportGraph) -> _SuitedGraph:
                 layer.ffn_norm = _RootMeanSquareNorm(layer.ffn_norm)  # type: ignore[assignment]
                 layer.attention = _SplitAttention(layer.attention)  # type: ignore[assignment]
                 layer.ffn_act.inplace = False
+        elif isinstance(module, MobileViTv2Block):
+            separable_in_rows(module, GlobalNormByMeans)
         elif isinstance(module, DeepLabv3):
             module.aspp = SplitASPP(module.aspp)  # type: ignore[assignment]
     return _SuitedGraph(graph).eval()

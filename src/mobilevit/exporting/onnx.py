@@ -152,7 +152,8 @@ def _module_of(node: NodeProto) -> str:
 def _halve(model: ModelProto) -> ModelProto:
     """Convert to float16, except for means and for nodes that belong to no module.
 
-    In float16, boxes would move by an eighth of a pixel, and the sum behind the mean of a large map can exceed 65504.
+    In float16, boxes would move by an eighth of a pixel, and the sums behind the mean and the variance of a large map,
+    which MobileViTv2's norm takes, too, can exceed 65504.
     LayerNorm is defined to compute in float32 (its stash_type), and softmax subtracts the largest value, so neither
     overflows.
     """
@@ -162,7 +163,7 @@ def _halve(model: ModelProto) -> ModelProto:
     halved: ModelProto = convert_float_to_float16(
         model,
         keep_io_types=True,
-        op_block_list=["ReduceMean"],
+        op_block_list=["ReduceMean", "InstanceNormalization"],
         node_block_list=[node.name for node in model.graph.node if node.name.startswith("/")],
     )
     OnnxModel(halved).topological_sort()  # it has put the casts last

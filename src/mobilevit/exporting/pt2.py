@@ -28,8 +28,8 @@ def convert(plan: Plan, path: Path) -> None:
 def in_bfloat16(graph: ExportGraph) -> ExportGraph:
     """Copy a graph so that it computes in bfloat16, for the same input and float32 outputs.
 
-    PyTorch's kernels for attention and LayerNorm still sum in float32. The last layer computes in float32, because its
-    largest outputs often differ by little; so do the decoding of boxes and the enlarging of logits after it.
+    PyTorch's kernels for attention, softmax and norms still sum in float32. The last layer computes in float32, because
+    its largest outputs often differ by little; so do the decoding of boxes and the enlarging of logits after it.
     """
     graph = copy.deepcopy(graph)
     graph.model.to(torch.bfloat16)
