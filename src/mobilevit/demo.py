@@ -21,7 +21,6 @@ from mobilevit.exporting.export import ExportReport, export
 from mobilevit.files import write_text
 from mobilevit.imaging.decode import Source, find_images
 from mobilevit.imaging.drawing import DARK, contact_sheet, save_image
-from mobilevit.models import config_of
 from mobilevit.results.base import Result
 from mobilevit.results.classification import ClassificationResult
 from mobilevit.runtime.predictor import Predictor
@@ -90,7 +89,7 @@ def run_demo(
         MobileViTError: no such model, or the folder holds something that is not a demo.
     """
     begun = time.monotonic()
-    config_of(model)  # refuses an unknown name before anything is written
+    factory.config_of(model)  # refuses an unknown name before anything is written
     write_shapes, usual_number = _SHAPES[task]
     num_images = usual_number if num_images is None else num_images
     data, unseen, run = out / "data", out / "unseen", out / "run"

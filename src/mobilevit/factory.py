@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,9 +14,10 @@ from torch import Tensor
 
 from mobilevit.card import ModelCard, default_classes
 from mobilevit.errors import MobileViTError, some, unknown
-from mobilevit.models import HEAD_CONFIGS, HEADS, Config, HeadConfig, Model, config_of
+from mobilevit.models import HEAD_CONFIGS, HEADS, MODELS, Config, HeadConfig, Model
 from mobilevit.models.deeplabv3 import DeepLabv3Config
 from mobilevit.models.mobilevit import Backbone, PatchSize
+from mobilevit.models.mobilevitv2 import MobileViTv2Config
 from mobilevit.weights.checkpoint import Weights, find_misfit
 from mobilevit.weights.reading import architecture_of, backbone_of, read_file, read_weights
 
@@ -98,6 +100,22 @@ def create_model(
     if source is not None:
         model.card = _fill(model, source, names)
     return model.eval()
+
+
+def config_of(name: str) -> Config:
+    """Return the shape of a published model.
+
+    Raises:
+        MobileViTError: unknown name; for a width that does not exist, in percent or as a factor, the nearest is told.
+    """
+    if name in MODELS:
+        return MODELS[name]
+    meant, written = None, re.fullmatch(r"mobilevitv2.?(\d+(?:\.\d+)?)", name)
+    if written:
+        width = float(written[1]) / (1 if float(written[1]) < 10 else 100)
+        widths = {abs(c.width - width): other for other, c in MODELS.items() if isinstance(c, MobileViTv2Config)}
+        meant = widths[min(widths)]
+    raise unknown("model", name, MODELS, meant=meant)
 
 
 def build_model(config: Config, card: ModelCard, head: HeadConfig | None = None) -> Model:

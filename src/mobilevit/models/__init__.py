@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -11,7 +10,6 @@ from torch import Tensor
 
 from mobilevit.card import TaskName, default_classes
 from mobilevit.class_names import COCO_CLASSES, VOC_CLASSES
-from mobilevit.errors import unknown
 from mobilevit.imaging.preprocessing import Preprocessing
 from mobilevit.models.deeplabv3 import DeepLabv3, DeepLabv3Config
 from mobilevit.models.mobilevit import XS, XXS, Backbone, MobileViT, MobileViTBackbone, MobileViTConfig, S
@@ -41,22 +39,6 @@ HEAD_CONFIGS: dict[str, type[HeadConfig]] = {
     "pspnet": PSPNetConfig,
 }
 """Types of heads by the names that `create_model` takes."""
-
-
-def config_of(name: str) -> Config:
-    """Return the shape of a published model.
-
-    Raises:
-        MobileViTError: unknown name; for a width that does not exist, in percent or as a factor, the nearest is told.
-    """
-    if name in MODELS:
-        return MODELS[name]
-    meant, written = None, re.fullmatch(r"mobilevitv2.?(\d+(?:\.\d+)?)", name)
-    if written:
-        width = float(written[1]) / (1 if float(written[1]) < 10 else 100)
-        widths = {abs(c.width - width): other for other, c in MODELS.items() if isinstance(c, MobileViTv2Config)}
-        meant = widths[min(widths)]
-    raise unknown("model", name, MODELS, meant=meant)
 
 
 def list_models() -> list[str]:
@@ -107,12 +89,6 @@ def build_backbone(config: Config) -> Backbone:
     return MobileViTBackbone(config) if isinstance(config, MobileViTConfig) else MobileViTv2Backbone(config)
 
 
-def _build_classifier(config: Config, num_classes: int, _: HeadConfig | None) -> Model:
-    if isinstance(config, MobileViTConfig):
-        return MobileViT(config, num_classes)
-    return MobileViTv2(config, num_classes)
-
-
 def _build_detector(config: Config, num_classes: int, head: HeadConfig | None) -> Model:
     assert head is None or isinstance(head, SSDLiteConfig)
     return SSDLite(build_backbone(config), num_classes, head)
@@ -130,7 +106,9 @@ _SEGMENTATION_INPUT = Preprocessing(size=(512, 512), resize_mode="stretch", inte
 
 HEADS: dict[TaskName, Head] = {
     "classification": Head(
-        build=_build_classifier,
+        build=lambda config, num_classes, _: (
+            MobileViT(config, num_classes) if isinstance(config, MobileViTConfig) else MobileViTv2(config, num_classes)
+        ),
         config_types=(),
         num_classes=1000,
         class_names=imagenet_classes,
