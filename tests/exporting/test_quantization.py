@@ -43,11 +43,11 @@ def images(start: int, number: int) -> Tensor:
     return torch.from_numpy(np.stack(scenes)).permute(0, 3, 1, 2)
 
 
-def make(task: str = "classification") -> Any:
+def make(task: str = "classification", name: str = "mobilevit_xxs") -> Any:
     """Weights that are not those of a fresh model, where biases are zero and attention is even."""
     torch.manual_seed(0)
-    model = mobilevit.create_model("mobilevit_xxs", task=task, classes=[f"kind {n}" for n in range(4)])
-    if task != "classification":
+    model = mobilevit.create_model(name, task=task, classes=[f"kind {n}" for n in range(4)])
+    if task != "classification" or name != "mobilevit_xxs":
         shallow(model)
     generator = torch.Generator().manual_seed(1)
     for parameter in model.parameters():
@@ -154,6 +154,13 @@ def test_int8_is_where_it_should_be_and_only_there(made: tuple[Plan, Path]) -> N
     }
 
 
+def test_int8_of_mobilevitv2(tmp_path: Path) -> None:
+    plan = plan_for(make(name="mobilevitv2_050"), "onnx", "int8", keep_float=KEPT)
+    made = plan, write(plan, tmp_path)
+    test_int8_is_near_the_model(made)
+    test_int8_is_where_it_should_be_and_only_there(made)
+
+
 def _has_product(module: Any) -> bool:
     return isinstance(module, torch.nn.Conv2d | torch.nn.Linear)
 
@@ -188,6 +195,10 @@ def test_modules_that_stay_in_float() -> None:
     assert names == (f"{backbone}.stem", f"{backbone}.layer1.0", *blocks, *others, "model.classifier")
     assert is_below(f"{backbone}.layer1.0.expand.conv", names)
     assert not is_below(f"{backbone}.layer1", names)
+    second = float_modules(export_graph(make(name="mobilevitv2_050"), image_size=SIZE))
+    assert [name for name in second if name.endswith("project_out")] == [
+        f"model.layer{number}.1.project_out" for number in (3, 4, 5)
+    ]
 
 
 def test_unknown_layer_to_keep_is_refused(model: Any, tmp_path: Path) -> None:
@@ -224,9 +235,15 @@ def test_int8_with_any_batch(format_: str, tmp_path: Path) -> None:
     assert decibels(plan.graph(normalize(pixels, plan.artifact.card.preprocessing))[0].detach(), found) > 20
 
 
-@pytest.mark.parametrize("task", ["classification", "detection", "segmentation"])
-def test_float16_onnx_takes_and_gives_float32(task: str, tmp_path: Path) -> None:
-    plan = plan_for(make(task), "onnx", "fp16")
+@pytest.mark.parametrize(
+    ("task", "name"),
+    [
+        *((task, "mobilevit_xxs") for task in ("classification", "detection", "segmentation")),
+        ("detection", "mobilevitv2_050"),
+    ],
+)
+def test_float16_onnx_takes_and_gives_float32(task: str, name: str, tmp_path: Path) -> None:
+    plan = plan_for(make(task, name), "onnx", "fp16")
     path = write(plan, tmp_path)
     loaded = onnx.load(path)
     ports = (*loaded.graph.input, *loaded.graph.output)

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from mobilevit.errors import MobileViTError
 from mobilevit.exporting.graph import Plan
 from mobilevit.exporting.quantization import is_below
-from mobilevit.exporting.rewrites import GlobalNormByMeans, SplitASPP
+from mobilevit.exporting.rewrites import GlobalNormByMeans, SplitASPP, separable_in_rows
 from mobilevit.models.deeplabv3 import ASPP
-from mobilevit.models.mobilevitv2 import GlobalNorm
+from mobilevit.models.mobilevitv2 import MobileViTv2Block
 
 if TYPE_CHECKING:
     from ai_edge_litert.schema_py_generated import ModelT
@@ -60,11 +60,11 @@ def _rewrite(graph: nn.Module) -> nn.Module:
     """Copy a graph in a form that the converter handles well."""
     graph = copy.deepcopy(graph)
     for module in list(graph.modules()):
+        if isinstance(module, MobileViTv2Block):
+            separable_in_rows(module, GlobalNormByMeans)
         for name, child in list(module.named_children()):
             if isinstance(child, nn.LayerNorm):
                 setattr(module, name, _LayerNorm(child))
-            elif isinstance(child, GlobalNorm):
-                setattr(module, name, GlobalNormByMeans(child))
             elif isinstance(child, ASPP):
                 setattr(module, name, SplitASPP(child))
     # The converter knows constants by the addresses of contiguous copies, which it frees too early: of two weights
