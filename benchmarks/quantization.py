@@ -54,11 +54,12 @@ def main() -> None:
     parser.add_argument("--calibration", type=int, default=128, help="training images to calibrate on")
     parser.add_argument("--latency", nargs="*", default=[], help="models, such as mobilevit_xxs")
     parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--name", default="quantization", help="of the result file, which has one model for each task")
     arguments = parser.parse_args()
     if len(arguments.checkpoints) != len(arguments.data):
         parser.error("give as many --data as --from")
     torch.set_num_threads(1)
-    path = record.RESULTS / "quantization.json"
+    path = record.RESULTS / f"{arguments.name}.json"
     known = json.loads(path.read_text()) if path.is_file() else {}
     tasks, latency = known.get("tasks", {}), known.get("latency", {})
     for checkpoint, data in zip(arguments.checkpoints, arguments.data, strict=True):
@@ -66,7 +67,7 @@ def main() -> None:
         tasks[task] = merged(tasks.get(task, {}), figures)
     for name in arguments.latency:
         latency[name] = latencies(name, arguments) | {"unit": UNIT}
-    record.write("quantization", {"tasks": tasks, "latency": latency})
+    record.write(arguments.name, {"tasks": tasks, "latency": latency})
 
 
 def merged(known: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:
