@@ -296,7 +296,7 @@ def test_bad_checkpoints(run: Path, shapes: Path, tmp_path: Path, capsys: pytest
     image = str(find_images(shapes)[0])
     assert "cut.safetensors: damaged" in refused(["predict", str(cut), image], capsys)
     assert "code.pt: this pickle may run code" in refused(["predict", str(code), image], capsys)
-    assert "a checkpoint for segmentation!!" in refused(["predict", str(other), image], capsys)
+    assert "a checkpoint of mobilevit_xxs for segmentation!!" in refused(["predict", str(other), image], capsys)
     assert "none.safetensors: no such" in refused(["predict", "none.safetensors", image], capsys)
     assert "damaged" in refused(
         ["train", "--data", str(shapes), "--out", str(tmp_path / "r"), "--weights", str(cut)], capsys

@@ -94,7 +94,8 @@ def test_hardly_anything_is_left_outside_of_xnnpack(classifier: Exported) -> Non
 def test_int8_is_smaller_and_agrees(classifier: Exported, images: Path, tmp_path: Path) -> None:
     whole = classifier.report
     small = export(classifier.model, tmp_path, format="executorch", precision="int8", calibration=images, verify=False)
-    assert small.num_bytes < 0.5 * whole.num_bytes
+    # More of MobileViTv2's weights stay in float, and a shallow model has few others.
+    assert small.num_bytes < (0.5 if classifier.model.card.name == "mobilevit_xxs" else 0.7) * whole.num_bytes
     paths = find_images(images)
     one, other = (mobilevit.Predictor(report.path, threads=1)(paths) for report in (whole, small))
     difference = [np.abs(a.probabilities - b.probabilities).max() for a, b in zip(one, other, strict=True)]
