@@ -95,7 +95,7 @@ def test_int8_is_smaller_and_agrees(classifier: Exported, images: Path, tmp_path
     whole = classifier.report
     small = export(classifier.model, tmp_path, format="executorch", precision="int8", calibration=images, verify=False)
     # More of MobileViTv2's weights stay in float, and a shallow model has few others.
-    assert small.num_bytes < (0.5 if classifier.model.card.name == "mobilevit_xxs" else 0.7) * whole.num_bytes
+    assert small.num_bytes < (0.5 if classifier.model.card.name == "mobilevit_xxs" else 0.75) * whole.num_bytes
     paths = find_images(images)
     one, other = (mobilevit.Predictor(report.path, threads=1)(paths) for report in (whole, small))
     difference = [np.abs(a.probabilities - b.probabilities).max() for a, b in zip(one, other, strict=True)]
