@@ -19,6 +19,7 @@ from torch import nn
 import mobilevit
 import record
 from mobilevit.benchmarking import peers
+from mobilevit.devices import keep_freed_memory
 from mobilevit.tasks.classification import classification_loss
 from mobilevit.training.config import OptimizerSettings
 from mobilevit.training.learner import WeightAverage, make_optimizer
@@ -34,6 +35,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=32)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    keep_freed_memory()  # for all sides, as in a run
     name, num_classes = arguments.model, 5
     timm = peers.timm_model(name, num_classes)
     sides = {
