@@ -21,8 +21,7 @@ def float_modules(graph: nn.Module, keep_float: Sequence[str] = ()) -> tuple[str
     conversion.
 
     In MobileViTv2, the layers that read the last norm of a block stay in float, too: the norm is of the whole map, so a
-    few tokens far out make the steps of all others coarse. They have 4 % of the weights (width 0.5), and in float the
-    logits have 1 to 2 dB less noise.
+    few tokens far out make the steps of all others coarse. They have 4 % of the weights (width 0.5).
 
     Raises:
         MobileViTError: `keep_float` names a module that is not in the graph.

@@ -94,7 +94,10 @@ def backbone_of(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def architecture_of(state: Mapping[str, Tensor]) -> str | None:
     """Name the model whose backbone has the tensors of these weights, if there is one."""
     backbone = backbone_of(state)
+    last_channels = len(backbone.get("layer5.0.project.conv.weight", ()))
     for name, config in MODELS.items():
+        if config.channels[-1] != last_channels:
+            continue
         with torch.device("meta"):
             ours = build_backbone(config).state_dict()
         if not find_misfit(ours, backbone):
@@ -107,13 +110,11 @@ def _published_shape(state: Mapping[str, Tensor], config: Config) -> tuple[Confi
 
     The published forms of output stride 8 have 512 channels on MobileViT, and ADE20k's 150 classes on MobileViTv2.
     """
-    widths = (len(state.get(f"{key}.conv.weight", ())) for key in ("aspp.near", "psp.project", "aux_head.0"))
-    aspp_channels, channels, aux_channels = widths
+    layers = ("aspp.near.conv", "psp.project.conv", "aux_head.0.conv", "classifier")
+    aspp_channels, channels, aux_channels, num_classes = (len(state.get(f"{layer}.weight", ())) for layer in layers)
     if not (aspp_channels or channels):
         return config, None
-    fine = (
-        aspp_channels == 512 if isinstance(config, MobileViTConfig) else len(state.get("classifier.weight", ())) == 150
-    )
+    fine = aspp_channels == 512 if isinstance(config, MobileViTConfig) else num_classes == 150
     config = dataclasses.replace(config, output_stride=8 if fine else 16)
     has_aux, aux = aux_channels > 0, aux_channels or None
     if channels:
