@@ -92,6 +92,17 @@ def test_groups_cover_every_trainable_parameter_once() -> None:
     assert of[id(model.classifier.bias)]["weight_decay"] == 0.0
 
 
+def test_learning_rate_falls_by_the_stages_that_a_model_has() -> None:
+    model = mobilevit.create_model("mobilevitv2_050", num_classes=2)
+    groups = make_optimizer(model, OptimizerSettings(layer_decay=0.5), torch.device("cpu")).param_groups
+    factor_of = {id(p): group["lr_factor"] for group in groups for p in group["params"]}
+    factors = [
+        {factor_of[id(p)] for p in getattr(model, stage).parameters()}
+        for stage in ("stem", "layer1", "layer2", "layer3", "layer4", "layer5", "classifier")
+    ]
+    assert factors == [{0.5**stages} for stages in range(6, -1, -1)]
+
+
 def test_published_recipe_is_one_group() -> None:
     model = mobilevit.create_model("mobilevit_xxs", num_classes=2)
     optimizer = make_optimizer(model, OptimizerSettings(), torch.device("cpu"))

@@ -362,6 +362,17 @@ class Backbone(nn.Module):
         """Give a module, and all in it, initial weights and channels-last memory."""
         raise NotImplementedError
 
+    def initialize_detection(self, module: nn.Module) -> None:
+        """`initialize` for what SSDLite adds to the backbone."""
+        self.initialize(module)
+
+    @staticmethod
+    def initialize_prediction(conv: nn.Conv2d) -> None:
+        """Start a last convolution so small that all classes are equally likely and boxes stay where anchors are."""
+        nn.init.normal_(conv.weight, std=0.01)
+        assert conv.bias is not None
+        nn.init.zeros_(conv.bias)
+
     @property
     def size_multiple(self) -> tuple[int, int]:
         """(height, width) whose multiples are the input sizes at which patches divide every map, without resizing."""
@@ -455,10 +466,3 @@ def _init_weights(module: nn.Module) -> None:
     elif isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
         nn.init.zeros_(module.bias)
-
-
-def initialize_prediction(conv: nn.Conv2d) -> None:
-    """Start a last convolution so small that all classes are equally likely and boxes stay where the anchors are."""
-    nn.init.normal_(conv.weight, std=0.01)
-    assert conv.bias is not None
-    nn.init.zeros_(conv.bias)

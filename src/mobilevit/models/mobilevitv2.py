@@ -202,6 +202,15 @@ class MobileViTv2Backbone(Backbone):
         """Keep PyTorch's initial weights: the official code names others in its settings, but does not apply them."""
         module.to(memory_format=torch.channels_last)
 
+    def initialize_detection(self, module: nn.Module) -> None:
+        """Convolutions: Xavier uniform, which the official code does apply here."""
+        self.initialize(module)
+        module.apply(_init_xavier)
+
+    @staticmethod
+    def initialize_prediction(conv: nn.Conv2d) -> None:
+        """Keep what the layers before it have, as the official code does."""
+
 
 class MobileViTv2(MobileViTv2Backbone):
     """MobileViTv2 for classification: no 1x1 convolution before pooling and no dropout, unlike the first MobileViT.
@@ -218,11 +227,16 @@ class MobileViTv2(MobileViTv2Backbone):
         super().__init__(config)
         self.num_classes = num_classes
         self.classifier: nn.Module = nn.Linear(config.channels[-1], num_classes) if num_classes else nn.Identity()
-        if isinstance(self.classifier, nn.Linear):
-            nn.init.xavier_uniform_(self.classifier.weight)
-            nn.init.zeros_(self.classifier.bias)
+        self.classifier.apply(_init_xavier)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.forward_features(x)[self._feature_strides[-1]]  # (B, C5, H / 32, W / 32)
         x = self.classifier(x.mean((2, 3)))  # (B, K)
         return x
+
+
+def _init_xavier(module: nn.Module) -> None:
+    if isinstance(module, nn.Conv2d | nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mobilevit.card import ModelCard
-from mobilevit.models.mobilevit import Backbone, ConvNormAct, initialize_prediction
+from mobilevit.models.mobilevit import Backbone, ConvNormAct
 
 
 class SegmentationOutput(NamedTuple):
@@ -58,10 +58,10 @@ class Segmenter(nn.Module):
             aux_classifier = nn.Conv2d(aux_channels, self.num_classes, 1)
             self.aux_head = nn.Sequential(aux_conv, nn.Dropout2d(dropout), aux_classifier)
         self.backbone.initialize(context)
-        initialize_prediction(self.classifier)
+        self.backbone.initialize_prediction(self.classifier)
         if self.aux_head is not None:
             self.backbone.initialize(self.aux_head)
-            initialize_prediction(aux_classifier)
+            self.backbone.initialize_prediction(aux_classifier)
 
     def context(self, x: Tensor) -> Tensor:
         """Look around. Shape: (B, C, h, w) -> (B, channels, h, w)."""

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from mobilevit.card import ModelCard
 from mobilevit.errors import MobileViTError
-from mobilevit.models.mobilevit import Backbone, ConvNormAct, initialize_prediction
+from mobilevit.models.mobilevit import Backbone, ConvNormAct
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,10 +169,10 @@ class SSDLite(nn.Module):
             last = len(self.heads) == len(levels) - 1
             self.heads.append(DetectionHead(channels, head_channels, anchors, num_classes + 1, separable=not last))
         for part in (self.extra, self.pool, self.heads):
-            backbone.initialize(part)
+            backbone.initialize_detection(part)
         for head in self.heads:
             assert isinstance(head, DetectionHead)
-            initialize_prediction(head.predict)
+            backbone.initialize_prediction(head.predict)
 
     def forward(self, x: Tensor) -> DetectionOutput:
         features = self.backbone.forward_features(x)

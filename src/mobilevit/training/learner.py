@@ -244,10 +244,11 @@ def _amp_dtype(amp: str, device: torch.device) -> torch.dtype | None:
 _STAGES = ("stem", "layer1", "layer2", "layer3", "layer4", "layer5", "head_conv")
 
 
-def _stages_to_head(parameter: str) -> int:
-    """Count the stages from a parameter's to the head; 0 if it belongs to what a task adds to the backbone."""
-    stage = parameter.removeprefix("backbone.").partition(".")[0]
-    return len(_STAGES) - _STAGES.index(stage) if stage in _STAGES else 0
+def _stages_to_head(model: nn.Module) -> dict[str, int]:
+    """Count the stages from each parameter to the head; 0 for what a task adds to the backbone."""
+    stages = {name: name.removeprefix("backbone.").partition(".")[0] for name, _ in model.named_parameters()}
+    present = [stage for stage in _STAGES if stage in stages.values()]
+    return {name: len(present) - present.index(stage) if stage in present else 0 for name, stage in stages.items()}
 
 
 def make_optimizer(model: nn.Module, settings: OptimizerSettings, device: torch.device) -> torch.optim.Optimizer:
@@ -256,12 +257,13 @@ def make_optimizer(model: nn.Module, settings: OptimizerSettings, device: torch.
     Trainable parameters are grouped by weight decay and by learning rate relative to the schedule's (`lr_factor`).
     """
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    stages_to_head = _stages_to_head(model)
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         decays = settings.decay_norm_and_bias or parameter.ndim > 1
-        factor = settings.layer_decay ** _stages_to_head(name)
-        if _stages_to_head(name) == 0 and settings.head_lr_factor is not None:
+        factor = settings.layer_decay ** stages_to_head[name]
+        if stages_to_head[name] == 0 and settings.head_lr_factor is not None:
             factor = settings.head_lr_factor
         groups.setdefault((factor, settings.weight_decay if decays else 0.0), []).append(parameter)
     told = [
