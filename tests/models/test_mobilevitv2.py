@@ -14,7 +14,7 @@ import mobilevit
 from golden_weights import fill_with_golden_weights, golden_parameter_counts
 from mobilevit.card import TaskName
 from mobilevit.models import HEADS, MODELS
-from mobilevit.models.deeplabv3 import DeepLabv3Config
+from mobilevit.models.deeplabv3 import DeepLabv3, DeepLabv3Config
 from mobilevit.models.mobilevit import ConvNormAct
 from mobilevit.models.mobilevitv2 import (
     GlobalNorm,
@@ -23,6 +23,7 @@ from mobilevit.models.mobilevitv2 import (
     MobileViTv2Config,
     SeparableAttention,
 )
+from mobilevit.models.ssdlite import SSDLite
 
 COUNTS = golden_parameter_counts()
 SMALLEST = MobileViTv2Config(width=0.5)
@@ -155,7 +156,7 @@ def test_the_bias_of_the_query_has_no_effect() -> None:
 
 
 def test_initial_weights_are_the_published_ones() -> None:
-    """PyTorch's own, uniform within 1 / sqrt(fan_in), in the backbone and heads; Xavier's in the classifier."""
+    """PyTorch's own, uniform within 1 / sqrt(fan_in), in the backbone; Xavier's in the classifier."""
     model = MobileViTv2(MobileViTv2Config(width=1.0))
     convs = [m.conv for m in model.modules() if isinstance(m, ConvNormAct)]
     linears = [m for m in model.modules() if isinstance(m, nn.Linear) and m is not model.classifier]
@@ -169,6 +170,23 @@ def test_initial_weights_are_the_published_ones() -> None:
     bound = (6 / (512 + 1000)) ** 0.5
     assert 0.99 * bound < model.classifier.weight.abs().max() <= bound
     assert not model.classifier.bias.any()
+
+
+def test_initial_weights_of_heads_are_the_published_ones() -> None:
+    """Xavier's in SSDLite, PyTorch's own in segmentation."""
+    detector = mobilevit.create_model("mobilevitv2_050", task="detection", num_classes=80)
+    assert isinstance(detector, SSDLite)
+    for part in (detector.extra, detector.pool, detector.heads):
+        for conv in (m for m in part.modules() if isinstance(m, nn.Conv2d)):
+            bound = (6 / (conv.weight[0].numel() + conv.weight[:, 0].numel())) ** 0.5
+            assert 0.9 * bound < conv.weight.abs().max() <= bound
+            assert conv.bias is None or not conv.bias.any()
+    segmenter = mobilevit.create_model("mobilevitv2_050", task="segmentation", num_classes=21)
+    assert isinstance(segmenter, DeepLabv3)
+    classifier = segmenter.classifier
+    assert 0.9 * 512**-0.5 < classifier.weight.abs().max() <= 512**-0.5
+    assert classifier.bias is not None
+    assert classifier.bias.any()
 
 
 def test_impossible_configurations_are_refused() -> None:

@@ -51,8 +51,9 @@ class Learner:
         self.preprocessing = self.card.preprocessing
         model = model.to(device)
         if config.freeze_backbone:
+            stages_to_head = _stages_to_head(model)
             for name, parameter in model.named_parameters():
-                parameter.requires_grad = _stages_to_head(name) == 0
+                parameter.requires_grad = stages_to_head[name] == 0
         if config.hardware.sync_batch_norm and world.size > 1:
             if device.type != "cuda":
                 raise MobileViTError("`sync_batch_norm` needs GPUs; leave it out")
@@ -88,7 +89,7 @@ class Learner:
         self.model.train()
         if self.config.freeze_backbone:
             for name, child in getattr(self.model, "backbone", self.model).named_children():
-                if _stages_to_head(name) > 0:
+                if name in _STAGES:
                     child.eval()
 
     def step(self, batch: Batch, *, share: float, learning_rate: float | None) -> Tensor | None:
