@@ -260,7 +260,7 @@ def generations_table(results: Results) -> str:
     ):
         for model, file in files.items():
             if run := results.get(file):
-                of_case.setdefault(name, {})[model] = percent(run.get("test", run)[figure])
+                of_case.setdefault(name, {})[model] = f"{percent(run.get('test', run)[figure])}, {run['epochs']} epochs"
     rows = [
         [row, *(cells.get(model, "") for model in models)]
         for row, cells in of_case.items()

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from mobilevit.card import default_classes
-from mobilevit.class_names import COCO_CLASSES, VOC_CLASSES
+from mobilevit.class_names import ADE20K_CLASSES, COCO_CLASSES, VOC_CLASSES
 from mobilevit.factory import create_model
 from mobilevit.models import HEADS, MODELS, imagenet_classes
 from mobilevit.models.deeplabv3 import DeepLabv3, DeepLabv3Config
@@ -49,9 +49,11 @@ def test_names_of_public_classes() -> None:
     segmentation = torchvision.models.segmentation.DeepLabV3_ResNet50_Weights.COCO_WITH_VOC_LABELS_V1.meta["categories"]
     assert tuple(segmentation[1:]) == VOC_CLASSES[1:]
     assert VOC_CLASSES[0] == "background"
+    assert (len(set(ADE20K_CLASSES)), ADE20K_CLASSES[12], ADE20K_CLASSES[149]) == (150, "person", "flag")
     for task, classes in (
         ("detection", COCO_CLASSES),
         ("segmentation", VOC_CLASSES),
+        ("segmentation", ADE20K_CLASSES),
         ("classification", imagenet_classes()),
     ):
         model = HEADS[task].build(MODELS["mobilevit_xxs"], len(classes), None)

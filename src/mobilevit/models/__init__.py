@@ -9,7 +9,7 @@ from functools import cache
 from torch import Tensor
 
 from mobilevit.card import TaskName, default_classes
-from mobilevit.class_names import COCO_CLASSES, VOC_CLASSES
+from mobilevit.class_names import ADE20K_CLASSES, COCO_CLASSES, VOC_CLASSES
 from mobilevit.imaging.preprocessing import Preprocessing
 from mobilevit.models.deeplabv3 import DeepLabv3, DeepLabv3Config
 from mobilevit.models.mobilevit import XS, XXS, Backbone, MobileViT, MobileViTBackbone, MobileViTConfig, S
@@ -64,8 +64,8 @@ class Head:
     """Types of the head's shape, the usual one first; none if the head has no shape of its own."""
     num_classes: int
     """Classes of the data behind the public weights, which a new model has, too."""
-    class_names: Callable[[], tuple[str, ...]]
-    """Names of these classes."""
+    class_names: Mapping[int, Callable[[], tuple[str, ...]]]
+    """Names of the classes of public weights, by their number."""
     output_stride: int
     """Output stride of a new model."""
     preprocessing: Preprocessing
@@ -78,10 +78,11 @@ class Head:
     """Rows of an anchor before those of the classes: four of the box and one of the background."""
 
     def guess_classes(self, state: Mapping[str, Tensor]) -> tuple[str, ...]:
-        """Name the classes of weights that do not: those of the public data if their number fits, else placeholders."""
+        """Name the classes of weights that do not: those of public data of as many classes, else placeholders."""
         rows = len(state.get(f"{self.class_layers[0]}.weight", ()))  # 0 without a classifier
         num_classes = max(rows // self.anchors - self.other_rows, 0)
-        return self.class_names() if num_classes == self.num_classes else default_classes(num_classes)
+        public = self.class_names.get(num_classes)
+        return public() if public is not None else default_classes(num_classes)
 
 
 def build_backbone(config: Config) -> Backbone:
@@ -111,7 +112,7 @@ HEADS: dict[TaskName, Head] = {
         ),
         config_types=(),
         num_classes=1000,
-        class_names=imagenet_classes,
+        class_names={1000: imagenet_classes},
         output_stride=32,
         preprocessing=Preprocessing(),
         class_layers=("classifier",),
@@ -120,7 +121,7 @@ HEADS: dict[TaskName, Head] = {
         build=_build_detector,
         config_types=(SSDLiteConfig,),
         num_classes=len(COCO_CLASSES),
-        class_names=lambda: COCO_CLASSES,
+        class_names={len(COCO_CLASSES): lambda: COCO_CLASSES},
         output_stride=32,
         preprocessing=_DETECTION_INPUT,
         class_layers=tuple(f"heads.{level}.predict" for level in range(6)),
@@ -131,7 +132,7 @@ HEADS: dict[TaskName, Head] = {
         build=_build_segmenter,
         config_types=(DeepLabv3Config, PSPNetConfig),
         num_classes=len(VOC_CLASSES),
-        class_names=lambda: VOC_CLASSES,
+        class_names={len(VOC_CLASSES): lambda: VOC_CLASSES, len(ADE20K_CLASSES): lambda: ADE20K_CLASSES},
         output_stride=16,
         preprocessing=_SEGMENTATION_INPUT,
         class_layers=("classifier", "aux_head.2"),
