@@ -10,10 +10,12 @@ import torch
 from torch import nn
 
 import mobilevit
+from mobilevit.models.mobilevitv2 import GlobalNorm
 
 pytestmark = pytest.mark.gpu
 
 TASKS = ("classification", "detection", "segmentation")
+each_generation = pytest.mark.parametrize("name", ["mobilevit_xxs", "mobilevitv2_050"])
 # Largest distance from the CPU's float32, relative to the length of the answer.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 4e-2}
 
@@ -26,9 +28,9 @@ def distance(ours: torch.Tensor, reference: torch.Tensor) -> float:
     return float((ours.cpu().double() - reference.double()).norm() / reference.double().norm())
 
 
-def lively_model(task: str) -> nn.Module:
+def lively_model(name: str, task: str) -> nn.Module:
     """Evaluation mode, with statistics and gains that are not those of a fresh model."""
-    model = mobilevit.create_model("mobilevit_xxs", task=task, num_classes=5)
+    model = mobilevit.create_model(name, task=task, num_classes=5)
     model.train()
     with torch.no_grad():
         for _ in range(4):
@@ -37,13 +39,15 @@ def lively_model(task: str) -> nn.Module:
 
 
 def layouts(model: nn.Module, images: torch.Tensor) -> dict[str, bool]:
-    """Whether the map that each module returned lies channels-last."""
+    """Whether the map that each module returned lies channels-last; tokens of a transformer are no maps."""
     found: dict[str, bool] = {}
 
     def note(name: str) -> Any:
-        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        def hook(module: nn.Module, _inputs: Any, output: Any) -> None:
             # A map of one pixel or one channel lies every way at once.
-            if isinstance(output, torch.Tensor) and output.ndim == 4 and min(output.shape[1:]) > 1:
+            tokens = "transformer" in name or isinstance(module, GlobalNorm)
+            is_map = isinstance(output, torch.Tensor) and output.ndim == 4 and not tokens
+            if is_map and min(output.shape[1:]) > 1:
                 found[name] = output.is_contiguous(memory_format=torch.channels_last)
 
         return hook
@@ -58,10 +62,11 @@ def layouts(model: nn.Module, images: torch.Tensor) -> dict[str, bool]:
 @pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
 @pytest.mark.parametrize("precision", list(TOLERANCE), ids=["fp32", "fp16", "bf16"])
 @pytest.mark.parametrize("task", TASKS)
+@each_generation
 def test_answers_are_those_of_float32_on_the_cpu(
-    task: str, precision: torch.dtype, fused: bool, device: torch.device
+    name: str, task: str, precision: torch.dtype, fused: bool, device: torch.device
 ) -> None:
-    model = lively_model(task)
+    model = lively_model(name, task)
     images = torch.rand(4, 3, 128, 128)
     with torch.inference_mode():
         wanted = tensors_of(model(images))
@@ -80,18 +85,20 @@ def test_answers_are_those_of_float32_on_the_cpu(
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 @pytest.mark.parametrize("task", TASKS)
-def test_every_map_lies_channels_last(task: str, training: bool, device: torch.device) -> None:
-    model = mobilevit.create_model("mobilevit_xxs", task=task, num_classes=5).to(device).train(training)
+@each_generation
+def test_every_map_lies_channels_last(name: str, task: str, training: bool, device: torch.device) -> None:
+    model = mobilevit.create_model(name, task=task, num_classes=5).to(device).train(training)
     images = torch.rand(2, 3, 128, 128, device=device)
     with torch.autocast(device.type, dtype=torch.bfloat16):
         found = layouts(model, images)
-    assert [name for name, kept in found.items() if not kept] == []
+    assert [module for module, kept in found.items() if not kept] == []
     assert len(found) > 60
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
-def test_no_kernel_changes_the_layout(training: bool, cuda: torch.device) -> None:
-    model = mobilevit.create_model("mobilevit_xxs", num_classes=5).to(cuda).train(training)
+@each_generation
+def test_no_kernel_changes_the_layout(name: str, training: bool, cuda: torch.device) -> None:
+    model = mobilevit.create_model(name, num_classes=5).to(cuda).train(training)
     images = torch.rand(8, 3, 128, 128, device=cuda).to(memory_format=torch.channels_last)
 
     def run() -> None:
@@ -106,7 +113,7 @@ def test_no_kernel_changes_the_layout(training: bool, cuda: torch.device) -> Non
         torch.cuda.synchronize()
     kernels = {event.name for event in profile.events()}
     assert len(kernels) > 10
-    assert [name for name in kernels if "nchwtonhwc" in name.lower() or "nhwctonchw" in name.lower()] == []
+    assert [kernel for kernel in kernels if "nchwtonhwc" in kernel.lower() or "nhwctonchw" in kernel.lower()] == []
 
 
 @pytest.mark.parametrize("name", ["mobilevit_xxs", "mobilevit_xs", "mobilevit_s"])
