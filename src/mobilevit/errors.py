@@ -40,7 +40,8 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 def unknown(kind: str, name: str, known: Iterable[str], *, meant: str | None = None) -> MobileViTError:
     """Make the error for a name that does not exist: `meant`, or else the nearest, is suggested, and all are listed."""
     known = list(known)
-    return MobileViTError(f"unknown {kind} {name!r}; {did_you_mean(meant or name, known)}There are {', '.join(known)}")
+    near = did_you_mean(meant or name, known)
+    return MobileViTError(f"unknown {kind} {name!r}; {near}{'There' if near else 'there'} are {', '.join(known)}")
 
 
 def some(names: Sequence[str], limit: int = 5) -> str:

@@ -137,9 +137,9 @@ def load(path: str | os.PathLike[str]) -> Model:
     """Load a checkpoint: architecture, classes and preprocessing come from the file, and are in `model.card`.
 
     A file from ml-cvnets, timm or transformers does not hold these: architecture and task are recognized by its names
-    and shapes, the classes are taken for those of ImageNet, COCO or VOC where there are 1000, 80 or 21, the patch size
-    for 2, 2, 2, and DeepLabv3 for one of output stride 8 where it has 512 channels, on MobileViT, or 150 classes, on
-    MobileViTv2 (see `create_model` to say otherwise).
+    and shapes, the classes are taken for those of ImageNet, COCO, VOC or ADE20k where there are 1000, 80, 21 or 150,
+    the patch size for 2, 2, 2, and DeepLabv3 for one of output stride 8 where it has 512 channels, on MobileViT, or 150
+    classes, on MobileViTv2 (see `create_model` to say otherwise).
 
     Raises:
         MobileViTError: the file is missing, damaged, unsafe, or no MobileViT.

@@ -213,7 +213,7 @@ def test_names() -> None:
     assert [name for name, one in PRETRAINED.items() if one.name != name] == []
     with pytest.raises(ValueError, match=r"^unknown weights 'mobilevit_xs\.cvnet'; did you mean mobilevit_xs\.cvnets"):
         resolve("mobilevit_xs.cvnet")
-    with pytest.raises(ValueError, match=r"^unknown weights '123'; There are mobilevit_s\.cvnets_coco, "):
+    with pytest.raises(ValueError, match=r"^unknown weights '123'; there are mobilevit_s\.cvnets_coco, "):
         resolve("123")
 
 
