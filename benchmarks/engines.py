@@ -29,7 +29,6 @@ import onnxruntime
 import openvino
 import torch
 from numpy.typing import NDArray
-from torch import nn
 
 import mobilevit
 import record
@@ -37,6 +36,7 @@ from mobilevit.benchmarking import peers
 from mobilevit.card import card_of
 from mobilevit.exporting.graph import Plan, export_graph
 from mobilevit.exporting.onnx import to_proto
+from mobilevit.models import Model
 from mobilevit.runtime.artifact import Artifact
 
 Array = NDArray[Any]
@@ -182,9 +182,14 @@ def serve(case: Case, side: str, pipe: Connection) -> None:
 # -- what a side runs -------------------------------------------------------------------------------------------------
 
 
-def ours(name: str) -> nn.Module:
+def built(name: str) -> Model:
+    """Ours before `fuse`; the peers get its weights."""
     torch.manual_seed(1)
-    return mobilevit.fuse(mobilevit.create_model(name))
+    return mobilevit.create_model(name)
+
+
+def ours(name: str) -> Model:
+    return mobilevit.fuse(built(name))
 
 
 def prepare(case: Case, side: str, x: torch.Tensor) -> Run:
@@ -201,10 +206,8 @@ def in_pytorch(case: Case, who: str, x: torch.Tensor, *, channels_last: bool) ->
     amp = case.engine.endswith("bf16")
     if who == "mobilevit":
         model, channels_last = ours(case.model), True
-    elif who == "timm":
-        model = peers.timm_model(case.model).eval()
     else:
-        model = peers.transformers_model(case.model).eval()
+        model = peers.peer_of(built(case.model), who)
     if channels_last:
         model = model.to(memory_format=torch.channels_last)
         x = x.contiguous(memory_format=torch.channels_last)
@@ -234,7 +237,9 @@ def onnx_file(name: str, who: str, batch: int, *, stepwise: bool = True) -> byte
         plan = Plan(graph=graph, artifact=artifact, example=graph.example(batch, (256, 256)))
         return to_proto(plan, stepwise=stepwise).SerializeToString()
     example = (torch.rand(batch, 3, 256, 256),)
-    exported = torch.onnx.export(peers.timm_model(name).eval(), example, dynamo=True, opset_version=18, verbose=False)
+    exported = torch.onnx.export(
+        peers.peer_of(built(name), "timm"), example, dynamo=True, opset_version=18, verbose=False
+    )
     assert exported is not None
     return exported.model_proto.SerializeToString()
 
@@ -263,7 +268,7 @@ def in_openvino(case: Case, who: str, images: Array, chunk: int, *, direct: bool
     core = openvino.Core()
     if direct:
         with torch.no_grad():
-            program = torch.export.export(peers.timm_model(case.model).eval(), (torch.from_numpy(images),))
+            program = torch.export.export(peers.peer_of(built(case.model), "timm"), (torch.from_numpy(images),))
             model = openvino.convert_model(program)
     else:
         model = core.read_model(onnx_file(case.model, who, chunk, stepwise=not case.engine.endswith("bf16")))

@@ -36,9 +36,9 @@ def main() -> None:
 def compare(name: str, batch: int, rounds: int) -> dict[str, object]:
     model = mobilevit.create_model(name)
     sides = {
-        "timm": peers.timm_model(name).eval(),
-        "timm channels_last": peers.timm_model(name).eval().to(memory_format=torch.channels_last),
-        "transformers": peers.transformers_model(name).eval(),
+        "timm": peers.peer_of(model, "timm"),
+        "timm channels_last": peers.peer_of(model, "timm").to(memory_format=torch.channels_last),
+        "transformers": peers.peer_of(model, "transformers"),
         "mobilevit": model,
         "mobilevit fused": mobilevit.fuse(model),
     }
@@ -48,9 +48,7 @@ def compare(name: str, batch: int, rounds: int) -> dict[str, object]:
     times: dict[str, list[float]] = {side: [] for side in sides}
     for number in range(rounds + 2):
         for side, network in sides.items():
-            if side == "transformers" and number > 6:
-                continue  # ten times slower; a few rounds tell
-            repeats = 4 if batch == 1 and side != "transformers" else 1
+            repeats = 4 if batch == 1 else 1
             start = time.perf_counter()
             for _ in range(repeats):
                 network(inputs[side])

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from mobilevit.benchmarking.contenders import Network
 from mobilevit.card import card_of
 from mobilevit.errors import MissingPackageError, MobileViTError
 from mobilevit.imaging.preprocessing import Preprocessing
-from mobilevit.models import MODELS
+from mobilevit.models import MODELS, Model
 from mobilevit.models.mobilevitv2 import MobileViTv2Config
 from mobilevit.weights.convert import convert_state_dict
 
@@ -79,15 +80,25 @@ def build(network: Network) -> tuple[nn.Module, Preprocessing]:
     preprocessing = replace(card.preprocessing, size=network.image_size)
     if network.origin == "mobilevit":
         return ours, preprocessing
-    if network.origin == "timm":
+    return peer_of(ours, network.origin, network.clone), preprocessing
+
+
+def peer_of(ours: Model, origin: Literal["timm", "transformers", "cvnets"], clone: str | None = None) -> nn.Module:
+    """Build the peer's own model with the weights of ours, in eval mode; `clone` is that of ml-cvnets.
+
+    Weights matter for speed, too: with the initial ones of transformers, outputs shrink to denormal numbers, which take
+    some processors ten times as long.
+    """
+    card = card_of(ours)
+    if origin == "timm":
         peer = timm_model(card.name, len(card.classes))
-    elif network.origin == "transformers":
+    elif origin == "transformers":
         peer = transformers_model(card.name, len(card.classes))
     else:
-        assert network.clone is not None
-        peer = cvnets_model(card.name, network.clone, len(card.classes))
-    load_weights(peer, convert_state_dict(ours.state_dict(), to=network.origin))
-    return peer.eval(), preprocessing
+        assert clone is not None
+        peer = cvnets_model(card.name, clone, len(card.classes))
+    load_weights(peer, convert_state_dict(ours.state_dict(), to=origin))
+    return peer.eval()
 
 
 def timm_model(name: str, num_classes: int = 1000) -> nn.Module:
