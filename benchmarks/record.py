@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import shlex
 import subprocess
 import sys
 from datetime import UTC, datetime
@@ -51,7 +52,7 @@ def command() -> str:
     for word in sys.argv:
         flag = word if word.startswith("--") else flag
         is_place = flag in ("--data", "--out", "--from", "--imagenette", "--cifar10") and word != flag
-        words.append("FOLDER" if is_place else word)
+        words.append("FOLDER" if is_place else shlex.quote(word))
     return " ".join(words)
 
 
