@@ -40,6 +40,7 @@ FROM_SCRATCH = {
 }
 SCRATCH_FILES = [name for runs in FROM_SCRATCH.values() for name in runs.values()]
 TRAINING_SPEED = {"mobilevit_xxs": "training_speed", "mobilevitv2_050": "training_speed-mobilevitv2_050"}
+QUANTIZATION = {"mobilevit_xxs": "quantization", "mobilevitv2_050": "quantization-mobilevitv2_050"}
 SHORT_NAMES = {
     "mobilevit_xxs": "XXS", "mobilevit_xs": "XS", "mobilevit_s": "S",
     **{f"mobilevitv2_{percent:03}": f"v2-{percent / 100}" for percent in range(50, 201, 25)},
@@ -48,8 +49,8 @@ IN_README = {"onnx": "ONNX Runtime, float32", "openvino bf16": "OpenVINO, bfloat
 GPU_RUNS = ("imagenette-mobilevit_xxs", "imagenette-mobilevit_s", "cifar10-mobilevit_xxs")
 DEMOS = ("demo-classification", "demo-detection", "demo-segmentation")
 MEASUREMENTS = (
-    "inference", "engines", "quantization", "mobile_runtimes", *TRAINING_SPEED.values(), *FLOWERS.values(), FLOWERS_V2,
-    *SCRATCH_FILES, "postprocessing", *DEMOS, "resume", "startup",
+    "inference", "engines", *QUANTIZATION.values(), "mobile_runtimes", *TRAINING_SPEED.values(), *FLOWERS.values(),
+    FLOWERS_V2, *SCRATCH_FILES, "postprocessing", *DEMOS, "resume", "startup",
     "data_pipeline", "processes", "experiments", "experiments_time", "experiments_samplers",
     "imagenet_costs", "training_speed_bf16", "gpu_tests", "gpu_inference", "gpu_training", *GPU_RUNS,
     "browser", "serving", "bulk", "before_after",
@@ -349,9 +350,11 @@ def engines_tables(results: Results) -> str:
 
 def quantization_tables(results: Results) -> str:
     """Accuracy before and after, then size and time."""
-    result = results["quantization"]
+    found = {model: results[name] for model, name in QUANTIZATION.items() if name in results}
     parts = []
-    for task, entry in result["tasks"].items():
+    for task, model, entry in (
+        (task, model, e) for model, result in found.items() for task, e in result["tasks"].items()
+    ):
         shown = [key for key in ("top1", "ap50", "ap", "miou") if key in entry["float"]]
         rows = [["PyTorch, float32", *(f"{entry['float'][key]:.4f}" for key in shown), "", ""]]
         for name, after in entry["formats"].items():
@@ -362,8 +365,10 @@ def quantization_tables(results: Results) -> str:
             rows.append([name, *values, percent(after["agreement"], 2), number(after["megabytes"])])
         images, agreement = entry["measured on"].split(",")[0], entry["agreement"].split(": ")[-1]
         head = ("", *shown, "agreement", "MB")
-        parts.append(f"**{task.capitalize()}**, {images}; agreement: {agreement}.\n\n{table(head, rows)}")
-    of_models = result["latency"]
+        parts.append(
+            f"**{task.capitalize()}, {SHORT_NAMES[model]}**, {images}; agreement: {agreement}.\n\n{table(head, rows)}"
+        )
+    of_models = {model: entry for result in found.values() for model, entry in result["latency"].items()}
     names = list(dict.fromkeys(name for entry in of_models.values() for name in entry["milliseconds"]))
     rows = []
     for name in names:
@@ -572,20 +577,20 @@ SECTIONS = (
         title="Engines on the CPU",
         names=("engines",),
         summary=(
-            "The same networks in ONNX Runtime, OpenVINO and PyTorch, 256 x 256, random weights: median ms "
-            "(fastest–slowest round), then time relative to our best, which is bold. timm's model runs the usual way,"
-            " one batch through all threads, and also in streams of small chunks with one thread each, as this "
-            "package's sessions run batches."
+            "The same networks and random weights in ONNX Runtime and OpenVINO, 256 x 256: median ms (fastest–slowest"
+            " round), then time relative to our best, which is bold. timm's model runs the usual way, one batch "
+            "through all threads, and also in streams of small chunks with one thread each, as this package's "
+            "sessions run batches."
         ),
         body=engines_tables,
     ),
     Section(
         title="Smaller numbers",
-        names=("quantization",),
+        names=tuple(QUANTIZATION.values()),
         summary=(
-            "XXS trained on small public sets, calibrated on 128 of the training images, measured on held-out images;"
-            " agreement is with float32 PyTorch. The layers that stay in floating point were chosen on the held-out "
-            "flowers, which favors the classification figures a little. Times are for random weights."
+            "Models trained on small public sets, calibrated on 128 of the training images, measured on held-out "
+            "images; agreement is with float32 PyTorch. The layers that stay in floating point were chosen on the "
+            "held-out flowers, which favors the classification figures a little. Times are for random weights."
         ),
         body=quantization_tables,
     ),
