@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 import mobilevit
 from golden_weights import fill_with_golden_weights
-from mobilevit.card import card_of, default_classes
-from mobilevit.class_names import COCO_CLASSES, VOC_CLASSES
+from mobilevit.card import card_of
+from mobilevit.class_names import ADE20K_CLASSES, COCO_CLASSES, VOC_CLASSES
 from mobilevit.imaging.preprocessing import Preprocessing
 from mobilevit.models import HEADS
 from mobilevit.models.deeplabv3 import DeepLabv3Config
@@ -421,7 +421,7 @@ def test_a_foreign_segmenter_is_recognized(
     assert same(model.state_dict(), ours.state_dict())
     assert model.head_config == head
     assert model.config == ours.config
-    classes = VOC_CLASSES if num_classes == 21 else default_classes(150)
+    classes = VOC_CLASSES if num_classes == 21 else ADE20K_CLASSES
     assert (card_of(model).name, card_of(model).classes) == (name, classes)
     assert card_of(model).preprocessing.size == (512, 512)
 
