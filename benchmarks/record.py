@@ -51,7 +51,7 @@ def command() -> str:
     words, flag = ["python"], ""
     for word in sys.argv:
         flag = word if word.startswith("--") else flag
-        is_place = flag in ("--data", "--out", "--from", "--imagenette", "--cifar10") and word != flag
+        is_place = flag in ("--data", "--out", "--from", "--before", "--imagenette", "--cifar10") and word != flag
         words.append("FOLDER" if is_place else shlex.quote(word))
     return " ".join(words)
 
