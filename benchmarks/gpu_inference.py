@@ -188,8 +188,7 @@ def networks_of(case: Case, device: torch.device) -> dict[str, nn.Module]:
     """All with the same weights, in float32."""
     torch.manual_seed(0)
     ours = mobilevit.create_model(case.model).eval()
-    timms = peers.timm_model(case.model).eval()
-    peers.load_weights(timms, mobilevit.convert_state_dict(ours.state_dict(), to="timm"))
+    timms = peers.peer_of(ours, "timm")
     fused = mobilevit.fuse(ours)
     networks = {"mobilevit": ours, "mobilevit fused": fused, "mobilevit padded": pad_heads(fused)}
     networks |= {f"timm {layout}": timms for layout in LAYOUTS}

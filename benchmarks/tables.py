@@ -352,9 +352,8 @@ def quantization_tables(results: Results) -> str:
     """Accuracy before and after, then size and time."""
     found = {model: results[name] for model, name in QUANTIZATION.items() if name in results}
     parts = []
-    for task, model, entry in (
-        (task, model, e) for model, result in found.items() for task, e in result["tasks"].items()
-    ):
+    entries = [(model, *entry) for model, result in found.items() for entry in result["tasks"].items()]
+    for model, task, entry in entries:
         shown = [key for key in ("top1", "ap50", "ap", "miou") if key in entry["float"]]
         rows = [["PyTorch, float32", *(f"{entry['float'][key]:.4f}" for key in shown), "", ""]]
         for name, after in entry["formats"].items():
@@ -564,7 +563,7 @@ SECTIONS = (
         title="Inference",
         names=("inference",),
         summary=(
-            "Eager PyTorch, float32, 256 x 256, random weights and images, one forward pass: median ms "
+            "Eager PyTorch, float32, 256 x 256, the same random weights on every side: median ms "
             "(fastest–slowest round), then time relative to `mobilevit fused`. All sides take turns in one process, "
             "so a slow moment of the machine affects all of them. `mobilevit fused` is the model after "
             "`mobilevit.fuse`; `mobilevit` and `mobilevit fused` get channels-last images, as from `Predictor`. "
@@ -577,8 +576,8 @@ SECTIONS = (
         title="Engines on the CPU",
         names=("engines",),
         summary=(
-            "The same networks and random weights in ONNX Runtime and OpenVINO, 256 x 256: median ms (fastest–slowest"
-            " round), then time relative to our best, which is bold. timm's model runs the usual way, one batch "
+            "The same networks in each engine, with the same random weights, 256 x 256: median ms (fastest–slowest "
+            "round), then time relative to our best, which is bold. timm's model runs the usual way, one batch "
             "through all threads, and also in streams of small chunks with one thread each, as this package's "
             "sessions run batches."
         ),

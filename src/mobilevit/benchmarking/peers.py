@@ -6,12 +6,10 @@ import importlib
 import importlib.util
 import os
 import sys
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-import torch
 from torch import Tensor, nn
 
 from mobilevit import factory
@@ -86,8 +84,8 @@ def build(network: Network) -> tuple[nn.Module, Preprocessing]:
 def peer_of(ours: Model, origin: Literal["timm", "transformers", "cvnets"], clone: str | None = None) -> nn.Module:
     """Build the peer's own model with the weights of ours, in eval mode; `clone` is that of ml-cvnets.
 
-    Weights matter for speed, too: with the initial ones of transformers, outputs shrink to denormal numbers, which take
-    some processors ten times as long.
+    Weights matter for speed, too: with the initial ones of transformers, outputs shrink to denormal numbers, with which
+    some processors are far slower.
     """
     card = card_of(ours)
     if origin == "timm":
@@ -97,7 +95,8 @@ def peer_of(ours: Model, origin: Literal["timm", "transformers", "cvnets"], clon
     else:
         assert clone is not None
         peer = cvnets_model(card.name, clone, len(card.classes))
-    load_weights(peer, convert_state_dict(ours.state_dict(), to=origin))
+    inner = peer.model if isinstance(peer, Logits) else peer
+    inner.load_state_dict(convert_state_dict(ours.state_dict(), to=origin))
     return peer.eval()
 
 
@@ -175,10 +174,3 @@ def cvnets_model(name: str, clone: str | os.PathLike[str], num_classes: int = 10
     setattr(options, "model.classification.n_classes", num_classes)
     model: nn.Module = get_model(options)
     return model
-
-
-@torch.no_grad()
-def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Load weights under the peer's own names."""
-    inner = model.model if isinstance(model, Logits) else model
-    inner.load_state_dict(dict(weights))
